@@ -1,0 +1,143 @@
+"""The messages of Headwater as typed structs, encoded as MessagePack arrays.
+
+Why: one declaration serves the device, the learner, the schemas in proto/ and the golden vectors.
+
+Invariants: fields are only appended, and then with defaults; a tag is never used twice; an unknown
+tag or version is quarantined by the reader, never guessed at. Times are seconds since the epoch,
+UTC, event time unless the name says otherwise.
+
+Knows nothing about how bytes are stored or sent. Implements proto/asyncapi.yaml.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+WIRE_VERSION = 1
+
+EventClass = Literal["event", "label"]
+Value = str | int | float
+Fields = dict[str, Value]
+
+
+class Scored(msgspec.Struct, array_like=True, frozen=True):
+    """What one resident arm answered to an event: its release and its output values."""
+
+    release: str
+    arm: str
+    outputs: list[float]
+
+
+class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1):
+    """An event that asked for a prediction, with the answer and the feature values behind it.
+
+    `features` is float32, little-endian, in the order of the feature spec whose hash is `spec`.
+    `scored` holds every arm that was resident, the answering arm first; `propensity` is the
+    probability with which that arm was chosen to answer.
+    """
+
+    family: str
+    kind: str
+    time_s: float
+    fields: Fields
+    spec: str
+    features: bytes
+    propensity: float
+    scored: list[Scored]
+
+
+class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2):
+    """An event that was observed and asked for no answer."""
+
+    family: str
+    kind: str
+    time_s: float
+    fields: Fields
+
+
+class LabelRecord(msgspec.Struct, array_like=True, frozen=True, tag=3):
+    """What turned out to be true of the prediction (`epoch`, `seq`) of the same device."""
+
+    family: str
+    epoch: int
+    seq: int
+    value: float
+    time_s: float
+    final: bool = True
+
+
+Record = PredictionRecord | ObservationRecord | LabelRecord
+
+
+class Envelope(msgspec.Struct, array_like=True, frozen=True):
+    """Consecutive records of one device, epoch and class, as they stand in the event log.
+
+    Record i of `records` has sequence number `base_seq + i`.
+    """
+
+    version: int
+    device: str
+    epoch: int
+    event_class: EventClass
+    base_seq: int
+    records: list[msgspec.Raw]
+
+
+class Mark(msgspec.Struct, array_like=True, frozen=True):
+    """The highest sequence number of an epoch and class that the learner holds durably."""
+
+    epoch: int
+    event_class: EventClass
+    seq: int
+
+
+class Watermark(msgspec.Struct, array_like=True, frozen=True):
+    """What the learner tells a device that it holds; the device trims only below it."""
+
+    version: int
+    device: str
+    marks: list[Mark]
+
+
+class ArmReport(msgspec.Struct, array_like=True, frozen=True):
+    """A release that a device has in memory; `serving_since_s` is wall time."""
+
+    family: str
+    arm: str
+    release: str
+    serving_since_s: float
+
+
+class Report(msgspec.Struct, array_like=True, frozen=True):
+    """What a device says about itself. Counters count since the start of the process `epoch`."""
+
+    version: int
+    device: str
+    epoch: int
+    time_s: float
+    attributes: dict[str, str]
+    arms: list[ArmReport]
+    plan_seq: int
+    counters: dict[str, int]
+    refused: dict[str, int]
+    predict_us: list[int]
+    log_bytes: int
+    log_pending: int
+
+
+class LearnerStatus(msgspec.Struct, array_like=True, frozen=True):
+    """What the learner says about itself after each commit and each cycle.
+
+    `clock_s` is the event time up to which all that is mature has been ingested and learned.
+    """
+
+    version: int
+    time_s: float
+    clock_s: float
+    events_archived: int
+    counters: dict[str, int]
+    freshness_s: list[float]
+    stage: str
+    gates: list[str]
