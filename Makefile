@@ -1,0 +1,36 @@
+# Everything lives in .venv; each target sets up what is missing before it starts.
+#   PYTHON=python3.12      the interpreter to build .venv with
+#   TORCH_INDEX_URL=...    the package index to take PyTorch from (CPU or GPU build)
+#   ARGS=--full            passed on to the demo
+
+BIN := .venv/bin
+
+.PHONY: help setup demo test check slow clean
+
+help:
+	@echo "make demo    the whole loop on a year of real flights; ARGS=--full plays all of it"
+	@echo "make test    checks and every test, with small counts"
+	@echo "make slow    checks and every test, with full counts"
+	@echo "make check   ruff and mypy"
+	@echo "make clean   remove .venv, var and caches"
+
+setup:
+	@tools/setup
+
+demo: setup
+	@$(BIN)/cloud-learner demo $(ARGS)
+
+check: setup
+	$(BIN)/ruff check . $$(grep -l '^#!.*python' tools/*)
+	$(BIN)/ruff format --check . $$(grep -l '^#!.*python' tools/*)
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest -m "not slow"
+
+slow: check
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv var dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
