@@ -1,0 +1,236 @@
+"""The engine: events in, feature vectors out.
+
+Why: the only code that turns events into numbers, on the device and wherever a release is judged,
+so that training and serving cannot drift apart.
+
+Invariants: `vector` reads and never writes; the values depend on the set of events observed, not on
+their order (within what is kept) nor on the questions asked; restoring a snapshot and observing the
+events after it gives the same bits as never having stopped.
+
+Knows nothing about clocks, interfaces, models or files: who calls has checked the fields.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import RequestError
+from edge_runtime.features.spec import Feature, Spec, Window
+from edge_runtime.features.windows import SCALE, Key, Table, to_units
+from edge_runtime.wire.messages import Value
+
+Vector = npt.NDArray[np.float32]
+Fields = Mapping[str, Value]
+Reader = Callable[[float, Fields], float]
+TableId = tuple[str, str, str]
+
+SNAPSHOT_VERSION = 1
+_MAGIC = b"HWFE"
+_WHOLE = ""  # the only key of a table without a key field
+_ROUNDING_S = 1.0  # kept beyond need, so that rounding of times never decides
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class _SeriesState(msgspec.Struct, array_like=True):
+    key: Key
+    times: list[float]
+    values: list[float]
+
+
+class _TableState(msgspec.Struct, array_like=True):
+    table: TableId
+    series: list[_SeriesState]
+
+
+class _Snapshot(msgspec.Struct, array_like=True):
+    version: int
+    spec: str
+    tables: list[_TableState]
+
+
+_decoder = msgspec.msgpack.Decoder(_Snapshot)
+
+
+class Engine:
+    """Windows of one spec and the readers that turn them and an event into a vector.
+
+    Entries are kept for the longest span of their table and `lateness_s` more, so that a question
+    asked up to `lateness_s` behind the newest event is answered exactly.
+    """
+
+    def __init__(self, spec: Spec, *, lateness_s: float = 0.0) -> None:
+        self.spec = spec
+        self._lateness_s = lateness_s
+        self._tables: dict[TableId, Table] = {}
+        self._compile(self._empty_tables())
+
+    def observe(self, kind: str, time_s: float, fields: Fields) -> None:
+        """Let every window over `kind` see the event; a window whose field is absent skips it."""
+        for table, key_field, value_field in self._feeds.get(kind, ()):
+            key = fields.get(key_field) if key_field else _WHOLE
+            value = fields.get(value_field) if value_field else 0
+            if key is None or value is None or isinstance(value, str):
+                continue
+            table.add(key, time_s, to_units(value))
+
+    def vector(self, time_s: float, fields: Fields) -> Vector:
+        """Feature values, float32 of shape (size,), as of `time_s`; the event itself not counted.
+
+        An event just observed at `time_s` does count: ask first, then observe.
+        """
+        return np.array([read(time_s, fields) for read in self._readers], dtype=np.float32)
+
+    def snapshot(self) -> bytes:
+        """All state, with a checksum."""
+        tables = [_TableState(name, _series_of(table)) for name, table in self._tables.items()]
+        body = msgspec.msgpack.encode(_Snapshot(SNAPSHOT_VERSION, self.spec.hash, tables))
+        return _MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+    def restore(self, data: bytes) -> None:
+        """Replace all state by that of a snapshot of the same spec.
+
+        Raises: RequestError `bad_snapshot` or `other_spec`, with the state unchanged.
+        """
+        snapshot = _decode(data)
+        if snapshot.spec != self.spec.hash:
+            raise RequestError(
+                "other_spec",
+                f"the snapshot is of feature spec {snapshot.spec}, not {self.spec.hash}",
+            )
+        tables = self._empty_tables()
+        if {state.table for state in snapshot.tables} != tables.keys():
+            raise _bad_snapshot("its tables are not those of its spec")
+        for state in snapshot.tables:
+            _fill(tables[state.table], state)
+        self._compile(tables)
+
+    def inherit(self, other: Engine) -> None:
+        """Take over, when new, what `other` observed for windows of the same kind, key and value.
+
+        A window longer than `other` kept is short of its oldest entries until its span has passed.
+        """
+        for name in self._tables.keys() & other._tables.keys():
+            for key, series in other._tables[name].items():
+                self._tables[name].load(key, series.times, series.values())
+
+    def statistics(self) -> dict[str, int]:
+        """What is held, and what the bounds have pushed out."""
+        tables = self._tables.values()
+        return {
+            "tables": len(tables),
+            "keys": sum(table.keys for table in tables),
+            "entries": sum(table.entries for table in tables),
+            "keys_evicted": sum(table.keys_evicted for table in tables),
+            "entries_evicted": sum(table.entries_evicted for table in tables),
+        }
+
+    def _empty_tables(self) -> dict[TableId, Table]:
+        spans: dict[TableId, float] = {}
+        for feature in self.spec.features:
+            if feature.window is not None:
+                name = _table_id(feature.window)
+                spans[name] = max(spans.get(name, 0.0), feature.window.span_s)
+        return {
+            name: Table(span_s + self._lateness_s + _ROUNDING_S) for name, span_s in spans.items()
+        }
+
+    def _compile(self, tables: dict[TableId, Table]) -> None:
+        self._tables = tables
+        self._feeds: dict[str, list[tuple[Table, str, str]]] = {}
+        for (over, key, value), table in tables.items():
+            self._feeds.setdefault(over, []).append((table, key, value))
+        self._readers = [_reader(feature, tables) for feature in self.spec.features]
+
+
+def _table_id(window: Window) -> TableId:
+    return window.over, window.key or "", window.value or ""
+
+
+def _reader(feature: Feature, tables: dict[TableId, Table]) -> Reader:
+    if feature.window is not None:
+        return _read_window(feature, feature.window, tables[_table_id(feature.window)])
+    assert feature.field is not None
+    if feature.vocabulary is not None:
+        return _read_vocabulary(feature.field, feature.vocabulary)
+    return _read_field(feature, feature.field)
+
+
+def _read_vocabulary(field: str, words: list[str | int]) -> Reader:
+    index = {word: float(position) for position, word in enumerate(words, start=1)}
+    find = index.get
+
+    def read(_time_s: float, fields: Fields) -> float:
+        return find(fields.get(field), 0.0)  # type: ignore[arg-type]  # None is not in the index
+
+    return read
+
+
+def _read_field(feature: Feature, field: str) -> Reader:
+    low, high = feature.bounds or (-_FLOAT32_MAX, _FLOAT32_MAX)
+    fill = feature.fill
+
+    def read(_time_s: float, fields: Fields) -> float:
+        value = float(fields.get(field, fill))
+        return low if value < low else min(value, high)
+
+    return read
+
+
+def _read_window(feature: Feature, window: Window, table: Table) -> Reader:
+    low, high = feature.bounds or (-_FLOAT32_MAX, _FLOAT32_MAX)
+    find, span_s, key_field = table.get, window.span_s, window.key
+    statistic, empty = _statistic(window.statistic, feature.fill)
+
+    def read(time_s: float, fields: Fields) -> float:
+        series = find(fields.get(key_field) if key_field is not None else _WHOLE)  # type: ignore[arg-type]  # None is no key
+        if series is None:
+            value = empty
+        else:
+            count, units = series.window(time_s, span_s)
+            value = statistic(count, units)
+        return low if value < low else min(value, high)
+
+    return read
+
+
+def _statistic(name: str, fill: float) -> tuple[Callable[[int, int], float], float]:
+    """The function of (count, units) and its value for an empty window."""
+    if name == "count":
+        return (lambda count, _units: float(count)), 0.0
+    if name == "sum":
+        return (lambda _count, units: units / SCALE), 0.0
+    assert name == "mean"
+    return (lambda count, units: units / (count * SCALE) if count else fill), fill
+
+
+def _series_of(table: Table) -> list[_SeriesState]:
+    return [_SeriesState(key, series.times, series.values()) for key, series in table.items()]
+
+
+def _fill(table: Table, state: _TableState) -> None:
+    for series in state.series:
+        if len(series.times) != len(series.values) or series.times != sorted(series.times):
+            raise _bad_snapshot(f"the series of {series.key!r} is not in order")
+        table.load(series.key, series.times, series.values)
+
+
+def _decode(data: bytes) -> _Snapshot:
+    body = data[8:]
+    if data[:4] != _MAGIC or int.from_bytes(data[4:8], "little") != zlib.crc32(body):
+        raise _bad_snapshot("its checksum does not match")
+    try:
+        snapshot = _decoder.decode(body)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise _bad_snapshot(str(error)) from error
+    if snapshot.version != SNAPSHOT_VERSION:
+        raise _bad_snapshot(f"version {snapshot.version}; this reads {SNAPSHOT_VERSION}")
+    return snapshot
+
+
+def _bad_snapshot(why: str) -> RequestError:
+    return RequestError("bad_snapshot", f"the window snapshot cannot be read: {why}")
