@@ -1,0 +1,1 @@
+"""From envelopes on the broker to training examples: consume once, join labels, cap, batch."""

@@ -1,0 +1,1 @@
+"""What the learner keeps: archived records, the ingest database, packages, and their lineage."""
