@@ -1,0 +1,1 @@
+"""The bus: how either side talks to the broker, behind one small seam."""

@@ -1,0 +1,142 @@
+"""The seam to the broker: what a room may ask of it, and nothing of how it is asked.
+
+Why: devices and learner speak NATS JetStream, tests speak to a broker in memory; both pass the
+same contract suite (tests/contract/test_bus.py), so no room above can tell them apart.
+
+Invariants: a publish that returned is stored; one that raised may be stored too, so publish again
+with the same `message_id`. Nothing here may wait for ever: every wait has a deadline.
+What an implementation cannot deliver it raises as TransportError (retry) or CapacityError (wait).
+
+Knows nothing about envelopes, releases or plans: subjects and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+PAYLOAD_BYTES_MAX = 1 << 20
+"""The largest message that a bus carries, its headers included."""
+
+
+async def no_ack() -> None:
+    """The acknowledgement of a message that needs none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message: where it was sent, its bytes and headers, and its place in the stream.
+
+    `seq` counts from 1 within the stream and is 0 for a message that no stream holds. `ack` tells
+    the broker that a pulled message is dealt with; for any other message it does nothing.
+    """
+
+    subject: str
+    data: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    seq: int = 0
+    ack: Callable[[], Awaitable[None]] = no_ack
+
+
+class Subscription(Protocol):
+    """A running subscription to a core subject."""
+
+    async def close(self) -> None:
+        """Stop the deliveries; closing twice is no error."""
+
+
+class PullSubscription(Protocol):
+    """The one reader of a durable consumer; requests to the broker overlap with the reading.
+
+    Messages come in stream order from the first that was never acknowledged. After an outage the
+    reading goes on there too, so a message that was not yet acknowledged may come again.
+    """
+
+    async def next_batch(self, max_messages: int, wait_s: float) -> list[Message]:
+        """Up to `max_messages` as soon as there is one; an empty list when `wait_s` passes.
+
+        An unreachable broker is waited for, not an error: see `Bus.connected`.
+        """
+
+
+class Bus(Protocol):
+    """A connection to the broker. All calls belong to the event loop that opened it."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is reachable now, as far as is known."""
+
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        headers: dict[str, str] | None = None,
+        message_id: str | None = None,
+        timeout_s: float = 5.0,
+    ) -> int:
+        """Store a message and return its stream sequence number; many calls may be outstanding.
+
+        A `message_id` that the stream stored a short while ago is a success that stores nothing
+        and returns the sequence number of the first.
+
+        Raises: TransportError `unreachable` (not connected, connection lost), `timeout`,
+        `no_stream` (no stream holds the subject), `refused` (any other answer of the broker);
+        CapacityError `stream_full`; RequestError `too_large` above PAYLOAD_BYTES_MAX.
+        """
+
+    async def send(self, subject: str, data: bytes) -> None:
+        """Send to whoever listens now; not stored. Raises: TransportError `unreachable`."""
+
+    async def subscribe(
+        self, subject: str, callback: Callable[[Message], Awaitable[None]]
+    ) -> Subscription:
+        """Call back for each message on `subject`, one at a time, also after a reconnect.
+
+        `*` stands for one token, a last `>` for one or more. What the callback raises is counted
+        and logged, and the deliveries go on.
+        """
+
+    async def last(self, stream: str, subject: str) -> Message | None:
+        """The newest message of `stream` on exactly `subject`; None when there is none.
+
+        Raises: TransportError `unreachable`, `timeout`, `no_stream`, `refused`.
+        """
+
+    async def last_many(self, stream: str, subjects: list[str]) -> list[Message | None]:
+        """As `last` for each of `subjects`, overlapped; answers in their order."""
+
+    async def ensure_stream(
+        self,
+        name: str,
+        subjects: list[str],
+        *,
+        max_bytes: int,
+        per_subject: int | None = None,
+        discard_new: bool,
+    ) -> None:
+        """Create the durable stream, or bring an existing one to these settings.
+
+        `per_subject` messages are kept of each subject (None: all). When `max_bytes` is reached a
+        publish is refused as `stream_full` if `discard_new`, else the oldest messages go.
+
+        Raises: TransportError `unreachable`, `timeout`, `refused`.
+        """
+
+    def pull(
+        self, stream: str, durable: str, subject: str
+    ) -> AbstractAsyncContextManager[PullSubscription]:
+        """Read the messages on `subject` (may hold wildcards), each until it is acknowledged.
+
+        The broker keeps the place under the name `durable`; at most one reader at a time.
+
+        Raises on entry: TransportError as `last`.
+        """
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the connection was made, among them `reconnects` and `callback_errors`."""
+
+    async def close(self) -> None:
+        """Close the connection; calls still waiting raise `unreachable`. Twice is no error."""
