@@ -14,7 +14,7 @@ Knows nothing about models, slots or the event loop. Reads one private attribute
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import fcntl
 import os
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import TargetFile, Targets
+from tuf.api.metadata import TargetFile  # type: ignore[attr-defined] # tuf has no __all__
+from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.updater import Updater
 
@@ -97,12 +98,10 @@ class UpdateClient:
                 bootstrap=self._root_bytes,
             )
             now_s = trust.trusted_time_s(self._floor, self._clock.now_s())
-            updater._trusted_set.reference_time = datetime.datetime.fromtimestamp(
-                now_s, datetime.UTC
-            )  # noqa: SLF001, E501 - python-tuf takes no clock
+            _trusted(updater).reference_time = dt.datetime.fromtimestamp(now_s, dt.UTC)
             self._fetcher.prefetch([f"{self._root_version + 1}.root.json", "timestamp.json"])
             updater.refresh()
-        self._root_version = updater._trusted_set.root.version  # noqa: SLF001 - no public reader
+        self._root_version = _trusted(updater).root.version
         trust.check_versions(self._floor, _versions(updater))
         self._updater = updater
 
@@ -200,7 +199,7 @@ class UpdateClient:
 
     def _prefetch_roles(self, family: str) -> None:
         """Ask at once for the roles that the coming look-ups need and the cache lacks."""
-        meta = self._refreshed()._trusted_set.snapshot.meta  # noqa: SLF001 - no public reader
+        meta = _trusted(self._refreshed()).snapshot.meta
         wanted = {}
         for role in (trust.PLANS_ROLE, trust.models_role(family)):
             entry = meta.get(f"{role}.json")
@@ -212,7 +211,7 @@ class UpdateClient:
         self._held |= wanted
 
     def _release_floor(self, family: str) -> int:
-        role = self._refreshed()._trusted_set.get(trust.models_role(family))  # noqa: SLF001 - as above
+        role = _trusted(self._refreshed()).get(trust.models_role(family))
         floor = role.unrecognized_fields.get(trust.RELEASE_FLOOR_FIELD, 0) if role else 0
         return floor if isinstance(floor, int) else 0
 
@@ -233,8 +232,12 @@ class UpdateClient:
         return floor or trust.Floor()
 
 
+def _trusted(updater: Updater) -> TrustedMetadataSet:
+    return updater._trusted_set  # noqa: SLF001 - versions and time have no public access
+
+
 def _versions(updater: Updater) -> dict[str, int]:
-    trusted = updater._trusted_set  # noqa: SLF001 - no public reader
+    trusted = _trusted(updater)
     listed = {
         name.removesuffix(".json"): entry.version for name, entry in trusted.snapshot.meta.items()
     }
@@ -246,7 +249,7 @@ def _versions(updater: Updater) -> dict[str, int]:
 
 
 def _issued_s(updater: Updater) -> float:
-    fields = updater._trusted_set.timestamp.unrecognized_fields  # noqa: SLF001 - no public reader
+    fields = _trusted(updater).timestamp.unrecognized_fields
     issued = fields.get(trust.ISSUED_FIELD, 0)
     return float(issued) if isinstance(issued, int | float) else 0.0
 
