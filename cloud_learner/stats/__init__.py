@@ -1,0 +1,1 @@
+"""Pure statistics: when evidence suffices, and how good a set of predictions is."""
