@@ -4,7 +4,7 @@ Why: devices and learner speak NATS JetStream, tests speak to a broker in memory
 same contract suite (tests/contract/test_bus.py), so no room above can tell them apart.
 
 Invariants: a publish that returned is stored; one that raised may be stored too, so publish again
-with the same `message_id`. Nothing here may wait for ever: every wait has a deadline.
+with the same `message_id`. Nothing here waits for ever: every wait has a deadline.
 What an implementation cannot deliver it raises as TransportError (retry) or CapacityError (wait).
 
 Knows nothing about envelopes, releases or plans: subjects and bytes.
@@ -12,13 +12,19 @@ Knows nothing about envelopes, releases or plans: subjects and bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from edge_runtime.errors import RequestError
+
 PAYLOAD_BYTES_MAX = 1 << 20
 """The largest message that a bus carries, its headers included."""
+
+_SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+_HEADER_BYTES = 64  # what the broker's own headers and the framing take at most
 
 
 async def no_ack() -> None:
@@ -40,6 +46,19 @@ class Message:
     ack: Callable[[], Awaitable[None]] = no_ack
 
 
+def check_message(subject: str, data: bytes, headers: dict[str, str]) -> None:
+    """Refuse what no bus can carry. Raises: RequestError `bad_subject`, `too_large`."""
+    if not _SUBJECT.fullmatch(subject):
+        raise RequestError("bad_subject", f"{subject!r} is not a subject to publish on")
+    size = len(data) + _HEADER_BYTES + sum(len(k) + len(v) + 4 for k, v in headers.items())
+    if size > PAYLOAD_BYTES_MAX:
+        raise RequestError(
+            "too_large",
+            f"a message of {size} bytes for {subject} is above the limit of {PAYLOAD_BYTES_MAX}",
+            "split it: the broker refuses it whole",
+        )
+
+
 class Subscription(Protocol):
     """A running subscription to a core subject."""
 
@@ -50,14 +69,16 @@ class Subscription(Protocol):
 class PullSubscription(Protocol):
     """The one reader of a durable consumer; requests to the broker overlap with the reading.
 
-    Messages come in stream order from the first that was never acknowledged. After an outage the
-    reading goes on there too, so a message that was not yet acknowledged may come again.
+    Messages come in stream order, starting after the highest one up to which all is acknowledged.
+    An outage sets the reading back to there, so a message may come again, acknowledged or not;
+    so may one that stays unacknowledged for half a minute.
     """
 
     async def next_batch(self, max_messages: int, wait_s: float) -> list[Message]:
         """Up to `max_messages` as soon as there is one; an empty list when `wait_s` passes.
 
-        An unreachable broker is waited for, not an error: see `Bus.connected`.
+        An unreachable broker is waited for, not an error: see `Bus.connected`. May be cancelled
+        without losing a message.
         """
 
 
@@ -84,11 +105,14 @@ class Bus(Protocol):
 
         Raises: TransportError `unreachable` (not connected, connection lost), `timeout`,
         `no_stream` (no stream holds the subject), `refused` (any other answer of the broker);
-        CapacityError `stream_full`; RequestError `too_large` above PAYLOAD_BYTES_MAX.
+        CapacityError `stream_full`; RequestError as `check_message`.
         """
 
     async def send(self, subject: str, data: bytes) -> None:
-        """Send to whoever listens now; not stored. Raises: TransportError `unreachable`."""
+        """Send to whoever listens now; not stored.
+
+        Raises: TransportError `unreachable`; RequestError as `check_message`.
+        """
 
     async def subscribe(
         self, subject: str, callback: Callable[[Message], Awaitable[None]]
@@ -136,7 +160,7 @@ class Bus(Protocol):
         """
 
     def statistics(self) -> dict[str, int]:
-        """Counters since the connection was made, among them `reconnects` and `callback_errors`."""
+        """Counters of this bus: published, duplicates, reconnects, callback_errors, acks_lost."""
 
     async def close(self) -> None:
         """Close the connection; calls still waiting raise `unreachable`. Twice is no error."""

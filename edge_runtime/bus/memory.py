@@ -1,0 +1,384 @@
+"""The bus in memory: the fake that other rooms test on; passes the contract suite of the real one.
+
+Why: a test of the uplink, of ingest or of the publisher needs streams, consumers and outages, but
+no server, no port and no disk.
+
+Invariants: everything lives in one event loop and is lost with it. `down` and `up` do to every bus
+of the broker what a restart of the server does: waiting calls fail, readings start over at the
+acknowledgement floor, stored messages stay. Message ids are remembered for ever, not for a window,
+and what stays unacknowledged comes again only after an outage or a reopening.
+
+Knows nothing about NATS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import functools
+import logging
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from edge_runtime.bus.base import Message, PullSubscription, Subscription, check_message
+from edge_runtime.errors import CapacityError, TransportError
+
+Callback = Callable[[Message], Awaitable[None]]
+log = logging.getLogger("headwater.bus")
+
+
+class MemoryBroker:
+    """The server side: streams and listeners, shared by the buses that `connect` returns."""
+
+    def __init__(self) -> None:
+        self.running = True
+        self.streams: dict[str, _Stream] = {}
+        self.listeners: list[_Listener] = []
+        self._buses: list[MemoryBus] = []
+
+    async def connect(
+        self, *, name: str = "", on_reconnect: Callable[[], None] | None = None
+    ) -> MemoryBus:
+        """A new bus of this broker."""
+        bus = MemoryBus(self, name, on_reconnect)
+        self._buses.append(bus)
+        return bus
+
+    def down(self) -> None:
+        """Become unreachable; what is stored stays."""
+        self.running = False
+
+    def up(self) -> None:
+        """Become reachable again, and tell every bus."""
+        self.running = True
+        for consumer in self._consumers():
+            consumer.start_over()
+        for bus in self._buses:
+            bus.welcome()
+
+    def forget(self, bus: MemoryBus) -> None:
+        """Drop a closed bus."""
+        if bus in self._buses:
+            self._buses.remove(bus)
+
+    def stream_of(self, subject: str) -> _Stream:
+        """The stream that holds `subject`. Raises: TransportError `no_stream`."""
+        for stream in self.streams.values():
+            if any(_matches(pattern, subject) for pattern in stream.limits.subjects):
+                return stream
+        raise TransportError("no_stream", f"no stream holds {subject}")
+
+    def deliver(self, message: Message) -> None:
+        """Hand a message to every core listener on its subject."""
+        for listener in self.listeners:
+            if _matches(listener.subject, message.subject):
+                listener.queue.put_nowait(message)
+
+    def _consumers(self) -> list[_Consumer]:
+        return [c for stream in self.streams.values() for c in stream.consumers.values()]
+
+
+class MemoryBus:
+    """A bus of a MemoryBroker; see base.Bus for what each call means."""
+
+    def __init__(
+        self, broker: MemoryBroker, name: str, on_reconnect: Callable[[], None] | None
+    ) -> None:
+        self.name = name
+        self._broker = broker
+        self._on_reconnect = on_reconnect
+        self._closed = False
+        self._counters: Counter[str] = Counter()
+        self._listeners: list[_Listener] = []
+
+    @property
+    def connected(self) -> bool:
+        return self._broker.running and not self._closed
+
+    async def publish(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        headers: dict[str, str] | None = None,
+        message_id: str | None = None,
+        timeout_s: float = 5.0,
+    ) -> int:
+        assert timeout_s > 0
+        check_message(subject, data, headers or {})
+        self._check_connected()
+        await asyncio.sleep(0)  # others run while the acknowledgement is awaited
+        self._check_connected()
+        stream = self._broker.stream_of(subject)
+        if message_id is not None and message_id in stream.ids:
+            self._counters["duplicates"] += 1
+            return stream.ids[message_id]
+        message = stream.store(subject, data, headers or {}, message_id)
+        self._broker.deliver(Message(subject, data, message.headers))
+        self._counters["published"] += 1
+        return message.seq
+
+    async def send(self, subject: str, data: bytes) -> None:
+        check_message(subject, data, {})
+        self._check_connected()
+        self._broker.deliver(Message(subject, data))
+
+    async def subscribe(self, subject: str, callback: Callback) -> Subscription:
+        listener = _Listener(self._broker, subject, callback, self._counters)
+        self._listeners.append(listener)
+        return listener
+
+    async def last(self, stream: str, subject: str) -> Message | None:
+        self._check_connected()
+        await asyncio.sleep(0)
+        return self._stream(stream).last(subject)
+
+    async def last_many(self, stream: str, subjects: list[str]) -> list[Message | None]:
+        return [await self.last(stream, subject) for subject in subjects]
+
+    async def ensure_stream(
+        self,
+        name: str,
+        subjects: list[str],
+        *,
+        max_bytes: int,
+        per_subject: int | None = None,
+        discard_new: bool,
+    ) -> None:
+        self._check_connected()
+        stream = self._broker.streams.setdefault(name, _Stream())
+        stream.limits = _Limits(list(subjects), max_bytes, per_subject, discard_new)
+        stream.trim()
+
+    @asynccontextmanager
+    async def pull(
+        self, stream: str, durable: str, subject: str
+    ) -> AsyncIterator[PullSubscription]:
+        self._check_connected()
+        source = self._stream(stream)
+        consumer = source.consumers.setdefault(durable, _Consumer(source, subject))
+        consumer.start_over()
+        yield _Pull(consumer, self)
+
+    def statistics(self) -> dict[str, int]:
+        names = ("published", "duplicates", "reconnects", "callback_errors", "acks_lost")
+        return {name: self._counters[name] for name in names}
+
+    async def close(self) -> None:
+        self._closed = True
+        self._broker.forget(self)
+        for listener in self._listeners:
+            await listener.close()
+
+    def welcome(self) -> None:
+        """The broker is back."""
+        self._counters["reconnects"] += 1
+        if self._on_reconnect is not None:
+            self._on_reconnect()
+
+    def count_lost_ack(self) -> None:
+        """An acknowledgement that could not be sent."""
+        self._counters["acks_lost"] += 1
+
+    def _stream(self, name: str) -> _Stream:
+        if name not in self._broker.streams:
+            raise TransportError("no_stream", f"the broker has no stream {name}")
+        return self._broker.streams[name]
+
+    def _check_connected(self) -> None:
+        if not self.connected:
+            raise TransportError("unreachable", "not connected to the broker in memory")
+
+
+@dataclass
+class _Limits:
+    subjects: list[str] = field(default_factory=list)
+    max_bytes: int = 0
+    per_subject: int | None = None
+    discard_new: bool = False
+
+
+class _Stream:
+    """Messages in sequence order, with the newest of each subject at hand."""
+
+    def __init__(self) -> None:
+        self.limits = _Limits()
+        self.ids: dict[str, int] = {}
+        self.consumers: dict[str, _Consumer] = {}
+        self.messages: dict[int, Message] = {}
+        self.next_seq = 1
+        self._bytes = 0
+        self._by_subject: dict[str, deque[int]] = {}
+
+    def store(
+        self, subject: str, data: bytes, headers: dict[str, str], message_id: str | None
+    ) -> Message:
+        """Append and enforce the limits. Raises: CapacityError `stream_full`."""
+        message = Message(subject, data, dict(headers), self.next_seq)
+        replaces = self._replaced_bytes(subject)
+        full = self._bytes - replaces + _size(message) > self.limits.max_bytes
+        if self.limits.discard_new and full:
+            raise CapacityError("stream_full", f"{subject}: the stream holds its maximum of bytes")
+        self.next_seq += 1
+        self.messages[message.seq] = message
+        self._by_subject.setdefault(subject, deque()).append(message.seq)
+        self._bytes += _size(message)
+        if message_id is not None:
+            self.ids[message_id] = message.seq
+        self.trim()
+        for consumer in self.consumers.values():
+            consumer.wake.set()
+        return message
+
+    def last(self, subject: str) -> Message | None:
+        """The newest message on `subject`."""
+        seqs = self._by_subject.get(subject)
+        return self.messages[seqs[-1]] if seqs else None
+
+    def trim(self) -> None:
+        """Drop the oldest messages above the limits."""
+        if self.limits.per_subject is not None:
+            for seqs in list(self._by_subject.values()):
+                while len(seqs) > self.limits.per_subject:
+                    self._drop(seqs[0])
+        while self._bytes > self.limits.max_bytes and self.messages:
+            self._drop(next(iter(self.messages)))
+
+    def _drop(self, seq: int) -> None:
+        message = self.messages.pop(seq)
+        seqs = self._by_subject[message.subject]
+        seqs.remove(seq)
+        if not seqs:
+            del self._by_subject[message.subject]
+        self._bytes -= _size(message)
+
+    def _replaced_bytes(self, subject: str) -> int:
+        """Bytes that the per-subject limit frees when one more message of `subject` comes."""
+        seqs = self._by_subject.get(subject, deque())
+        if self.limits.per_subject is None or len(seqs) < self.limits.per_subject:
+            return 0
+        return _size(self.messages[seqs[0]])
+
+
+class _Consumer:
+    """The place of a durable reader: an acknowledgement floor and what is acked above it."""
+
+    def __init__(self, stream: _Stream, subject: str) -> None:
+        self.wake = asyncio.Event()
+        self._stream = stream
+        self._subject = subject
+        self._floor = 0
+        self._delivered = 0
+        self._acked: set[int] = set()
+        self._waiting: list[int] = []  # delivered, not acknowledged; ascending
+
+    def start_over(self) -> None:
+        """Deliver again from the acknowledgement floor."""
+        self._delivered = self._floor
+        self._waiting.clear()
+        self._acked.clear()
+        self.wake.set()
+
+    def take(self, count: int) -> list[Message]:
+        """The next messages, at most `count`."""
+        fresh = range(self._delivered + 1, self._stream.next_seq)
+        batch: list[Message] = []
+        for seq in fresh:
+            if len(batch) == count:
+                break
+            self._delivered = seq
+            message = self._stream.messages.get(seq)
+            if message is not None and _matches(self._subject, message.subject):
+                batch.append(message)
+                self._waiting.append(seq)
+        return batch
+
+    def ack(self, seq: int) -> None:
+        """One message is dealt with."""
+        index = bisect.bisect_left(self._waiting, seq)
+        if index < len(self._waiting) and self._waiting[index] == seq:
+            del self._waiting[index]
+            self._floor = self._waiting[0] - 1 if self._waiting else self._delivered
+
+
+class _Pull:
+    """A reader of a consumer."""
+
+    def __init__(self, consumer: _Consumer, bus: MemoryBus) -> None:
+        self._consumer = consumer
+        self._bus = bus
+
+    async def next_batch(self, max_messages: int, wait_s: float) -> list[Message]:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while True:
+                    self._consumer.wake.clear()
+                    if self._bus.connected and (batch := self._consumer.take(max_messages)):
+                        return [self._with_ack(message) for message in batch]
+                    await self._consumer.wake.wait()
+        return []
+
+    def _with_ack(self, message: Message) -> Message:
+        ack = functools.partial(self._ack, message.seq)
+        return Message(message.subject, message.data, message.headers, message.seq, ack)
+
+    async def _ack(self, seq: int) -> None:
+        if self._bus.connected:
+            self._consumer.ack(seq)
+        else:
+            self._bus.count_lost_ack()
+
+
+class _Listener:
+    """A core subscription: its own queue and task, so that a slow callback delays no publisher."""
+
+    def __init__(
+        self, broker: MemoryBroker, subject: str, callback: Callback, counters: Counter[str]
+    ) -> None:
+        self.subject = subject
+        self.queue: asyncio.Queue[Message] = asyncio.Queue()
+        self._broker = broker
+        self._callback = callback
+        self._counters = counters
+        self._task = asyncio.create_task(self._run(), name=f"memory subscription {subject}")
+        broker.listeners.append(self)
+
+    async def close(self) -> None:
+        if self in self._broker.listeners:
+            self._broker.listeners.remove(self)
+        self._task.cancel()
+        if self._task is not asyncio.current_task():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            message = await self.queue.get()
+            try:
+                await self._callback(message)
+            except Exception:
+                self._counters["callback_errors"] += 1
+                log.exception("a subscriber to %s failed", self.subject)
+
+
+def _size(message: Message) -> int:
+    headers = sum(len(key) + len(value) + 4 for key, value in message.headers.items())
+    return len(message.subject) + len(message.data) + headers + 32
+
+
+def _matches(pattern: str, subject: str) -> bool:
+    """Whether a subject pattern, `*` for one token and a last `>` for one or more, fits."""
+    if pattern == subject:
+        return True
+    wanted, tokens = pattern.split("."), subject.split(".")
+    if wanted[-1] == ">":
+        wanted, rest = wanted[:-1], tokens[len(wanted) - 1 :]
+        tokens = tokens[: len(wanted)]
+        if not rest:
+            return False
+    return len(wanted) == len(tokens) and all(
+        want in ("*", token) for want, token in zip(wanted, tokens, strict=True)
+    )
