@@ -1,0 +1,180 @@
+"""One class of records of an open log: what waits in memory, what lies on disk, who waits for it.
+
+Why: the classes of a log are served by one thread and share nothing else.
+
+Commit point: the `fdatasync` in `commit`.
+
+Invariants: the producer alone writes `last_seq` and `appended` and appends to `pending`; the commit
+thread alone takes from the front of `pending` and alone touches the file; what both sides and the
+readers see (`segments`, `durable_seq`, `allowed`, `waiters`) changes under `lock`. After an error
+the file is never written or synced again (its pages may be marked clean though they never reached
+the disk): what was not durable goes, from memory, into a new file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_runtime.errors import CapacityError
+from edge_runtime.events import segment
+from edge_runtime.events.segment import Segment
+from edge_runtime.files import fsync_directory
+from edge_runtime.wire.messages import EventClass
+
+PENDING_BYTES_MAX = 32 << 20
+LENGTH_BYTES = 4
+
+_Waiter = tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]
+
+
+class Stream:
+    """The state of one class. `charge` of a record is its length and LENGTH_BYTES."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        device: str,
+        event_class: EventClass,
+        epoch: int,
+        segments: list[Segment],
+        segment_bytes: int,
+        bytes_max: int,
+        sync: Callable[[int], None],
+    ) -> None:
+        self._directory, self._segment_bytes, self._sync = directory, segment_bytes, sync
+        self._device, self._event_class, self._epoch = device, event_class, epoch
+        self.bytes_max = bytes_max
+        self.lock = threading.Lock()
+        self.segments = segments
+        self.pending: list[bytes] = []
+        self.last_seq = self.durable_seq = 0
+        self.appended = self.committed = sum(part.charge for part in segments)
+        self.freed = 0
+        self.sync_errors = self.commits = 0
+        self._active: Segment | None = None
+        self._fd = -1
+        self._waiters: list[_Waiter] = []
+        self.allowed = 0
+        self._set_allowed()
+
+    def _set_allowed(self) -> None:
+        # One number for both bounds, disk and memory: one comparison on the hot path.
+        self.allowed = min(self.bytes_max + self.freed, self.committed + PENDING_BYTES_MAX)
+
+    def commit(self) -> bool:
+        """Make durable what is pending now; False when the disk refused and all of it is kept."""
+        batch = self.pending[: len(self.pending)]
+        if not batch:
+            return True
+        try:
+            active = self._opened()
+            frames = segment.encode_frames(self.durable_seq + 1, batch)
+            segment.write_all(self._fd, frames)
+            self._sync(self._fd)
+        except OSError:
+            self.sync_errors += 1
+            self.abandon()
+            return False
+        self.commits += 1
+        del self.pending[: len(batch)]
+        self._advance(active, batch, len(frames))
+        return True
+
+    def _opened(self) -> Segment:
+        if self._active is not None and self._active.size < self._segment_bytes:
+            return self._active
+        self.abandon()
+        active = segment.new(
+            self._directory, self._device, self._event_class, self._epoch, self.durable_seq + 1
+        )
+        active.path.unlink(missing_ok=True)  # left by a failed commit; nothing in it is durable
+        self._fd = os.open(active.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        segment.write_all(self._fd, segment.encode_header(active))
+        fsync_directory(self._directory)
+        self._active = active
+        return active
+
+    def abandon(self) -> None:
+        """Let go of the file; the next commit starts a new one."""
+        fd, self._fd, self._active = self._fd, -1, None
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # what it held is durable, or is written again
+                os.close(fd)
+
+    def _advance(self, active: Segment, batch: list[bytes], size: int) -> None:
+        charge = sum(map(len, batch)) + LENGTH_BYTES * len(batch)
+        with self.lock:
+            if active.last_seq < active.base_seq:
+                self.segments = [*self.segments, active]
+            self.durable_seq += len(batch)
+            active.grew(self.durable_seq, active.size + size, charge)
+            self.committed += charge
+            self._set_allowed()
+            ready = [waiter for waiter in self._waiters if waiter[0] <= self.durable_seq]
+            self._waiters = [waiter for waiter in self._waiters if waiter[0] > self.durable_seq]
+        _resolve(ready, None)
+
+    async def wait_durable(self, seq: int) -> None:
+        """Return once record `seq` is durable. Raises: what `shut` was given."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self.lock:
+            if self.durable_seq >= seq:
+                return
+            self._waiters.append((seq, loop, future))
+        await future
+
+    def views(self, epoch: int, after_seq: int) -> list[tuple[Segment, Segment]]:
+        """Each segment of `epoch` with records above `after_seq`, and its copy for a reader."""
+        with self.lock:
+            return [
+                (part, part.frozen())
+                for part in self.segments
+                if part.epoch == epoch and part.last_seq > after_seq
+            ]
+
+    def release(self, epoch: int, seq: int) -> list[Path]:
+        """Give up the segments of `epoch` that hold nothing above `seq`; returns their files.
+
+        The newest segment of the running epoch stays: the next open reads there where it ended.
+        """
+        with self.lock:
+            newest = self.segments[-1] if self.segments else None
+            gone = [
+                part
+                for part in self.segments
+                if part.epoch == epoch
+                and part.last_seq <= seq
+                and not (part is newest and epoch == self._epoch)
+            ]
+            self.segments = [part for part in self.segments if part not in gone]
+            self.freed += sum(part.charge for part in gone)
+            self._set_allowed()
+        return [part.path for part in gone]
+
+    def shut(self, error: CapacityError) -> None:
+        """Refuse all further records, and tell `error` to who still waits."""
+        self.allowed = -1
+        self.abandon()
+        _resolve(self._waiters, error)
+
+
+def _resolve(waiters: list[_Waiter], error: CapacityError | None) -> None:
+    for _, loop, future in waiters:
+        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_settle, future, error)
+
+
+def _settle(future: asyncio.Future[None], error: CapacityError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
