@@ -13,6 +13,7 @@ Knows nothing about clocks, interfaces, models or files: who calls has checked t
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.errors import RequestError
-from edge_runtime.features.spec import Feature, Spec, Window
+from edge_runtime.features.spec import FLOAT32_MAX, Feature, Spec, Window
 from edge_runtime.features.windows import SCALE, Key, Table, to_units
 from edge_runtime.wire.messages import Value
 
@@ -33,7 +34,6 @@ SNAPSHOT_VERSION = 1
 _MAGIC = b"HWFE"
 _WHOLE = ""  # the only key of a table without a key field
 _ROUNDING_S = 1.0  # kept beyond need, so that rounding of times never decides
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class _SeriesState(msgspec.Struct, array_like=True):
@@ -171,41 +171,43 @@ def _read_vocabulary(field: str, words: list[str | int]) -> Reader:
 
 
 def _read_field(feature: Feature, field: str) -> Reader:
-    low, high = feature.bounds or (-_FLOAT32_MAX, _FLOAT32_MAX)
+    low, high = feature.bounds or (-FLOAT32_MAX, FLOAT32_MAX)
     fill = feature.fill
 
     def read(_time_s: float, fields: Fields) -> float:
-        value = float(fields.get(field, fill))
-        return low if value < low else min(value, high)
+        value: float = fields.get(field, fill)  # type: ignore[assignment]  # checked: a number
+        return value if low <= value <= high else min(max(value, low), high)
 
     return read
 
 
 def _read_window(feature: Feature, window: Window, table: Table) -> Reader:
-    low, high = feature.bounds or (-_FLOAT32_MAX, _FLOAT32_MAX)
+    """The reader that each prediction runs once a window: binary searches in place, no calls."""
+    low, high = feature.bounds or (-FLOAT32_MAX, FLOAT32_MAX)
     find, span_s, key_field = table.get, window.span_s, window.key
-    statistic, empty = _statistic(window.statistic, feature.fill)
+    counts, divides = window.statistic == "count", window.statistic == "mean"
+    empty = min(max(feature.fill if divides else 0.0, low), high)
 
     def read(time_s: float, fields: Fields) -> float:
-        series = find(fields.get(key_field) if key_field is not None else _WHOLE)  # type: ignore[arg-type]  # None is no key
+        series = find(_WHOLE if key_field is None else fields.get(key_field))  # type: ignore[arg-type]  # None is no key
         if series is None:
-            value = empty
+            return empty
+        times = series.times
+        end = len(times)
+        if end and times[-1] > time_s:
+            end = bisect_right(times, time_s)
+        start = bisect_right(times, time_s - span_s, 0, end)
+        if start == end:
+            return empty
+        if counts:
+            value: float = end - start
         else:
-            count, units = series.window(time_s, span_s)
-            value = statistic(count, units)
-        return low if value < low else min(value, high)
+            totals = series.totals
+            units = totals[end] - totals[start]
+            value = units / ((end - start) * SCALE if divides else SCALE)
+        return value if low <= value <= high else min(max(value, low), high)
 
     return read
-
-
-def _statistic(name: str, fill: float) -> tuple[Callable[[int, int], float], float]:
-    """The function of (count, units) and its value for an empty window."""
-    if name == "count":
-        return (lambda count, _units: float(count)), 0.0
-    if name == "sum":
-        return (lambda _count, units: units / SCALE), 0.0
-    assert name == "mean"
-    return (lambda count, units: units / (count * SCALE) if count else fill), fill
 
 
 def _series_of(table: Table) -> list[_SeriesState]:

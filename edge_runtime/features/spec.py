@@ -25,6 +25,7 @@ import msgspec
 from edge_runtime.errors import ConfigError
 
 SPEC_VERSION = 1
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 STATISTICS = ("count", "mean", "sum")
 _SPEC_KEYS = ("version", "features")
 
@@ -46,7 +47,7 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """One column: either a `field` of the event (with or without `vocabulary`) or a `window`.
 
     `vocabulary` maps a value to its index, counted from 1; anything else is 0. `fill` stands in
-    for an absent field and for the mean of an empty window. `bounds` clip, ends included.
+    for an absent field and for the mean of an empty window. `bounds` clip whatever comes out.
     """
 
     name: str
@@ -179,7 +180,7 @@ def _check_bounds(feature: Feature) -> None:
     if feature.bounds is None:
         return
     low, high = feature.bounds
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not -FLOAT32_MAX <= low < high <= FLOAT32_MAX:
         raise _bad("bad_value", feature.name, "bounds", f"[{low}, {high}] is not an interval")
 
 

@@ -61,15 +61,6 @@ class Series:
         del self.times[:count]
         del self.totals[:count]
 
-    def window(self, now_s: float, span_s: float) -> tuple[int, int]:
-        """Count and total, in units of 1 / SCALE, over (now_s - span_s, now_s]."""
-        times, totals = self.times, self.totals
-        end = len(times)
-        if end and times[-1] > now_s:
-            end = bisect_right(times, now_s)
-        start = bisect_right(times, now_s - span_s, 0, end)
-        return end - start, totals[end] - totals[start]
-
     def values(self) -> list[float]:
         """The values of the entries; exact, see `to_units`."""
         return [(after - before) / SCALE for before, after in pairwise(self.totals)]
