@@ -200,10 +200,10 @@ class EventLog:
             try:
                 segment.ensure_index(part, view)
                 yield from segment.records(view, after_seq)
-            except segment.DamagedError:
-                self._damaged.add(view.path)
             except FileNotFoundError:
                 continue  # trimmed since: the learner holds it
+            except (segment.DamagedError, OSError):
+                self._damaged.add(view.path)
 
     def trim(self, event_class: EventClass, epoch: int, seq: int) -> None:
         """Give back whole segments of `epoch` that hold nothing above `seq`.
