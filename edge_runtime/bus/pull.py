@@ -31,6 +31,7 @@ _EXPIRES_S = 30.0
 _HEARTBEAT_S = 1.0
 _SILENCE_S = 3.0  # three heartbeats
 _RETRY_S = 0.2
+_SETTLE_S = 1.0
 _ACK_WAIT_S = 30.0
 _ACK_PENDING_MAX = 10_000
 _NS = 1_000_000_000
@@ -72,6 +73,7 @@ class Pull:
         self._heard_s = 0.0
         self._inbox = ""
         self._ears: tuple[Link, Any] | None = None
+        self._last_ack = ""  # its subject, while the server may still be working it off
 
     async def open(self) -> None:
         """Start over at the acknowledgement floor. Raises: TransportError, CapacityError."""
@@ -98,11 +100,13 @@ class Pull:
         if self._ears is not None:
             (link, subscription), self._ears = self._ears, None
             await link.silence(subscription)
+            await self._settle(link)
 
     def interrupt(self) -> None:
         """The connection was lost or is back: drop what is buffered and start over."""
         self._buffer.clear()
         self._buffer_bytes = 0
+        self._last_ack = ""
         self._stale = True
         self._wake.set()
 
@@ -195,8 +199,22 @@ class Pull:
         """Fire and forget: an acknowledgement that gets lost makes the message come again."""
         try:
             await self._link().send(reply, b"+ACK")
+            self._last_ack = reply
         except TransportError:
             self._on_ack_lost()
+
+    async def _settle(self, link: Link) -> None:
+        """Wait until the server has worked off all acknowledgements: a reset would overtake them.
+
+        It works them off in order, and answers a repeated one.
+        """
+        last, self._last_ack = self._last_ack, ""
+        if not last:
+            return
+        try:
+            await (await link.ask(last, b"+ACK", None, _SETTLE_S)).answer()
+        except TransportError as error:
+            log.debug("acknowledgements of %s unsettled: %s", self._consumer, error.message)
 
 
 def _consumer_config(durable: str, subject: str) -> dict[str, Any]:
