@@ -1,0 +1,1 @@
+"""How applications reach a device's runtime: the Unix socket, its frames and its clients."""

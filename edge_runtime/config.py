@@ -1,0 +1,146 @@
+"""The device's configuration: one TOML file, read whole and checked before anything starts.
+
+Why: a typo must stop the start with the file, the key and the nearest valid key, never become a
+default that nobody chose.
+
+Invariants: an `EdgeConfig` is valid; its paths are absolute, those in the file being relative to
+the file's folder. Nothing here touches what the paths point at.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.wire.subjects import checked_name
+
+_SOCKET_BYTES_MAX = 107  # sun_path of Linux, without its closing zero
+_AT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<key>.*)`", re.DOTALL)
+
+
+class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The event log: how long a group may wait for its disk write, and how large the log may be."""
+
+    linger_ms: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
+    bytes_max_mb: Annotated[int, msgspec.Meta(ge=32)] = 1024
+
+
+class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `edge.toml` says. See the defaults here for what may be left out.
+
+    `nats` is the broker's URL; empty: the device answers from its shelf and sends nothing.
+    `root` is the trusted root of signed metadata, needed as soon as there is a broker. The agent
+    asks for updates when nudged, and every `poll_s` seconds.
+    """
+
+    device: str
+    families: Annotated[list[str], msgspec.Meta(min_length=1)]
+    state_dir: Path
+    socket: Path
+    nats: str = ""
+    root: Path | None = None
+    attributes: dict[str, str] = {}
+    log: LogConfig = LogConfig()
+    poll_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+
+    def serves(self, family: str) -> bool:
+        """Whether this device is configured to serve `family`."""
+        return family in self.families
+
+
+def load(path: Path) -> EdgeConfig:
+    """The configuration in the file at `path`. Raises: ConfigError naming file and key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "no_config", f"{path}: no such file", f"edge-runtime init --config {path}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("unreadable_config", f"{path}: {error}") from error
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> EdgeConfig:
+    """The configuration in `text`, as if it stood in the file at `path`. Raises: ConfigError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("bad_toml", f"{path}: {error}") from error
+    _check_keys(table, EdgeConfig, path, "")
+    try:
+        config = msgspec.convert(table, EdgeConfig, dec_hook=_path_hook)
+    except msgspec.ValidationError as error:
+        raise ConfigError("bad_value", f"{path}: {_explain(str(error))}") from error
+    return _checked(_resolved(config, path.absolute().parent), path)
+
+
+def _check_keys(table: dict[str, Any], struct: type, path: Path, prefix: str) -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in table.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"keys: {', '.join(fields)}"
+            raise ConfigError("unknown_key", f"{path}: {prefix}{key}: unknown key", hint)
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            if isinstance(value, dict):
+                _check_keys(value, inner, path, f"{prefix}{key}.")
+
+
+def _path_hook(wanted: type, value: Any) -> Any:
+    if wanted is Path or _is_optional_path(wanted):
+        if not isinstance(value, str) or not value:
+            raise ValueError("Expected a path, as a text that is not empty")
+        return Path(value)
+    raise NotImplementedError(wanted)
+
+
+def _is_optional_path(wanted: Any) -> bool:
+    return isinstance(wanted, types.UnionType) and Path in typing.get_args(wanted)
+
+
+def _explain(text: str) -> str:
+    match = _AT.fullmatch(text)
+    what, key = (match["what"], match["key"]) if match else (text, "")
+    what = what.replace("`", "")
+    return f"{key}: {what[0].lower()}{what[1:]}" if key else what
+
+
+def _resolved(config: EdgeConfig, folder: Path) -> EdgeConfig:
+    return msgspec.structs.replace(
+        config,
+        state_dir=folder / config.state_dir,
+        socket=folder / config.socket,
+        root=None if config.root is None else folder / config.root,
+    )
+
+
+def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
+    try:
+        checked_name(config.device, "device")
+        for family in config.families:
+            checked_name(family, "families:")
+    except ConfigError as error:
+        raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
+    if len(str(config.socket).encode()) > _SOCKET_BYTES_MAX:
+        raise ConfigError(
+            "socket_too_long",
+            f"{path}: socket: {config.socket} is longer than {_SOCKET_BYTES_MAX} bytes",
+            "put the socket into a folder with a shorter name, such as /run/headwater",
+        )
+    if config.nats and config.root is None:
+        raise ConfigError(
+            "no_root",
+            f"{path}: root: missing; with a broker, releases are checked against a trusted root",
+            'add root = "root.json", the file 1.root.json that the publisher gave you',
+        )
+    return config

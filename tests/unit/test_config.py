@@ -1,0 +1,116 @@
+"""The configuration: what is read, and how each mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import config
+from edge_runtime.errors import ConfigError
+
+GOOD = """
+device = "EWR"
+families = ["flight_delay"]
+state_dir = "state"
+socket = "edge.sock"
+"""
+
+
+def parse(text: str, folder: Path = Path("/etc/edge")) -> config.EdgeConfig:
+    return config.parse(text, folder / "edge.toml")
+
+
+def test_relative_paths_stand_beside_the_file() -> None:
+    found = parse(GOOD)
+    assert found.state_dir == Path("/etc/edge/state")
+    assert found.socket == Path("/etc/edge/edge.sock")
+
+
+def test_absolute_paths_are_kept() -> None:
+    found = parse(GOOD.replace('"state"', '"/var/lib/edge"'))
+    assert found.state_dir == Path("/var/lib/edge")
+
+
+def test_without_a_broker_no_root_is_needed() -> None:
+    found = parse(GOOD)
+    assert (found.nats, found.root) == ("", None)
+
+
+def test_all_keys_are_read() -> None:
+    found = parse(
+        GOOD
+        + 'nats = "nats://127.0.0.1:4222"\nroot = "root.json"\npoll_s = 5\n'
+        + '[attributes]\nairport = "EWR"\n[log]\nlinger_ms = 2\nbytes_max_mb = 64\n'
+    )
+    assert found.attributes == {"airport": "EWR"}
+    assert found.log == config.LogConfig(linger_ms=2, bytes_max_mb=64)
+    assert found.root == Path("/etc/edge/root.json")
+    assert found.poll_s == 5.0
+
+
+def test_the_same_text_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "edge.toml").write_text(GOOD)
+    assert config.load(tmp_path / "edge.toml") == parse(GOOD, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "names", "hint"),
+    [
+        ("sokcet = 'x'", "unknown_key", "sokcet", "did you mean socket?"),
+        ("[log]\nlinger = 1", "unknown_key", "log.linger", "did you mean log.linger_ms?"),
+        ("poll_s = 'often'", "bad_value", "poll_s: expected", ""),
+        ("poll_s = 0", "bad_value", "poll_s: expected", ""),
+        ("[log]\nlinger_ms = 5.5", "bad_value", "log.linger_ms: expected int", ""),
+        ("[log]\nbytes_max_mb = 1", "bad_value", "log.bytes_max_mb: expected int", ""),
+        ("[attributes]\nairport = 3", "bad_value", "attributes", ""),
+        ("root = ''", "bad_value", "root: expected a path", ""),
+        ("nats = 'nats://x'", "no_root", "root: missing", "1.root.json"),
+        ("device = 'a'", "bad_toml", "Cannot overwrite", ""),
+        ("poll_s = ", "bad_toml", "edge.toml", ""),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_key(extra: str, code: str, names: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD + extra)
+    assert caught.value.code == code
+    assert "/etc/edge/edge.toml" in caught.value.message
+    assert names in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("key", ["device", "families", "state_dir", "socket"])
+def test_a_missing_key_is_named(key: str) -> None:
+    text = "\n".join(line for line in GOOD.splitlines() if not line.startswith(key))
+    with pytest.raises(ConfigError, match=f"missing required field {key}"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        ('"EWR"', '"E.WR"', "bad_name"),
+        ('"EWR"', '""', "bad_name"),
+        ('["flight_delay"]', '["flight delay"]', "bad_name"),
+        ('["flight_delay"]', "[]", "bad_value"),
+        ('"edge.sock"', f'"{"x" * 100}"', "socket_too_long"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(old: str, new: str, code: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD.replace(old, new))
+    assert caught.value.code == code
+
+
+def test_a_missing_file_hints_at_init(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path / "edge.toml")
+    assert caught.value.code == "no_config"
+    assert "edge-runtime init" in caught.value.hint
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "edge.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path / "edge.toml")
+    assert caught.value.code == "unreadable_config"
