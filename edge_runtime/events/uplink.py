@@ -30,6 +30,7 @@ import msgspec
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
+from edge_runtime.events.lane import Lane
 from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, Envelope, EventClass, Watermark
@@ -43,47 +44,6 @@ _WINDOW = 8
 _DEADLINE_S = 5.0
 _POLL_S = 1.0
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
-_PATIENCE_S, _PATIENCE_MAX_S = 5.0, 300.0
-
-
-class _Lane:
-    """One class on its way: by epoch, what was sent, acknowledged by the broker, and learned."""
-
-    def __init__(self, event_class: EventClass) -> None:
-        self.event_class = event_class
-        self.learned: dict[int, int] = {}
-        self.sent: dict[int, int] = {}
-        self.stored: dict[int, int] = {}
-        self.under_way = 0
-        self.progress_s = 0.0
-        self.patience_s = _PATIENCE_S
-
-    def start_over(self, now_s: float) -> None:
-        """Go on from what the learner holds."""
-        self.sent, self.stored = dict(self.learned), {}
-        self.under_way = 0
-        self.progress_s = now_s
-
-    def waits_for_learner(self) -> bool:
-        return any(seq > self.learned.get(epoch, 0) for epoch, seq in self.stored.items())
-
-    def acknowledged(self, epoch: int, seq: int, now_s: float) -> None:
-        """The broker stored all up to `seq`."""
-        if not self.waits_for_learner():
-            self.progress_s = now_s
-        self.stored[epoch] = max(seq, self.stored.get(epoch, 0))
-
-    def learn(self, marks: dict[int, int], now_s: float) -> bool:
-        """Take in the learner's marks; False when what was sent has to be sent again."""
-        before, self.learned = self.learned, self.learned | marks
-        if any(seq < before.get(epoch, 0) for epoch, seq in marks.items()):
-            return False  # it was put back to an older state
-        if self.learned == before and self.waits_for_learner():
-            return now_s - self.progress_s < self.patience_s
-        self.progress_s, self.patience_s = now_s, _PATIENCE_S
-        for epoch, seq in marks.items():
-            self.sent[epoch] = max(seq, self.sent.get(epoch, 0))
-        return True
 
 
 class Uplink:
@@ -104,7 +64,7 @@ class Uplink:
     ) -> None:
         self._log, self._bus, self._device, self._clock = log, bus, device, clock
         self._trim_floor = trim_floor
-        self._lanes = {name: _Lane(name) for name in CLASSES}
+        self._lanes = {name: Lane(name) for name in CLASSES}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="uplink-disk")
@@ -134,7 +94,9 @@ class Uplink:
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start; `unlearned` counts durable records the learner lacks."""
-        numbers = {name: self._counters[name] for name in ("envelopes", "records", "missing")}
+        numbers = {
+            name: self._counters[name] for name in ("envelopes", "records", "missing", "rewinds")
+        }
         numbers |= {name: count for name, count in self._counters.items() if name not in numbers}
         numbers["attempts"] = self._attempt
         numbers["under_way"] = self._under_way()
@@ -208,7 +170,7 @@ class Uplink:
     def _under_way(self) -> int:
         return sum(lane.under_way for lane in self._lanes.values())
 
-    def _behind(self, lane: _Lane) -> tuple[int, int, int] | None:
+    def _behind(self, lane: Lane) -> tuple[int, int, int] | None:
         """(epoch, last sent, last durable) of the first epoch that has more to send."""
         for epoch, _, last_seq in self._log.epochs(lane.event_class):
             after_seq = lane.sent.get(epoch, 0)
@@ -216,9 +178,7 @@ class Uplink:
                 return epoch, after_seq, last_seq
         return None
 
-    async def _read(
-        self, lane: _Lane, epoch: int, after_seq: int, last_seq: int
-    ) -> Envelope | None:
+    async def _read(self, lane: Lane, epoch: int, after_seq: int, last_seq: int) -> Envelope | None:
         bound = ENVELOPE_BYTES - _OVERHEAD_BYTES
         found = await asyncio.get_running_loop().run_in_executor(
             self._disk, self._log.read, lane.event_class, epoch, after_seq, bound, _RECORDS_MAX
@@ -282,9 +242,7 @@ class Uplink:
         for lane in self._lanes.values():
             marks = {m.epoch: m.seq for m in watermark.marks if m.event_class == lane.event_class}
             if not lane.learn(marks, now_s):
-                # The learner speaks, and stands still before what the broker has long stored.
-                self._counters["stalls"] += 1
-                lane.patience_s = min(_PATIENCE_MAX_S, 2 * lane.patience_s)
+                self._counters["rewinds"] += 1
                 self._start_over = True
         self._work.set()
 

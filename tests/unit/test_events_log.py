@@ -1,0 +1,388 @@
+"""The event log keeps what it called durable, numbers it once, and stays within its bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.errors import CapacityError, ConfigError, RequestError
+from edge_runtime.events import segment
+from edge_runtime.events.log import RECORD_BYTES_MAX, EventLog
+from edge_runtime.events.segment import SUFFIX
+from edge_runtime.events.stream import PENDING_BYTES_MAX
+
+ALL = 1 << 30
+
+
+class Disk:
+    """A `sync` that can be told to fail, or to hang until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.calls = 0
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self, fd: int) -> None:
+        self.open.wait()
+        self.calls += 1
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "no")
+        os.fdatasync(fd)
+
+
+def opened(directory: Path, **settings: object) -> EventLog:
+    defaults = {"device": "EWR", "linger_ms": 0.0}
+    return EventLog(directory, **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def wait_durable(log: EventLog, event_class: str, seq: int) -> None:
+    asyncio.run(asyncio.wait_for(log.wait_durable(event_class, seq), 5))  # type: ignore[arg-type]
+
+
+def append_durably(log: EventLog, records: list[bytes], event_class: str = "event") -> None:
+    for record in records:
+        seq = log.append(event_class, record)  # type: ignore[arg-type]
+    wait_durable(log, event_class, seq)
+
+
+def numbered(first: int, last: int) -> list[bytes]:
+    return [b"record %d" % seq for seq in range(first, last + 1)]
+
+
+def segments(directory: Path, event_class: str = "event") -> list[Path]:
+    return sorted(directory.glob(f"{event_class}-*{SUFFIX}"))
+
+
+def everything(log: EventLog, event_class: str = "event") -> list[tuple[int, int, bytes]]:
+    return list(log.tail(event_class, 0, 0))  # type: ignore[arg-type]
+
+
+def test_sequence_numbers_count_from_one_in_each_class_and_epoch(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        assert [log.append("event", b"a"), log.append("event", b"b")] == [1, 2]
+        assert log.append("label", b"c") == 1
+    with opened(tmp_path) as log:
+        assert log.epoch == 2
+        assert log.append("event", b"d") == 1
+
+
+def test_read_returns_records_in_order_within_the_bounds(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, numbered(1, 10))
+        assert log.read("event", 1, 0, ALL, 3) == list(enumerate(numbered(1, 3), 1))
+        assert log.read("event", 1, 4, len(b"record 5record 6"), 99) == [
+            (5, b"record 5"),
+            (6, b"record 6"),
+        ]
+        assert log.read("event", 1, 8, 1, 99) == [(9, b"record 9")]
+        assert log.read("event", 1, 10, ALL, 99) == []
+        assert log.read("label", 1, 0, ALL, 99) == []
+
+
+def test_empty_and_large_records_come_back_as_they_were(tmp_path: Path) -> None:
+    records = [b"", os.urandom(RECORD_BYTES_MAX), b"", b"x" * 70_000, b"y"]
+    with opened(tmp_path) as log:
+        append_durably(log, records)
+    with opened(tmp_path) as log:
+        assert [data for _, _, data in everything(log)] == records
+
+
+def test_records_stay_readable_across_segments_and_epochs(tmp_path: Path) -> None:
+    expected = []
+    for epoch in (1, 2, 3):
+        with opened(tmp_path, segment_bytes=200) as log:
+            for start in range(1, 40, 10):
+                append_durably(log, numbered(start, start + 9))
+            assert log.read("event", epoch, 17, ALL, 2) == list(enumerate(numbered(18, 19), 18))
+            expected += [(epoch, seq, b"record %d" % seq) for seq in range(1, 41)]
+            assert everything(log) == expected
+    assert len(segments(tmp_path)) >= 6
+    with opened(tmp_path) as log:
+        assert log.epochs("event") == [(1, 1, 40), (2, 1, 40), (3, 1, 40)]
+        assert log.ends("event") == [(1, 40), (2, 40), (3, 40)]
+        assert log.ends("label") == [(1, 0), (2, 0), (3, 0)]
+        assert list(log.tail("event", 2, 39)) == [e for e in expected if (e[0], e[1]) > (2, 39)]
+
+
+def test_a_large_segment_of_an_earlier_run_is_read_from_the_middle(tmp_path: Path) -> None:
+    with opened(tmp_path, segment_bytes=1 << 20) as log:
+        for start in range(0, 2000, 50):
+            append_durably(log, [b"%06d" % seq * 100 for seq in range(start + 1, start + 51)])
+    with opened(tmp_path) as log:
+        for after in (0, 1, 777, 1500, 1998):
+            assert log.read("event", 1, after, ALL, 2) == [
+                (seq, b"%06d" % seq * 100) for seq in range(after + 1, min(after + 3, 2001))
+            ]
+
+
+def test_a_commit_is_announced_after_it_is_durable(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    announced = threading.Event()
+    with opened(tmp_path) as log:
+        log.on_commit = lambda: (seen.append(log.durable("event")), announced.set())[0]
+        log.append("event", b"a")
+        assert announced.wait(5)
+    assert seen[0] == (1, 1)
+
+
+def test_one_sync_serves_all_that_came_within_the_linger(tmp_path: Path) -> None:
+    disk = Disk()
+    with opened(tmp_path, sync=disk, linger_ms=50.0) as log:
+        append_durably(log, numbered(1, 1000))
+        assert disk.calls == 1
+
+
+def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(tmp_path: Path) -> None:
+    disk = Disk()
+    with opened(tmp_path, sync=disk) as log:
+        append_durably(log, [b"record 1"])
+        disk.failures = 1
+        disk.open.clear()
+        log.append("event", b"record 2")
+        assert log.durable("event") == (1, 1)
+        disk.open.set()
+        wait_durable(log, "event", 2)
+        assert log.statistics()["sync_errors"] == 1
+        assert everything(log) == [(1, 1, b"record 1"), (1, 2, b"record 2")]
+    assert len(segments(tmp_path)) == 2
+    with opened(tmp_path) as log:
+        assert everything(log) == [(1, 1, b"record 1"), (1, 2, b"record 2")]
+
+
+def test_a_disk_that_keeps_failing_is_visible_and_nothing_becomes_durable(tmp_path: Path) -> None:
+    disk = Disk()
+    log = opened(tmp_path, sync=disk)
+    disk.failures = 1_000_000
+    log.append("event", b"a")
+    log.append("label", b"b")
+    with pytest.raises(CapacityError) as refused:
+        log.close()
+    assert refused.value.code == "log_not_durable"
+    numbers = log.statistics()
+    assert (numbers["failing"], numbers["pending"]) == (1, 2)
+    assert numbers["sync_errors"] > 0
+    assert log.durable("event") == log.durable("label") == (1, 0)
+
+
+def test_a_hanging_disk_bounds_memory_and_not_the_caller(tmp_path: Path) -> None:
+    disk = Disk()
+    with opened(tmp_path, sync=disk) as log:
+        disk.open.clear()
+        for _ in range(PENDING_BYTES_MAX // RECORD_BYTES_MAX - 1):
+            log.append("event", bytes(RECORD_BYTES_MAX))
+        with pytest.raises(CapacityError) as refused:
+            log.append("event", bytes(RECORD_BYTES_MAX))
+        assert refused.value.code == "log_stalled"
+        assert log.statistics()["pending_bytes"] <= PENDING_BYTES_MAX
+        assert log.append("label", b"still taken") == 1
+        disk.open.set()
+
+
+def test_a_full_log_refuses_events_keeps_room_for_labels_and_recovers(tmp_path: Path) -> None:
+    with opened(tmp_path, bytes_max=8000, segment_bytes=1000) as log:
+        for _ in range(70):
+            append_durably(log, [bytes(96)])
+        with pytest.raises(CapacityError) as refused:
+            log.append("event", bytes(96))
+        assert refused.value.code == "log_full"
+        assert log.append("label", b"a label") == 1
+        log.trim("event", 1, 35)
+        assert log.append("event", bytes(96)) == 71
+
+
+def test_the_bound_counts_what_earlier_epochs_left(tmp_path: Path) -> None:
+    with opened(tmp_path, bytes_max=8000) as log:
+        append_durably(log, [bytes(96)] * 69)
+    with opened(tmp_path, bytes_max=8000) as log:
+        log.append("event", bytes(96))
+        with pytest.raises(CapacityError) as refused:
+            log.append("event", bytes(96))
+    assert refused.value.code == "log_full"
+
+
+def test_trim_gives_back_whole_segments_and_never_the_newest(tmp_path: Path) -> None:
+    with opened(tmp_path, segment_bytes=100) as log:
+        for start in range(1, 31, 10):
+            append_durably(log, numbered(start, start + 9))
+        assert len(segments(tmp_path)) == 3
+        log.trim("event", 1, 19)
+        assert log.epochs("event") == [(1, 11, 30)]
+        log.trim("label", 1, 30)
+        log.trim("event", 2, 30)
+        assert log.epochs("event") == [(1, 11, 30)]
+        log.trim("event", 1, 30)
+        assert log.epochs("event") == [(1, 21, 30)]
+        assert len(segments(tmp_path)) == 1
+    with opened(tmp_path) as log:
+        log.trim("event", 1, 30)
+        assert segments(tmp_path) == []
+    with opened(tmp_path) as log:
+        assert log.ends("event") == [(1, 30), (2, 0)]
+
+
+def test_a_record_above_the_bound_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        with pytest.raises(RequestError) as refused:
+            log.append("event", bytes(RECORD_BYTES_MAX + 1))
+        assert refused.value.code == "too_large"
+        assert log.append("event", b"next") == 1
+
+
+def test_a_second_owner_and_another_device_are_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, [b"a"])
+        with pytest.raises(ConfigError) as refused:
+            opened(tmp_path)
+        assert refused.value.code == "already_owned"
+    with pytest.raises(ConfigError) as refused:
+        opened(tmp_path, device="JFK")
+    assert refused.value.code == "other_device"
+    with opened(tmp_path) as log:
+        assert log.epoch == 2
+
+
+def test_a_damaged_epoch_file_is_refused_because_ids_could_repeat(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    path = tmp_path / "epoch"
+    path.write_bytes(path.read_bytes().replace(b'"epoch":1', b'"epoch":0'))
+    with pytest.raises(ConfigError) as refused:
+        opened(tmp_path)
+    assert refused.value.code == "log_unusable"
+
+
+def test_a_closed_log_refuses_and_tells_who_waits(tmp_path: Path) -> None:
+    disk = Disk()
+    log = opened(tmp_path, sync=disk)
+
+    async def close_under_a_waiter() -> None:
+        disk.failures = 1_000_000
+        waiter = asyncio.ensure_future(log.wait_durable("event", log.append("event", b"a")))
+        await asyncio.sleep(0)
+        with pytest.raises(CapacityError, match="log_not_durable"):
+            await asyncio.to_thread(log.close)
+        with pytest.raises(CapacityError, match="log_closed"):
+            await waiter
+
+    asyncio.run(close_under_a_waiter())
+    with pytest.raises(CapacityError) as refused:
+        log.append("event", b"b")
+    assert refused.value.code == "log_closed"
+    log.close()
+
+
+def cut_middle_of_last_frame(data: bytes) -> bytes:
+    return data[:-5]
+
+
+def cut_inside_frame_header(data: bytes) -> bytes:
+    return data[: data.rindex(b"HWFR") + 9]
+
+
+def flip_bit_of_last_frame(data: bytes) -> bytes:
+    return data[:-3] + bytes([data[-3] ^ 4]) + data[-2:]
+
+
+def zeros_over_last_frame(data: bytes) -> bytes:
+    at = data.rindex(b"HWFR")
+    return data[:at] + bytes(len(data) - at)
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [
+        cut_middle_of_last_frame,
+        cut_inside_frame_header,
+        flip_bit_of_last_frame,
+        zeros_over_last_frame,
+    ],
+)
+def test_a_torn_last_frame_is_cut_and_the_rest_kept(
+    tmp_path: Path, tear: Callable[[bytes], bytes]
+) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, numbered(1, 5))
+        append_durably(log, numbered(6, 9))
+    path = segments(tmp_path)[0]
+    path.write_bytes(tear(path.read_bytes()))
+    with opened(tmp_path) as log:
+        assert log.epochs("event") == [(1, 1, 5)]
+        assert log.ends("event") == [(1, 5)]
+        assert log.statistics()["cut_bytes"] > 0
+        append_durably(log, [b"next"])
+        assert everything(log)[-2:] == [(1, 5, b"record 5"), (2, 1, b"next")]
+    with opened(tmp_path) as log:
+        assert log.statistics()["cut_bytes"] == 0
+
+
+@pytest.mark.parametrize("garbage", [b"\0", b"HWFR", b"HWFR" + bytes(4096), os.urandom(5000)])
+def test_garbage_at_the_tail_is_cut(tmp_path: Path, garbage: bytes) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, numbered(1, 5))
+    with segments(tmp_path)[0].open("ab") as file:
+        file.write(garbage)
+    with opened(tmp_path) as log:
+        assert log.statistics()["cut_bytes"] == len(garbage)
+        assert [seq for _, seq, _ in everything(log)] == [1, 2, 3, 4, 5]
+
+
+def test_a_copy_of_an_older_frame_at_the_tail_is_not_taken_for_new(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, numbered(1, 5))
+    path = segments(tmp_path)[0]
+    data = path.read_bytes()
+    path.write_bytes(data + data[data.index(b"HWFR") :])
+    with opened(tmp_path) as log:
+        assert log.epochs("event") == [(1, 1, 5)]
+
+
+def test_a_segment_torn_before_its_first_frame_is_removed(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, numbered(1, 5))
+    following = segment.new(tmp_path, "EWR", "event", 1, 6)
+    header = segment.encode_header(following)
+    for torn in (b"", header[:40], header, header + b"HWFR"):
+        following.path.write_bytes(torn)
+        with opened(tmp_path) as log:
+            assert [seq for _, seq, _ in everything(log)] == [1, 2, 3, 4, 5]
+    assert len(segments(tmp_path)) == 1
+
+
+def test_damage_inside_an_old_segment_costs_what_follows_there_and_is_counted(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path, segment_bytes=100) as log:
+        for start in range(1, 31, 10):
+            append_durably(log, numbered(start, start + 9))
+    path = segments(tmp_path)[1]
+    path.write_bytes(path.read_bytes()[:-3] + b"???")
+    with opened(tmp_path) as log:
+        assert [seq for _, seq, _ in everything(log)] == [*range(1, 11), *range(21, 31)]
+        assert log.statistics()["damaged_segments"] == 1
+
+
+def test_a_segment_of_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, [b"a"])
+    path = segments(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[4:6] = (2).to_bytes(2, "little")
+    data[88:92] = crc32(data[:88])
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as refused:
+        opened(tmp_path)
+    assert refused.value.code == "log_version"
+    assert path.read_bytes() == data
+
+
+def crc32(data: bytes) -> bytes:
+    import zlib
+
+    return zlib.crc32(data).to_bytes(4, "little")
