@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from cloud_learner.release.metadata import ReleaseFile, blob_messages, metadata_message
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
@@ -82,17 +82,15 @@ class Repository:
     def commit(self, state: State, release: ReleaseFile | None, live: set[str]) -> Messages:
         """Make `state` durable; give what the broker lacks of it, the timestamp excepted.
 
-        `live` holds the hashes of the packages that stay. Raises: OSError, the state as it was.
+        `live` holds the hashes of the packages that stay.
+        Raises: CapacityError (state_unwritable), with the state as it was or as it shall be.
         """
-        blobs = self._directory / "blobs"
-        if release is not None and not (blobs / release.sha256).exists():
-            write_atomic(blobs / release.sha256, release.data)
-        write_atomic(self._directory / "online.json", msgspec.json.encode(state))
-        self.state = state
-        for path in blobs.glob("[0-9a-f]*"):
-            if path.name not in live:
-                path.unlink()
-        return self._lacking(blobs, live)
+        try:
+            return self._commit(self._directory / "blobs", state, release, live)
+        except OSError as error:
+            raise CapacityError(
+                "state_unwritable", f"{self._directory} fails: {error}; nothing is published"
+            ) from error
 
     def mark_sent(self, messages: Iterable[tuple[str, bytes]]) -> None:
         """Remember that the broker stored these."""
@@ -103,6 +101,18 @@ class Repository:
     def forget_sent(self) -> None:
         """Assume nothing of what the broker holds."""
         self._sent.clear()
+
+    def _commit(
+        self, blobs: Path, state: State, release: ReleaseFile | None, live: set[str]
+    ) -> Messages:
+        if release is not None and not (blobs / release.sha256).exists():
+            write_atomic(blobs / release.sha256, release.data)
+        write_atomic(self._directory / "online.json", msgspec.json.encode(state))
+        self.state = state
+        for path in blobs.glob("[0-9a-f]*"):
+            if path.name not in live:
+                path.unlink()
+        return self._lacking(blobs, live)
 
     def _lacking(self, blobs: Path, live: set[str]) -> Messages:
         files = list(self._static)

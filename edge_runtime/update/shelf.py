@@ -11,10 +11,10 @@ Knows nothing about signatures: the caller has verified the hash that it asks fo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -42,10 +42,10 @@ class Shelf:
     def path_of(self, sha256: str) -> Path | None:
         """The package with this content, hashed at its first use; None when absent or damaged."""
         path = self._path(sha256)
-        if sha256 in self._proven:
-            return path
         if not path.exists():
             return None
+        if sha256 in self._proven:
+            return path
         if _hash_of(path) != sha256:
             path.unlink()
             self._counts["corrupt"] += 1
@@ -62,36 +62,27 @@ class Shelf:
         stored = self.path_of(sha256)
         if stored is not None:
             return stored
-        staged = self._packages / f".{sha256}.part"
-        try:
-            self._stage(staged, sha256, chunks)
-            os.replace(staged, self._path(sha256))
-            fsync_directory(self._packages)
-        except OSError as error:
-            raise CapacityError(
-                "shelf_unwritable",
-                f"package {sha256[:12]} cannot be stored: {error}; the shelf is unchanged",
-                "free disk space under the state directory",
-            ) from error
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                staged.unlink()
+        with _ours(f"package {sha256[:12]}"):
+            self._write(self._packages / f".{sha256}.part", sha256, chunks)
         self._proven.add(sha256)
         self._counts["put"] += 1
         return self._path(sha256)
 
     def prune(self, keep: set[str]) -> int:
-        """Remove all packages but those in `keep`, and say how many went."""
-        gone = [path for path in self._packages.glob("*.onnx") if path.stem not in keep]
-        for path in gone:
-            path.unlink()
-            self._proven.discard(path.stem)
-        self._counts["pruned"] += len(gone)
-        return len(gone)
+        """Remove all packages but those in `keep`, and say how many went.
+
+        Raises: CapacityError (shelf_unwritable).
+        """
+        with _ours("the shelf"):
+            return self._prune(keep)
 
     def save_current(self, plan: Plan) -> None:
-        """Remember durably that the arms of `plan` run now, in place of its family's last one."""
-        write_atomic(self._current(plan.family), encode_plan(plan))
+        """Remember durably that the arms of `plan` run now, in place of its family's last one.
+
+        Raises: CapacityError (shelf_unwritable), with the last one kept.
+        """
+        with _ours(f"the current plan of {plan.family}"):
+            write_atomic(self._current(plan.family), encode_plan(plan))
 
     def load_current(self, family: str) -> Plan | None:
         """The plan that ran last; None before the first. Raises: TrustError (bad_plan)."""
@@ -102,9 +93,15 @@ class Shelf:
         return decode_plan(data)
 
     def quarantine(self, sha256: str, reason: str) -> None:
-        """Never use this package again on this device, for `reason` (an error code)."""
+        """Never use this package again on this device, for `reason` (an error code).
+
+        Raises: CapacityError (shelf_unwritable); it then holds until the next restart.
+        """
         self._quarantined[sha256] = reason
-        write_atomic(self._directory / "quarantine.json", msgspec.json.encode(self._quarantined))
+        with _ours("the quarantine"):
+            write_atomic(
+                self._directory / "quarantine.json", msgspec.json.encode(self._quarantined)
+            )
 
     def quarantined(self) -> dict[str, str]:
         """The packages that are not used again, with the reason."""
@@ -114,24 +111,27 @@ class Shelf:
         """Counts since the shelf was opened."""
         return self._counts | {"quarantined": len(self._quarantined)}
 
+    def _prune(self, keep: set[str]) -> int:
+        gone = [path for path in self._packages.glob("*.onnx") if path.stem not in keep]
+        for path in gone:
+            path.unlink()
+            self._proven.discard(path.stem)
+        self._counts["pruned"] += len(gone)
+        return len(gone)
+
     def _path(self, sha256: str) -> Path:
         return self._packages / f"{sha256}.onnx"
 
     def _current(self, family: str) -> Path:
         return self._directory / "current" / f"{family}.json"
 
-    def _stage(self, staged: Path, sha256: str, chunks: Iterable[bytes]) -> None:
-        digest = hashlib.sha256()
-        with staged.open("wb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                file.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise TrustError(
-                    "hash_mismatch", f"package {sha256[:12]} arrived with other content; dropped"
-                )
-            file.flush()
-            os.fsync(file.fileno())
+    def _write(self, staged: Path, sha256: str, chunks: Iterable[bytes]) -> None:
+        try:
+            _stage(staged, sha256, chunks)
+            os.replace(staged, self._path(sha256))
+            fsync_directory(self._packages)
+        finally:
+            staged.unlink(missing_ok=True)
 
     def _load_quarantine(self) -> dict[str, str]:
         path = self._directory / "quarantine.json"
@@ -145,6 +145,32 @@ class Shelf:
                 f"{path} cannot be read: {error}",
                 f"rm {path} (releases that failed here may be tried again)",
             ) from error
+
+
+def _stage(staged: Path, sha256: str, chunks: Iterable[bytes]) -> None:
+    digest = hashlib.sha256()
+    with staged.open("wb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        if digest.hexdigest() != sha256:
+            raise TrustError(
+                "hash_mismatch", f"package {sha256[:12]} arrived with other content; dropped"
+            )
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _ours(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CapacityError(
+            "shelf_unwritable",
+            f"{what} cannot be stored: {error}; what runs is unchanged",
+            "free disk space under the state directory",
+        ) from error
 
 
 def _hash_of(path: Path) -> str:
