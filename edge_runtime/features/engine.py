@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 import numpy as np
@@ -60,13 +60,13 @@ class Engine:
     """Windows of one spec and the readers that turn them and an event into a vector.
 
     Entries are kept for the longest span of their table and `lateness_s` more, so that a question
-    asked up to `lateness_s` behind the newest event is answered exactly.
+    asked up to `lateness_s` behind the newest event is answered exactly. `tables` are the windows.
     """
 
     def __init__(self, spec: Spec, *, lateness_s: float = 0.0) -> None:
         self.spec = spec
-        self._lateness_s = lateness_s
-        self._tables: dict[TableId, Table] = {}
+        self.lateness_s = lateness_s
+        self.tables: dict[TableId, Table] = {}
         self._compile(self._empty_tables())
 
     def observe(self, kind: str, time_s: float, fields: Fields) -> None:
@@ -87,7 +87,7 @@ class Engine:
 
     def snapshot(self) -> bytes:
         """All state, with a checksum."""
-        tables = [_TableState(name, _series_of(table)) for name, table in self._tables.items()]
+        tables = [_TableState(name, _series_of(table)) for name, table in self.tables.items()]
         body = msgspec.msgpack.encode(_Snapshot(SNAPSHOT_VERSION, self.spec.hash, tables))
         return _MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
@@ -109,18 +109,20 @@ class Engine:
             _fill(tables[state.table], state)
         self._compile(tables)
 
-    def inherit(self, other: Engine) -> None:
-        """Take over, when new, what `other` observed for windows of the same kind, key and value.
+    def inherit(self, others: Collection[Engine]) -> None:
+        """Take over, when new, what engines of other specs have observed for the same windows.
 
-        A window longer than `other` kept is short of its oldest entries until its span has passed.
+        A window longer than they kept is short of its oldest entries until its span has passed.
         """
-        for name in self._tables.keys() & other._tables.keys():
-            for key, series in other._tables[name].items():
-                self._tables[name].load(key, series.times, series.values())
+        for name, table in self.tables.items():
+            known = [other.tables[name] for other in others if name in other.tables]
+            longest = max(known, key=lambda each: each.retention_s, default=None)
+            for key, series in longest.items() if longest is not None else ():
+                table.load(key, series.times, series.values())
 
     def statistics(self) -> dict[str, int]:
         """What is held, and what the bounds have pushed out."""
-        tables = self._tables.values()
+        tables = self.tables.values()
         return {
             "tables": len(tables),
             "keys": sum(table.keys for table in tables),
@@ -136,11 +138,11 @@ class Engine:
                 name = _table_id(feature.window)
                 spans[name] = max(spans.get(name, 0.0), feature.window.span_s)
         return {
-            name: Table(span_s + self._lateness_s + _ROUNDING_S) for name, span_s in spans.items()
+            name: Table(span_s + self.lateness_s + _ROUNDING_S) for name, span_s in spans.items()
         }
 
     def _compile(self, tables: dict[TableId, Table]) -> None:
-        self._tables = tables
+        self.tables = tables
         self._feeds: dict[str, list[tuple[Table, str, str]]] = {}
         for (over, key, value), table in tables.items():
             self._feeds.setdefault(over, []).append((table, key, value))

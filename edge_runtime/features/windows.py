@@ -75,7 +75,7 @@ class Table:
         assert retention_s > 0
         assert keys_max > 0
         assert entries_max > 0
-        self._retention_s = retention_s
+        self.retention_s = retention_s
         self._keys_max = keys_max
         self._entries_max = entries_max
         self._series: dict[Key, Series] = {}
@@ -89,11 +89,11 @@ class Table:
         series = self._series.pop(key, None) or Series()
         self._series[key] = series  # the most recently observed key stands last
         times = series.times
-        if times and time_s <= times[-1] - self._retention_s:
+        if times and time_s <= times[-1] - self.retention_s:
             return
         series.insert(time_s, units)
         self._entries += 1
-        horizon_s = times[-1] - self._retention_s
+        horizon_s = times[-1] - self.retention_s
         if times[0] <= horizon_s:
             self._entries -= series.drop_until(horizon_s)
         if self._entries > self._entries_max or len(self._series) > self._keys_max:

@@ -1,0 +1,292 @@
+"""The package: what a device must know of a model, carried in the metadata of its ONNX file.
+
+Why: one file, one hash, one signature; nothing that belongs to a model can be left behind.
+
+Invariants: `read_package(metadata_of(...))` gives back what was written; a package that was read is
+whole and agrees with itself: every field that a feature needs is one that the interface declares.
+
+Knows nothing about ONNX: it maps text to text. Implements proto/package.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from math import isfinite, prod
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import ConfigError, PackageError, RequestError
+from edge_runtime.features.spec import Spec, Window
+
+PACKAGE_VERSION = 1
+TEXT_MAX = 1024
+_PREFIX = "headwater."
+_INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
+
+Matrix = npt.NDArray[np.float32]
+FieldType = Literal["str", "int", "float"]
+T = TypeVar("T")
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """A kind of event: the fields that it must have, and whether it asks for a prediction."""
+
+    predicts: bool
+    fields: dict[str, FieldType]
+
+
+class Interface(msgspec.Struct, frozen=True):
+    """What an application may say to a family, and what it is told.
+
+    `clock` is what `skew_s_max` is measured against: the newest event, or the machine's time.
+    `output` names the value that the model answers with.
+    """
+
+    family: str
+    kinds: dict[str, Kind]
+    clock: Literal["event", "wall"]
+    skew_s_max: float
+    lateness_s_max: float
+    output: str
+    version: int = PACKAGE_VERSION
+
+    def check(self, kind: str, time_s: float, fields: Mapping[str, object]) -> None:
+        """Refuse an event that is not of this interface; an int will do for a float.
+
+        Raises: RequestError (unknown_kind, unknown_field, missing_field, wrong_type, not_finite,
+        out_of_range), naming the field.
+        """
+        declared = self.kinds.get(kind)
+        if declared is None:
+            raise _unknown("unknown_kind", f"{kind!r} is not a kind of {self.family}", self.kinds)
+        _check_number(kind, "time_s", time_s)
+        wanted = declared.fields
+        for name, value in fields.items():
+            want, have = wanted.get(name), type(value)
+            # The usual cases, each decided by one look; all else is judged below.
+            if have is float:
+                if want == "float" and isfinite(value):  # type: ignore[arg-type]
+                    continue
+            elif have is int:
+                if (want == "int" or want == "float") and _INT_MIN <= value <= _INT_MAX:  # type: ignore[operator]  # noqa: PLR1714
+                    continue
+            elif have is str and want == "str" and len(value) <= 64 and value.isascii():  # type: ignore[arg-type,attr-defined]
+                continue
+            _check_field(kind, name, value, wanted)
+        if len(fields) < len(wanted):
+            missing = next(name for name in wanted if name not in fields)
+            raise RequestError("missing_field", f"{kind}.{missing} is missing")
+
+
+class PackageInfo(msgspec.Struct, frozen=True):
+    """What a package says about itself.
+
+    `golden_inputs` (rows, features) gave `golden_outputs` (rows, outputs) where the package was
+    made; a device must come within `tolerance` of them before it serves.
+    """
+
+    family: str
+    interface: Interface
+    spec: Spec
+    golden_inputs: Matrix
+    golden_outputs: Matrix
+    tolerance: float
+    provenance: dict[str, Any]
+
+
+class _Golden(msgspec.Struct, frozen=True):
+    shape: tuple[int, int]
+    inputs_b64: str
+    outputs_b64: str
+    tolerance: float
+
+
+def metadata_of(
+    interface: Interface,
+    spec: Spec,
+    *,
+    golden_inputs: Matrix,
+    golden_outputs: Matrix,
+    tolerance: float,
+    provenance: Mapping[str, Any],
+) -> dict[str, str]:
+    """The texts to put into an ONNX file's metadata_props. Raises: PackageError, as reading does.
+
+    `provenance` is any JSON object.
+    """
+    rows, features = golden_inputs.shape
+    golden = _Golden(
+        (rows, features), _to_base64(golden_inputs), _to_base64(golden_outputs), tolerance
+    )
+    texts = {
+        "family": interface.family,
+        "interface": msgspec.json.encode(interface, order="sorted").decode(),
+        "features": spec.to_json(),
+        "golden": msgspec.json.encode(golden).decode(),
+        "provenance": json.dumps(dict(provenance), sort_keys=True),
+    }
+    metadata = {_PREFIX + key: text for key, text in texts.items()}
+    read_package(metadata)
+    return metadata
+
+
+def read_package(metadata: Mapping[str, str]) -> PackageInfo:
+    """What `metadata_of` wrote.
+
+    Raises: PackageError (missing_metadata, bad_metadata, spec_mismatch), naming the key.
+    """
+    interface = _decoded(metadata, "interface", Interface)
+    if interface.version != PACKAGE_VERSION:
+        raise _bad("interface", f"version {interface.version}; this reads {PACKAGE_VERSION}")
+    if interface.family != _text(metadata, "family"):
+        raise _bad("family", f"is not the family of the interface, {interface.family!r}")
+    try:
+        spec = Spec.from_json(_text(metadata, "features"))
+    except ConfigError as error:
+        raise _bad("features", str(error)) from error
+    _check_agreement(interface, spec)
+    golden = _decoded(metadata, "golden", _Golden)
+    inputs, outputs = _read_golden(golden, spec)
+    provenance = _decoded(metadata, "provenance", dict[str, Any])
+    return PackageInfo(
+        interface.family, interface, spec, inputs, outputs, golden.tolerance, provenance
+    )
+
+
+def _text(metadata: Mapping[str, str], key: str) -> str:
+    if _PREFIX + key not in metadata:
+        raise PackageError(
+            "missing_metadata",
+            f"the package has no {_PREFIX + key!r} in its metadata",
+            "it was not built by Headwater, or its metadata was stripped",
+        )
+    return metadata[_PREFIX + key]
+
+
+def _decoded(metadata: Mapping[str, str], key: str, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(_text(metadata, key), type=kind)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise _bad(key, str(error)) from error
+
+
+def _read_golden(golden: _Golden, spec: Spec) -> tuple[Matrix, Matrix]:
+    rows, features = golden.shape
+    if rows < 1 or features != spec.size:
+        raise _bad("golden", f"shape ({rows}, {features}) does not fit {spec.size} features")
+    if not 0 <= golden.tolerance < float("inf"):
+        raise _bad("golden", f"tolerance {golden.tolerance} is no bound")
+    inputs = _from_base64(golden.inputs_b64, "inputs_b64")
+    outputs = _from_base64(golden.outputs_b64, "outputs_b64")
+    if inputs.size != prod(golden.shape) or not outputs.size or outputs.size % rows:
+        raise _bad("golden", "inputs or outputs do not fill their shape")
+    if not (np.isfinite(inputs).all() and np.isfinite(outputs).all()):
+        raise _bad("golden", "a value is not finite")
+    return inputs.reshape(golden.shape), outputs.reshape(rows, -1)
+
+
+def _to_base64(values: Matrix) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
+
+
+def _from_base64(text: str, key: str) -> Matrix:
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+    except (binascii.Error, ValueError) as error:
+        raise _bad("golden", f"{key}: {error}") from error
+
+
+def _check_agreement(interface: Interface, spec: Spec) -> None:
+    """Every field that a feature reads must be one that the events are sure to have."""
+    predicting = {name: kind for name, kind in interface.kinds.items() if kind.predicts}
+    if not predicting:
+        raise _mismatch("the interface", "no kind of event asks for a prediction")
+    for feature in spec.features:
+        if feature.window is not None:
+            _check_window(interface, predicting, feature.name, feature.window)
+        for name, kind in predicting.items():
+            if feature.field is not None:
+                numeric = feature.vocabulary is None
+                _check_declared(feature.name, name, kind, feature.field, numeric=numeric)
+
+
+def _check_window(
+    interface: Interface, predicting: dict[str, Kind], feature: str, window: Window
+) -> None:
+    over = interface.kinds.get(window.over)
+    if over is None:
+        raise _mismatch(feature, f"{window.over!r} is not a kind of {interface.family}")
+    if window.value is not None:
+        _check_declared(feature, window.over, over, window.value, numeric=True)
+    if window.key is None:
+        return
+    for name, kind in {window.over: over, **predicting}.items():
+        _check_declared(feature, name, kind, window.key, numeric=False)
+
+
+def _check_declared(feature: str, name: str, kind: Kind, field: str, *, numeric: bool) -> None:
+    declared = kind.fields.get(field)
+    if declared is None:
+        raise _mismatch(feature, f"needs {name}.{field}, which the interface does not declare")
+    if numeric and declared == "str":
+        raise _mismatch(feature, f"needs {name}.{field} to be a number; it is declared a str")
+
+
+def _check_field(kind: str, name: str, value: object, wanted: Mapping[str, FieldType]) -> None:
+    want = wanted.get(name)
+    if want is None:
+        raise _unknown("unknown_field", f"{kind}.{name} is not a field of {kind}", wanted)
+    if want != "str":
+        if want == "int" and type(value) is not int:
+            raise _wrong_type(kind, name, value, want)
+        _check_number(kind, name, value)
+    elif not isinstance(value, str):
+        raise _wrong_type(kind, name, value, want)
+    elif len(value) > TEXT_MAX or not _is_unicode(value):
+        raise RequestError(
+            "out_of_range",
+            f"{kind}.{name} is not text of at most {TEXT_MAX} characters that UTF-8 can carry",
+        )
+
+
+def _check_number(kind: str, name: str, value: object) -> None:
+    if type(value) is float:
+        if not isfinite(value):
+            raise RequestError("not_finite", f"{kind}.{name} is {value}")
+    elif type(value) is not int:
+        raise _wrong_type(kind, name, value, "float")
+    elif not _INT_MIN <= value <= _INT_MAX:
+        raise RequestError("out_of_range", f"{kind}.{name} does not fit 64 bits")
+
+
+def _is_unicode(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _wrong_type(kind: str, name: str, value: object, want: str) -> RequestError:
+    return RequestError(
+        "wrong_type", f"{kind}.{name}: expected {want}, got {type(value).__name__} {value!r:.64}"
+    )
+
+
+def _unknown(code: str, message: str, known: Iterable[str]) -> RequestError:
+    known = list(known)
+    word = message.partition(" ")[0].strip("'").rpartition(".")[2]
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return RequestError(code, message, hint)
+
+
+def _bad(key: str, why: str) -> PackageError:
+    return PackageError("bad_metadata", f"the package's {_PREFIX + key!r} cannot be used: {why}")
+
+
+def _mismatch(feature: str, why: str) -> PackageError:
+    return PackageError("spec_mismatch", f"feature {feature!r}: {why}")

@@ -1,0 +1,218 @@
+"""The slot: where the arms of a family run, and how new ones take their place.
+
+Why: a model is replaced many times a day; no request may fail or wait because of it.
+
+`load_arm` does all that can fail, in the caller's loader thread: hash, load, warm, golden samples.
+`swap` then only exchanges one reference. The arms before are drained: each request leases the arms
+that it runs on, and when the last lease of a generation ends, a thread frees it and gives its
+memory back to the system.
+
+Invariants: a lease sees one generation, whole, to its end; a swap that is refused changes nothing.
+
+Knows nothing about features, plans or how packages got here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from edge_runtime.errors import PackageError
+from edge_runtime.inference.package import Matrix, PackageInfo, read_package
+from edge_runtime.inference.runner import Runner
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A release in memory: `name` is "stable" or "canary", `weight` its share of the answers."""
+
+    name: str
+    release: str
+    runner: Runner
+    info: PackageInfo
+    weight: float
+
+
+class Lease:
+    """One generation of arms, held by those requests that have entered it and not yet left."""
+
+    __slots__ = ("_drained", "_lock", "arms", "leases", "retired")
+
+    def __init__(
+        self, arms: tuple[Arm, ...], lock: threading.Lock, drained: Callable[[Lease], None]
+    ) -> None:
+        self.arms = arms
+        self.leases = 0
+        self.retired = False
+        self._lock = lock
+        self._drained = drained
+
+    def __enter__(self) -> tuple[Arm, ...]:
+        return self.arms
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self.leases -= 1
+            last = self.retired and not self.leases
+        if last:
+            self._drained(self)
+
+
+class Slot:
+    """The arms of one family; empty at first. Any thread may lease and swap."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self._lock = threading.Lock()
+        self._current = Lease((), self._lock, self._dispose)
+        self._disposals: list[threading.Thread] = []
+        self._swaps = 0
+        self._swap_failures = 0
+        self._draining = 0
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms that serve now; to run one, take a lease."""
+        return self._current.arms
+
+    def lease(self) -> Lease:
+        """`with slot.lease() as arms:` holds these arms for the block; always use it so."""
+        with self._lock:
+            lease = self._current
+            lease.leases += 1
+        return lease
+
+    def swap(self, new_arms: Iterable[Arm]) -> None:
+        """Serve `new_arms` from the next lease on; an empty tuple withdraws the family.
+
+        Raises: PackageError (wrong_family, bad_arms), with what serves unchanged.
+        """
+        fresh = Lease(tuple(new_arms), self._lock, self._dispose)
+        try:
+            self._check(fresh.arms)
+        except PackageError:
+            self._swap_failures += 1
+            raise
+        with self._lock:
+            old, self._current = self._current, fresh
+            old.retired = True
+            drained = not old.leases
+            self._swaps += 1
+            self._draining += 1
+        if drained:
+            self._dispose(old)
+
+    def close(self) -> None:
+        """Withdraw all arms, and wait until those without a lease are freed."""
+        self.swap(())
+        for thread in list(self._disposals):
+            thread.join()
+
+    def statistics(self) -> dict[str, int]:
+        """Swaps done and refused, leases held now, generations that still wait to be freed."""
+        return {
+            "swaps": self._swaps,
+            "swap_failures": self._swap_failures,
+            "leases": self._current.leases,
+            "draining": self._draining,
+        }
+
+    def _check(self, arms: tuple[Arm, ...]) -> None:
+        for arm in arms:
+            if arm.info.family != self.family:
+                raise PackageError(
+                    "wrong_family",
+                    f"release {arm.release} is of family {arm.info.family!r}, not {self.family!r}",
+                )
+            if arm.info.interface != arms[0].info.interface:
+                raise PackageError(
+                    "bad_arms",
+                    f"releases {arms[0].release} and {arm.release} differ in their interface",
+                    "a new interface is released to the stable arm alone",
+                )
+        if len({arm.name for arm in arms}) != len(arms):
+            raise PackageError("bad_arms", f"two arms of {self.family} have the same name")
+
+    def _dispose(self, lease: Lease) -> None:
+        """Free off the caller's thread: unloading a model takes milliseconds."""
+        thread = threading.Thread(target=self._free, args=(lease,), name="slot-free")
+        with self._lock:
+            self._disposals = [each for each in self._disposals if each.is_alive()]
+            thread.start()
+            self._disposals.append(thread)
+
+    def _free(self, lease: Lease) -> None:
+        lease.arms = ()
+        _trim_memory()
+        with self._lock:
+            self._draining -= 1
+
+
+def load_arm(path: Path | str, sha256: str | None, name: str, release: str, weight: float) -> Arm:
+    """Load the package at `path` and prove that it answers here as it did where it was made.
+
+    `sha256` is the hash that the file must have; None for a file that nobody signed.
+    Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, wrong_signature,
+    missing_metadata, bad_metadata, spec_mismatch).
+    """
+    if sha256 is not None:
+        _check_hash(Path(path), sha256)
+    runner = Runner(path)
+    info = read_package(runner.metadata)
+    if runner.features != info.spec.size or runner.outputs != info.golden_outputs.shape[1]:
+        raise PackageError(
+            "wrong_signature",
+            f"{path} takes {runner.features} features and gives {runner.outputs} outputs; "
+            f"its metadata says {info.spec.size} and {info.golden_outputs.shape[1]}",
+        )
+    _check_golden(runner, info, str(path))
+    return Arm(name, release, runner, info, weight)
+
+
+def _check_hash(path: Path, sha256: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PackageError("unreadable_package", f"{path} cannot be read: {error}") from error
+    if found != sha256:
+        raise PackageError(
+            "hash_mismatch", f"{path} has sha256 {found}, not {sha256}; it was not loaded"
+        )
+
+
+def _check_golden(runner: Runner, info: PackageInfo, path: str) -> None:
+    """Row by row, as requests come, which also warms the runner; then all rows at once."""
+    inputs = info.golden_inputs
+    single = np.concatenate([runner.run(row) for row in np.split(inputs, len(inputs))])
+    for answers in (single, runner.run(inputs)):
+        gap = _gap(answers, info.golden_outputs)
+        if not gap <= info.tolerance:  # a NaN is no agreement either
+            raise PackageError(
+                "golden_mismatch",
+                f"{path} is off its golden samples by {gap:.6g}, more than {info.tolerance:.6g}",
+                "this machine computes the model differently from the one that built it",
+            )
+
+
+def _gap(answers: Matrix, golden: Matrix) -> float:
+    return float(np.abs(answers - golden).max())
+
+
+def _trim_memory() -> None:
+    """Give freed memory back to the system; only glibc has the call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
