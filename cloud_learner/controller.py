@@ -7,7 +7,7 @@ Invariants: one call at a time changes the campaign. Commit point of a change: t
 state file, which carries the plans still to be published; only then are they published, in order,
 each with the package that it names. A plan is taken off the file after it was published, so a crash
 may publish and record one twice, with the same sequence number, and never skips one. A broker that
-is away loses nothing: the next call tries again.
+is away or a full disk loses nothing: the next call tries again.
 
 Knows nothing about keys, TUF or the broker: `publish` does.
 """
@@ -56,7 +56,10 @@ class _Saved(msgspec.Struct):
 
 
 class Controller:
-    """Runs the campaign of one family; `start` it first, `close` it last."""
+    """Runs the campaign of one family; `start` it first, `close` it last.
+
+    A call raises what `publish` raises, but for TransportError and CapacityError, which are counted.
+    """
 
     def __init__(
         self, rules: Rules, path: Path, publish: Publish, lineage: Lineage, clock: Clock
@@ -68,7 +71,8 @@ class Controller:
         self._reports: dict[str, Report] = {}
         self._lock = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="controller")
-        self._publish_failures = 0
+        self._dirty = False
+        self._failures = 0
         self._last_failure = ""
 
     async def start(self) -> None:
@@ -108,7 +112,7 @@ class Controller:
             "stage": self._campaign.stage,
             "plan_seq": state.seq,
             "unpublished": len(state.outbox),
-            "publish_failures": self._publish_failures,
+            "failures": self._failures,
             "last_failure": self._last_failure,
             "stable": self._arm_status(state.stable),
             "canary": self._arm_status(state.canary),
@@ -124,23 +128,35 @@ class Controller:
         }
 
     async def _settle(self, *, changed: bool) -> None:
-        """Commit the campaign's state, then do the I/O that it owes."""
-        if changed:
-            await self._save()
+        """Commit the campaign's state, then do the I/O that it owes; what fails stays owed."""
+        self._dirty |= changed
         outbox = self._campaign.state.outbox
         try:
+            await self._save()
             while outbox:
                 await self._publish(outbox[0].release, outbox[0].plan)
                 await self._in_thread(self._record, outbox[0])
                 self._campaign.published()
+                self._dirty = True
                 await self._save()
         except (TransportError, CapacityError) as error:
-            self._publish_failures += 1
+            self._failures += 1
             self._last_failure = str(error)
 
     async def _save(self) -> None:
-        # Encoded here, on the loop: the state does not change under the encoder.
-        await self._in_thread(write_atomic, self._path, msgspec.json.encode(self._saved))
+        if self._dirty:
+            # Encoded here, on the loop: the state does not change under the encoder.
+            await self._in_thread(self._write, msgspec.json.encode(self._saved))
+            self._dirty = False
+
+    def _write(self, data: bytes) -> None:
+        try:
+            write_atomic(self._path, data)
+        except OSError as error:
+            raise CapacityError(
+                "disk_failed",
+                f"campaign state {self._path} was not written, and no plan is published: {error}",
+            ) from error
 
     async def _in_thread(self, function: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)

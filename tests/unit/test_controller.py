@@ -7,11 +7,11 @@ import hashlib
 
 import msgspec
 import pytest
-from cloud_learner.store.lineage import Lineage
 
 from cloud_learner.controller import Controller
 from cloud_learner.rollout.campaign import Offer, Rules
 from cloud_learner.store.examples import Example
+from cloud_learner.store.lineage import Lineage
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import ConfigError, TransportError, TrustError
 from edge_runtime.wire.messages import ArmReport, Report, Scored
@@ -174,7 +174,7 @@ def test_a_plan_that_could_not_be_published_is_published_at_the_next_call(tmp_pa
     async def script(controller):
         await two_offers(controller)
         status = controller.status()
-        assert (status["unpublished"], status["publish_failures"]) == (2, 2)
+        assert (status["unpublished"], status["failures"]) == (2, 2)
         assert "no broker" in status["last_failure"]
         publisher.error = None
         await controller.report(report())
@@ -202,6 +202,31 @@ def test_a_plan_whose_acknowledgement_was_lost_is_published_again_under_its_numb
     status = play(tmp_path, publisher, two_offers)
     assert [seq for _, seq, _ in publisher.published] == [1, 1, 2]
     assert status["unpublished"] == 0
+
+
+def test_nothing_is_published_before_it_is_on_disk(tmp_path):
+    publisher = Publisher()
+    home = tmp_path / "home"
+
+    async def script(controller):
+        home.write_bytes(b"a file where the directory should be")
+        await controller.offer(offer(1))
+        assert publisher.published == []
+        assert "disk_failed" in controller.status()["last_failure"]
+        home.unlink()
+        await controller.report(report())
+
+    async def main():
+        lineage = Lineage(tmp_path / "lineage")
+        controller = Controller(
+            RULES, home / "campaign.json", publisher, lineage, ManualClock(100.0)
+        )
+        await script(controller)
+        await controller.close()
+
+    asyncio.run(main())
+    assert publisher.published == [("r1", 1, "first_release")]
+    assert (home / "campaign.json").exists()
 
 
 def test_a_refused_publication_is_raised_and_stays_owed(tmp_path):
