@@ -58,7 +58,7 @@ class _Saved(msgspec.Struct):
 class Controller:
     """Runs the campaign of one family; `start` it first, `close` it last.
 
-    A call raises what `publish` raises, but for TransportError and CapacityError, which are counted.
+    A call raises what `publish` raises, but counts TransportError and CapacityError instead.
     """
 
     def __init__(

@@ -191,6 +191,14 @@ def test_a_plan_that_a_crash_left_unpublished_is_published_at_start(tmp_path):
     assert publisher.published == [("r1", 1, "first_release"), ("r2", 2, "canary")]
 
 
+def test_a_plan_that_was_published_is_not_published_again_at_start(tmp_path):
+    play(tmp_path, Publisher(), two_offers)
+    publisher = Publisher()
+    status = play(tmp_path, publisher, nothing)
+    assert publisher.published == []
+    assert (status["stage"], status["plan_seq"]) == ("canary", 2)
+
+
 def test_a_plan_whose_acknowledgement_was_lost_is_published_again_under_its_number(tmp_path):
     class Deaf(Publisher):
         async def __call__(self, release, plan):
