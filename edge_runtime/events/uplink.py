@@ -8,8 +8,8 @@ every start, reconnect and failure begins again there. Envelopes of a class are 
 order of their sequence numbers. A message id is never used for a second attempt: when envelope A
 failed and B behind it was stored, B has to be stored again behind A, which the broker's dedupe
 would swallow; the learner cuts by watermark what comes twice. Labels go first. An envelope that is
-not full goes only when nothing of its class is under way, so under load envelopes grow by
-themselves. Disk is touched in a thread of its own.
+not full goes only when nothing of its class is under way, nor was within the last linger, so
+under load envelopes grow by themselves. Disk is touched in a thread of its own.
 
 Knows nothing about what a record means, nor about how a bus does what it does.
 Implements proto/asyncapi.yaml (channel events, device side).
@@ -39,7 +39,7 @@ ENVELOPE_BYTES = 64 * 1024
 CE_TYPE = "headwater.records.v1"
 _OVERHEAD_BYTES = 256
 _RECORDS_MAX = 2048
-_FULL_RECORDS = 192
+_LINGER_S = 0.02
 _WINDOW = 8
 _DEADLINE_S = 5.0
 _POLL_S = 1.0
@@ -161,7 +161,7 @@ class Uplink:
         for lane in self._lanes.values():
             if self._under_way() < _WINDOW and (found := self._behind(lane)) is not None:
                 epoch, after_seq, last_seq = found
-                if lane.under_way == 0 or last_seq - after_seq >= _FULL_RECORDS:
+                if lane.under_way == 0 or last_seq - after_seq >= lane.full_records:
                     envelope = await self._read(lane, epoch, after_seq, last_seq)
                     if envelope is not None:
                         return envelope
@@ -191,6 +191,8 @@ class Uplink:
         lane.sent[epoch] = first_seq + len(records) - 1
         if not records:
             return None
+        if lane.sent[epoch] < last_seq:
+            lane.full_records = len(records)
         lane.under_way += 1
         return Envelope(WIRE_VERSION, self._device, epoch, lane.event_class, first_seq, records)
 
@@ -206,13 +208,18 @@ class Uplink:
                 message_id=f"{name}/{self._log.epoch}.{self._attempt}",
                 timeout_s=_DEADLINE_S,
             )
+            self._count_stored(lane, envelope.epoch, last_seq, len(envelope.records))
+            if len(envelope.records) < lane.full_records:
+                await asyncio.sleep(_LINGER_S)  # holds the lane, so that the next grows
         finally:
             lane.under_way -= 1
             self._work.set()
-        lane.acknowledged(envelope.epoch, last_seq, self._clock.monotonic_s())
+
+    def _count_stored(self, lane: Lane, epoch: int, last_seq: int, count: int) -> None:
+        lane.acknowledged(epoch, last_seq, self._clock.monotonic_s())
         self._failures = 0
         self._counters["envelopes"] += 1
-        self._counters["records"] += len(envelope.records)
+        self._counters["records"] += count
 
     def _headers(self, name: str) -> dict[str, str]:
         """The CloudEvents attributes of an envelope, in the NATS binding's binary mode."""
