@@ -91,9 +91,8 @@ def _check_keys(table: dict[str, Any], struct: type, path: Path, prefix: str) ->
             hint = f"did you mean {prefix}{near[0]}?" if near else f"keys: {', '.join(fields)}"
             raise ConfigError("unknown_key", f"{path}: {prefix}{key}: unknown key", hint)
         inner = fields[key]
-        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
-            if isinstance(value, dict):
-                _check_keys(value, inner, path, f"{prefix}{key}.")
+        if inner is LogConfig and isinstance(value, dict):
+            _check_keys(value, LogConfig, path, f"{prefix}{key}.")
 
 
 def _path_hook(wanted: type, value: Any) -> Any:

@@ -16,7 +16,6 @@ import asyncio
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from edge_runtime.api import frames
@@ -34,7 +33,7 @@ from edge_runtime.api.frames import (
     StatusReply,
     Welcome,
 )
-from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
+from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
 
 IN_FLIGHT_MAX = 8192
 
@@ -123,12 +122,7 @@ class AsyncClient(asyncio.Protocol):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -139,7 +133,7 @@ class AsyncClient(asyncio.Protocol):
         bodies, broken = self._splitter.feed(data)
         try:
             for body in bodies:
-                self._settle(_decoded(body))
+                self._settle(frames.reply_in(body))
         except TransportError as error:
             self._break(error)
         if broken is not None:
@@ -172,7 +166,7 @@ class AsyncClient(asyncio.Protocol):
             )
         if not self._out:
             self._loop.call_soon(self._flush)
-        self._out.append(_framed(request))
+        self._out.append(frames.frame(request))
         future: asyncio.Future[Any] = self._loop.create_future()
         self._waiting[request.request_id] = future
         return future
@@ -186,9 +180,9 @@ class AsyncClient(asyncio.Protocol):
         future = self._waiting.pop(reply.request_id, None)
         if type(reply) is Failed:
             if future is None:  # the server could not read our frame: the connection is over
-                self._fail_all(_error_of(reply))
+                self._fail_all(frames.error_in(reply))
             elif not future.done():
-                future.set_exception(_error_of(reply))
+                future.set_exception(frames.error_in(reply))
         elif future is not None and not future.done():
             future.set_result(reply)
 
@@ -255,17 +249,12 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _ask(self, request: Callable[..., Request], wanted: type[R], *values: Any) -> R:
         self._last_id += 1
-        data = _framed(request(self._last_id, *values))
+        data = frames.frame(request(self._last_id, *values))
         try:
             self._socket.sendall(data)
             reply = self._receive()
@@ -275,7 +264,7 @@ class Client:
                 "connection_lost", f"the runtime did not answer: {error}"
             ) from error
         if isinstance(reply, Failed):
-            raise _error_of(reply)
+            raise frames.error_in(reply)
         assert isinstance(reply, wanted)
         assert reply.request_id == self._last_id
         return reply
@@ -289,26 +278,7 @@ class Client:
             if broken is not None:
                 raise TransportError(broken.code, broken.message)
             if bodies:
-                return _decoded(bodies[0])
-
-
-def _framed(request: Request) -> bytes:
-    try:
-        return frames.frame(request)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise RequestError("bad_request", f"a value cannot be sent: {error}") from error
-
-
-def _decoded(body: memoryview) -> Reply:
-    try:
-        return frames.decode_reply(body)
-    except (ValueError, RecursionError) as error:
-        raise TransportError("bad_reply", f"the runtime answered with garbage: {error}") from error
-
-
-def _error_of(reply: Failed) -> HeadwaterError:
-    family = CapacityError if reply.retry else RequestError
-    return family(reply.code, reply.message, reply.hint)
+                return frames.reply_in(bodies[0])
 
 
 def _unreachable(path: str | Path, error: OSError) -> TransportError:

@@ -11,11 +11,12 @@ Knows nothing about sockets and models. Implements proto/socket.md.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
 
 PROTOCOL_VERSION = 1
 FRAME_BYTES_MAX = 1 << 20
@@ -123,21 +124,41 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=255, gc=False):
 Request = Hello | Predict | Observe | Label | Status
 Reply = Welcome | Predicted | Done | StatusReply | Failed
 
-_REQUESTS: dict[int, type] = {1: Hello, 2: Predict, 3: Observe, 4: Label, 5: Status}
+_REQUESTS: dict[int, type[msgspec.Struct]] = {1: Hello, 2: Predict, 3: Observe, 4: Label, 5: Status}
 _POSITION = re.compile(r"\$\[(\d+)\]")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_any = msgspec.msgpack.Decoder().decode
-decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_request: Callable[[memoryview], Request] = msgspec.msgpack.Decoder(Request).decode
+_decode_reply: Callable[[memoryview], Reply] = msgspec.msgpack.Decoder(Reply).decode
 
 
 def frame(message: Request | Reply) -> bytes:
-    """The bytes of a message, its length first. Raises: RequestError `frame_too_large`."""
-    body = _encode(message)
+    """The bytes of a message, its length first.
+
+    Raises: RequestError (bad_request: a value that MessagePack cannot carry; frame_too_large).
+    """
+    try:
+        body = _encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RequestError("bad_request", f"a value cannot be sent: {error}") from error
     if len(body) > FRAME_BYTES_MAX:
         raise too_large(len(body))
     return len(body).to_bytes(4, "little") + body
+
+
+def reply_in(body: memoryview) -> Reply:
+    """The reply in a body. Raises: TransportError `bad_reply`."""
+    try:
+        return _decode_reply(body)
+    except (ValueError, RecursionError) as error:
+        raise TransportError("bad_reply", f"the runtime answered with garbage: {error}") from error
+
+
+def error_in(reply: Failed) -> HeadwaterError:
+    """The error that a caller gets for a failed request."""
+    family = CapacityError if reply.retry else RequestError
+    return family(reply.code, reply.message, reply.hint)
 
 
 def why_invalid(body: memoryview, error: Exception) -> Failed:
@@ -162,7 +183,7 @@ def why_invalid(body: memoryview, error: Exception) -> Failed:
     return Failed(request_id, "bad_request", _explain(_REQUESTS[tag], str(error)))
 
 
-def _explain(struct: type, text: str) -> str:
+def _explain(struct: type[msgspec.Struct], text: str) -> str:
     """`text` of a decoder, its position `$[3]` replaced by the name of the field there."""
     names = struct.__struct_fields__
 
@@ -199,7 +220,8 @@ class Splitter:
         After an error the stream is out of step and must be closed.
         """
         data = self._rest + data if self._rest else data
-        view, at, end, bodies = memoryview(data), 0, len(data), []
+        bodies: list[memoryview] = []
+        view, at, end = memoryview(data), 0, len(data)
         while end - at >= 4:
             size = int.from_bytes(view[at : at + 4], "little")
             if size > FRAME_BYTES_MAX:

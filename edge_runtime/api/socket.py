@@ -86,7 +86,10 @@ class SocketServer:
         self._path: Path | None = None
 
     async def start(self, path: Path) -> None:
-        """Listen at `path`, for this user only. Raises: ConfigError `socket_in_use`, `bad_socket`."""
+        """Listen at `path`, for this user only.
+
+        Raises: ConfigError (socket_in_use, bad_socket).
+        """
         loop = asyncio.get_running_loop()
         listener = _listen(path)
         self._path = path

@@ -1,0 +1,192 @@
+"""`edge-runtime`: set a device up, run it, ask it.
+
+Why: results go to stdout, narration to stderr, so that each command can stand in a script.
+
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 4 the runtime or the broker does not answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import click
+import msgspec
+
+from edge_runtime import config as configuration
+from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, TransportError
+
+P = ParamSpec("P")
+
+_config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("edge.toml"),
+    show_default=True,
+    help="The device's configuration.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+
+
+def exit_code_of(error: HeadwaterError) -> int:
+    """The exit code that an error ends a command with."""
+    if isinstance(error, ConfigError):
+        return 2
+    return 4 if isinstance(error, TransportError) else 1
+
+
+def _reported(command: Callable[P, None]) -> Callable[P, None]:
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except HeadwaterError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(exit_code_of(error))
+
+    return run
+
+
+@click.group()
+@click.version_option(package_name="headwater")
+def main() -> None:
+    """Answer predictions at the edge, remember every event, follow signed updates."""
+
+
+@main.command()
+@_config_option
+@click.option("--device", help="Name of this device; needed for a new configuration.")
+@click.option("--family", "families", multiple=True, help="A model family to serve; repeatable.")
+@click.option("--attribute", "attributes", multiple=True, metavar="KEY=VALUE")
+@click.option("--nats", help="URL of the broker, such as nats://127.0.0.1:4222.")
+@click.option("--root", help="The publisher's trusted root.json; needed with --nats.")
+@click.option(
+    "--package",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Put this ONNX package on the shelf, to be served from the next start.",
+)
+@_reported
+def init(config_path: Path, package: Path | None, **options: Any) -> None:
+    """Write a configuration, and put a factory package on the shelf.
+
+    Example: edge-runtime init --device kiosk-1 --package flight_delay.onnx
+    """
+    from edge_runtime import factory
+
+    info = None if package is None else factory.inspect(package)
+    if config_path.exists():
+        if any(options.values()):
+            raise ConfigError(
+                "config_exists",
+                f"{config_path} exists and was not changed",
+                "edit it, or leave out all options but --config and --package",
+            )
+        config = configuration.load(config_path)
+    else:
+        config = factory.write_config(config_path, info, **options)
+        click.echo(f"wrote {config_path}", err=True)
+    if package is not None and info is not None:
+        release = factory.install(config, package, info)
+        click.echo(f"{info.family} will serve {release}", err=True)
+    click.echo(f"next: edge-runtime run --config {config_path}", err=True)
+
+
+@main.command()
+@_config_option
+@_reported
+def run(config_path: Path) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Example: edge-runtime run --config edge.toml
+    """
+    from edge_runtime import daemon
+
+    config = configuration.load(config_path)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    daemon.run(config)
+
+
+@main.command()
+@_config_option
+@_json_option
+@_reported
+def status(config_path: Path, as_json: bool) -> None:
+    """Say how the running runtime is.
+
+    Example: edge-runtime status --json
+    """
+    from edge_runtime.api.client import Client
+
+    config = configuration.load(config_path)
+    with Client(config.socket) as client:
+        answer = client.status().status
+    click.echo(msgspec.json.encode(answer).decode() if as_json else _told(answer))
+
+
+@main.command()
+@_config_option
+@_json_option
+@click.argument("family")
+@click.argument("event")
+@_reported
+def predict(config_path: Path, as_json: bool, family: str, event: str) -> None:
+    """Ask the running runtime to answer EVENT, a JSON object; "-" reads it from stdin.
+
+    Example: edge-runtime predict flight_delay
+    '{"kind": "scheduled", "time_s": 1.36e9, "fields": {"carrier": "AA"}}'
+    """
+    from edge_runtime.api.client import Client
+
+    text = sys.stdin.read() if event == "-" else event
+    asked = _event(text)
+    config = configuration.load(config_path)
+    with Client(config.socket) as client:
+        answer = client.predict(family, asked.kind, asked.time_s, asked.fields)
+    result = {name: getattr(answer, name) for name in ("id", "outputs", "release", "arm")}
+    if as_json:
+        click.echo(msgspec.json.encode(result).decode())
+    else:
+        values = " ".join(f"{value:.6g}" for value in answer.outputs)
+        click.echo(f"{values}\t{answer.id}\t{answer.release} ({answer.arm})")
+
+
+class _Asked(msgspec.Struct, forbid_unknown_fields=True):
+    kind: str
+    time_s: float
+    fields: dict[str, Any]
+
+
+def _event(text: str) -> _Asked:
+    try:
+        return msgspec.json.decode(text, type=_Asked)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise RequestError(
+            "bad_event",
+            f"EVENT is not valid: {error}",
+            """write it as '{"kind": "...", "time_s": 0, "fields": {}}'""",
+        ) from error
+
+
+def _told(answer: dict[str, Any]) -> str:
+    lines = [f"device    {answer['device']}, epoch {answer['epoch']}"]
+    for name, family in answer["families"].items():
+        arms = ", ".join(f"{arm['arm']} {arm['release']}" for arm in family["arms"])
+        lines.append(f"family    {name}: {arms or 'no release yet'}, plan {family['plan_seq']}")
+    counted = ", ".join(f"{n} {name}" for name, n in answer["counters"].items())
+    lines.append(f"counted   {counted}")
+    latency = answer["predict_us"]
+    lines.append(f"predict   p50 {latency['p50']:.0f} µs, p99 {latency['p99']:.0f} µs")
+    kept = answer["log"]
+    lines.append(f"log       {kept['bytes']} bytes, {kept['pending']} records not yet durable")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

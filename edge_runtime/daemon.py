@@ -1,0 +1,170 @@
+"""The daemon: the one place where a device's rooms are wired together and started.
+
+Why: one task group and one order of ending, so that nothing is left running or half said.
+
+Order of ending: stop listening and let written answers leave; stop the cloud side (agent, uplink,
+bus); make the log durable, write the windows, give the state directory back. A second signal ends
+the process at once, which costs no more than a power cut: what came within the linger.
+
+Knows how rooms fit together, and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.api.socket import SocketServer
+from edge_runtime.bus.nats import connect
+from edge_runtime.clock import SystemClock
+from edge_runtime.config import EdgeConfig
+from edge_runtime.errors import ConfigError, HeadwaterError
+from edge_runtime.events.uplink import Uplink
+from edge_runtime.rollout.agent import Agent, Updates
+from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.runtime import Runtime
+from edge_runtime.update.client import UpdateClient
+from edge_runtime.update.fetcher import BusFetcher
+from edge_runtime.update.shelf import Shelf
+
+log = logging.getLogger("edge_runtime.daemon")
+
+
+def run(config: EdgeConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Raises: ConfigError before anything is served."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config))
+
+
+async def serve(config: EdgeConfig) -> None:
+    """Serve on the running loop until a signal comes."""
+    stop = _stop_on_signals(asyncio.get_running_loop())
+    root = _read_root(config)
+    with Runtime.open(config) as runtime:
+        parts: dict[str, Callable[[], dict[str, int]]] = {}
+        server = SocketServer(runtime, lambda: _status(runtime, parts))
+        parts["socket"] = server.statistics
+        await server.start(config.socket)
+        try:
+            log.info("%s serves %s at %s", config.device, _served(runtime), config.socket)
+            if config.nats:
+                await _serve_with_cloud(runtime, root, parts, stop)
+            else:
+                await stop.wait()
+        finally:
+            await server.close()
+    log.info("%s stopped", config.device)
+
+
+async def _serve_with_cloud(
+    runtime: Runtime,
+    root: bytes,
+    parts: dict[str, Callable[[], dict[str, int]]],
+    stop: asyncio.Event,
+) -> None:
+    config, clock = runtime.config, SystemClock()
+    async with _bus(config) as bus, asyncio.TaskGroup() as group:
+        uplink = Uplink(runtime.log, bus, config.device, clock, trim_floor=runtime.trim_floor)
+        client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
+        agent = Agent(
+            runtime,
+            client,
+            runtime.shelf,
+            bus,
+            attributes=config.attributes,
+            poll_s=config.poll_s,
+        )
+        runtime.on_commit = uplink.wake
+        parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
+        tasks = [
+            group.create_task(uplink.run(), name="uplink"),
+            group.create_task(agent.run(), name="agent"),
+        ]
+        await stop.wait()
+        runtime.on_commit = None
+        for task in tasks:
+            task.cancel()
+
+
+@asynccontextmanager
+async def _bus(config: EdgeConfig) -> AsyncIterator[Any]:
+    bus = await connect(config.nats, name=f"edge-runtime {config.device}")
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
+class _Refusing:
+    """Stands in for an update client whose stored trust cannot be read: fail closed, say why.
+
+    `refresh` comes first in every check, so nothing else is ever asked.
+    """
+
+    def __init__(self, error: HeadwaterError) -> None:
+        self._error = error
+
+    def refresh(self) -> None:
+        raise self._error
+
+    def plan(self, _family: str) -> Plan:
+        raise self._error
+
+    def fetch(self, _arm: PlanArm, _shelf: Shelf) -> Path:
+        raise self._error
+
+    def confirm(self, _plan: Plan) -> None:
+        raise self._error
+
+
+def _open_client(
+    config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
+) -> Updates:
+    try:
+        return UpdateClient(config.state_dir / "update", root, fetcher, clock)
+    except HeadwaterError as error:
+        log.warning("no updates until this is mended, what runs is unchanged: %s", error)
+        return _Refusing(error)
+
+
+def _read_root(config: EdgeConfig) -> bytes:
+    if config.root is None:
+        return b""
+    try:
+        return config.root.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "no_root", f"the trusted root cannot be read: {error}", "see root in the configuration"
+        ) from error
+
+
+def _stop_on_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    stop = asyncio.Event()
+
+    def end() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    return stop
+
+
+def _status(runtime: Runtime, parts: dict[str, Callable[[], dict[str, int]]]) -> dict[str, Any]:
+    return runtime.statistics() | {name: statistics() for name, statistics in parts.items()}
+
+
+def _served(runtime: Runtime) -> str:
+    return ", ".join(
+        family if runtime.current(family) else f"{family} (no release yet)"
+        for family in runtime.families
+    )

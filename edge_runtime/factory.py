@@ -1,0 +1,109 @@
+"""Setting a device up: the first configuration, and a package put on the shelf by hand.
+
+Why: a device must be able to answer before it ever met a broker.
+
+Invariants: an existing configuration is never written over; a package is proven (it loads, and its
+golden samples come out right) before it becomes current. Its plan carries the reason `factory`
+and counts as older than any signed one.
+
+Knows nothing about a running daemon: changes show at its next start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from edge_runtime import config as configuration
+from edge_runtime.config import EdgeConfig
+from edge_runtime.errors import ConfigError
+from edge_runtime.family import FACTORY
+from edge_runtime.files import write_atomic
+from edge_runtime.inference.package import PackageInfo
+from edge_runtime.inference.slot import load_arm
+from edge_runtime.rollout.plan import Plan, PlanArm, model_path
+from edge_runtime.update.shelf import Shelf
+
+
+def inspect(package: Path) -> PackageInfo:
+    """What a package says of itself, proven. Raises: PackageError."""
+    return load_arm(package, None, "stable", FACTORY, 1.0).info
+
+
+def write_config(
+    path: Path,
+    info: PackageInfo | None,
+    *,
+    device: str | None,
+    families: tuple[str, ...] = (),
+    attributes: tuple[str, ...] = (),
+    nats: str | None = None,
+    root: str | None = None,
+) -> EdgeConfig:
+    """Write a configuration that serves `families` and the family of `info`, and load it.
+
+    Raises: ConfigError, with nothing written.
+    """
+    named = dict.fromkeys([*families, *([info.family] if info is not None else [])])
+    if device is None:
+        raise ConfigError("no_device", "a new configuration needs a name", "add --device NAME")
+    if not named:
+        raise ConfigError(
+            "no_family", "a new configuration needs a family", "add --family NAME or --package FILE"
+        )
+    lines = {
+        "device": device,
+        "families": list(named),
+        "state_dir": "state",
+        "socket": "edge.sock",
+        **({"nats": nats} if nats else {}),
+        **({"root": root} if root else {}),
+    }
+    text = "".join(f"{key} = {_toml(value)}\n" for key, value in lines.items())
+    pairs = [_pair(each) for each in attributes]
+    if pairs:
+        text += "\n[attributes]\n" + "".join(f"{_toml(k)} = {_toml(v)}\n" for k, v in pairs)
+    config = configuration.parse(text, path)
+    write_atomic(path, text.encode())
+    return config
+
+
+def install(config: EdgeConfig, package: Path, info: PackageInfo) -> str:
+    """Make `package` the current stable arm of its family; returns the release's name.
+
+    Raises: ConfigError (unknown_family; signed_release: a signed one came before), CapacityError.
+    """
+    if info.family not in config.families:
+        raise ConfigError(
+            "unknown_family",
+            f"{package} is of family {info.family!r}, which the configuration does not serve",
+            f'add "{info.family}" to families',
+        )
+    data = package.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    release = f"{FACTORY}-{sha256[:12]}"
+    shelf = Shelf(config.state_dir / "shelf")
+    current = shelf.load_current(info.family)
+    if current is not None and current.reason != FACTORY:
+        raise ConfigError(
+            "signed_release",
+            f"{info.family} already follows signed plan {current.seq}; nothing was changed",
+            "publish a release instead",
+        )
+    shelf.put(sha256, [data])
+    arm = PlanArm(release, model_path(info.family, release), sha256, 0, 1.0)
+    shelf.save_current(Plan(family=info.family, seq=1, stable=arm, reason=FACTORY))
+    return release
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError("bad_attribute", f"{text!r} is no attribute", "write it as key=value")
+    return key, value
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,212 @@
+"""The rollout agent: makes a device run what its signed plans say, and reports how it goes.
+
+Why: nobody logs in to a device. It asks by itself, proves what it gets, swaps without dropping a
+request, and whatever goes wrong leaves the current release serving and shows in the next report.
+
+Invariants: network, disk and model loading happen on the thread `update`, swaps on the event loop.
+A release serves before its plan is confirmed, and is remembered for a restart after that. A package
+that fails on this device is quarantined by its hash and never tried again.
+
+Knows nothing about signatures (the client proves them) nor about how predictions are made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from edge_runtime.bus.base import Bus, Message
+from edge_runtime.errors import HeadwaterError, PackageError, TransportError
+from edge_runtime.inference.slot import Arm, load_arm
+from edge_runtime.rollout.plan import Plan, PlanArm, arms_for
+from edge_runtime.update.shelf import Shelf
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import Report
+
+REPORT_EVERY_S = 1.0
+RETRY_FIRST_S = 0.25
+
+T = TypeVar("T")
+
+log = logging.getLogger("edge_runtime.agent")
+
+
+class Host(Protocol):
+    """What the agent asks of a runtime, on the event loop's thread."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def families(self) -> list[str]: ...
+
+    def current(self, family: str) -> Plan | None: ...
+
+    def swap(self, family: str, arms: Sequence[Arm], plan: Plan) -> None: ...
+
+    def report(self, refused: dict[str, int]) -> Report: ...
+
+
+class Updates(Protocol):
+    """What the agent asks of an update client, on the thread `update`."""
+
+    def refresh(self) -> None: ...
+
+    def plan(self, family: str, /) -> Plan: ...
+
+    def fetch(self, arm: PlanArm, shelf: Shelf, /) -> Path: ...
+
+    def confirm(self, plan: Plan, /) -> None: ...
+
+
+class Agent:
+    """Follows the plans of `host`'s families; asks when nudged and every `poll_s` seconds.
+
+    `attributes` decide whether this device is one of a plan's canaries.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        client: Updates,
+        shelf: Shelf,
+        bus: Bus,
+        *,
+        attributes: dict[str, str],
+        poll_s: float,
+    ) -> None:
+        self._host, self._client, self._shelf, self._bus = host, client, shelf, bus
+        self._attributes, self._poll_s = attributes, poll_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="update")
+        self._nudged, self._changed = asyncio.Event(), asyncio.Event()
+        self._settled: dict[str, Plan] = {}
+        self._failures = 0
+        self._counts = Counter(checks=0, nudges=0, applied=0, unreachable=0, reports=0)
+        self._refused: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Follow and report until cancelled."""
+        subscription = await self._bus.subscribe(subjects.REFRESH, self._on_refresh)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._follow(), name="agent-follow")
+                group.create_task(self._report(), name="agent-report")
+        finally:
+            await subscription.close()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def check(self) -> None:
+        """Ask once and bring about what the plans say; what fails is counted, never raised."""
+        self._counts["checks"] += 1
+        before = self._failures
+        try:
+            await self._in_thread(self._client.refresh)
+        except HeadwaterError as error:
+            self._note("metadata", error)
+        else:
+            for family in self._host.families:
+                await self._check_family(family)
+        if self._failures == before:
+            self._failures = 0
+
+    def nudge(self) -> None:
+        """Check soon; many nudges before that are one."""
+        self._nudged.set()
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start; refused updates as `refused_<error code>`."""
+        return dict(self._counts) | {f"refused_{code}": n for code, n in self._refused.items()}
+
+    async def _follow(self) -> None:
+        while True:
+            self._nudged.clear()
+            await self.check()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), self._pause_s())
+
+    def _pause_s(self) -> float:
+        """The poll, or after failures of the network a shorter pause that doubles; jittered."""
+        pause_s = self._poll_s
+        if self._failures:
+            pause_s = min(pause_s, RETRY_FIRST_S * 2 ** min(self._failures, 16))
+        return pause_s * random.uniform(0.8, 1.2)  # noqa: S311 - jitter is no secret
+
+    async def _check_family(self, family: str) -> None:
+        try:
+            plan = await self._in_thread(self._client.plan, family)
+            if plan != self._host.current(family):
+                await self._apply(family, plan)
+            if plan != self._settled.get(family):
+                await self._in_thread(self._settle, plan, self._kept_packages())
+                self._settled[family] = plan
+        except HeadwaterError as error:
+            self._note(family, error)
+
+    async def _apply(self, family: str, plan: Plan) -> None:
+        arms = await self._in_thread(self._load_arms, plan)
+        self._host.swap(family, arms, plan)
+        self._counts["applied"] += 1
+        self._changed.set()
+        log.info("%s follows plan %d: %s", family, plan.seq, _described(arms))
+
+    def _load_arms(self, plan: Plan) -> list[Arm]:
+        return [self._load(name, arm) for name, arm in arms_for(plan, self._attributes)]
+
+    def _load(self, name: str, arm: PlanArm) -> Arm:
+        path = self._client.fetch(arm, self._shelf)
+        try:
+            return load_arm(path, arm.sha256, name, arm.release, arm.weight)
+        except PackageError as error:
+            if error.code != "hash_mismatch":
+                self._shelf.quarantine(arm.sha256, error.code)
+            raise
+
+    def _settle(self, plan: Plan, keep: set[str]) -> None:
+        self._client.confirm(plan)
+        self._shelf.save_current(plan)
+        self._shelf.prune(keep)
+
+    def _kept_packages(self) -> set[str]:
+        plans = [self._host.current(family) for family in self._host.families]
+        return {arm.sha256 for plan in plans if plan is not None for arm in plan.arms}
+
+    async def _on_refresh(self, _message: Message) -> None:
+        self._counts["nudges"] += 1
+        self.nudge()
+
+    def _note(self, what: str, error: HeadwaterError) -> None:
+        if isinstance(error, TransportError):
+            self._failures += 1
+            self._counts["unreachable"] += 1
+            log.debug("%s: %s", what, error)
+            return
+        self._refused[error.code] += 1
+        self._changed.set()
+        log.warning("%s: update refused, what runs is unchanged: %s", what, error)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+    async def _report(self) -> None:
+        subject = subjects.report(self._host.device)
+        while True:
+            self._changed.clear()
+            data = codec.encode(self._host.report(dict(self._refused)))
+            try:
+                await self._bus.publish(subject, data)
+                self._counts["reports"] += 1
+            except HeadwaterError as error:
+                log.debug("report not sent: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), REPORT_EVERY_S)
+
+
+def _described(arms: Sequence[Arm]) -> str:
+    return ", ".join(f"{arm.name} {arm.release} ({arm.weight:g})" for arm in arms)
