@@ -148,10 +148,10 @@ class Slot:
     def _dispose(self, lease: Lease) -> None:
         """Free off the caller's thread: unloading a model takes milliseconds."""
         thread = threading.Thread(target=self._free, args=(lease,), name="slot-free")
+        thread.start()
         with self._lock:
-            self._disposals = [each for each in self._disposals if each.is_alive()]
-            thread.start()
-            self._disposals.append(thread)
+            alive = [each for each in self._disposals if each.is_alive()]
+            self._disposals = [*alive, thread]
 
     def _free(self, lease: Lease) -> None:
         lease.arms = ()

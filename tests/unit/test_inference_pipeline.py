@@ -1,0 +1,204 @@
+"""The pipeline: from event to answer, its event clock, and its restart."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.clock import ManualClock
+from edge_runtime.errors import RequestError
+from edge_runtime.inference.pipeline import Pipeline, score_batch
+from edge_runtime.inference.slot import load_arm
+
+NOON = 1.36e9
+ASK = {"carrier": "AA", "distance": 100}
+SEEN = {"carrier": "AA", "delay": 30.0}
+
+
+def first(_arms):
+    return 0
+
+
+@pytest.fixture
+def load(write_package):
+    def load(bias=0.0, name="stable", **options):
+        return load_arm(*write_package(bias=bias, **options), name, f"r{bias:g}", 0.5)
+
+    return load
+
+
+@pytest.fixture
+def pipeline(load):
+    pipeline = Pipeline("toy", ManualClock(NOON))
+    pipeline.swap([load()])
+    return pipeline
+
+
+def code(call, *arguments):
+    with pytest.raises(RequestError) as caught:
+        call(*arguments)
+    return caught.value.code
+
+
+def test_before_the_first_release_there_is_a_named_error():
+    pipeline = Pipeline("toy")
+    assert code(pipeline.predict, "scheduled", NOON, ASK, first) == "no_release"
+    assert code(pipeline.observe, "departed", NOON, SEEN) == "no_release"
+
+
+def test_after_the_release_is_withdrawn_it_is_named_again(pipeline):
+    pipeline.swap([])
+    assert code(pipeline.predict, "scheduled", NOON, ASK, first) == "no_release"
+
+
+def test_an_answer_carries_the_values_that_it_was_made_from(pipeline, toy_spec):
+    pipeline.observe("departed", NOON - 60, SEEN)
+    answer = pipeline.predict("scheduled", NOON, ASK, first)
+    assert answer.vector.tolist() == [1, 100, 1, 30, 30]
+    assert answer.vector.dtype == np.float32
+    assert answer.spec == toy_spec.hash
+    [[output]] = answer.outputs
+    assert output == pytest.approx(1 / (1 + math.exp(-0.162)), abs=1e-6)
+
+
+def test_every_arm_scores_and_the_chosen_one_answers(pipeline, load):
+    pipeline.swap([load(0.0), load(1.0, "canary")])
+    answer = pipeline.predict("scheduled", NOON, ASK, lambda arms: len(arms) - 1)
+    assert answer.index == 1
+    assert [arm.release for arm in answer.arms] == ["r0", "r1"]
+    alone = [arm.runner.run(answer.vector[np.newaxis]).tolist()[0] for arm in answer.arms]
+    assert answer.outputs == alone
+    assert answer.outputs[0] != answer.outputs[1]
+
+
+def test_a_kind_that_is_only_observed_gets_no_answer(pipeline):
+    assert code(pipeline.predict, "departed", NOON, SEEN, first) == "not_predicted"
+
+
+def test_what_is_refused_leaves_no_trace(pipeline):
+    pipeline.observe("departed", NOON, SEEN)
+    before = pipeline.snapshot()
+    far = NOON + 90_000
+    assert code(pipeline.observe, "departed", NOON, {"carrier": "AA"}) == "missing_field"
+    assert code(pipeline.observe, "departed", far, SEEN) == "event_from_future"
+    assert code(pipeline.predict, "scheduled", far, ASK, first) == "event_from_future"
+    assert code(pipeline.predict, "departed", NOON + 5, SEEN, first) == "not_predicted"
+    assert code(pipeline.predict, "scheduled", NOON, ASK | {"x": 1}, first) == "unknown_field"
+    assert pipeline.snapshot() == before
+
+
+def test_an_event_too_late_is_answered_and_counted_but_moves_no_window(pipeline):
+    pipeline.observe("departed", NOON, SEEN)
+    before = pipeline.snapshot()
+    pipeline.observe("departed", NOON - 7201, SEEN)
+    pipeline.predict("scheduled", NOON - 7201, ASK, first)
+    assert pipeline.snapshot() == before
+    assert pipeline.statistics()["late_events"] == 2
+    pipeline.observe("departed", NOON - 7200, SEEN)
+    assert pipeline.statistics()["late_events"] == 2
+    assert pipeline.statistics()["entries"] > 2
+
+
+def test_on_the_event_clock_a_silence_may_be_long_if_it_really_was(load):
+    clock = ManualClock(NOON)
+    pipeline = Pipeline("toy", clock)
+    pipeline.swap([load()])
+    pipeline.observe("departed", NOON, SEEN)
+    assert code(pipeline.observe, "departed", NOON + 100_000, SEEN) == "event_from_future"
+    clock.advance(20_000)
+    pipeline.observe("departed", NOON + 100_000, SEEN)
+
+
+def test_on_the_event_clock_the_first_event_after_a_restart_may_be_far_ahead(pipeline):
+    pipeline.observe("departed", NOON, SEEN)
+    again = Pipeline("toy", ManualClock(NOON))
+    again.swap(pipeline.slot.arms)
+    again.restore(pipeline.snapshot())
+    again.observe("departed", NOON + 1e6, SEEN)
+    assert code(again.observe, "departed", NOON + 2e6, SEEN) == "event_from_future"
+
+
+def test_on_the_wall_clock_an_event_may_be_ahead_by_the_skew_only(load, toy_interface):
+    clock = ManualClock(NOON)
+    pipeline = Pipeline("toy", clock)
+    wall = msgspec.structs.replace(toy_interface, clock="wall", skew_s_max=5.0)
+    pipeline.swap([load(interface=wall)])
+    pipeline.observe("departed", NOON + 5, SEEN)
+    assert code(pipeline.observe, "departed", NOON + 5.1, SEEN) == "event_from_future"
+    clock.advance(1.0)
+    pipeline.observe("departed", NOON + 5.1, SEEN)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    steps=st.lists(
+        st.tuples(st.booleans(), st.integers(-9000, 5000), st.floats(-60, 300)), max_size=30
+    ),
+    cut=st.integers(0, 30),
+    armed=st.booleans(),
+)
+def test_restore_and_replay_give_the_same_bits_as_never_stopping(pipeline, steps, cut, armed):
+    arms = pipeline.slot.arms
+    live, again = Pipeline("toy", ManualClock(NOON)), Pipeline("toy", ManualClock(NOON + 1e6))
+    live.swap(arms)
+    if armed:
+        again.swap(arms)
+    again.restore(live.snapshot())
+    for at, (asks, step_s, delay) in enumerate(steps):
+        if at == cut:
+            again.restore(live.snapshot())
+        kind, fields = ("scheduled", ASK) if asks else ("departed", SEEN | {"delay": delay})
+        time_s = max(live.newest_s, NOON) + step_s
+        if asks:
+            live.predict(kind, time_s, fields, first)
+        else:
+            live.observe(kind, time_s, fields)
+        again.replay(kind, time_s, fields)
+    assert again.snapshot() == live.snapshot()
+    again.swap(arms)
+    asked = ("scheduled", live.newest_s if steps else NOON, ASK, first)
+    assert again.predict(*asked).vector.tobytes() == live.predict(*asked).vector.tobytes()
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", b"\x94\x02\x00\x00\x90"])
+def test_garbage_is_no_snapshot_and_changes_nothing(pipeline, data):
+    pipeline.observe("departed", NOON, SEEN)
+    before = pipeline.snapshot()
+    assert code(pipeline.restore, data) == "bad_snapshot"
+    assert pipeline.snapshot() == before
+
+
+def test_any_damage_to_a_snapshot_is_refused_or_restores_whole_windows(pipeline):
+    pipeline.observe("departed", NOON, SEEN)
+    whole = pipeline.snapshot()
+    for cut in range(len(whole)):
+        assert code(pipeline.restore, whole[:cut]) == "bad_snapshot"
+    assert pipeline.snapshot() == whole
+
+
+def test_windows_go_on_across_a_swap_and_a_change_of_features(pipeline, load, toy_spec):
+    pipeline.observe("departed", NOON, SEEN)
+    pipeline.swap([load(1.0)])
+    assert pipeline.predict("scheduled", NOON, ASK, first).vector.tolist() == [1, 100, 1, 30, 30]
+    narrow = toy_spec.subset(["distance", "delay_1h"])
+    pipeline.swap([load(1.0), load(2.0, "canary", spec=narrow)])
+    answer = pipeline.predict("scheduled", NOON, ASK, lambda _arms: 1)
+    assert answer.vector.tolist() == [100, 30]
+    assert answer.spec == narrow.hash
+    again = Pipeline("toy")
+    again.swap([load(2.0, spec=narrow)])
+    again.restore(pipeline.snapshot())
+    assert again.predict("scheduled", NOON, ASK, first).vector.tolist() == [100, 30]
+
+
+def test_a_batch_is_scored_as_its_rows_are(pipeline, toy_spec):
+    runner = pipeline.slot.arms[0].runner
+    rows = np.random.default_rng(7).normal(size=(2500, toy_spec.size)).astype(np.float32) * 100
+    alone = np.concatenate([runner.run(row[np.newaxis]) for row in rows])
+    np.testing.assert_allclose(score_batch(runner, rows), alone, atol=1e-6)
+    assert score_batch(runner, rows[:0]).shape == (0, 1)
