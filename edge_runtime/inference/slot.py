@@ -65,7 +65,7 @@ class Lease:
     ) -> None:
         with self._lock:
             self.leases -= 1
-            last = self.retired and not self.leases
+            last = self.retired and not self.leases and bool(self.arms)
         if last:
             self._drained(self)
 
@@ -108,9 +108,9 @@ class Slot:
         with self._lock:
             old, self._current = self._current, fresh
             old.retired = True
-            drained = not old.leases
+            drained = bool(old.arms) and not old.leases
             self._swaps += 1
-            self._draining += 1
+            self._draining += bool(old.arms)
         if drained:
             self._dispose(old)
 
