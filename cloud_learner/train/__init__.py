@@ -1,0 +1,1 @@
+"""Learning: the family's declaration, rows in memory, replicas of the teacher, the student."""

@@ -1,0 +1,95 @@
+"""Rows in memory: what the replicas learn from, and the reservoir that remembers the past.
+
+Why: a micro-batch alone makes a network forget; a uniform sample of everything seen is the cheapest
+memory there is (Vitter's reservoir sampling).
+
+Invariants: same rows and same seed give the same reservoir; its size never passes its bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from cloud_learner.store.examples import Example
+
+Matrix = npt.NDArray[np.float32]
+
+
+class Rows(msgspec.Struct, frozen=True):
+    """`features` of shape (rows, features) and `labels` of shape (rows,), both float32."""
+
+    features: Matrix
+    labels: Matrix
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: npt.NDArray[np.intp]) -> Rows:
+        """The rows at these positions."""
+        return Rows(self.features[index], self.labels[index])
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """All rows, in order."""
+    features = np.concatenate([part.features for part in parts])
+    return Rows(features, np.concatenate([part.labels for part in parts]))
+
+
+def rows_of(examples: Sequence[Example], columns: Sequence[int] | None = None) -> Rows:
+    """The logged feature values of the examples and their labels; `columns` selects features."""
+    features = np.frombuffer(b"".join(e.features for e in examples), dtype="<f4")
+    features = features.reshape(len(examples), -1).astype(np.float32)
+    labels = np.array([e.label for e in examples], dtype=np.float32)
+    return Rows(features if columns is None else features[:, list(columns)], labels)
+
+
+class Reservoir:
+    """A uniform sample of all rows ever added, at most `bound` of them."""
+
+    def __init__(self, bound: int, width: int, seed: int) -> None:
+        self._features = np.zeros((bound, width), np.float32)
+        self._labels = np.zeros(bound, np.float32)
+        self._random = np.random.default_rng(seed)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return min(self.seen, len(self._labels))
+
+    def add(self, rows: Rows) -> None:
+        """Give each new row the chance that is its due."""
+        bound = len(self._labels)
+        places = np.arange(self.seen, self.seen + len(rows))
+        drawn = self._random.integers(0, places + 1)
+        places = np.where(places < bound, places, drawn)
+        kept = places < bound
+        self._features[places[kept]] = rows.features[kept]
+        self._labels[places[kept]] = rows.labels[kept]
+        self.seen += len(rows)
+
+    def draw(self, count: int) -> Rows:
+        """`count` rows, with replacement; none while it is empty."""
+        index = self._random.integers(0, len(self), size=count if len(self) else 0)
+        return Rows(self._features[index], self._labels[index])
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on from here."""
+        size = len(self)
+        return {
+            "features": self._features[:size].copy(),
+            "labels": self._labels[:size].copy(),
+            "seen": self.seen,
+            "random": self._random.bit_generator.state,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        size = len(state["labels"])
+        self._features[:size] = state["features"]
+        self._labels[:size] = state["labels"]
+        self.seen = state["seen"]
+        self._random.bit_generator.state = state["random"]

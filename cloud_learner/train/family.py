@@ -1,0 +1,214 @@
+"""A family: one model line, declared in a folder and loaded by its path.
+
+Why: what differs from one model line to the next stands in three files, so that no package of
+Headwater knows any of them.
+
+Invariants: a family that was loaded is whole: its sections are valid, its features name fields that
+its event kinds have, its networks can be built. Every error names file and key.
+
+Knows nothing about data, training or releases. Implements the family folder of DESIGN's surfaces.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.features.spec import Spec
+from edge_runtime.inference.package import Interface, Kind
+from edge_runtime.wire.subjects import checked_name
+
+Rows = npt.NDArray[np.float32]
+Build = Callable[[Spec, Rows], nn.Module]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of family.toml."""
+
+
+class EventKind(_Section, frozen=True):
+    """`[events.<kind>]`: its fields and whether it asks for a prediction."""
+
+    fields: dict[str, Literal["str", "int", "float"]]
+    predicts: bool = False
+
+
+class Label(_Section, frozen=True):
+    """`[label]`: an example is used `window_s` after its prediction, when all outcomes are known."""
+
+    window_s: float
+    policy: Literal["mature"] = "mature"
+
+
+class Learning(_Section, frozen=True):
+    """`[learning]`: sizes in rows; the seed that makes training repeatable."""
+
+    batch_size: int = 500
+    device_cap: int = 250
+    seed: int = 1
+    bootstrap_passes: int = 2
+    reservoir_rows: int = 20000
+    replay_rows: int = 1000
+    recent_rows: int = 1000
+
+
+class Gates(_Section, frozen=True):
+    """`[gates]`: limits of the offline gate; AUC differences against the release that serves."""
+
+    static_auc_drop_max: float = 0.01
+    recent_auc_drop_max: float = 0.01
+    auc_min: float = 0.5
+    int8_auc_gap_max: float = 0.001
+    calibration_min: float = 0.7
+    calibration_max: float = 1.4
+    recent_rows_min: int = 300
+
+
+class Rollout(_Section, frozen=True):
+    """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold."""
+
+    selector: dict[str, str]
+    canary_share: float = 0.2
+    margin: float = 0.0025
+    pairs_max: int = 8000
+
+
+class FamilyConfig(_Section, frozen=True):
+    """The whole of family.toml."""
+
+    name: str
+    events: dict[str, EventKind]
+    label: Label
+    rollout: Rollout
+    output: str = "probability"
+    clock: Literal["event", "wall"] = "event"
+    skew_s_max: float = 86400.0
+    lateness_s_max: float = 3600.0
+    learning: Learning = Learning()
+    gates: Gates = Gates()
+
+
+class Family:
+    """A loaded family; `spec` may be a part of what features.toml declares."""
+
+    def __init__(self, folder: Path, config: FamilyConfig, spec: Spec, network: ModuleType) -> None:
+        self.folder, self.config, self.spec, self.network = folder, config, spec, network
+        self.build_teacher: Build = network.build_teacher
+        self.build_student: Build = network.build_student
+
+    @classmethod
+    def load(cls, folder: Path) -> Family:
+        """Read the folder. Raises: ConfigError naming file and key."""
+        if not (folder / "family.toml").is_file():
+            raise ConfigError(
+                "no_family", f"{folder} holds no family.toml", "give the path of a family folder"
+            )
+        config = _config(folder / "family.toml")
+        spec = _spec(folder / "features.toml", config)
+        return cls(folder, config, spec, _network(folder / "network.py"))
+
+    def restricted(self, names: list[str]) -> Family:
+        """The same family with only the named features."""
+        return Family(self.folder, self.config, self.spec.subset(names), self.network)
+
+    @property
+    def name(self) -> str:
+        """The family's name, as in subjects, plans and packages."""
+        return self.config.name
+
+    @property
+    def interface(self) -> Interface:
+        """What a device must know to take this family's events."""
+        config = self.config
+        return Interface(
+            family=config.name,
+            kinds={
+                name: Kind(predicts=kind.predicts, fields=dict(kind.fields))
+                for name, kind in config.events.items()
+            },
+            clock=config.clock,
+            skew_s_max=config.skew_s_max,
+            lateness_s_max=config.lateness_s_max,
+            output=config.output,
+        )
+
+
+def _config(path: Path) -> FamilyConfig:
+    try:
+        config = msgspec.convert(tomllib.loads(path.read_text("utf-8")), FamilyConfig)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise _bad(path, str(error)) from error
+    checked_name(config.name, f"{path}: name")
+    if not any(kind.predicts for kind in config.events.values()):
+        raise _bad(path, "no kind in `events` has predicts = true")
+    if config.learning.device_cap < 1 or config.learning.batch_size < 2:
+        raise _bad(path, "learning.batch_size and learning.device_cap must be positive")
+    return config
+
+
+def _spec(path: Path, config: FamilyConfig) -> Spec:
+    try:
+        spec = Spec.from_toml(path.read_text("utf-8"))
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
+    for feature in spec.features:
+        if feature.field is not None:
+            _need_field(path, config, feature.name, feature.field)
+        elif feature.window is not None:
+            window = feature.window
+            kind = config.events.get(window.over)
+            if kind is None:
+                raise _bad(
+                    path, f"feature {feature.name!r}: window.over {window.over!r} is no kind"
+                )
+            for field in (window.key, window.value):
+                if field is not None and field not in kind.fields:
+                    raise _bad(
+                        path, f"feature {feature.name!r}: {window.over!r} has no field {field!r}"
+                    )
+            if window.key is not None:
+                _need_field(path, config, feature.name, window.key)
+    return spec
+
+
+def _need_field(path: Path, config: FamilyConfig, feature: str, field: str) -> None:
+    for name, kind in config.events.items():
+        if kind.predicts and field not in kind.fields:
+            raise _bad(path, f"feature {feature!r}: {name!r} has no field {field!r}")
+
+
+def load_module(path: Path) -> ModuleType:
+    """A Python file of a family folder, imported by its path. Raises: ConfigError."""
+    specification = importlib.util.spec_from_file_location(f"family_{path.stem}", path)
+    if specification is None or specification.loader is None or not path.is_file():
+        raise _bad(path, "does not exist")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise _bad(path, f"cannot be imported: {error!r}") from error
+    return module
+
+
+def _network(path: Path) -> ModuleType:
+    module = load_module(path)
+    for name in ("build_teacher", "build_student"):
+        if not callable(getattr(module, name, None)):
+            raise _bad(path, f"defines no function {name}")
+    return module
+
+
+def _bad(path: Path, what: str) -> ConfigError:
+    return ConfigError("bad_family", f"{path}: {what}", "see models/flight_delay for an example")
