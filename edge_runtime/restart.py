@@ -56,7 +56,7 @@ def restore_windows(families: Mapping[str, Family], file: SnapshotFile, events: 
     from_log_alone = {
         name
         for name, family in families.items()
-        if family.plan is not None and not (name in states and family.restore(states[name]))
+        if name not in states or not family.restore(states[name])
     }
     start, replayed = file.floor, 0
     for epoch, seq, data in events.tail("event", *((0, 0) if from_log_alone else start)):

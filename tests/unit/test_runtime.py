@@ -308,6 +308,8 @@ def test_what_a_crash_took_is_named_when_its_label_comes(
 def test_a_damaged_package_costs_the_answers_until_the_next_update(
     installed: EdgeConfig, write_package: WritePackage
 ) -> None:
+    with open_runtime(installed) as runtime:
+        runtime.observe("toy", departed(NOW_S, 30.0))
     [package] = (installed.state_dir / "shelf" / "packages").glob("*.onnx")
     package.write_bytes(package.read_bytes() + b"!")
     arm = load_arm(write_package(2.0)[0], None, "stable", "r2", 1.0)
@@ -316,6 +318,9 @@ def test_a_damaged_package_costs_the_answers_until_the_next_update(
             runtime.predict("toy", scheduled())
         runtime.swap("toy", [arm], plan_of(arm))
         assert runtime.predict("toy", scheduled()).release == "r2"
+        record = logged(runtime)[-1]
+        assert isinstance(record, PredictionRecord)
+        assert np.frombuffer(record.features, "<f4").tolist()[2:] == [1.0, 30.0, 30.0]
 
 
 def test_a_report_says_what_serves_and_what_was_counted(

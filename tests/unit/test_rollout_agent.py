@@ -1,0 +1,332 @@
+"""The rollout agent over a real runtime, a broker in memory and an update client that obeys."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.bus.memory import MemoryBroker, MemoryBus
+from edge_runtime.clock import ManualClock
+from edge_runtime.config import EdgeConfig
+from edge_runtime.errors import HeadwaterError, TransportError, TrustError
+from edge_runtime.rollout.agent import Agent
+from edge_runtime.rollout.plan import Plan, PlanArm, model_path
+from edge_runtime.runtime import Event, Runtime
+from edge_runtime.update.shelf import Shelf
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import Report
+
+SCHEDULED = Event("scheduled", 1.36e9, {"carrier": "UA", "distance": 998.0})
+WritePackage = Callable[..., tuple[Path, str]]
+
+
+@dataclass
+class Orders:
+    """An update client that hands out `current`, or fails as told; packages come from `files`."""
+
+    current: Plan | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    fails: dict[str, HeadwaterError] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    threads: set[str] = field(default_factory=set)
+
+    def refresh(self) -> None:
+        self._called("refresh")
+
+    def plan(self, family: str, /) -> Plan:
+        self._called("plan")
+        if self.current is None:
+            raise TransportError("no_plan", f"no plan for {family}")
+        return self.current
+
+    def fetch(self, arm: PlanArm, shelf: Shelf, /) -> Path:
+        self._called("fetch")
+        if arm.sha256 in shelf.quarantined():
+            raise TrustError("release_quarantined", arm.release)
+        return shelf.put(arm.sha256, [self.files[arm.sha256]])
+
+    def confirm(self, plan: Plan, /) -> None:
+        self._called(f"confirm {plan.seq}")
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        self.threads.add(threading.current_thread().name)
+        failure = self.fails.get(name.split()[0])
+        if failure is not None:
+            raise failure
+
+
+@dataclass
+class Device:
+    """What a test plays with."""
+
+    runtime: Runtime
+    orders: Orders
+    agent: Agent
+    bus: MemoryBus
+    broker: MemoryBroker
+    write_package: WritePackage
+
+    def arm(self, release: str, bias: float = 0.0, weight: float = 1.0, **more: float) -> PlanArm:
+        path, sha256 = self.write_package(bias, **more)
+        self.orders.files[sha256] = path.read_bytes()
+        return PlanArm(release, model_path("toy", release), sha256, 1, weight)
+
+    def answering(self) -> str:
+        return self.runtime.predict("toy", SCHEDULED).release
+
+    def arms(self) -> list[tuple[str, str]]:
+        return [(arm.arm, arm.release) for arm in self.runtime.report({}).arms]
+
+
+@pytest.fixture
+def play(tmp_path: Path, write_package: WritePackage) -> Callable[..., None]:
+    """`play(stage)` runs `stage(device)`; the agent does not run by itself unless told to."""
+    config = EdgeConfig(
+        device="EWR",
+        families=["toy"],
+        state_dir=tmp_path / "state",
+        socket=tmp_path / "edge.sock",
+        attributes={"airport": "EWR"},
+    )
+
+    def run(stage: Callable[[Device], Awaitable[None]]) -> None:
+        async def scene() -> None:
+            broker = MemoryBroker()
+            bus = await broker.connect()
+            await bus.ensure_stream(
+                subjects.STATE_STREAM, subjects.STATE_ALL, max_bytes=1 << 20, discard_new=False
+            )
+            with Runtime.open(config, clock=ManualClock(1.36e9)) as runtime:
+                orders = Orders()
+                agent = Agent(
+                    runtime,
+                    orders,
+                    runtime.shelf,
+                    bus,
+                    attributes=config.attributes,
+                    poll_s=1000.0,
+                )
+                device = Device(runtime, orders, agent, bus, broker, write_package)
+                await asyncio.wait_for(stage(device), 4)
+
+        asyncio.run(scene())
+
+    return run
+
+
+def test_a_plan_is_fetched_served_confirmed_and_remembered(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=3, stable=device.arm("r1"))
+        await device.agent.check()
+        assert device.answering() == "r1"
+        assert device.orders.calls == ["refresh", "plan", "fetch", "confirm 3"]
+        assert device.runtime.shelf.load_current("toy") == device.orders.current
+        assert device.runtime.report({}).plan_seq == 3
+
+    play(stage)
+
+
+def test_what_may_block_happens_on_the_update_thread(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        assert {name.removesuffix("_0") for name in device.orders.threads} == {"update"}
+
+    play(stage)
+
+
+def test_the_same_plan_is_done_once(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        await device.agent.check()
+        assert device.orders.calls.count("fetch") == 1
+        assert device.orders.calls.count("confirm 1") == 1
+        assert device.agent.statistics()["applied"] == 1
+
+    play(stage)
+
+
+@pytest.mark.parametrize(
+    ("selector", "arms"),
+    [
+        ({"airport": "EWR"}, [("stable", "r1"), ("canary", "r2")]),
+        ({"airport": "JFK"}, [("stable", "r1")]),
+        ({}, [("stable", "r1"), ("canary", "r2")]),
+    ],
+)
+def test_the_selector_says_who_gets_the_canary(
+    play: Callable[..., None], selector: dict[str, str], arms: list[tuple[str, str]]
+) -> None:
+    async def stage(device: Device) -> None:
+        stable, canary = device.arm("r1", weight=0.5), device.arm("r2", 1.0, weight=0.5)
+        device.orders.current = Plan(
+            family="toy", seq=1, stable=stable, canary=canary, selector=selector
+        )
+        await device.agent.check()
+        assert device.arms() == arms
+
+    play(stage)
+
+
+def test_a_promotion_and_a_rollback_are_just_plans(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        first, second = device.arm("r1"), device.arm("r2", 1.0)
+        served = []
+        for seq, stable in enumerate([first, second, first], start=1):
+            device.orders.current = Plan(family="toy", seq=seq, stable=stable)
+            await device.agent.check()
+            served.append(device.answering())
+        assert served == ["r1", "r2", "r1"]
+        counters = device.runtime.counters()
+        assert (counters["swaps"], counters["requests_dropped"]) == (3, 0)
+
+    play(stage)
+
+
+def test_packages_of_no_current_plan_leave_the_shelf(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        first, second = device.arm("r1"), device.arm("r2", 1.0)
+        for seq, stable in enumerate([first, second], start=1):
+            device.orders.current = Plan(family="toy", seq=seq, stable=stable)
+            await device.agent.check()
+        assert device.runtime.shelf.path_of(first.sha256) is None
+        assert device.runtime.shelf.path_of(second.sha256) is not None
+
+    play(stage)
+
+
+@pytest.mark.parametrize("step", ["refresh", "plan", "fetch"])
+def test_a_refusal_is_counted_by_its_code_and_the_current_release_serves(
+    play: Callable[..., None], step: str
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        device.orders.current = Plan(family="toy", seq=2, stable=device.arm("r2", 1.0))
+        device.orders.fails[step] = TrustError("below_threshold", "one signature is missing")
+        await device.agent.check()
+        assert device.answering() == "r1"
+        assert device.agent.statistics()["refused_below_threshold"] == 1
+        del device.orders.fails[step]
+        await device.agent.check()
+        assert device.answering() == "r2"
+
+    play(stage)
+
+
+def test_a_package_that_fails_here_is_never_tried_again(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        bad = device.arm("r2", 1.0, model_bias=1.5)
+        device.orders.current = Plan(family="toy", seq=2, stable=bad)
+        await device.agent.check()
+        await device.agent.check()
+        assert device.answering() == "r1"
+        assert device.runtime.shelf.quarantined() == {bad.sha256: "golden_mismatch"}
+        statistics = device.agent.statistics()
+        assert statistics["refused_golden_mismatch"] == 1
+        assert statistics["refused_release_quarantined"] == 1
+
+    play(stage)
+
+
+def test_a_plan_that_could_not_be_confirmed_is_confirmed_later(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=4, stable=device.arm("r1"))
+        device.orders.fails["confirm"] = TransportError("unreachable", "away")
+        await device.agent.check()
+        assert device.answering() == "r1"
+        assert device.runtime.shelf.load_current("toy") is None
+        del device.orders.fails["confirm"]
+        await device.agent.check()
+        assert device.runtime.shelf.load_current("toy") == device.orders.current
+        assert device.orders.calls.count("fetch") == 1
+
+    play(stage)
+
+
+def test_an_absent_network_is_no_refusal(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.fails["refresh"] = TransportError("unreachable", "away")
+        await device.agent.check()
+        statistics = device.agent.statistics()
+        assert statistics["unreachable"] == 1
+        assert not [name for name in statistics if name.startswith("refused")]
+
+    play(stage)
+
+
+async def next_report(device: Device, wanted: Callable[[Report], bool]) -> Report:
+    """The first report for which `wanted` holds."""
+    found: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+
+    async def look(message: object) -> None:
+        report = codec.decode_report(message.data)  # type: ignore[attr-defined]
+        if wanted(report) and not found.done():
+            found.set_result(report)
+
+    subscription = await device.bus.subscribe(subjects.report("EWR"), look)
+    try:
+        return await found
+    finally:
+        await subscription.close()
+
+
+async def with_agent(device: Device, wait: Awaitable[Report]) -> Report:
+    running = asyncio.create_task(device.agent.run())
+    try:
+        return await wait
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def test_a_running_agent_checks_at_once_and_reports_what_serves(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=9, stable=device.arm("r1"))
+        report = await with_agent(device, next_report(device, lambda report: report.plan_seq == 9))
+        assert [(arm.arm, arm.release) for arm in report.arms] == [("stable", "r1")]
+        assert report.counters["swaps"] == 1
+
+    play(stage)
+
+
+def test_a_nudge_makes_it_check_and_refusals_are_reported(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        async def nudge_until_refused() -> Report:
+            await next_report(device, lambda _report: True)
+            device.orders.fails["plan"] = TrustError("expired", "too old")
+            waiting = asyncio.create_task(next_report(device, lambda report: bool(report.refused)))
+            await device.bus.send(subjects.REFRESH, hashlib.sha256(b"any").digest())
+            return await waiting
+
+        report = await with_agent(device, nudge_until_refused())
+        assert report.refused == {"expired": 1}
+        assert device.agent.statistics()["nudges"] == 1
+
+    play(stage)
+
+
+def test_a_report_that_cannot_be_sent_stops_nothing(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        async def outage() -> Report:
+            device.broker.down()
+            device.orders.current = Plan(family="toy", seq=2, stable=device.arm("r1"))
+            device.agent.nudge()
+            while device.runtime.current("toy") is None:
+                await asyncio.to_thread(lambda: None)
+            device.broker.up()
+            return await next_report(device, lambda report: report.plan_seq == 2)
+
+        assert (await with_agent(device, outage())).plan_seq == 2
+
+    play(stage)
