@@ -1,0 +1,91 @@
+"""The joint clock: the event time up to which the records of all devices are in.
+
+Why: which examples are mature must follow from what happened, not from which device's envelopes
+came first; so time passes for the learner only once it has passed for every device.
+
+Invariants: the clock never goes back. It stands at the minimum over the devices that are not
+silent. A device's own time is the newest event time of its class `event`; its labels hold it back
+while they lag, by at most one label window, since labels travel in a class of their own. A device
+(or class) that was silent for `idle_s` of wall time holds nobody; a device that is awaited but was
+never heard holds the clock for the same time.
+
+Knows nothing about predictions or examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from cloud_learner.store.ingest_state import Lane
+from edge_runtime.wire.messages import EventClass
+
+_NEVER = float("-inf")
+
+
+class _Heard(msgspec.Struct):
+    """Newest event time, and the monotonic time at which the class was heard last."""
+
+    newest_s: float = _NEVER
+    at_s: float = _NEVER
+
+
+class _Device(msgspec.Struct):
+    event: _Heard
+    label: _Heard
+
+
+class JointClock:
+    """Event time over all devices; `awaited` are those that must be heard before it starts."""
+
+    def __init__(self, label_window_s: float, idle_s: float, awaited: Iterable[str] = ()) -> None:
+        self.now_s = _NEVER
+        self._label_window_s, self._idle_s = label_window_s, idle_s
+        self._awaited = tuple(awaited)
+        self._devices: dict[str, _Device] = {}
+
+    def restore(
+        self, now_s: float, marks: Mapping[Lane, tuple[int, float]], monotonic_s: float
+    ) -> None:
+        """Go on at `now_s`; devices that were heard before count as heard right now."""
+        self.now_s = now_s
+        for device in self._awaited:
+            self._device(device).event.at_s = monotonic_s
+        for (device, _, event_class), (_, newest_s) in marks.items():
+            self.hear(device, event_class, newest_s, monotonic_s)
+
+    def hear(
+        self, device: str, event_class: EventClass, newest_s: float, monotonic_s: float
+    ) -> None:
+        """Records of a device came, the newest of them at `newest_s`."""
+        heard = getattr(self._device(device), event_class)
+        heard.newest_s = max(heard.newest_s, newest_s)
+        heard.at_s = monotonic_s
+
+    def advance(self, monotonic_s: float) -> float:
+        """Move to where the devices stand now, and return that time."""
+        holding = [
+            self.of(name, monotonic_s)
+            for name, device in self._devices.items()
+            if not self._is_silent(device.event, monotonic_s)
+        ]
+        self.now_s = max([self.now_s, min(holding, default=_NEVER)])
+        return self.now_s
+
+    def of(self, name: str, monotonic_s: float) -> float:
+        """A device's own time; for ever in the past when it was never heard."""
+        device = self._device(name)
+        event_s, label_s = device.event.newest_s, device.label.newest_s
+        if self._is_silent(device.label, monotonic_s):
+            return event_s
+        return min(event_s, max(label_s, event_s - self._label_window_s))
+
+    def _is_silent(self, heard: _Heard, monotonic_s: float) -> bool:
+        return monotonic_s - heard.at_s >= self._idle_s
+
+    def _device(self, name: str) -> _Device:
+        found = self._devices.get(name)
+        if found is None:
+            found = self._devices[name] = _Device(_Heard(), _Heard())
+        return found
