@@ -1,0 +1,122 @@
+"""The `edge-runtime` command: what it writes, says and exits with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_runtime import config as configuration
+from edge_runtime.cli import main
+from edge_runtime.rollout.plan import Plan, PlanArm, model_path
+from edge_runtime.update.shelf import Shelf
+
+WritePackage = Callable[..., tuple[Path, str]]
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """`edge("status")` runs a command in `tmp_path`."""
+    with contextlib.chdir(tmp_path):
+        yield lambda *args: CliRunner().invoke(main, list(args), catch_exceptions=False)
+
+
+def test_init_writes_a_configuration_that_can_be_read(
+    edge: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = edge(
+        *("init", "--device", "EWR", "--family", "flight_delay", "--attribute", "airport=EWR"),
+        *("--nats", "nats://127.0.0.1:4222", "--root", "1.root.json"),
+    )
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "next: edge-runtime run" in done.stderr
+    config = configuration.load(tmp_path / "edge.toml")
+    assert (config.device, config.families) == ("EWR", ["flight_delay"])
+    assert config.attributes == {"airport": "EWR"}
+    assert config.root == tmp_path / "1.root.json"
+
+
+def test_init_with_a_package_makes_it_current(
+    edge: Callable[..., Result], tmp_path: Path, write_package: WritePackage
+) -> None:
+    package, sha256 = write_package()
+    for _again in range(2):
+        options = [] if (tmp_path / "edge.toml").exists() else ["--device", "EWR"]
+        done = edge("init", *options, "--package", str(package))
+        assert done.exit_code == 0, done.stderr
+        plan = Shelf(tmp_path / "state" / "shelf").load_current("toy")
+        assert plan is not None
+        assert (plan.stable.sha256, plan.reason) == (sha256, "factory")
+        assert f"toy will serve factory-{sha256[:12]}" in done.stderr
+
+
+def test_init_never_writes_over_a_configuration(
+    edge: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "edge.toml").write_text("precious")
+    done = edge("init", "--device", "EWR", "--family", "toy")
+    assert (done.exit_code, (tmp_path / "edge.toml").read_text()) == (2, "precious")
+    assert "config_exists" in done.stderr
+
+
+def test_a_factory_package_does_not_replace_a_signed_release(
+    edge: Callable[..., Result], tmp_path: Path, write_package: WritePackage
+) -> None:
+    assert edge("init", "--device", "EWR", "--family", "toy").exit_code == 0
+    signed = Plan(
+        family="toy", seq=4, stable=PlanArm("r4", model_path("toy", "r4"), "0" * 64, 4, 1.0)
+    )
+    shelf = Shelf(tmp_path / "state" / "shelf")
+    shelf.save_current(signed)
+    done = edge("init", "--package", str(write_package()[0]))
+    assert done.exit_code == 2
+    assert "signed_release" in done.stderr
+    assert shelf.load_current("toy") == signed
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "text"),
+    [
+        (["init", "--family", "toy"], 2, "add --device NAME"),
+        (["init", "--device", "EWR"], 2, "add --family NAME"),
+        (["init", "--device", "E WR", "--family", "toy"], 2, "bad_name"),
+        (["init", "--device", "EWR", "--family", "toy", "--attribute", "x"], 2, "key=value"),
+        (["init", "--device", "EWR", "--family", "toy", "--nats", "nats://x"], 2, "no_root"),
+        (["run"], 2, "edge-runtime init"),
+        (["status"], 2, "edge-runtime init"),
+        (["predict", "toy", "{}"], 1, "kind"),
+        (["predict", "toy"], 2, "Usage"),
+    ],
+)
+def test_a_mistake_has_its_exit_code_and_a_hint(
+    edge: Callable[..., Result], tmp_path: Path, args: list[str], status: int, text: str
+) -> None:
+    done = edge(*args)
+    assert (done.exit_code, done.stdout) == (status, "")
+    assert text in done.stderr
+    assert not (tmp_path / "edge.toml").exists()
+
+
+def test_a_broken_package_is_refused_before_anything_is_written(
+    edge: Callable[..., Result], tmp_path: Path, write_package: WritePackage
+) -> None:
+    package, _ = write_package(0.0, model_bias=1.0)
+    done = edge("init", "--device", "EWR", "--package", str(package))
+    assert done.exit_code == 1
+    assert "golden_mismatch" in done.stderr
+    assert not (tmp_path / "edge.toml").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["status"], ["predict", "toy", '{"kind": "k", "time_s": 1, "fields": {}}']]
+)
+def test_without_a_running_device_the_exit_code_is_unreachable(
+    edge: Callable[..., Result], args: list[str]
+) -> None:
+    assert edge("init", "--device", "EWR", "--family", "toy").exit_code == 0
+    done = edge(*args)
+    assert (done.exit_code, done.stdout) == (4, "")
+    assert "hint: edge-runtime run" in done.stderr
