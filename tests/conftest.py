@@ -68,7 +68,8 @@ def write_package(
     """`write_package(bias=...)` writes a package that answers sigmoid(bias + sum(x) / 1000).
 
     Returns its path and SHA-256. `model_bias` makes the model differ from its golden answers, which
-    follow `bias`; `drop` leaves a metadata key out, `columns` changes the model's width alone.
+    follow `bias`; `drop` leaves a metadata key out, `columns` changes the model's width alone,
+    `ballast` adds 4 * ballast**2 bytes of weights that change no answer.
     """
 
     def write(
@@ -79,6 +80,7 @@ def write_package(
         model_bias: float | None = None,
         drop: str = "",
         columns: int | None = None,
+        ballast: int = 0,
     ) -> tuple[Path, str]:
         inputs = np.linspace(-3, 100, 4 * spec.size, dtype=np.float32).reshape(4, -1)
         logits = inputs.sum(1, keepdims=True) / 1000 + bias
@@ -93,7 +95,7 @@ def write_package(
         )
         metadata.pop(drop, None)
         actual_bias = bias if model_bias is None else model_bias
-        model = _model(columns or spec.size, actual_bias, metadata)
+        model = _model(columns or spec.size, actual_bias, metadata, ballast)
         sha256 = hashlib.sha256(model).hexdigest()
         path = tmp_path / f"{sha256}.onnx"
         path.write_bytes(model)
@@ -102,22 +104,27 @@ def write_package(
     return write
 
 
-def _model(columns: int, bias: float, metadata: dict[str, str]) -> bytes:
+def _model(columns: int, bias: float, metadata: dict[str, str], ballast: int) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
-    weights = {
-        "w": np.full((columns, 1), 1 / 1000, dtype=np.float32),
-        "b": np.array([bias], dtype=np.float32),
-    }
+    weights = {"w": np.full((columns, 1), 1 / 1000), "b": np.array([bias])}
+    nodes = [helper.make_node("Gemm", ["features", "w", "b"], ["logit"])]
+    if ballast:
+        shapes = ((columns, ballast), (ballast, ballast), (ballast, 1))
+        weights |= {f"z{i}": np.zeros(shape) for i, shape in enumerate(shapes)}
+        nodes += [
+            helper.make_node("MatMul", ["features", "z0"], ["y0"]),
+            helper.make_node("MatMul", ["y0", "z1"], ["y1"]),
+            helper.make_node("MatMul", ["y1", "z2"], ["y2"]),
+            helper.make_node("Add", ["logit", "y2"], ["sum"]),
+        ]
+    nodes.append(helper.make_node("Sigmoid", [nodes[-1].output[0]], ["probability"]))
     graph = helper.make_graph(
-        [
-            helper.make_node("Gemm", ["features", "w", "b"], ["logit"]),
-            helper.make_node("Sigmoid", ["logit"], ["probability"]),
-        ],
+        nodes,
         "toy",
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", columns])],
         [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["batch", 1])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        [numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     helper.set_model_props(model, metadata)

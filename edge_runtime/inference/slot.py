@@ -115,9 +115,13 @@ class Slot:
             self._dispose(old)
 
     def close(self) -> None:
-        """Withdraw all arms, and wait until those without a lease are freed."""
+        """Withdraw all arms, and wait as `settle` does."""
         self.swap(())
-        for thread in list(self._disposals):
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the arms that were replaced and are held by no lease are freed."""
+        for thread in self._disposals:
             thread.join()
 
     def statistics(self) -> dict[str, int]:

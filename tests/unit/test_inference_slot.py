@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -151,3 +153,22 @@ def test_swaps_under_load_drop_and_mix_nothing(arms):
     assert wrong == []
     assert min(answered) >= 200
     assert slot.statistics() == {"swaps": 202, "swap_failures": 0, "leases": 0, "draining": 0}
+
+
+def resident_mib():
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096 / 2**20
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim") or not Path("/proc/self/statm").exists(),
+    reason="memory is given back with a call of glibc, and read from /proc",
+)
+def test_memory_does_not_grow_from_swap_to_swap(write_package):
+    path, _ = write_package(ballast=2000)  # 16 MB of weights
+    slot, resident = Slot("toy"), []
+    for turn in range(8):
+        slot.swap([load_arm(path, None, "stable", f"r{turn}", 1.0)])
+        slot.settle()
+        resident.append(resident_mib())
+    assert max(resident[1:]) < resident[0] + 8
