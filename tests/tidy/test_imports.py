@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 # stands apart from its room: trust and shelf judge and keep plans, the agent above drives them.
 EDGE_ORDER = (
     *("errors", "clock", "files", "metrics", "wire", "config", "bus", "features", "inference"),
-    *("events", "personal", "rollout.plan", "update", "rollout", "snapshots", "runtime"),
-    *("factory", "api", "daemon", "cli", ""),
+    *("events", "personal", "rollout.plan", "update", "rollout", "snapshots", "family", "labels"),
+    *("restart", "runtime", "factory", "api", "daemon", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
@@ -48,7 +48,7 @@ HOMES = {
     "onnxruntime.quantization": ("cloud_learner/package/",),
     "nats": ("edge_runtime/bus/",),
     "tuf": ("edge_runtime/update/", "cloud_learner/release/", "cloud_learner/publisher.py"),
-    "duckdb": ("cloud_learner/store/", "models/"),
+    "duckdb": ("cloud_learner/store/", "cloud_learner/experiment/", "models/"),
     "starlette": ("cloud_learner/console/",),
 }
 Import = tuple[int, str]
@@ -283,7 +283,7 @@ BAD_TREES = {
     "duckdb on a device": (
         "edge_runtime/events/log.py",
         "import duckdb",
-        "its home is cloud_learner/store/ models/",
+        "its home is cloud_learner/store/ cloud_learner/experiment/ models/",
     ),
 }
 
