@@ -83,8 +83,7 @@ class Runtime:
         self._members = {name: Family(name, self.device, clock) for name in self.families}
         self._snapshots = SnapshotFile(config.state_dir / "windows.snapshot")
         self._since_snapshot = self._replayed = 0
-        self._closed = False
-        self._latency = Histogram()
+        self._latency, self._closed = Histogram(), False
         self._counts = dict.fromkeys(
             ("predictions", "observations", "labels", "request_errors", "requests_dropped"), 0
         )
@@ -100,8 +99,8 @@ class Runtime:
         try:
             for family in runtime._members.values():
                 restart.restore_arms(family, runtime.shelf, config.attributes)
-            restored = restart.restore_windows(runtime._members, runtime._snapshots, runtime.log)
-            runtime._replayed = restored
+            windows = runtime._members, runtime._snapshots, runtime.log
+            runtime._replayed = restart.restore_windows(*windows)
         except BaseException:
             runtime.log.close()
             raise
@@ -250,8 +249,6 @@ class Runtime:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    # The hot path.
-
     def _predict(self, family: Family, event: Event) -> Prediction:
         kind, time_s, fields = event.kind, event.time_s, event.fields
         seq = self.log.handed_out("event") + 1
@@ -286,10 +283,8 @@ class Runtime:
         return family
 
     def _refused(self, error: HeadwaterError) -> None:
-        mine = isinstance(error, RequestError)
-        self._counts["request_errors" if mine else "requests_dropped"] += 1
-
-    # Durability.
+        kind = "request_errors" if isinstance(error, RequestError) else "requests_dropped"
+        self._counts[kind] += 1
 
     def _committed(self) -> None:
         self._snapshots.commit(*self.log.durable("event"))
