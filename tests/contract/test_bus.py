@@ -384,17 +384,17 @@ def test_a_failing_callback_is_counted_and_the_deliveries_go_on(play):
 def test_pull_reads_all_in_stream_order(play):
     async def scenario(world: World) -> None:
         bus = await world.ready_bus()
-        wanted = [b"%d" % index for index in range(1500)]
-        for start in range(0, 1500, 100):
+        wanted = [b"%d" % index for index in range(700)]
+        for start in range(0, 700, 100):
             await asyncio.gather(
                 *(bus.publish(world.subject("a"), body) for body in wanted[start : start + 100])
             )
         async with world.pull(bus) as reader:
-            messages = await read(reader, 1500)
+            messages = await read(reader, 700)
             await ack(messages)
             assert await reader.next_batch(10, QUIET_S) == []
         assert bodies(messages) == wanted
-        assert [message.seq for message in messages] == list(range(1, 1501))
+        assert [message.seq for message in messages] == list(range(1, 701))
 
     play(scenario)
 
@@ -551,9 +551,10 @@ def test_after_an_outage_everything_goes_on(play):
 
 
 async def until_unreachable(bus: Bus, subject: str) -> None:
-    """Publish until the bus has noticed the outage; each answer is a turn of the event loop."""
+    """Publish until the bus has noticed the outage."""
     while bus.connected:
         try:
             await bus.publish(subject, b"x")
         except TransportError as error:
             assert error.code == "unreachable"  # noqa: PT017
+        await asyncio.sleep(0)
