@@ -29,8 +29,10 @@ CLOUD_ORDER = (
     ("store",),
     STEPS,
     ("cycle",),
-    ("learner", "gate", "publisher", "controller", "bootstrap", "serve"),
+    ("learner", "gate", "publisher", "controller"),
+    ("hosting",),
     ("experiment", "console"),
+    ("bootstrap", "serve"),
     ("simulate",),
     ("cli",),
 )
