@@ -57,7 +57,7 @@ class Orders:
     def _called(self, name: str) -> None:
         self.calls.append(name)
         self.threads.add(threading.current_thread().name)
-        failure = self.fails.get(name.split()[0])
+        failure = self.fails.get(name.split(maxsplit=1)[0])
         if failure is not None:
             raise failure
 
@@ -302,8 +302,10 @@ def test_a_running_agent_checks_at_once_and_reports_what_serves(play: Callable[.
 
 def test_a_nudge_makes_it_check_and_refusals_are_reported(play: Callable[..., None]) -> None:
     async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+
         async def nudge_until_refused() -> Report:
-            await next_report(device, lambda _report: True)
+            await next_report(device, lambda report: report.plan_seq == 1)
             device.orders.fails["plan"] = TrustError("expired", "too old")
             waiting = asyncio.create_task(next_report(device, lambda report: bool(report.refused)))
             await device.bus.send(subjects.REFRESH, hashlib.sha256(b"any").digest())
