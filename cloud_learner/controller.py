@@ -104,6 +104,11 @@ class Controller:
                 self._reports[report.device] = report
                 await self._settle(changed=self._measure_freshness(report))
 
+    @property
+    def stable(self) -> Offer | None:
+        """The release that serves; None before the first."""
+        return self._campaign.state.stable
+
     def status(self) -> dict[str, Any]:
         """Stages, gates with their numbers, counts and freshness, for the live view; plain data."""
         state, evidence = self._campaign.state, self._campaign.state.evidence

@@ -44,7 +44,7 @@ class EventKind(_Section, frozen=True):
 
 
 class Label(_Section, frozen=True):
-    """`[label]`: an example is used `window_s` after its prediction, when all outcomes are known."""
+    """`[label]`: an example is used `window_s` after its prediction: all outcomes are known."""
 
     window_s: float
     policy: Literal["mature"] = "mature"

@@ -25,11 +25,11 @@ from cloud_learner.train.dataset import Matrix, Reservoir, Rows, concatenate
 CHUNK_ROWS = 250
 FAST_PASSES = 2
 FAST_LEARNING_RATE = 3e-4
-STABLE_LEARNING_RATE = 1e-3
+STABLE_LEARNING_RATE = 1.5e-3
 WEIGHT_DECAY = 0.05
 AVERAGE_KEEP = 0.97  # of the moving average, at each step
-HEDGE_RATE = 20.0  # per nat of difference in mean loss
-HEDGE_MEMORY = 0.9
+HEDGE_RATE = 30.0  # per nat of mean loss
+HEDGE_MEMORY = 0.95
 WEIGHT_MIN = 0.1  # below it a replica hurts and weighs nothing
 
 _soft_loss = nn.functional.binary_cross_entropy_with_logits
@@ -87,7 +87,7 @@ class Replica:
 
     def _follow(self) -> None:
         with torch.no_grad():
-            torch._foreach_lerp_(  # noqa: SLF001  # the multi-tensor form has no public name
+            torch._foreach_lerp_(  # the multi-tensor form has no public name
                 list(self.average.parameters()), list(self.network.parameters()), 1 - AVERAGE_KEEP
             )
 

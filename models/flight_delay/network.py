@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from edge_runtime.features.spec import Spec
 from torch import Tensor, nn
+
+from edge_runtime.features.spec import Spec
 
 COMPRESS_BEYOND = 20.0  # minutes of delay, departures, miles
 WORD_WIDTH = 6

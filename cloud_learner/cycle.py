@@ -1,0 +1,167 @@
+"""One learning cycle: a micro-batch in, better replicas, a distilled student, a candidate out.
+
+Why: the live learner and the replayed worlds must learn in exactly the same way, so both drive this.
+
+Invariants: the same batches in the same order give the same bits; nothing held out is trained on;
+the ledger holds every id that was trained on, and an id that is already in it is counted and left
+out. Commit point: one rename of the checkpoint, which names the last batch it contains; after a
+crash, batches above it are learned again from the same state as if for the first time.
+
+Knows nothing about gates, keys and the network.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.package.build import Graph
+from cloud_learner.package.quantize import quantized
+from cloud_learner.package.seal import sealed
+from cloud_learner.store.examples import Batch, Example
+from cloud_learner.train.dataset import Matrix, Reservoir, Rows, rows_of
+from cloud_learner.train.distill import Student
+from cloud_learner.train.family import Family
+from cloud_learner.train.replica import Replicas
+from edge_runtime.files import write_atomic
+
+GOLDEN_ROWS = 8
+CALIBRATION_ROWS = 1000
+STUDENT_PASSES = 4
+CHECKPOINT_VERSION = 1
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A student that may become a release: its int8 package and the float form it came from."""
+
+    number: int
+    package: bytes
+    float_package: bytes
+    learned_through_s: float
+    arrived_s: float
+    weights: tuple[float, float]
+
+
+class Cycle:
+    """The trainable state of one family; single-threaded, torch with one thread."""
+
+    def __init__(
+        self, family: Family, reference: Matrix, columns: Sequence[int] | None = None
+    ) -> None:
+        """`reference` (rows, features) freezes the scaling; `columns` selects logged features."""
+        torch.set_num_threads(1)
+        torch.manual_seed(family.config.learning.seed)
+        learning = family.config.learning
+        self.family, self._reference, self._columns = family, reference, columns
+        self._random = np.random.default_rng(learning.seed)
+        reservoir = Reservoir(learning.reservoir_rows, family.spec.size, learning.seed)
+        self.replicas = Replicas(
+            family.build_teacher(family.spec, reference),
+            reservoir,
+            learning.replay_rows,
+            learning.recent_rows,
+        )
+        self.student = Student(family.build_student(family.spec, reference))
+        self._graph: Graph | None = None
+        self._learned: set[tuple[str, int, int]] = set()
+        self.number = 0
+        self.learned_twice = 0
+        self._learned_through_s = 0.0
+        self._arrived_s = 0.0
+
+    @property
+    def examples_learned(self) -> int:
+        """Entries of the ledger."""
+        return len(self._learned)
+
+    def pretrain(self, rows: Rows) -> None:
+        """Learn what was known before the stream."""
+        passes = self.family.config.learning.bootstrap_passes
+        self.replicas.pretrain(rows, passes, self._random)
+        self.student.pretrain(self.replicas, rows, STUDENT_PASSES, self._random)
+
+    def learn(self, batch: Batch) -> None:
+        """Learn one micro-batch."""
+        fresh = self._enter(batch.examples)
+        if fresh:
+            rows = rows_of(fresh, self._columns)
+            self.replicas.learn(rows, self._random)
+            replay_rows = self.family.config.learning.replay_rows
+            self.student.follow(self.replicas, rows, replay_rows, self._random)
+        self.number = batch.number
+        for example in batch.examples:
+            self._learned_through_s = max(self._learned_through_s, example.time_s)
+            self._arrived_s = max(self._arrived_s, example.matured_s)
+
+    def candidate(self) -> Candidate:
+        """The student as it stands, packaged. Raises: PackageError."""
+        calibration = self._calibration_rows()
+        if self._graph is None:
+            self._graph = Graph(self.student.network, self._reference[:64])
+        plain = self._graph.package(self.student.network, {})
+        int8 = quantized(plain, calibration)
+        facts = {"batch": self.number, "weights": list(self.replicas.weights)}
+        family, golden = self.family, self._reference[:GOLDEN_ROWS]
+        return Candidate(
+            self.number,
+            sealed(int8, family.interface, family.spec, golden, {**facts, "form": "int8"}),
+            sealed(plain, family.interface, family.spec, golden, {**facts, "form": "float32"}),
+            self._learned_through_s,
+            self._arrived_s,
+            self.replicas.weights,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint. Raises: OSError."""
+        buffer = io.BytesIO()
+        torch.save(self._state(), buffer)
+        write_atomic(path, buffer.getvalue())
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises: OSError, and ValueError where it is of another version."""
+        state = torch.load(path, weights_only=False)
+        if state["version"] != CHECKPOINT_VERSION:
+            raise ValueError(f"checkpoint {path} has version {state['version']}")
+        self.replicas.restore(state["replicas"])
+        self.student.restore(state["student"])
+        self._random.bit_generator.state = state["random"]
+        torch.set_rng_state(state["torch_random"])
+        self._learned = set(state["ledger"])
+        self.number = state["number"]
+        self.learned_twice = state["learned_twice"]
+        self._learned_through_s = state["learned_through_s"]
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": CHECKPOINT_VERSION,
+            "replicas": self.replicas.state(),
+            "student": self.student.state(),
+            "random": self._random.bit_generator.state,
+            "torch_random": torch.get_rng_state(),
+            "ledger": list(self._learned),
+            "number": self.number,
+            "learned_twice": self.learned_twice,
+            "learned_through_s": self._learned_through_s,
+        }
+
+    def _enter(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of the examples to train on, entered in the ledger."""
+        fresh = []
+        for example in examples:
+            if example.id in self._learned:
+                self.learned_twice += 1
+            elif not is_held_out(example):
+                self._learned.add(example.id)
+                fresh.append(example)
+        return fresh
+
+    def _calibration_rows(self) -> Matrix:
+        drawn = self.replicas.reservoir.draw(CALIBRATION_ROWS)
+        return drawn.features if len(drawn) else self._reference[:CALIBRATION_ROWS]

@@ -1,0 +1,104 @@
+"""The offline gate's rules: evidence in, verdicts out, each with its reason.
+
+Invariants: no data is never a pass: an undefined score holds. A candidate passes only if every
+rule passes; the first that fails or holds decides. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from cloud_learner.evaluate.offline import ScoredSet
+
+Outcome = Literal["pass", "fail", "hold"]
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Limits of one family; AUC differences are candidate against the release that serves."""
+
+    static_auc_drop_max: float
+    recent_auc_drop_max: float
+    auc_min: float
+    int8_auc_gap_max: float
+    calibration_min: float
+    calibration_max: float
+    recent_rows_min: int
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """What the gate measured itself. `serving_*` is None before the first release.
+
+    `recent` is None when there cannot be any yet: at the bootstrap, before the stream.
+    """
+
+    static: ScoredSet
+    static_float: ScoredSet
+    recent: ScoredSet | None
+    serving_static: ScoredSet | None
+    serving_recent: ScoredSet | None
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """One rule's judgement: what was found, what it must reach, in words."""
+
+    rule: str
+    outcome: Outcome
+    found: float
+    reach: float
+    reason: str
+
+
+def judge(evidence: Evidence, limits: Limits) -> list[Verdict]:
+    """All verdicts, in order."""
+    static, verdicts = evidence.static, []
+    verdicts.append(_at_least("static_auc", static.auc, limits.auc_min, "AUC on the static set"))
+    if evidence.serving_static is not None:
+        reach = evidence.serving_static.auc - limits.static_auc_drop_max
+        verdicts.append(_at_least("static_drop", static.auc, reach, "AUC on the static set"))
+    gap = abs(evidence.static_float.auc - static.auc)
+    verdicts.append(_at_most("int8_gap", gap, limits.int8_auc_gap_max, "AUC lost to int8"))
+    if evidence.recent is not None:
+        verdicts += _judge_recent(evidence.recent, evidence.serving_recent, limits)
+    return verdicts
+
+
+def outcome(verdicts: list[Verdict]) -> Outcome:
+    """The outcome of all rules together."""
+    for wanted in ("fail", "hold"):
+        if any(verdict.outcome == wanted for verdict in verdicts):
+            return wanted  # type: ignore[return-value]  # a Literal loop
+    return "pass" if verdicts else "hold"
+
+
+def _judge_recent(recent: ScoredSet, serving: ScoredSet | None, limits: Limits) -> list[Verdict]:
+    if recent.rows < limits.recent_rows_min:
+        why = f"recent hold-out has {recent.rows} rows, {limits.recent_rows_min} are needed"
+        return [Verdict("recent_rows", "hold", recent.rows, limits.recent_rows_min, why)]
+    verdicts = []
+    if serving is not None:
+        reach = serving.auc - limits.recent_auc_drop_max
+        verdicts.append(_at_least("recent_drop", recent.auc, reach, "AUC on the recent hold-out"))
+    ratio, text = recent.calibration, "mean prediction over base rate"
+    verdicts.append(_at_least("calibration_low", ratio, limits.calibration_min, text))
+    verdicts.append(_at_most("calibration_high", ratio, limits.calibration_max, text))
+    return verdicts
+
+
+def _at_least(rule: str, found: float, reach: float, what: str) -> Verdict:
+    return _verdict(rule, found, reach, what, "at least", passed=found >= reach)
+
+
+def _at_most(rule: str, found: float, reach: float, what: str) -> Verdict:
+    return _verdict(rule, found, reach, what, "at most", passed=found <= reach)
+
+
+def _verdict(
+    rule: str, found: float, reach: float, what: str, bound: str, *, passed: bool
+) -> Verdict:
+    if math.isnan(found) or math.isnan(reach):
+        return Verdict(rule, "hold", found, reach, f"{what} is undefined: too few rows")
+    reason = f"{what} is {found:.4f}, must be {bound} {reach:.4f}"
+    return Verdict(rule, "pass" if passed else "fail", found, reach, reason)

@@ -1,0 +1,228 @@
+"""All four trust domains in one process: learner, gate, publisher and controller, for a laptop.
+
+Why: on a fleet each root runs as a process of its own; on one machine one process may host them,
+with the same code and the same keys.
+
+Invariants: a candidate becomes an offer only by the gate's own judgement; the publisher signs for
+the gate only what the gate passed; plans come from the controller alone. What this process says
+about itself (`hw.status.learner`) is for people and for a replay that waits; nothing is decided
+by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cloud_learner.config import Home
+from cloud_learner.controller import Controller
+from cloud_learner.cycle import Candidate
+from cloud_learner.evaluate.gates import Limits
+from cloud_learner.evaluate.offline import HoldOut, load_set
+from cloud_learner.gate import Gate, Judgement
+from cloud_learner.learner import Learner
+from cloud_learner.publisher import Publisher
+from cloud_learner.release import keys
+from cloud_learner.release.metadata import ReleaseFile
+from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.store.examples import Example
+from cloud_learner.store.lineage import Lineage
+from cloud_learner.store.registry import Registry
+from cloud_learner.train.family import Family
+from edge_runtime.bus.base import Bus, Message
+from edge_runtime.clock import Clock
+from edge_runtime.errors import RequestError
+from edge_runtime.rollout.plan import Plan, model_path
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
+
+HOLD_OUT_ROWS = 3000
+EVENTS_BYTES = 4 << 30
+STATE_BYTES = 64 << 20
+STATUS_S = 0.1
+MAINTAIN_S = 3600.0
+
+
+class Releases:
+    """Candidates that passed, named, numbered and kept, on their way to the controller."""
+
+    def __init__(self, family: str, registry: Registry, lineage: Lineage) -> None:
+        self._family, self._registry, self._lineage = family, registry, lineage
+        self._counter = max((entry["counter"] for entry in lineage.read("release")), default=0)
+
+    def register(self, candidate: Candidate, judgement: Judgement) -> Offer:
+        """Keep the package and give it the next release counter."""
+        sha256 = self._registry.put(candidate.package)
+        self._counter += 1
+        release = f"r{self._counter:05d}-{sha256[:8]}"
+        offer = Offer(
+            release=release,
+            path=model_path(self._family, release),
+            sha256=sha256,
+            counter=self._counter,
+            file=str(self._registry.path(sha256)),
+            learned_through_s=candidate.learned_through_s,
+            arrived_s=candidate.arrived_s,
+        )
+        self._lineage.append(
+            "release",
+            release=release,
+            counter=self._counter,
+            sha256=sha256,
+            batch=candidate.number,
+            weights=candidate.weights,
+            learned_through_s=candidate.learned_through_s,
+            rules=[verdict.rule for verdict in judgement.verdicts],
+        )
+        return offer
+
+    def publishing(
+        self, publisher: Publisher
+    ) -> Callable[[Offer | None, Plan | None], Awaitable[None]]:
+        """What the controller calls to bring an offer and a plan to the devices."""
+
+        async def publish(offer: Offer | None, plan: Plan | None) -> None:
+            await publisher.publish(self._file(offer) if offer else None, plan)
+
+        return publish
+
+    def _file(self, offer: Offer) -> ReleaseFile:
+        data = Path(offer.file).read_bytes()
+        return ReleaseFile(self._family, offer.release, offer.counter, data)
+
+
+class Host:
+    """The cloud side of one family over one bus."""
+
+    def __init__(self, home: Home, family: Family, bus: Bus, clock: Clock) -> None:
+        self.home, self.family, self._bus, self._clock = home, family, bus, clock
+        lineage = Lineage(home.lineage)
+        self.hold_out = HoldOut(HOLD_OUT_ROWS)
+        self.gate = Gate(gate_limits(family), load_set(home.static), self.hold_out, lineage)
+        for entry in lineage.read("verdict"):
+            if entry["outcome"] == "pass":
+                self.gate.trust(entry["sha256"])
+        self._releases = Releases(family.name, Registry(home.registry), lineage)
+        self.publisher = Publisher(home.root, bus, release_signers(home, self.gate), clock)
+        publish = self._releases.publishing(self.publisher)
+        self.controller = Controller(campaign_rules(family), home.campaign, publish, lineage, clock)
+        self.learner = Learner(
+            home, family, bus, clock, submit=self.submit, on_examples=self._on_examples
+        )
+        self._quarantined_reports = 0
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        await self._make_streams()
+        await self.publisher.publish()
+        await self.controller.start()
+        reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.learner.run())
+                group.create_task(self._say())
+                group.create_task(self._maintain())
+        finally:
+            await reports.close()
+            await self.controller.close()
+
+    async def submit(self, candidate: Candidate) -> Judgement:
+        """Let the gate judge a candidate, and offer it if it passed."""
+        stable = self.controller.stable
+        loop = asyncio.get_running_loop()
+        judgement = await loop.run_in_executor(
+            self.learner.thread,
+            self.gate.judge,
+            candidate.package,
+            candidate.float_package,
+            Path(stable.file) if stable else None,
+        )
+        if judgement.outcome == "pass":
+            await self.controller.offer(self._releases.register(candidate, judgement))
+        return judgement
+
+    def status(self) -> LearnerStatus:
+        """What is going on, for the live view."""
+        rollout = self.controller.status()
+        learner = self.learner
+        return LearnerStatus(
+            version=WIRE_VERSION,
+            time_s=self._clock.now_s(),
+            clock_s=learner.clock_s,
+            events_archived=learner.archived,
+            counters={
+                **learner.statistics(),
+                **{f"gate_{name}": count for name, count in self.gate.counts.items()},
+                **{f"rollout_{name}": count for name, count in rollout["counts"].items()},
+                "bad_reports": self._quarantined_reports,
+            },
+            freshness_s=rollout["freshness_s"],
+            stage=rollout["stage"],
+            gates=[gate["text"] for gate in rollout["gates"]],
+            detail=json.dumps(self._detail(rollout)),
+        )
+
+    def _detail(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        return {"rollout": rollout, "weights": self.learner.cycle.replicas.weights}
+
+    async def _on_examples(self, examples: list[Example]) -> None:
+        if examples:
+            self.hold_out.add(examples)
+            await self.controller.examples(examples)
+
+    async def _on_report(self, message: Message) -> None:
+        try:
+            report = codec.decode_report(message.data)
+        except RequestError:
+            self._quarantined_reports += 1
+            return
+        if report.device != subjects.device_of(message.subject):
+            self._quarantined_reports += 1
+            return
+        await self.controller.report(report)
+
+    async def _make_streams(self) -> None:
+        make = self._bus.ensure_stream
+        await make(
+            subjects.EVENTS_STREAM, [subjects.EVENTS_ALL], max_bytes=EVENTS_BYTES, discard_new=True
+        )
+        await make(
+            subjects.STATE_STREAM,
+            subjects.STATE_ALL,
+            max_bytes=STATE_BYTES,
+            per_subject=1,
+            discard_new=False,
+        )
+
+    async def _say(self) -> None:
+        while True:
+            await self._bus.send(subjects.LEARNER_STATUS, codec.encode(self.status()))
+            await asyncio.sleep(STATUS_S)
+
+    async def _maintain(self) -> None:
+        while True:
+            await asyncio.sleep(MAINTAIN_S)
+            await self.publisher.maintain()
+
+
+def campaign_rules(family: Family) -> Rules:
+    """The campaign's rules from the family's `[rollout]`."""
+    section = msgspec.to_builtins(family.config.rollout)
+    return msgspec.convert({**section, "family": family.name}, Rules)
+
+
+def gate_limits(family: Family) -> Limits:
+    """The offline gate's limits from the family's `[gates]`."""
+    return msgspec.convert(msgspec.to_builtins(family.config.gates), Limits)
+
+
+def release_signers(home: Home, gate: Gate) -> keys.Signers:
+    """The signers of one process that hosts all domains; the gate's looks at what it signs."""
+    signers = keys.load(home.root)
+    return replace(signers, gate=keys.GateSigner(signers.gate, gate.passed))

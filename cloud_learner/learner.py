@@ -1,0 +1,146 @@
+"""The root of the learning trust domain: ingest, joiner and cycle, one family.
+
+Why: somebody must bring the stream to the trainer without either waiting for the other's disk or
+gradient; ingest runs on the loop and its thread, training in a thread of its own.
+
+Invariants: every batch that ingest committed is learned exactly once, in order; after a restart
+those above the checkpoint are read again from the ingest database. When several batches wait, only
+the last of them makes a candidate; the others are counted as skipped. `clock_s` never claims what
+was not learned.
+
+Knows nothing about gates, releases and plans: `submit` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from cloud_learner.config import Home
+from cloud_learner.cycle import Candidate, Cycle
+from cloud_learner.evaluate.offline import load_set
+from cloud_learner.ingest.consumer import Ingest
+from cloud_learner.ingest.guard import Batcher
+from cloud_learner.ingest.intake import Commit
+from cloud_learner.ingest.joiner import Joiner
+from cloud_learner.store.archive import Archive
+from cloud_learner.store.examples import Batch, Example
+from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.train.family import Family
+from edge_runtime.bus.base import Bus
+from edge_runtime.clock import Clock
+
+IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
+CHECKPOINT_CYCLES = 10
+WAITING_COMMITS_MAX = 200
+
+Submit = Callable[[Candidate], Awaitable[None]]
+OnExamples = Callable[[list[Example]], Awaitable[None]]
+
+
+class Learner:
+    """Ingests and learns for as long as `run` runs; `on_examples` sees all released examples."""
+
+    def __init__(
+        self,
+        home: Home,
+        family: Family,
+        bus: Bus,
+        clock: Clock,
+        *,
+        submit: Submit,
+        on_examples: OnExamples,
+    ) -> None:
+        origin, config = home.origin(), family.config
+        self._home, self._clock = home, clock
+        self._submit, self._on_examples = submit, on_examples
+        self.cycle = Cycle(family, load_set(home.reference).features)
+        self.cycle.restore(home.checkpoint)
+        self._db = IngestDb(home.ingest_db)
+        self._archive = Archive(home.archive)
+        joiner = Joiner(
+            family.name,
+            label_window_s=config.label.window_s,
+            idle_s=IDLE_S,
+            learn_from_s=origin.learned_through_s,
+        )
+        guard = Batcher(config.learning.batch_size, config.learning.device_cap)
+        self.ingest = Ingest(
+            bus,
+            self._db,
+            self._archive,
+            joiner,
+            guard,
+            clock,
+            on_commit=self._on_commit,
+            widths={family.spec.hash: family.spec.size},
+        )
+        self._waiting: deque[Batch] = deque(self._db.batches_after(self.cycle.number))
+        self._commits: deque[tuple[int, float]] = deque()
+        self._wake = asyncio.Event()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        self.clock_s = float("-inf")
+        self.archived = 0
+        self.candidates = 0
+        self.skipped = 0
+
+    async def run(self) -> None:
+        """Ingest and train until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.ingest.run())
+                group.create_task(self._train())
+        finally:
+            self.thread.shutdown()
+            self.cycle.save(self._home.checkpoint)
+            self._archive.close()
+            self._db.close()
+
+    def statistics(self) -> dict[str, int]:
+        """Counters of ingest and training."""
+        return {
+            **self.ingest.statistics(),
+            "archived": self.archived,
+            "cycles": self.cycle.number,
+            "candidates": self.candidates,
+            "micro_batches_skipped": self.skipped,
+            "examples_learned": self.cycle.examples_learned,
+            "learned_twice": self.cycle.learned_twice,
+            "batches_waiting": len(self._waiting),
+        }
+
+    async def _on_commit(self, commit: Commit) -> None:
+        self.archived += commit.records
+        self._waiting.extend(commit.batches)
+        last = self._waiting[-1].number if self._waiting else self.cycle.number
+        self._commits.append((last, commit.clock_s))
+        self._settle_clock()
+        self._wake.set()
+        await self._on_examples(commit.examples)
+
+    async def _train(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._waiting:
+                await loop.run_in_executor(self.thread, self.cycle.learn, self._waiting[0])
+                self._waiting.popleft()
+                if self._waiting:
+                    self.skipped += 1
+                else:
+                    candidate = await loop.run_in_executor(self.thread, self.cycle.candidate)
+                    self.candidates += 1
+                    await self._submit(candidate)
+                self._settle_clock()
+                if self.cycle.number % CHECKPOINT_CYCLES == 0:
+                    save = self.cycle.save
+                    await loop.run_in_executor(self.thread, save, self._home.checkpoint)
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _settle_clock(self) -> None:
+        """Event time moves when every batch that a commit brought has been learned."""
+        done = self._waiting[0].number - 1 if self._waiting else self.cycle.number
+        while self._commits and self._commits[0][0] <= done:
+            self.clock_s = self._commits.popleft()[1]
