@@ -60,7 +60,6 @@ class Question:
     """A request on its way; await `answer` or call `forget`."""
 
     future: asyncio.Future[Any]
-    timer: asyncio.TimerHandle
     forget: Callable[[], None]
 
     async def answer(self) -> Any:
@@ -141,7 +140,7 @@ class Link:
         except BaseException:
             forget()
             raise
-        return Question(future, timer, forget)
+        return Question(future, forget)
 
     async def api(self, subject: str, body: dict[str, Any]) -> ApiReply:
         """Ask the JetStream API. Raises: TransportError, CapacityError."""
@@ -272,5 +271,5 @@ async def _discard(client: Any) -> None:
         subscription._stop_processing()  # noqa: SLF001
     try:
         await client.close()
-    except (OSError, nats_errors.Error) as error:
+    except (OSError, RuntimeError, nats_errors.Error) as error:  # uvloop raises RuntimeError
         log.debug("closing a lost connection: %r", error)

@@ -264,7 +264,7 @@ class _Stream:
 
 
 class _Consumer:
-    """The place of a durable reader: an acknowledgement floor and what is acked above it."""
+    """The place of a durable reader: all up to the floor is acknowledged."""
 
     def __init__(self, stream: _Stream, subject: str) -> None:
         self.wake = asyncio.Event()
@@ -272,14 +272,12 @@ class _Consumer:
         self._subject = subject
         self._floor = 0
         self._delivered = 0
-        self._acked: set[int] = set()
         self._waiting: list[int] = []  # delivered, not acknowledged; ascending
 
     def start_over(self) -> None:
         """Deliver again from the acknowledgement floor."""
         self._delivered = self._floor
         self._waiting.clear()
-        self._acked.clear()
         self.wake.set()
 
     def take(self, count: int) -> list[Message]:
