@@ -41,14 +41,14 @@ ROWS_MIN = 200
 Tell = Callable[[str], None]
 
 
-class Refused(PackageError):
+class RefusedError(PackageError):
     """The gate did not pass the first candidate."""
 
 
 def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     """Learn from `data`, gate and sign the first release into `home`.
 
-    Raises: ConfigError (bad family, data or home), Refused when the gate says no.
+    Raises: ConfigError (bad family, data or home), RefusedError when the gate says no.
     """
     family = Family.load(folder)
     if (home.root / "bootstrap.json").exists():
@@ -67,13 +67,12 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     save_set(home.static, static)
     save_set(home.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
     cycle.save(home.checkpoint)
-    lineage = Lineage(home.lineage)
-    gate = Gate(gate_limits(family), static, None, lineage)
+    gate = Gate(gate_limits(family), static, None, Lineage(home.lineage))
     judgement = gate.judge(candidate.package, candidate.float_package, None)
     if judgement.outcome != "pass":
         reasons = "; ".join(v.reason for v in judgement.verdicts if v.outcome != "pass")
-        raise Refused("gate_refused", f"the first release did not pass: {reasons}")
-    release = asyncio.run(_sign(family, home, candidate, judgement, gate, lineage))
+        raise RefusedError("gate_refused", f"the first release did not pass: {reasons}")
+    release = asyncio.run(_sign(family, home, candidate, judgement, gate))
     home.write_origin(
         Origin(family.name, str(folder.resolve()), learned_through_s, release, judgement.sha256)
     )
@@ -107,15 +106,10 @@ def _split(rows: Rows, seed: int) -> tuple[Rows, EvaluationSet]:
 
 
 async def _sign(
-    family: Family,
-    home: Home,
-    candidate: Candidate,
-    judgement: Judgement,
-    gate: Gate,
-    lineage: Lineage,
+    family: Family, home: Home, candidate: Candidate, judgement: Judgement, gate: Gate
 ) -> str:
     """Offer the candidate to a campaign whose publisher signs to disk; nobody listens yet."""
-    clock = SystemClock()
+    clock, lineage = SystemClock(), Lineage(home.lineage)
     keys.create(home.root, [family.name])
     release = Releases(family.name, Registry(home.registry), lineage)
     offer = release.register(candidate, judgement)

@@ -1,6 +1,6 @@
 """One learning cycle: a micro-batch in, better replicas, a distilled student, a candidate out.
 
-Why: the live learner and the replayed worlds must learn in exactly the same way, so both drive this.
+Why: the live learner and the replayed worlds must learn in exactly the same way: both drive this.
 
 Invariants: the same batches in the same order give the same bits; nothing held out is trained on;
 the ledger holds every id that was trained on, and an id that is already in it is counted and left
@@ -12,30 +12,27 @@ Knows nothing about gates, keys and the network.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.package.build import Graph
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
+from cloud_learner.train import checkpoint
 from cloud_learner.train.dataset import Matrix, Reservoir, Rows, rows_of
 from cloud_learner.train.distill import Student
 from cloud_learner.train.family import Family
 from cloud_learner.train.replica import Replicas
-from edge_runtime.files import write_atomic
 
 GOLDEN_ROWS = 8
 CALIBRATION_ROWS = 1000
 STUDENT_PASSES = 4
-CHECKPOINT_VERSION = 1
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -56,8 +53,7 @@ class Cycle:
         self, family: Family, reference: Matrix, columns: Sequence[int] | None = None
     ) -> None:
         """`reference` (rows, features) freezes the scaling; `columns` selects logged features."""
-        torch.set_num_threads(1)
-        torch.manual_seed(family.config.learning.seed)
+        checkpoint.settle(family.config.learning.seed)
         learning = family.config.learning
         self.family, self._reference, self._columns = family, reference, columns
         self._random = np.random.default_rng(learning.seed)
@@ -120,19 +116,14 @@ class Cycle:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint. Raises: OSError."""
-        buffer = io.BytesIO()
-        torch.save(self._state(), buffer)
-        write_atomic(path, buffer.getvalue())
+        checkpoint.save(path, self._state())
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises: OSError, and ValueError where it is of another version."""
-        state = torch.load(path, weights_only=False)
-        if state["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"checkpoint {path} has version {state['version']}")
+        """Go on from a checkpoint. Raises: ConfigError `bad_checkpoint`."""
+        state = checkpoint.load(path)
         self.replicas.restore(state["replicas"])
         self.student.restore(state["student"])
         self._random.bit_generator.state = state["random"]
-        torch.set_rng_state(state["torch_random"])
         self._learned = set(state["ledger"])
         self.number = state["number"]
         self.learned_twice = state["learned_twice"]
@@ -140,11 +131,9 @@ class Cycle:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "version": CHECKPOINT_VERSION,
             "replicas": self.replicas.state(),
             "student": self.student.state(),
             "random": self._random.bit_generator.state,
-            "torch_random": torch.get_rng_state(),
             "ledger": list(self._learned),
             "number": self.number,
             "learned_twice": self.learned_twice,

@@ -1,6 +1,6 @@
 """The root of the gate's trust domain: judges candidates itself and signs only what passed.
 
-Why: updating is easy; knowing that an update is safe is hard. A learner that is wrong, or lies, must
+Why: updating is easy; knowing that an update is safe is hard. A learner that errs, or lies, must
 not be able to ship: its key alone makes no release.
 
 Invariants: a package passes only after this process scored these very bytes with the device's code,

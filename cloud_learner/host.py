@@ -12,6 +12,7 @@ by it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -37,7 +38,7 @@ from cloud_learner.store.registry import Registry
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import CapacityError, RequestError, TransportError
 from edge_runtime.rollout.plan import Plan, model_path
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
@@ -100,10 +101,18 @@ class Releases:
 class Host:
     """The cloud side of one family over one bus."""
 
-    def __init__(self, home: Home, family: Family, bus: Bus, clock: Clock) -> None:
+    def __init__(
+        self,
+        home: Home,
+        family: Family,
+        bus: Bus,
+        clock: Clock,
+        *,
+        hold_out: HoldOut | None = None,
+    ) -> None:
         self.home, self.family, self._bus, self._clock = home, family, bus, clock
-        lineage = Lineage(home.lineage)
-        self.hold_out = HoldOut(HOLD_OUT_ROWS)
+        lineage = self.lineage = Lineage(home.lineage)
+        self.hold_out = hold_out or HoldOut(HOLD_OUT_ROWS)
         self.gate = Gate(gate_limits(family), load_set(home.static), self.hold_out, lineage)
         for entry in lineage.read("verdict"):
             if entry["outcome"] == "pass":
@@ -202,7 +211,8 @@ class Host:
 
     async def _say(self) -> None:
         while True:
-            await self._bus.send(subjects.LEARNER_STATUS, codec.encode(self.status()))
+            with contextlib.suppress(TransportError, CapacityError):  # said again in a moment
+                await self._bus.publish(subjects.LEARNER_STATUS, codec.encode(self.status()))
             await asyncio.sleep(STATUS_S)
 
     async def _maintain(self) -> None:

@@ -36,7 +36,7 @@ IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
 CHECKPOINT_CYCLES = 10
 WAITING_COMMITS_MAX = 200
 
-Submit = Callable[[Candidate], Awaitable[None]]
+Submit = Callable[[Candidate], Awaitable[object]]
 OnExamples = Callable[[list[Example]], Awaitable[None]]
 
 
@@ -110,6 +110,10 @@ class Learner:
             "learned_twice": self.cycle.learned_twice,
             "batches_waiting": len(self._waiting),
         }
+
+    def examples_of(self, number: int) -> list[Example]:
+        """The examples of a committed batch, as they were released."""
+        return self._db.examples_of(number)
 
     async def _on_commit(self, commit: Commit) -> None:
         self.archived += commit.records

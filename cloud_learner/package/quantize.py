@@ -1,6 +1,6 @@
-"""int8: the float package quantized with static ranges, so a row's answer never depends on its batch.
+"""int8: the float package with static ranges, so that an answer never depends on its batch.
 
-Why: dynamic quantization takes its ranges from the batch it meets; static ranges are calibrated once
+Why: dynamic quantization takes its ranges from the batch it meets; static ones are calibrated once
 on recent rows and travel in the file.
 
 Activations are unsigned and weights signed with one bit less than int8 has, the one choice that

@@ -1,0 +1,187 @@
+"""`cloud-learner`: the command of the cloud side.
+
+Results go to stdout, narration to stderr; exit codes: 0 ok, 1 failure, 2 usage or configuration,
+3 a gate refused, 4 unreachable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, TransportError
+
+T = TypeVar("T")
+_HOME = click.option(
+    "--home", type=click.Path(path_type=Path), default=Path("var/cloud"), help="The learner's home."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Learn from a fleet, gate, sign and roll out.
+
+    Example: cloud-learner demo
+    """
+
+
+@main.command()
+@click.argument("family", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_HOME
+def bootstrap(family: Path, data: Path, home: Path) -> None:
+    """Make the first signed release of FAMILY (a folder) from DATA (Parquet or CSV).
+
+    Example: cloud-learner bootstrap models/flight_delay january.parquet --home var/cloud
+    """
+    from cloud_learner.bootstrap import bootstrap as run
+    from cloud_learner.config import Home
+    from cloud_learner.gate import as_facts
+
+    judgement = _guarded(lambda: run(family, data, Home(home), _tell))
+    click.echo(json.dumps(as_facts(judgement), indent=2))
+
+
+@main.command()
+@_HOME
+@click.option("--nats", default="", help="Broker url; without one, a broker is started as a child.")
+def serve(home: Path, nats: str) -> None:
+    """Ingest, learn, gate, publish and roll out, until stopped.
+
+    Example: cloud-learner serve --home var/cloud
+    """
+    from cloud_learner.config import Home
+
+    _guarded(lambda: serve_home(Home(home), nats))
+
+
+@main.command()
+@click.option("--nats", required=True, help="Broker url, as `serve` prints it.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(nats: str, *, as_json: bool) -> None:
+    """What the learner says about itself.
+
+    Example: cloud-learner status --nats nats://127.0.0.1:4222
+    """
+    found = _guarded(lambda: asyncio.run(_status(nats)))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:>24}  {value}")
+
+
+@main.command()
+@click.option("--full", is_flag=True, help="Play the whole year; the default is its first months.")
+@click.option(
+    "--var", type=click.Path(path_type=Path), default=Path("var/demo"), help="Where it all lies."
+)
+def demo(*, full: bool, var: Path) -> None:
+    """Run the whole loop on real flights: three devices, a broker, the learner, and its attackers.
+
+    Example: cloud-learner demo
+    """
+    from cloud_learner.simulate.demo import run
+
+    sys.exit(_guarded(lambda: run(var, full=full)))
+
+
+def serve_home(home: Any, nats: str, make_host: Callable[..., Any] | None = None) -> None:
+    """Serve a home; `make_host` lets a simulation put itself in the host's place."""
+    from cloud_learner.broker import Broker
+
+    home.origin()
+    with contextlib.ExitStack() as stack:
+        url = nats or stack.enter_context(Broker.start(home.broker)).url
+        _yield_to_others()
+        _tell(f"serving {home.root} at {url}; stop with Ctrl-C")
+        click.echo(url)
+        sys.stdout.flush()
+        _run_loop(_serve(home, url, make_host))
+
+
+async def _serve(home: Any, url: str, make_host: Callable[..., Any] | None) -> None:
+    from cloud_learner.host import Host
+    from cloud_learner.train.family import Family
+    from edge_runtime.bus import nats as bus_nats
+    from edge_runtime.clock import SystemClock
+
+    family = Family.load(Path(home.origin().folder))
+    bus = await bus_nats.connect(url, name="learner")
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await (make_host or Host)(home, family, bus, SystemClock()).run()
+    except asyncio.CancelledError:
+        _tell("stopped; all that was committed is kept")
+    finally:
+        await bus.close()
+
+
+async def _status(url: str) -> dict[str, Any]:
+    from edge_runtime.bus import nats as bus_nats
+    from edge_runtime.wire import codec, subjects
+
+    bus = await bus_nats.connect(url, name="status")
+    try:
+        message = await bus.last(subjects.STATE_STREAM, subjects.LEARNER_STATUS)
+    finally:
+        await bus.close()
+    if message is None:
+        raise TransportError("no_learner", f"no learner has spoken on {url}", "cloud-learner serve")
+    found = codec.decode_status(message.data)
+    detail = json.loads(found.detail) if found.detail else {}
+    return {"clock_s": found.clock_s, "stage": found.stage, **found.counters, "detail": detail}
+
+
+def _yield_to_others() -> None:
+    """Idle priority: answers come first, learning takes what is left."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except (AttributeError, OSError):
+        os.nice(19)
+
+
+def _run_loop(coroutine: Any) -> None:
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(coroutine)
+    else:
+        uvloop.run(coroutine)
+
+
+def _guarded(call: Callable[[], T]) -> T:
+    """The result of `call`; an error becomes its text and its exit code."""
+    try:
+        return call()
+    except HeadwaterError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: HeadwaterError) -> int:
+    if error.code == "gate_refused":
+        return 3
+    if isinstance(error, ConfigError | RequestError):
+        return 2
+    return 4 if isinstance(error, TransportError) else 1
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Faults and attacks for the demo: what the ordinary code must withstand without being told.
+
+The fault model:
+
+* `flip`    labels are turned over in what one candidate learns; submitted like any other.
+* `poison`  the gate's hold-out is poisoned (six of ten punctual flights marked late) and a
+            candidate learned from the same lie; offline it looks calibrated, on live traffic it is
+            not. The lie ends when that release is on the canary.
+* `forge`   a thief of the publisher's online keys pushes releases through the real broker: signed
+            with a wrong key, or by the learner alone.
+
+Invariants: the gate, the campaign and the devices run their ordinary code; what is injected is data
+and bytes. An attack on learning works on a copy of the learner's state, never on the state itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, Root
+
+from cloud_learner.config import Home
+from cloud_learner.cycle import Candidate
+from cloud_learner.evaluate.offline import EvaluationSet, HoldOut
+from cloud_learner.host import HOLD_OUT_ROWS, Host
+from cloud_learner.release import keys, metadata
+from cloud_learner.store.examples import Batch, Example
+from cloud_learner.train.family import Family
+from edge_runtime.bus.base import Bus
+from edge_runtime.clock import Clock
+from edge_runtime.files import write_atomic
+from edge_runtime.wire import subjects
+
+POISON_SHARE = 0.6
+ATTACK_BATCHES = 24
+ATTACK_PASSES = 2
+POLL_S = 0.05
+
+Relabel = Callable[[float, int], float]
+
+
+class PoisonedHoldOut(HoldOut):
+    """A hold-out that lies while `poisoned` is set."""
+
+    def __init__(self, bound: int) -> None:
+        super().__init__(bound)
+        self.poisoned = False
+
+    def rows(self) -> EvaluationSet:
+        """The rows, punctual flights partly marked late while the lie lasts."""
+        rows = super().rows()
+        if not self.poisoned:
+            return rows
+        lies = [poisoned(label, index) for index, label in enumerate(rows.labels.tolist())]
+        return EvaluationSet(rows.features, np.array(lies, np.float32))
+
+
+def poisoned(label: float, index: int) -> float:
+    """Late for six of ten, whatever the truth."""
+    return 1.0 if (index * 7) % 10 < POISON_SHARE * 10 else label
+
+
+def flipped(label: float, _index: int) -> float:
+    """The opposite."""
+    return 1.0 - label
+
+
+class AttackedHost(Host):
+    """The ordinary host, with an attacker inside who waits for files named after an attack.
+
+    The result of attack `x` is written to `x.result`; the file `x` is removed when it has begun.
+    """
+
+    def __init__(self, home: Home, family: Family, bus: Bus, clock: Clock) -> None:
+        self._poison = PoisonedHoldOut(HOLD_OUT_ROWS)
+        super().__init__(home, family, bus, clock, hold_out=self._poison)
+        self._attacks = home.root / "attacks"
+        self._attacks.mkdir(exist_ok=True)
+
+    async def run(self) -> None:
+        """Serve, and attack when asked."""
+        async with asyncio.TaskGroup() as group:
+            attacker = group.create_task(self._attack())
+            try:
+                await super().run()
+            finally:
+                attacker.cancel()
+
+    async def _attack(self) -> None:
+        while True:
+            for name, attack in (("flip", self._flip), ("poison", self._poison_all)):
+                if (self._attacks / name).exists():
+                    (self._attacks / name).unlink()
+                    result = await attack()
+                    write_atomic(self._attacks / f"{name}.result", result.encode())
+            await asyncio.sleep(POLL_S)
+
+    async def _flip(self) -> str:
+        """A candidate trained on flipped labels, submitted like any other."""
+        candidate = await self._learned_from(flipped)
+        return (await self.submit(candidate)).outcome
+
+    async def _poison_all(self) -> str:
+        """Lie in the hold-out until a candidate that learned the lie is on the canary."""
+        candidate = await self._learned_from(poisoned)
+        self._poison.poisoned = True
+        try:
+            judgement = await self.submit(candidate)
+            if judgement.outcome != "pass":
+                return judgement.outcome
+            while not self._placed(judgement.sha256):
+                await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - the controller has no event for it
+        finally:
+            self._poison.poisoned = False
+        return judgement.sha256
+
+    def _placed(self, sha256: str) -> bool:
+        """Whether the release is on the canary; also when its trial is over already."""
+        rollout = self.controller.status()
+        release = next(
+            (e["release"] for e in self.lineage.read("release") if e["sha256"] == sha256), None
+        )
+        ended = any(each["release"] == release for each in rollout["decisions"])
+        return ended or (rollout["canary"] or {}).get("release") == release
+
+    async def _learned_from(self, relabel: Relabel) -> Candidate:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.learner.thread, self._learn_lies, relabel)
+
+    def _learn_lies(self, relabel: Relabel) -> Candidate:
+        cycle = copy.deepcopy(self.learner.cycle)
+        last = cycle.number
+        for attempt in range(ATTACK_PASSES):
+            for number in range(max(1, last - ATTACK_BATCHES), last + 1):
+                examples = self.learner.examples_of(number)
+                lies = [_lie(example, relabel, attempt, i) for i, example in enumerate(examples)]
+                cycle.learn(Batch(last, lies))
+        return cycle.candidate()
+
+
+def _lie(example: Example, relabel: Relabel, attempt: int, index: int) -> Example:
+    return msgspec.structs.replace(
+        example,
+        device=f"attacker-{attempt}-{example.device}",
+        label=relabel(example.label, index),
+    )
+
+
+async def forge_wrong_key(
+    home: Path, bus: Bus, release: metadata.ReleaseFile, now_s: float
+) -> None:
+    """Push a release that two unknown keys have signed, below genuine online metadata."""
+    strangers = [CryptoSigner.generate_ed25519(), CryptoSigner.generate_ed25519()]
+    await _push_forged(home, bus, release, strangers, now_s)
+
+
+async def forge_learner_alone(
+    home: Path, bus: Bus, release: metadata.ReleaseFile, now_s: float
+) -> None:
+    """Push a release that only the learner's genuine key has signed."""
+    await _push_forged(home, bus, release, [keys.load_signer(home, "learner")], now_s)
+
+
+async def _push_forged(
+    home: Path,
+    bus: Bus,
+    release: metadata.ReleaseFile,
+    signers: list[CryptoSigner],
+    now_s: float,
+) -> None:
+    root = Metadata[Root].from_file(str(home / "trust" / "root.json")).signed
+    role, data = await metadata.forge_release(bus, root, release, signers, now_s)
+    await metadata.publish_below(
+        bus,
+        root,
+        {role: data},
+        snapshot_signer=keys.load_signer(home, "snapshot"),
+        timestamp_signer=keys.load_signer(home, "timestamp"),
+        now_s=now_s,
+    )
+    await bus.send(subjects.REFRESH, b"")
+
+
+def main() -> None:
+    """Serve a home with the attacker inside: `python -m cloud_learner.simulate.faults HOME URL`."""
+    import sys
+
+    from cloud_learner.cli import serve_home
+
+    serve_home(Home(Path(sys.argv[1])), sys.argv[2], AttackedHost)
+
+
+if __name__ == "__main__":
+    main()
