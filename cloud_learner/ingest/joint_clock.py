@@ -59,9 +59,12 @@ class JointClock:
         self, device: str, event_class: EventClass, newest_s: float, monotonic_s: float
     ) -> None:
         """Records of a device came, the newest of them at `newest_s`."""
-        heard = getattr(self._device(device), event_class)
+        known = self._device(device)
+        heard = getattr(known, event_class)
         heard.newest_s = max(heard.newest_s, newest_s)
         heard.at_s = monotonic_s
+        if known.label.at_s == _NEVER:
+            known.label.at_s = monotonic_s  # its first labels may be on their way
 
     def advance(self, monotonic_s: float) -> float:
         """Move to where the devices stand now, and return that time."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -52,36 +53,69 @@ Row = tuple[Any, ...]
 
 _OURS = re.compile(r"\d{12}\.parquet|\.\d{12}\.parquet\.tmp")
 
-_NONE_TEXT, _NONE_BYTES, _NONE_INT, _NONE_FLOAT = "", b"", -1, float("nan")
-# name, numpy type, and how the column leaves its stand-in for "absent" behind.
-_COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("device", "O", "{}"),
-    ("epoch", "i8", "{}"),
-    ("event_class", "O", "{}"),
-    ("seq", "i8", "{}"),
-    ("type", "O", "{}"),
-    ("family", "O", "{}"),
-    ("time_s", "f8", "{}"),
-    ("kind", "O", "nullif({}, '')"),
-    ("fields", "O", "nullif({}, '')"),
-    ("spec", "O", "nullif({}, '')"),
-    ("features", "O", "nullif({}::BLOB, ''::BLOB)"),
-    ("propensity", "f8", "CASE WHEN isnan({0}) THEN NULL ELSE {0} END"),
-    ("release", "O", "nullif({}, '')"),
-    ("arm", "O", "nullif({}, '')"),
-    ("score", "f8", "CASE WHEN isnan({0}) THEN NULL ELSE {0} END"),
-    ("scored", "O", "nullif({}, '')"),
-    ("label_epoch", "i8", "nullif({}, -1)"),
-    ("label_seq", "i8", "nullif({}, -1)"),
-    ("label_value", "f8", "CASE WHEN isnan({0}) THEN NULL ELSE {0} END"),
-    ("final", "i1", "CASE {0} WHEN -1 THEN NULL ELSE {0} = 1 END"),
+
+def _identity(item: ArchivedRecord) -> Row:
+    record = item.record
+    kind = _TYPES[type(record)]
+    return (item.device, item.epoch, item.event_class, item.seq, kind, record.family, record.time_s)
+
+
+def _event(record: PredictionRecord | ObservationRecord) -> Row:
+    return record.kind, _json(record.fields)
+
+
+def _prediction(record: PredictionRecord) -> Row:
+    first = record.scored[0]
+    scored = _json(
+        [{"release": s.release, "arm": s.arm, "outputs": s.outputs} for s in record.scored]
+    )
+    served = (first.release, first.arm, first.outputs[0])
+    return (record.spec, record.features, record.propensity, *served, scored)
+
+
+def _label(record: LabelRecord) -> Row:
+    return record.epoch, record.seq, record.value, record.final
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+_TYPES: dict[type, str] = {
+    PredictionRecord: "prediction",
+    ObservationRecord: "observation",
+    LabelRecord: "label",
+}
+_IDENTITY = ("device", "epoch", "event_class", "seq", "type", "family", "time_s")
+# Columns that only some types of record have: the types, the columns, their values.
+_PARTS: tuple[tuple[tuple[type, ...], tuple[str, ...], Callable[[Any], Row]], ...] = (
+    ((PredictionRecord, ObservationRecord), ("kind", "fields"), _event),
+    (
+        (PredictionRecord,),
+        ("spec", "features", "propensity", "release", "arm", "score", "scored"),
+        _prediction,
+    ),
+    ((LabelRecord,), ("label_epoch", "label_seq", "label_value", "final"), _label),
 )
-_SELECT = "SELECT " + ", ".join(f"{how.format(name)} AS {name}" for name, _, how in _COLUMNS)
-_NO_EVENT: Row = (_NONE_TEXT, _NONE_TEXT)
-_NO_ANSWER: Row = (
-    *(_NONE_TEXT, _NONE_BYTES, _NONE_FLOAT, _NONE_TEXT, _NONE_TEXT, _NONE_FLOAT, _NONE_TEXT),
-)
-_NO_LABEL: Row = (_NONE_INT, _NONE_INT, _NONE_FLOAT, -1)
+# Columns that are not text: numpy type, stand-in below the mask, SQL type.
+_KINDS: dict[str, tuple[str, Any, str]] = {
+    **dict.fromkeys(("epoch", "seq", "label_epoch", "label_seq"), ("i8", 0, "BIGINT")),
+    **dict.fromkeys(("time_s", "propensity", "score", "label_value"), ("f8", 0.0, "DOUBLE")),
+    "features": ("O", b"", "BLOB"),
+    "final": ("?", False, "BOOLEAN"),
+}
+_TEXT = ("O", "", "VARCHAR")
+_NAMES = (*_IDENTITY, *(name for _, part, _ in _PARTS for name in part))
+
+
+def _selected(name: str) -> str:
+    """A column of the batch in SQL, NULL where it is blank; the numbers are masked already."""
+    _, blank, kind = _KINDS.get(name, _TEXT)
+    is_optional_text = name not in _IDENTITY and isinstance(blank, str | bytes)
+    return f"nullif({name}, ''::{kind}) AS {name}" if is_optional_text else name
+
+
+_SELECT = f"SELECT {', '.join(map(_selected, _NAMES))} FROM batch"
 
 
 class Archive:
@@ -90,7 +124,8 @@ class Archive:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer = duckdb.connect(config={"threads": 1})
+        # One value tells the type of a column: none mixes types.
+        self._writer = duckdb.connect(config={"threads": 1, "pandas_analyze_sample": 1})
 
     def write(self, records: Sequence[ArchivedRecord], number: int) -> str:
         """Write the records of commit `number`, durable on return; returns the file's name.
@@ -112,17 +147,9 @@ class Archive:
         return name
 
     def _copy(self, records: Sequence[ArchivedRecord], path: Path) -> None:
-        columns = zip(*map(_row, records), strict=True)
-        batch = {
-            name: np.array(values, dtype=kind)
-            for (name, kind, _), values in zip(_COLUMNS, columns, strict=True)
-        }
-        self._writer.register("batch", batch)
+        self._writer.register("batch", _columns(records))
         try:
-            self._writer.execute(
-                f"COPY ({_SELECT} FROM batch) TO '{_quoted(path)}'"
-                " (FORMAT parquet, COMPRESSION zstd)"
-            )
+            self._writer.execute(f"COPY ({_SELECT}) TO '{_quoted(path)}' (FORMAT parquet)")
         finally:
             self._writer.unregister("batch")
 
@@ -160,53 +187,32 @@ class Archive:
         self._writer.close()
 
 
-def _row(item: ArchivedRecord) -> Row:
-    record = item.record
-    kind, tail = _TAILS[type(record)]
-    head = (item.device, item.epoch, item.event_class, item.seq, kind, record.family, record.time_s)
-    return head + tail(record)
+def _columns(records: Sequence[ArchivedRecord]) -> dict[str, Any]:
+    """Each column as an array of shape (records,), masked where it has no value."""
+    identities = zip(*map(_identity, records), strict=True)
+    columns = {
+        name: np.array(values, dtype=_KINDS.get(name, _TEXT)[0])
+        for name, values in zip(_IDENTITY, identities, strict=True)
+    }
+    for owners, names, values_of in _PARTS:
+        present = [isinstance(item.record, owners) for item in records]
+        rows = [values_of(item.record) for item in compress(records, present)]
+        for at, name in enumerate(names):
+            columns[name] = _masked(name, np.array(present), [row[at] for row in rows])
+    return columns
 
 
-def _prediction(record: PredictionRecord) -> Row:
-    first = record.scored[0]
-    return (
-        record.kind,
-        _json(record.fields),
-        record.spec,
-        record.features,
-        record.propensity,
-        first.release,
-        first.arm,
-        first.outputs[0],
-        _json([msgspec.structs.asdict(scored) for scored in record.scored]),
-        *_NO_LABEL,
-    )
-
-
-def _observation(record: ObservationRecord) -> Row:
-    return (record.kind, _json(record.fields), *_NO_ANSWER, *_NO_LABEL)
-
-
-def _label(record: LabelRecord) -> Row:
-    value = (record.epoch, record.seq, record.value, int(record.final))
-    return _NO_EVENT + _NO_ANSWER + value
-
-
-_TAILS: dict[type, tuple[str, Callable[[Any], Row]]] = {
-    PredictionRecord: ("prediction", _prediction),
-    ObservationRecord: ("observation", _observation),
-    LabelRecord: ("label", _label),
-}
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
+def _masked(name: str, present: Any, values: list[Any]) -> Any:
+    kind, blank, _ = _KINDS.get(name, _TEXT)
+    column = np.full(len(present), blank, dtype=kind)
+    column[present] = np.array(values, dtype=kind)
+    # Text is blank where absent, and _SELECT makes it NULL: the type of a column of objects is
+    # read off its first value, which a mask would hide.
+    return column if kind == "O" else np.ma.masked_array(column, ~present)
 
 
 def _empty() -> str:
-    types = {"O": "VARCHAR", "i8": "BIGINT", "f8": "DOUBLE", "i1": "BOOLEAN"}
-    special = {"features": "BLOB"}
-    columns = (f"NULL::{special.get(name, types[kind])} AS {name}" for name, kind, _ in _COLUMNS)
+    columns = (f"NULL::{_KINDS.get(name, _TEXT)[2]} AS {name}" for name in _NAMES)
     return f"SELECT {', '.join(columns)} WHERE false"
 
 

@@ -45,11 +45,11 @@ class Lineage:
         assert kind in KINDS, kind
         entry = {"kind": kind, "time_s": self._clock.now_s()} | facts
         line = msgspec.json.encode(entry) + b"\n"
-        with self._lock, self._path.open("ab") as file:
+        with self._lock, self._path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                file.write(line)
-                file.flush()
+                while line:
+                    line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except OSError as error:
                 os.truncate(self._path, size)
