@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
@@ -131,8 +131,9 @@ class Broker:
         write_atomic(config, self._config(port).encode())
         for stale in self._dir.glob("*.ports"):
             stale.unlink()
-        command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
-        self._child = _spawn([*command, str(self._server), "--config", str(config)], self._lock_fd)
+        command = [str(self._server), "--config", str(config)]
+        # The store stays locked until the child is gone, too.
+        self._child = spawn_tied(command, pass_fds=[self._lock_fd])
         self.url = self._await_ready()
 
     def _config(self, port: int) -> str:
@@ -192,21 +193,25 @@ def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
     return _checked(Path(on_path))
 
 
-def _spawn(command: list[str], lock_fd: int) -> subprocess.Popen[bytes]:
-    """Start the child from a thread of its own, which lives as long as the child does.
+def spawn_tied(
+    command: Sequence[str], *, output: int = subprocess.DEVNULL, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a child that is killed when this process dies, with stdout and stderr to `output`.
 
-    Linux sends the death signal when the thread that forked ends, not the process.
+    It is started from a thread of its own, which lives as long as the child does: Linux sends the
+    death signal when the thread that forked ends, not the process. Raises: OSError.
     """
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
     started: Future[subprocess.Popen[bytes]] = Future()
 
     def run() -> None:
         try:
             child = subprocess.Popen(
-                command,
+                launcher,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[lock_fd],  # the store stays locked until the child is gone, too
+                stdout=output,
+                stderr=output,
+                pass_fds=pass_fds,
                 process_group=0,  # an interrupt at the terminal is for the parent to handle
             )
             pidfd = os.pidfd_open(child.pid)
@@ -217,7 +222,7 @@ def _spawn(command: list[str], lock_fd: int) -> subprocess.Popen[bytes]:
         select.select([pidfd], [], [])
         os.close(pidfd)
 
-    threading.Thread(target=run, name="broker", daemon=True).start()
+    threading.Thread(target=run, name="child", daemon=True).start()
     return started.result()
 
 

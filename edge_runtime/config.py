@@ -22,7 +22,7 @@ import msgspec
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.subjects import checked_name
 
-_SOCKET_BYTES_MAX = 107  # sun_path of Linux, without its closing zero
+SOCKET_BYTES_MAX = 107  # sun_path of Linux, without its closing zero
 _AT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<key>.*)`", re.DOTALL)
 
 
@@ -130,10 +130,10 @@ def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
             checked_name(family, "families:")
     except ConfigError as error:
         raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
-    if len(str(config.socket).encode()) > _SOCKET_BYTES_MAX:
+    if len(str(config.socket).encode()) > SOCKET_BYTES_MAX:
         raise ConfigError(
             "socket_too_long",
-            f"{path}: socket: {config.socket} is longer than {_SOCKET_BYTES_MAX} bytes",
+            f"{path}: socket: {config.socket} is longer than {SOCKET_BYTES_MAX} bytes",
             "put the socket into a folder with a shorter name, such as /run/headwater",
         )
     if config.nats and config.root is None:

@@ -112,6 +112,10 @@ class AsyncClient(asyncio.Protocol):
         if self._transport is None:
             raise _lost()
 
+    async def wait_closed(self) -> None:
+        """Return when the connection is over, whoever ended it."""
+        await asyncio.shield(self._closed)
+
     async def close(self) -> None:
         """Close the connection; closing twice is no error. What is in flight fails."""
         if self._transport is not None:

@@ -1,0 +1,1 @@
+"""A simulated world around the real thing: devices as processes, applications that play data."""
