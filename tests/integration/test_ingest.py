@@ -1,0 +1,453 @@
+"""Ingest over a bus: what reached the broker is held once, whatever fails on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cloud_learner.broker import Broker
+from cloud_learner.ingest.consumer import Ingest
+from cloud_learner.ingest.guard import Batcher
+from cloud_learner.ingest.joiner import Joiner
+from cloud_learner.store.archive import Archive
+from cloud_learner.store.ingest_db import IngestDb
+from edge_runtime.bus.base import Bus
+from edge_runtime.bus.memory import MemoryBroker
+from edge_runtime.bus.nats import connect
+from edge_runtime.clock import ManualClock
+from edge_runtime.errors import CapacityError, ConfigError
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import (
+    WIRE_VERSION,
+    Envelope,
+    LabelRecord,
+    Mark,
+    ObservationRecord,
+    PredictionRecord,
+    Scored,
+)
+
+WAIT_S = 10.0
+WINDOW_S = 100.0
+
+
+def prediction(time_s):
+    scored = [Scored("r1", "stable", [0.5])]
+    features = struct.pack("<2f", time_s, 1.0)
+    return PredictionRecord("fam", "asked", time_s, {"n": 1}, "spec", features, 1.0, scored)
+
+
+def observation(time_s):
+    return ObservationRecord("fam", "seen", time_s, {})
+
+
+def label(seq, time_s, value=1.0):
+    return LabelRecord("fam", 1, seq, value, time_s)
+
+
+def life(count):
+    """The records of a device: a prediction every second, each labelled 10 s later."""
+    events = [prediction(float(at)) for at in range(count)]
+    labels = [label(at + 1, at + 10.0) for at in range(count)]
+    return events, labels
+
+
+class Learner:
+    """An ingest over the files in `home`, with all its commits at hand."""
+
+    def __init__(self, bus: Bus, home: Path) -> None:
+        self.db = IngestDb(home / "ingest.db")
+        self.archive = Archive(home / "archive")
+        joiner = Joiner("fam", label_window_s=WINDOW_S, idle_s=60.0)
+        self.commits: list = []
+        self._news = asyncio.Event()
+        self.ingest = Ingest(
+            bus, self.db, self.archive, joiner, Batcher(10, 10), ManualClock(), on_commit=self.note
+        )
+        self._task = asyncio.create_task(self.ingest.run())
+
+    async def note(self, commit):
+        self.commits.append(commit)
+        self._news.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+    def count(self, name):
+        return self.ingest.statistics().get(name, 0)
+
+    async def until_count(self, name, number) -> None:
+        await self.until(lambda: self.count(name) >= number)
+
+    def rows(self, sql="SELECT device, epoch, event_class, seq FROM records ORDER BY ALL"):
+        return self.archive.query(sql, self.db.files()).fetchall()
+
+    async def failure(self) -> BaseException | None:
+        async with asyncio.timeout(WAIT_S):
+            await asyncio.wait([self._task])
+        return self._task.exception()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self.archive.close()
+        self.db.close()
+
+
+async def ready(bus: Bus) -> Bus:
+    megabyte = 1 << 20
+    for name, patterns in (
+        (subjects.EVENTS_STREAM, [subjects.EVENTS_ALL]),
+        (subjects.STATE_STREAM, subjects.STATE_ALL),
+    ):
+        await bus.ensure_stream(name, patterns, max_bytes=32 * megabyte, discard_new=True)
+    return bus
+
+
+def envelope(records, *, base_seq=1, device="EWR", epoch=1, event_class="event"):
+    raws = [
+        each if isinstance(each, msgspec.Raw) else msgspec.Raw(codec.encode(each))
+        for each in records
+    ]
+    return codec.encode(Envelope(WIRE_VERSION, device, epoch, event_class, base_seq, raws))
+
+
+async def send(bus, records, *, base_seq=1, device="EWR", epoch=1, event_class="event"):
+    data = envelope(records, base_seq=base_seq, device=device, epoch=epoch, event_class=event_class)
+    await bus.publish(subjects.events(device, event_class), data)
+
+
+async def watermark(bus, device="EWR"):
+    """The device's marks as the learner said them last."""
+    message = await bus.last(subjects.STATE_STREAM, subjects.watermark(device))
+    return codec.decode_watermark(message.data).marks if message else None
+
+
+async def until_told(bus, marks) -> None:
+    heard = asyncio.Event()
+
+    async def hear(_message) -> None:
+        heard.set()
+
+    subscription = await bus.subscribe(subjects.watermark("EWR"), hear)
+    async with asyncio.timeout(WAIT_S):
+        heard.clear()
+        while await watermark(bus) != marks:
+            await heard.wait()
+            heard.clear()
+    await subscription.close()
+
+
+def play(scenario: Callable[[MemoryBroker, Bus], Awaitable[None]]) -> None:
+    """Run a scenario against a broker in memory."""
+
+    async def played() -> None:
+        broker = MemoryBroker()
+        bus = await ready(await broker.connect())
+        await scenario(broker, bus)
+
+    asyncio.run(played())
+
+
+def test_records_are_archived_joined_batched_and_told(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        events, labels = life(20)
+        await send(bus, events)
+        await send(bus, labels, event_class="label")
+        await send(bus, [observation(500.0)], base_seq=21)
+        await send(bus, [label(99, 500.0)], base_seq=21, event_class="label")
+        await learner.until_count("examples", 20)
+        assert len(learner.rows()) == 42
+        assert [batch.number for commit in learner.commits for batch in commit.batches] == [1, 2]
+        assert [example.seq for example in learner.db.examples_of(2)] == list(range(11, 21))
+        await until_told(bus, [Mark(1, "event", 21), Mark(1, "label", 21)])
+        await learner.close()
+
+    play(scenario)
+
+
+def test_duplicates_overlaps_and_repeats_are_held_once(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        events, _ = life(9)
+        for base, last in ((1, 3), (1, 3), (2, 5), (4, 4), (5, 9), (1, 9)):
+            await send(bus, events[base - 1 : last], base_seq=base)
+        await learner.until_count("duplicates", 15)
+        assert learner.rows() == [("EWR", 1, "event", seq) for seq in range(1, 10)]
+        assert learner.count("predictions") == 9
+        await learner.close()
+
+    play(scenario)
+
+
+def test_what_the_broker_delivers_again_is_held_once(tmp_path):
+    async def scenario(broker, bus):
+        events, _ = life(6)
+        first = Learner(bus, tmp_path)
+        await send(bus, events[:3])
+        await first.until_count("predictions", 3)
+        await first.close()
+        broker.streams[subjects.EVENTS_STREAM].consumers.clear()  # it forgot all acknowledgements
+        await send(bus, events[3:], base_seq=4)
+        second = Learner(bus, tmp_path)
+        await second.until_count("predictions", 6)
+        assert second.count("duplicates") == 3
+        assert second.rows() == [("EWR", 1, "event", seq) for seq in range(1, 7)]
+        await second.close()
+
+    play(scenario)
+
+
+def test_nothing_beyond_a_gap_is_held_until_it_is_filled(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        events, _ = life(6)
+        await send(bus, events[:2])
+        await send(bus, events[4:], base_seq=5)
+        await learner.until_count("gaps", 1)
+        await until_told(bus, [Mark(1, "event", 2)])
+        assert [row[3] for row in learner.rows()] == [1, 2]
+        await send(bus, events[2:4], base_seq=3)
+        await learner.until_count("predictions", 6)
+        assert [row[3] for row in learner.rows()] == [1, 2, 3, 4, 5, 6]
+        await until_told(bus, [Mark(1, "event", 6)])
+        await learner.close()
+
+    play(scenario)
+
+
+def test_garbage_is_quarantined_and_counted_and_the_stream_goes_on(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        subject = subjects.events("EWR", "event")
+        future = codec.encode(Envelope(99, "EWR", 1, "event", 1, []))
+        for data in (
+            b"\xffgarbage",
+            b"",
+            future,
+            envelope([], device="JFK"),
+            envelope([], epoch=0),
+        ):
+            await bus.publish(subject, data)
+        await bus.publish("hw.ev.EWR.gossip", envelope([observation(1.0)]))
+        await bus.publish("hw.ev.E!R.event", envelope([observation(1.0)], device="E!R"))
+        await send(bus, [observation(1.0)])
+        await learner.until_count("observations", 1)
+        names = ("bad_message", "bad_version", "wrong_subject", "bad_number", "bad_name")
+        assert [learner.count(f"quarantined_{name}") for name in names] == [2, 1, 2, 1, 1]
+        kept = learner.db.quarantined()
+        assert (kept[0][1], kept[0][2], kept[0][3]) == (subject, "bad_message", b"\xffgarbage")
+        assert len(kept) == learner.count("quarantined") == 7
+        await learner.close()
+
+    play(scenario)
+
+
+def test_a_bad_record_is_quarantined_alone(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        unknown_tag = msgspec.Raw(msgspec.msgpack.encode([77, "from", "the", "future"]))
+        await send(bus, [prediction(1.0), unknown_tag, prediction(2.0)])
+        await send(bus, [label(1, 3.0, float("nan")), label(3, 4.0)], event_class="label")
+        await learner.until_count("labels", 1)
+        assert [row[2:] for row in learner.rows()] == [("event", 1), ("event", 3), ("label", 2)]
+        places = {reason: subject for _, subject, reason, _ in learner.db.quarantined()}
+        assert places == {
+            "bad_message": "hw.ev.EWR.event#1/2",
+            "bad_label": "hw.ev.EWR.label#1/1",
+        }
+        await until_told(bus, [Mark(1, "event", 3), Mark(1, "label", 2)])
+        await learner.close()
+
+    play(scenario)
+
+
+def test_a_restart_goes_on_where_the_last_commit_stood(tmp_path):
+    async def scenario(broker, bus):
+        events, labels = life(25)
+        first = Learner(bus, tmp_path / "halves")
+        await send(bus, events[:15])
+        await send(bus, labels[:8], event_class="label")
+        await first.until_count("labels", 8)
+        await first.close()
+        second = Learner(bus, tmp_path / "halves")
+        assert (second.count("pending"), second.count("labels_joined")) == (15, 8)
+        await send(bus, events[15:], base_seq=16)
+        await send(bus, labels[8:], base_seq=9, event_class="label")
+        await send(bus, [observation(119.0)], base_seq=26)
+        await send(bus, [label(99, 119.0)], base_seq=26, event_class="label")
+        await second.until_count("examples", 19)
+        await second.close()
+        third = Learner(bus, tmp_path / "halves")
+        assert third.count("unbatched") == 9
+        await send(bus, [observation(500.0)], base_seq=27)
+        await send(bus, [label(99, 500.0)], base_seq=27, event_class="label")
+        await third.until_count("examples", 25)
+        batches = list(third.db.batches_after(0))
+        assert [batch.number for batch in batches] == [1, 2]
+        seqs = [example.seq for batch in batches for example in batch.examples]
+        assert seqs == list(range(1, 21))
+        assert batches[0].examples[0].features == struct.pack("<2f", 0.0, 1.0)
+        assert list(third.db.batches_after(1)) == batches[1:]
+        await third.close()
+
+    play(scenario)
+
+
+def test_a_commit_that_fails_leaves_no_row_and_no_acknowledgement(tmp_path):
+    async def scenario(broker, bus):
+        events, _ = life(200)
+        first = Learner(bus, tmp_path)
+        await send(bus, events[:2])
+        await first.until_count("predictions", 2)
+        (pages,) = first.db._writer.execute("PRAGMA page_count").fetchone()
+        first.db._writer.execute(f"PRAGMA max_page_count = {pages}")  # the disk is full
+        await send(bus, events[2:], base_seq=3)
+        failure = await first.failure()
+        assert isinstance(failure, CapacityError)
+        assert failure.code == "disk_full"
+        assert len(list((tmp_path / "archive").iterdir())) == 2  # written, and named by nobody
+        await first.close()
+        second = Learner(bus, tmp_path)
+        assert len(list((tmp_path / "archive").iterdir())) == 1
+        await second.until_count("predictions", 200)
+        assert [row[3] for row in second.rows()] == list(range(1, 201))
+        assert await watermark(bus) is not None
+        await second.close()
+
+    play(scenario)
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from cloud_learner.ingest.guard import Batcher
+from cloud_learner.ingest.intake import Incoming, Intake
+from cloud_learner.ingest.joiner import Joiner
+from cloud_learner.store.archive import Archive
+from cloud_learner.store.ingest_db import IngestDb
+from edge_runtime.clock import ManualClock
+
+class DyingDb(IngestDb):
+    def apply(self, changes):
+        if changes.commit == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().apply(changes)
+
+home = Path(sys.argv[1])
+joiner = Joiner("fam", label_window_s=100.0, idle_s=60.0)
+db, archive = DyingDb(home / "ingest.db"), Archive(home / "archive")
+intake = Intake(db, archive, joiner, Batcher(10, 10), clock=ManualClock(), widths={})
+for name in sys.argv[2:]:
+    intake.commit([Incoming("hw.ev.EWR.event", Path(name).read_bytes(), 0.0, None)])
+"""
+
+
+def test_a_kill_between_the_archive_file_and_the_commit_leaves_no_double_row(tmp_path):
+    events, _ = life(8)
+    halves = {"a": (events[:4], 1), "b": (events[4:], 5)}
+    for name, (records, base_seq) in halves.items():
+        (tmp_path / name).write_bytes(envelope(records, base_seq=base_seq))
+    home, paths = tmp_path / "home", [str(tmp_path / name) for name in halves]
+    child = subprocess.run([sys.executable, "-c", DYING, str(home), *paths], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert len(list((home / "archive").iterdir())) == 2
+
+    async def scenario(broker, bus):
+        learner = Learner(bus, home)
+        assert learner.count("predictions") == 4
+        assert len(list((home / "archive").iterdir())) == 1
+        await send(bus, events[4:], base_seq=5)
+        await learner.until_count("predictions", 8)
+        assert [row[3] for row in learner.rows()] == list(range(1, 9))
+        await learner.close()
+
+    play(scenario)
+
+
+def test_an_outage_of_the_broker_is_waited_out(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        events, _ = life(4)
+        await send(bus, events[:2])
+        await learner.until_count("predictions", 2)
+        broker.down()
+        broker.up()
+        await send(bus, events[2:], base_seq=3)
+        await learner.until_count("predictions", 4)
+        await until_told(bus, [Mark(1, "event", 4)])
+        await learner.close()
+
+    play(scenario)
+
+
+def test_a_learner_that_starts_tells_every_device_what_it_holds(tmp_path):
+    async def scenario(broker, bus):
+        first = Learner(bus, tmp_path)
+        await send(bus, [observation(1.0)])
+        await first.until_count("observations", 1)
+        await first.close()
+        other = await ready(await MemoryBroker().connect())  # a broker that lost everything
+        second = Learner(other, tmp_path)
+        await until_told(other, [Mark(1, "event", 1)])
+        await second.close()
+
+    play(scenario)
+
+
+def test_two_learners_never_share_one_database(tmp_path):
+    db = IngestDb(tmp_path / "ingest.db")
+    with pytest.raises(ConfigError) as caught:
+        IngestDb(tmp_path / "ingest.db")
+    assert caught.value.code == "already_owned"
+    db.close()
+    IngestDb(tmp_path / "ingest.db").close()
+
+
+def test_a_file_that_is_no_ingest_database_is_left_as_it_is(tmp_path):
+    path = tmp_path / "ingest.db"
+    path.write_bytes(b"not a database, but somebody's notes" * 40)
+    with pytest.raises(ConfigError) as caught:
+        IngestDb(path)
+    assert caught.value.code == "ingest_db_damaged"
+    assert path.read_bytes().startswith(b"not a database")
+
+
+def test_over_a_real_broker_that_restarts_every_record_is_held_once(tmp_path):
+    events, labels = life(60)
+
+    async def scenario(broker: Broker) -> None:
+        back = asyncio.Event()
+        bus = await connect(broker.url, name="test", on_reconnect=back.set)
+        await ready(bus)
+        learner = Learner(bus, tmp_path / "learner")
+        for base in range(1, 31, 5):
+            await send(bus, events[base - 1 : base + 7], base_seq=base)
+        await learner.until_count("predictions", 33)
+        await asyncio.to_thread(broker.restart)
+        async with asyncio.timeout(WAIT_S):
+            await back.wait()
+        await send(bus, events[25:], base_seq=26)
+        await send(bus, labels, event_class="label")
+        await learner.until_count("labels_joined", 60)
+        assert learner.rows("SELECT count(*), count(DISTINCT (event_class, seq)) FROM records") == [
+            (120, 120)
+        ]
+        await until_told(bus, [Mark(1, "event", 60), Mark(1, "label", 60)])
+        await learner.close()
+        await bus.close()
+
+    with Broker.start(tmp_path / "broker") as broker:
+        asyncio.run(scenario(broker))
