@@ -77,7 +77,7 @@ _STYLE = """
 text{font:13px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#1b1f24}
 .title{font-size:19px;font-weight:650}.sub,.tick,.note{fill:#4a515a}.tick,.note{font-size:12px}
 .name{font-weight:600}.grid{stroke:#e3e6ea}.axis{stroke:#8b929b}.end{text-anchor:end}
-.mid{text-anchor:middle}.line{fill:none;stroke-linejoin:round;stroke-linecap:butt}
+.mid{text-anchor:middle}.lead{stroke:#8b929b;fill:none}.line{fill:none;stroke-linejoin:round;stroke-linecap:butt}
 """.strip()
 
 
@@ -140,11 +140,11 @@ def draw(series: Mapping[str, Series], releases: Sequence[ReleaseMark]) -> str:
 
 def take_away(series: Mapping[str, Series]) -> str:
     """The one sentence that the picture shows, whichever way the run went."""
-    overall = {world: line.overall for world, line in series.items()}
+    overall = {world: line.overall for world, line in series.items() if line.overall >= 0}
     live, frozen = overall.get("windows_continual"), overall.get("static_frozen")
     if live is None or frozen is None:
         return "AUC over event time"
-    if live >= max(value for value in overall.values() if not math.isnan(value)):
+    if live >= max(overall.values()):
         return f"Fresh features and continual learning lift AUC from {frozen:.3f} to {live:.3f}"
     return f"Fresh features and continual learning: AUC {live:.3f}, against {frozen:.3f} without"
 
@@ -241,7 +241,8 @@ def _legend(frame: _Frame, series: Mapping[str, Series]) -> Iterator[str]:
     for y, ((end_y, end_x), world) in zip(heights, ends, strict=True):
         look, overall = _LOOKS[world], series[world].overall
         yield f'<circle cx="{end_x}" cy="{end_y}" r="3.5" fill="{look.colour}"/>'
-        yield _path(f"M{end_x} {end_y}L{_RIGHT + 14} {y}h28", look)
+        yield f'<path class="lead" d="M{end_x} {end_y}L{_RIGHT + 14} {y}"/>'
+        yield _path(f"M{_RIGHT + 14} {y}h28", look)
         yield _text(_RIGHT + 50, y + 1, look.name, "name")
         yield _text(_RIGHT + 50, y + 17, f"AUC {overall:.3f}: {look.note}", "note")
 
@@ -253,15 +254,23 @@ def _last(frame: _Frame, line: Series) -> tuple[float, float]:
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Sorted heights moved as little down, then up, as keeps labels apart and on the plot."""
+    """Sorted heights, moved as little as keeps labels apart and beside the plot."""
+    halfway = [(a + b) / 2 for a, b in zip(_down(heights), _up(heights), strict=True)]
+    return [round(height, 1) for height in _up(_down(halfway))]
+
+
+def _down(heights: Sequence[float]) -> list[float]:
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + _LABEL_GAP if placed else _TOP + 4))
-    floor = _BOTTOM - 18
-    for i in range(len(placed) - 1, -1, -1):
-        placed[i] = min(placed[i], floor)
-        floor = placed[i] - _LABEL_GAP
-    return [round(height, 1) for height in placed]
+    return placed
+
+
+def _up(heights: Sequence[float]) -> list[float]:
+    placed: list[float] = []
+    for height in reversed(heights):
+        placed.append(min(height, placed[-1] - _LABEL_GAP if placed else _BOTTOM - 18))
+    return placed[::-1]
 
 
 def _description(series: Mapping[str, Series], releases: Sequence[ReleaseMark]) -> str:
