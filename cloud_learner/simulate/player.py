@@ -192,9 +192,9 @@ class _Lane:
         """Wait until `time_s` is within the horizon, then start the actions that it reaches."""
         horizon_s = self._player.horizon()
         if time_s > horizon_s:
+            self.waits += 1
             started_s = time.monotonic()
             horizon_s = await self._wait_for(time_s)
-            self.waits += 1
             self.waited_s += time.monotonic() - started_s
         group = self._player.group
         assert group is not None
