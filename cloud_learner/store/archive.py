@@ -205,7 +205,7 @@ def _columns(records: Sequence[ArchivedRecord]) -> dict[str, Any]:
 def _masked(name: str, present: Any, values: list[Any]) -> Any:
     kind, blank, _ = _KINDS.get(name, _TEXT)
     column = np.full(len(present), blank, dtype=kind)
-    column[present] = np.array(values, dtype=kind)
+    column[present] = values
     # Text is blank where absent, and _SELECT makes it NULL: the type of a column of objects is
     # read off its first value, which a mask would hide.
     return column if kind == "O" else np.ma.masked_array(column, ~present)

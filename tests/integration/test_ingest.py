@@ -289,6 +289,7 @@ def test_a_restart_goes_on_where_the_last_commit_stood(tmp_path):
         await send(bus, [observation(119.0)], base_seq=26)
         await send(bus, [label(99, 119.0)], base_seq=26, event_class="label")
         await second.until_count("examples", 19)
+        assert second.count("duplicates") == 0  # all that was committed had been acknowledged
         await second.close()
         third = Learner(bus, tmp_path / "halves")
         assert third.count("unbatched") == 9
@@ -301,6 +302,24 @@ def test_a_restart_goes_on_where_the_last_commit_stood(tmp_path):
         assert seqs == list(range(1, 21))
         assert batches[0].examples[0].features == struct.pack("<2f", 0.0, 1.0)
         assert list(third.db.batches_after(1)) == batches[1:]
+        await third.close()
+
+    play(scenario)
+
+
+def test_a_label_that_overtook_its_prediction_waits_through_a_restart(tmp_path):
+    async def scenario(broker, bus):
+        first = Learner(bus, tmp_path)
+        await send(bus, [label(1, 5.0)], event_class="label")
+        await first.until_count("labels_early", 1)
+        await first.close()
+        second = Learner(bus, tmp_path)
+        assert second.count("labels_waiting") == 1
+        await send(bus, [prediction(1.0)])
+        await second.until_count("labels_joined", 1)
+        await second.close()
+        third = Learner(bus, tmp_path)
+        assert (third.count("labels_waiting"), third.count("pending")) == (0, 1)
         await third.close()
 
     play(scenario)

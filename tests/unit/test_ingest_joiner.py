@@ -196,6 +196,12 @@ def test_labels_that_lag_hold_their_device_for_at_most_one_window():
     assert world.count("expired") == 1
 
 
+def test_a_device_whose_first_labels_are_on_their_way_is_held_as_well():
+    world = World()
+    world.commit(world.predict(10.0), world.observe(210.0))
+    assert (world.count("expired"), world.joiner.clock.now_s) == (0, 110.0)
+
+
 def test_a_family_without_labels_on_the_way_is_not_held_for_long():
     world = World()
     world.commit(world.predict(10.0))
@@ -214,6 +220,20 @@ def test_a_device_that_comes_back_behind_the_clock_gets_its_labels_joined():
     assert world.commit(world.label(2, 20.0, device="B")) == [("B", 2, 1.0)]
     world.commit(world.predict(900.0, "B"), world.label(9, 900.0, device="B"))
     assert world.joiner.clock.now_s == 1000.0
+
+
+def test_what_waited_for_its_device_leaves_in_order_with_what_comes_late():
+    world = World()
+    world.commit(world.observe(0.0, "B"), world.observe(0.0))
+    world.quiet()
+    world.commit(world.observe(1000.0), world.label(9, 1000.0))
+    world.commit(world.predict(20.0, "B"))  # mature, and waits for its label
+    released = world.commit(
+        world.predict(10.0, "B"),
+        world.label(2, 30.0, 0.2, device="B"),
+        world.label(3, 30.0, 0.3, device="B"),
+    )
+    assert released == [("B", 3, 0.3), ("B", 2, 0.2)]
 
 
 def test_examples_that_mature_together_leave_in_order_of_time_device_and_number():
