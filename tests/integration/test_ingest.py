@@ -251,6 +251,11 @@ def test_garbage_is_quarantined_and_counted_and_the_stream_goes_on(tmp_path):
         assert (kept[0][1], kept[0][2], kept[0][3]) == (subject, "bad_message", b"\xffgarbage")
         assert len(kept) == learner.count("quarantined") == 7
         await learner.close()
+        again = Learner(bus, tmp_path)  # garbage is acknowledged: it does not come again
+        await send(bus, [observation(2.0)], base_seq=2)
+        await again.until_count("observations", 2)
+        assert again.count("quarantined") == 7
+        await again.close()
 
     play(scenario)
 
