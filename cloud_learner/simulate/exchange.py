@@ -1,19 +1,12 @@
-"""The exchange: an application's talk with one device, with every answer accounted for.
+"""The exchange: an application's talk with one device, kept up through crashes.
 
-Why: a run must be able to say that what was answered is what was archived, exactly, although a
-device may be killed at any moment; so the talk's other end keeps books of its own.
+Why: who plays data should think about rows and times, not about what a crash does to a socket.
 
-How: a device numbers what it accepts without gaps, per epoch and class, in the order of sending.
-So after a crash the last number that survived, which `hello` tells, decides for each request:
-- acknowledged and numbered above it: lost in the linger, counted, sent again;
-- in flight and numbered up to it: it was logged, only its answer is missing. It counts as answered,
-  and a prediction's id follows from its number;
-- in flight and numbered above it: it never was; sent again.
-What is sent again goes in the original order, so windows come out as if nothing had happened. A
-label whose prediction was lost is sent again for the prediction's new id.
+How: requests are pipelined in order. When the connection breaks, the exchange comes back, lets the
+books decide by what survived, and sends again what they say, in the original order; so the device's
+windows come out as if nothing had happened.
 
-Invariants: answered - lost = records in the device's log. This holds while the exchange is the only
-one that writes to the device, and while nothing that is in flight at a crash would be refused.
+Invariants: items reach the device in the order of sending; what is unanswered is bounded.
 
 Knows nothing about where rows come from, nor when they are due. Drives proto/socket.md.
 """
@@ -22,50 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 from cloud_learner.experiment.replay import DataRow
+from cloud_learner.simulate.books import Books, Ends, Item, Label, Question
 from edge_runtime.api.client import AsyncClient
-from edge_runtime.api.frames import Done, Predicted
-from edge_runtime.errors import CapacityError, ConfigError, HeadwaterError, TransportError
+from edge_runtime.api.frames import Done, Welcome
+from edge_runtime.errors import ConfigError, HeadwaterError, TransportError
 from edge_runtime.metrics import Histogram
-from edge_runtime.wire.messages import EventClass
 
 IN_FLIGHT_MAX = 128
 """So many unanswered observations and labels; short enough not to hold a prediction up."""
 
-REMEMBERED_MAX = 1 << 14
-"""So many acknowledged requests can be sent again; the linger takes a few hundred at most."""
-
-_RECONNECT_S = 0.02
-
-
-class Question:
-    """A row that asks for a prediction; `id` is empty until the answer came."""
-
-    __slots__ = ("id", "row")
-
-    def __init__(self, row: DataRow) -> None:
-        self.row = row
-        self.id = ""
-
-
-class Label:
-    """What turned out to be true of the prediction that answered `question`."""
-
-    __slots__ = ("question",)
-
-    def __init__(self, question: Question) -> None:
-        self.question = question
-
-
-_COUNTS = (
-    *("asked_again", "answers_recovered", "dones_recovered"),
-    *("labels_orphaned", "labels_unasked", "reconnects"),
-)
-Item = DataRow | Question | Label
-_PLURAL = {DataRow: "observations", Question: "predictions", Label: "labels"}
+_RETRY_S = 0.02
 
 
 class Exchange:
@@ -77,16 +41,11 @@ class Exchange:
     def __init__(self, device: str, path: Path, family: str, *, patience_s: float = 60.0) -> None:
         self.device, self.path, self.family = device, path, family
         self.latency = Histogram()
-        self.answered: Counter[str] = Counter()
-        self.lost: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.counts = dict.fromkeys(_COUNTS, 0)
+        self.books = Books(device)
+        self.reconnects = 0
         self._patience_s = patience_s
         self._client: AsyncClient | None = None
-        self._epoch = 0
-        self._last: dict[EventClass, int] = {"event": 0, "label": 0}
-        self._flight: deque[tuple[Item, asyncio.Future[Predicted] | asyncio.Future[Done]]] = deque()
-        self._kept: deque[tuple[Item, int]] = deque(maxlen=REMEMBERED_MAX)
+        self._flight: deque[tuple[Item, asyncio.Future[Any]]] = deque()
         self._again: deque[Item] = deque()
 
     async def open(self) -> None:
@@ -98,7 +57,7 @@ class Exchange:
 
         Raises: TransportError `unreachable` when the device is away for too long.
         """
-        if type(item) is Label and self._is_pointless(item):
+        if type(item) is Label and self.books.is_pointless(item):
             return
         started_ns = time.perf_counter_ns()
         future = self._post(item)
@@ -135,9 +94,9 @@ class Exchange:
             except TransportError:
                 await self.recover()
                 continue
-            if all(log[f"{name}_durable"] >= last for name, last in self._last.items()):
+            if all(log[f"{name}_durable"] >= last for name, last in self.books.last.items()):
                 return
-            await asyncio.sleep(_RECONNECT_S)
+            await asyncio.sleep(_RETRY_S)
 
     async def wait_lost(self) -> None:
         """Return when the connection breaks."""
@@ -153,10 +112,10 @@ class Exchange:
 
     # One request, one answer.
 
-    def _post(self, item: Item) -> asyncio.Future[Predicted] | asyncio.Future[Done]:
+    def _post(self, item: Item) -> asyncio.Future[Any]:
         client = self._client
         assert client is not None, "open comes first"
-        future: asyncio.Future[Predicted] | asyncio.Future[Done]
+        future: asyncio.Future[Any]
         try:
             if type(item) is DataRow:
                 future = client.observe(self.family, item.kind, item.time_s, item.fields)
@@ -187,26 +146,14 @@ class Exchange:
                 return
             error = future.exception()
             if error is None:
-                self._book(item, future.result())
+                self.books.answer(item, future.result())
             elif isinstance(error, TransportError):
                 return
             elif isinstance(error, HeadwaterError):
-                self.refused[error.code] += 1
+                self.books.refuse(error)
             else:
                 raise error
             flight.popleft()
-
-    def _book(self, item: Item, answer: Predicted | Done) -> None:
-        if type(answer) is Predicted:
-            assert type(item) is Question
-            item.id = answer.id
-            seq = int(answer.id[answer.id.rindex(".") + 1 :])
-            self._last["event"] = seq
-        else:
-            seq = answer.seq  # type: ignore[union-attr]
-            self._last["label" if type(item) is Label else "event"] = seq
-        self.answered[_PLURAL[type(item)]] += 1
-        self._kept.append((item, seq))
 
     # After a crash.
 
@@ -220,7 +167,7 @@ class Exchange:
             await self._come_back()
             while self._again and not self._flight:
                 item = self._again.popleft()
-                if not self._is_pointless(item):
+                if not self.books.is_pointless(item):
                     await asyncio.wait([self._post(item)])
                     self._take_answers()
             if not self._flight:
@@ -230,14 +177,14 @@ class Exchange:
         deadline_s = time.monotonic() + self._patience_s
         while True:
             try:
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._patience_s):
+                async with asyncio.timeout(self._patience_s):
                     return await self._meet()
             except (TransportError, TimeoutError) as error:
                 if time.monotonic() > deadline_s:
                     raise TransportError(
                         "unreachable", f"{self.device} has been away for too long: {error}"
                     ) from error
-            await asyncio.sleep(_RECONNECT_S)
+            await asyncio.sleep(_RETRY_S)
 
     async def _meet(self) -> None:
         """Connect, and hear what became of what was sent before."""
@@ -254,73 +201,21 @@ class Exchange:
             raise
         if self._client is not None:
             await self._client.close()
-            self.counts["reconnects"] += 1
+            self.reconnects += 1
         self._client = client
-        here: dict[EventClass, int] = {
-            "event": log["event_appended"],
-            "label": log["label_appended"],
-        }
-        if welcome.epoch == self._epoch:  # only the connection broke
-            self._judge(here)
-        elif self._epoch:
-            left = [each for each in welcome.survived if each.epoch == self._epoch]
-            ends = {each.event_class: each.seq for each in left}
-            self._judge({name: ends.get(name, 0) for name in here})
-            self._kept.clear()  # what survived a restart is durable
-        self._epoch, self._last = welcome.epoch, here
+        here: Ends = {"event": log["event_appended"], "label": log["label_appended"]}
+        if self.books.epoch:
+            self._judge(here if welcome.epoch == self.books.epoch else self._ends(welcome))
+        self.books.begin(welcome.epoch, here)
 
-    def _judge(self, ends: dict[EventClass, int]) -> None:
-        """Decide what became of what is kept and in flight; queue what is to be sent again."""
-        if len(self._kept) == REMEMBERED_MAX and _is_above(*self._kept[0], ends):
-            raise CapacityError(
-                "too_much_lost", f"{self.device} lost more than {REMEMBERED_MAX} requests"
-            )
-        again = [item for item, seq in self._kept if self._is_gone(item, seq, ends, heard=True)]
-        for item, future in self._flight:
+    def _ends(self, welcome: Welcome) -> Ends:
+        left = [each for each in welcome.survived if each.epoch == self.books.epoch]
+        ends = {each.event_class: each.seq for each in left}
+        return {"event": ends.get("event", 0), "label": ends.get("label", 0)}
+
+    def _judge(self, ends: Ends) -> None:
+        for _, future in self._flight:
             future.exception()  # the broken connection, known already
-            name = _class_of(item)
-            self._last[name] = seq = self._last[name] + 1
-            if not _is_above(item, seq, ends):
-                self._book_unheard(item, seq)
-            if self._is_gone(item, seq, ends, heard=False):
-                again.append(item)
+        again = self.books.judge((item for item, _ in self._flight), ends)
         self._flight.clear()
         self._again.extendleft(reversed(again))
-
-    def _is_gone(self, item: Item, seq: int, ends: dict[EventClass, int], *, heard: bool) -> bool:
-        """Count what became of `item`; True when it has to be sent again."""
-        if _is_above(item, seq, ends):
-            if heard:
-                self.lost[_PLURAL[type(item)]] += 1
-            else:
-                self.counts["asked_again"] += 1
-            if type(item) is Question:
-                item.id = ""
-            return True
-        if type(item) is Label and not item.question.id:  # it survived its prediction
-            self.counts["labels_orphaned"] += 1
-            return True
-        return False
-
-    def _book_unheard(self, item: Item, seq: int) -> None:
-        if type(item) is Question:
-            item.id = f"{self.device}.{self._epoch}.{seq}"
-            self.counts["answers_recovered"] += 1
-        else:
-            self.counts["dones_recovered"] += 1
-        self.answered[_PLURAL[type(item)]] += 1
-        self._kept.append((item, seq))
-
-    def _is_pointless(self, item: Item) -> bool:
-        """Whether `item` is a label for a question that was refused; it is counted."""
-        pointless = type(item) is Label and not item.question.id
-        self.counts["labels_unasked"] += pointless
-        return pointless
-
-
-def _class_of(item: Item) -> EventClass:
-    return "label" if type(item) is Label else "event"
-
-
-def _is_above(item: Item, seq: int, ends: dict[EventClass, int]) -> bool:
-    return seq > ends[_class_of(item)]

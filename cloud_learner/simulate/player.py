@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from cloud_learner.experiment.replay import DataRow
-from cloud_learner.simulate.exchange import Exchange, Label, Question
+from cloud_learner.simulate.books import Label, Question
+from cloud_learner.simulate.exchange import Exchange
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.package import Interface
 from edge_runtime.metrics import Histogram
@@ -109,10 +110,12 @@ class Player:
         """Counts over all devices; `lost_in_linger` and `refused` are tables of their own."""
         answered, lost, refused, counts = (Counter[str]() for _ in range(4))
         for lane in self._lanes.values():
-            answered.update(lane.exchange.answered)
-            lost.update(lane.exchange.lost)
-            refused.update(lane.exchange.refused)
-            counts.update(lane.exchange.counts)
+            books = lane.exchange.books
+            answered.update(books.answered)
+            lost.update(books.lost)
+            refused.update(books.refused)
+            counts.update(books.counts)
+            counts.update(reconnects=lane.exchange.reconnects)
             counts.update(horizon_waits=lane.waits, horizon_wait_ms=round(lane.waited_s * 1000))
         kinds = ("predictions", "observations", "labels")
         latency = self.latency
@@ -192,7 +195,6 @@ class _Lane:
         """Wait until `time_s` is within the horizon, then start the actions that it reaches."""
         horizon_s = self._player.horizon()
         if time_s > horizon_s:
-            self.waits += 1
             started_s = time.monotonic()
             horizon_s = await self._wait_for(time_s)
             self.waited_s += time.monotonic() - started_s
@@ -209,6 +211,7 @@ class _Lane:
         learner may be waiting for just what it took.
         """
         await self.exchange.settle()
+        self.waits += 1
         lost = asyncio.ensure_future(self.exchange.wait_lost())
         try:
             while time_s > (horizon_s := self._player.horizon()):
