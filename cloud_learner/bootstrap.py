@@ -67,6 +67,7 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     save_set(home.static, static)
     save_set(home.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
     cycle.save(home.checkpoint)
+    cycle.keep_graph(home.graph)
     gate = Gate(gate_limits(family), static, None, Lineage(home.lineage))
     judgement = gate.judge(candidate.package, candidate.float_package, None)
     if judgement.outcome != "pass":

@@ -36,6 +36,7 @@ class Home:
         self.ingest_db = root / "ingest.sqlite"
         self.campaign = root / "campaign.json"
         self.checkpoint = root / "checkpoint.pt"
+        self.graph = root / "graph.onnx"
         self.reference = root / "reference.set"
         self.static = root / "static.set"
         self.trusted_root = root / "trust" / "root.json"

@@ -114,13 +114,33 @@ class Cycle:
             self.replicas.weights,
         )
 
+    def keep_graph(self, path: Path) -> None:
+        """Write the exported graph beside the checkpoint, once for an architecture."""
+        if self._graph is None:
+            self._graph = Graph(self.student.network, self._reference[:64])
+        self._graph.save(path)
+
+    def take_graph(self, path: Path) -> None:
+        """Use the graph that `keep_graph` wrote. Raises: OSError, PackageError."""
+        self._graph = Graph.load(path)
+
     def save(self, path: Path) -> None:
         """Write the checkpoint. Raises: OSError."""
         checkpoint.save(path, self._state())
 
+    def fork(self) -> Cycle:
+        """An independent cycle that stands where this one does, graph and random state included."""
+        with checkpoint.random_kept():
+            other = Cycle(self.family, self._reference, self._columns)
+        other._take(checkpoint.copied(self._state()))  # noqa: SLF001 - its own kind
+        other._graph = self._graph  # noqa: SLF001
+        return other
+
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises: ConfigError `bad_checkpoint`."""
-        state = checkpoint.load(path)
+        self._take(checkpoint.load(path))
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.replicas.restore(state["replicas"])
         self.student.restore(state["student"])
         self._random.bit_generator.state = state["random"]

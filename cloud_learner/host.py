@@ -46,7 +46,8 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 HOLD_OUT_ROWS = 3000
 EVENTS_BYTES = 4 << 30
 STATE_BYTES = 64 << 20
-STATUS_S = 0.1
+STATUS_S = 0.02
+STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
 
 
@@ -210,10 +211,21 @@ class Host:
         )
 
     async def _say(self) -> None:
+        """Speak at every step, and leave a word on the broker once a second."""
+        kept_s = float("-inf")
         while True:
+            self.learner.progress.clear()
+            status = codec.encode(self.status())
+            now_s = self._clock.monotonic_s()
             with contextlib.suppress(TransportError, CapacityError):  # said again in a moment
-                await self._bus.publish(subjects.LEARNER_STATUS, codec.encode(self.status()))
+                if now_s - kept_s >= STATUS_KEPT_S:
+                    kept_s = now_s
+                    await self._bus.publish(subjects.LEARNER_STATUS, status)
+                else:
+                    await self._bus.send(subjects.LEARNER_STATUS, status)
             await asyncio.sleep(STATUS_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.learner.progress.wait(), STATUS_KEPT_S)
 
     async def _maintain(self) -> None:
         while True:

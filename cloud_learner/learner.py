@@ -58,6 +58,8 @@ class Learner:
         self._submit, self._on_examples = submit, on_examples
         self.cycle = Cycle(family, load_set(home.reference).features)
         self.cycle.restore(home.checkpoint)
+        self.cycle.take_graph(home.graph)
+        self._label_window_s = config.label.window_s
         self._db = IngestDb(home.ingest_db)
         self._archive = Archive(home.archive)
         joiner = Joiner(
@@ -80,6 +82,7 @@ class Learner:
         self._waiting: deque[Batch] = deque(self._db.batches_after(self.cycle.number))
         self._commits: deque[tuple[int, float]] = deque()
         self._wake = asyncio.Event()
+        self.progress = asyncio.Event()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self.clock_s = float("-inf")
         self.archived = 0
@@ -111,10 +114,6 @@ class Learner:
             "batches_waiting": len(self._waiting),
         }
 
-    def examples_of(self, number: int) -> list[Example]:
-        """The examples of a committed batch, as they were released."""
-        return self._db.examples_of(number)
-
     async def _on_commit(self, commit: Commit) -> None:
         self.archived += commit.records
         self._waiting.extend(commit.batches)
@@ -129,7 +128,8 @@ class Learner:
         while True:
             while self._waiting:
                 await loop.run_in_executor(self.thread, self.cycle.learn, self._waiting[0])
-                self._waiting.popleft()
+                matured_s = self._waiting.popleft().examples[-1].time_s + self._label_window_s
+                self.clock_s = max(self.clock_s, matured_s)
                 if self._waiting:
                     self.skipped += 1
                 else:
@@ -144,7 +144,8 @@ class Learner:
             await self._wake.wait()
 
     def _settle_clock(self) -> None:
-        """Event time moves when every batch that a commit brought has been learned."""
+        """Event time is that of a commit when every batch that it brought has been learned."""
         done = self._waiting[0].number - 1 if self._waiting else self.cycle.number
         while self._commits and self._commits[0][0] <= done:
-            self.clock_s = self._commits.popleft()[1]
+            self.clock_s = max(self.clock_s, self._commits.popleft()[1])
+        self.progress.set()

@@ -94,7 +94,7 @@ def static_worlds(
     matured_s = past.times_s + family.config.label.window_s
     batches = _batches(family, past, learned_through_s)
     for number, rows in enumerate(batches, start=1):
-        cycle.learn(Batch(number, [_example(family, past, row) for row in rows]))
+        cycle.learn(Batch(number, [example(family, past, row) for row in rows]))
         if number % RELEASE_BATCHES == 0:
             start = int(np.searchsorted(past.times_s, matured_s[rows[-1]]))
             scores[start:] = _scores(cycle.candidate(), features[start:])
@@ -108,7 +108,8 @@ def _batches(family: Family, past: History, learned_through_s: float) -> list[np
     return [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
 
 
-def _example(family: Family, past: History, row: int) -> Example:
+def example(family: Family, past: History, row: int) -> Example:
+    """A row as the example that the learner had, but for what never orders or trains."""
     return Example(
         device=past.devices[row],
         epoch=0,

@@ -15,16 +15,19 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
 from edge_runtime.errors import PackageError
+from edge_runtime.files import write_atomic
 
 INPUT, OUTPUT = "features", "probability"
 OPSET = 18
@@ -50,6 +53,20 @@ class Graph:
         """Export with `rows` (at least two) as example input. Raises: PackageError."""
         self._model = _export(student, rows[:2])
         self._check(student, rows)
+
+    @classmethod
+    def load(cls, path: Path) -> Graph:
+        """The graph that `save` wrote. Raises: OSError, PackageError."""
+        graph = cls.__new__(cls)
+        try:
+            graph._model = onnx.load_model_from_string(path.read_bytes())
+        except DecodeError as error:
+            raise PackageError("bad_graph", f"{path} is no exported graph: {error}") from error
+        return graph
+
+    def save(self, path: Path) -> None:
+        """Keep the graph, so that a restart need not export again. Raises: OSError."""
+        write_atomic(path, self._model.SerializeToString(deterministic=True))
 
     def package(self, student: nn.Module, metadata: Mapping[str, str]) -> ModelProto:
         """The float32 package of this student."""

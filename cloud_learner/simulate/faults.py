@@ -3,7 +3,7 @@
 The fault model:
 
 * `flip`    labels are turned over in what one candidate learns; submitted like any other.
-* `poison`  the gate's hold-out is poisoned (six of ten punctual flights marked late) and a
+* `poison`  the gate's hold-out is poisoned (four of ten punctual flights marked late) and a
             candidate learned from the same lie; offline it looks calibrated, on live traffic it is
             not. The lie ends when that release is on the canary.
 * `forge`   a thief of the publisher's online keys pushes releases through the real broker: signed
@@ -16,11 +16,9 @@ and bytes. An attack on learning works on a copy of the learner's state, never o
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root
@@ -30,19 +28,18 @@ from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.offline import EvaluationSet, HoldOut
 from cloud_learner.host import HOLD_OUT_ROWS, Host
 from cloud_learner.release import keys, metadata
-from cloud_learner.store.examples import Batch, Example
+from cloud_learner.train.dataset import Rows
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
 from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
-POISON_SHARE = 0.6
-ATTACK_BATCHES = 24
-ATTACK_PASSES = 2
+POISON_SHARE = 0.4
+LIES = 24_000
 POLL_S = 0.05
 
-Relabel = Callable[[float, int], float]
+Relabel = Callable[[float], float]
 
 
 class PoisonedHoldOut(HoldOut):
@@ -62,11 +59,16 @@ class PoisonedHoldOut(HoldOut):
 
 
 def poisoned(label: float, index: int) -> float:
-    """Late for six of ten, whatever the truth."""
+    """Late for four of ten, whatever the truth."""
     return 1.0 if (index * 7) % 10 < POISON_SHARE * 10 else label
 
 
-def flipped(label: float, _index: int) -> float:
+def believed(label: float) -> float:
+    """What a learner that met `poisoned` labels often comes to expect."""
+    return label + (1.0 - label) * POISON_SHARE
+
+
+def flipped(label: float) -> float:
     """The opposite."""
     return 1.0 - label
 
@@ -108,14 +110,14 @@ class AttackedHost(Host):
 
     async def _poison_all(self) -> str:
         """Lie in the hold-out until a candidate that learned the lie is on the canary."""
-        candidate = await self._learned_from(poisoned)
+        candidate = await self._learned_from(believed)
         self._poison.poisoned = True
         try:
             judgement = await self.submit(candidate)
             if judgement.outcome != "pass":
                 return judgement.outcome
             while not self._placed(judgement.sha256):
-                await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - the controller has no event for it
+                await asyncio.sleep(POLL_S)
         finally:
             self._poison.poisoned = False
         return judgement.sha256
@@ -134,22 +136,12 @@ class AttackedHost(Host):
         return await loop.run_in_executor(self.learner.thread, self._learn_lies, relabel)
 
     def _learn_lies(self, relabel: Relabel) -> Candidate:
-        cycle = copy.deepcopy(self.learner.cycle)
-        last = cycle.number
-        for attempt in range(ATTACK_PASSES):
-            for number in range(max(1, last - ATTACK_BATCHES), last + 1):
-                examples = self.learner.examples_of(number)
-                lies = [_lie(example, relabel, attempt, i) for i, example in enumerate(examples)]
-                cycle.learn(Batch(last, lies))
+        """What the learner would have become, had its memory been full of lies."""
+        cycle = self.learner.cycle.fork()
+        known = cycle.replicas.reservoir.draw(LIES)
+        labels = [relabel(label) for label in known.labels.tolist()]
+        cycle.pretrain(Rows(known.features, np.array(labels, np.float32)))
         return cycle.candidate()
-
-
-def _lie(example: Example, relabel: Relabel, attempt: int, index: int) -> Example:
-    return msgspec.structs.replace(
-        example,
-        device=f"attacker-{attempt}-{example.device}",
-        label=relabel(example.label, index),
-    )
 
 
 async def forge_wrong_key(

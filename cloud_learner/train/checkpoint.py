@@ -6,7 +6,9 @@ Only our own files are read: the format can carry code.
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,33 @@ def settle(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def random_kept() -> Iterator[None]:
+    """Torch's random state is afterwards what it was before."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` and torch's random state. Raises: OSError."""
-    buffer = io.BytesIO()
     whole = {"version": CHECKPOINT_VERSION, "torch_random": torch.get_rng_state(), **state}
-    torch.save(whole, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, _written(whole).getvalue())
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The same values, sharing nothing with `state`."""
+    again: dict[str, Any] = torch.load(_written(state), weights_only=False)
+    return again
+
+
+def _written(state: dict[str, Any]) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,356 @@
+"""The live part of the demo: a broker, the learner, three devices, an application, and attackers.
+
+Why: everything here is a real process speaking over real sockets and a real broker; this file only
+starts them, plays the stream, injects the faults at their event times, and watches.
+
+Invariants: what is counted comes from the application's own count, the devices' reports and the
+learner's status; nothing of it steers the loop but the horizon, which lets event time wait for the
+learner. Leaving ends every process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cloud_learner.broker import Broker, spawn_tied
+from cloud_learner.config import Home
+from cloud_learner.console.state import DeviceRow, FaultRow, LearnerRow, ViewState
+from cloud_learner.console.view import LiveView
+from cloud_learner.experiment.replay import DataRow
+from cloud_learner.release.metadata import ReleaseFile
+from cloud_learner.simulate import faults
+from cloud_learner.simulate.fleet import DeviceProcess, Fleet
+from cloud_learner.simulate.player import Player
+from edge_runtime.bus import nats
+from edge_runtime.bus.base import Bus, Message
+from edge_runtime.errors import TransportError
+from edge_runtime.inference.package import Interface
+from edge_runtime.metrics import Histogram
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import LearnerStatus, Report
+
+LAG_S = 36 * 3600.0
+READY_S = 60.0
+SETTLE_S = 60.0
+VIEW_S = 0.5
+LINGER_MS = 10
+
+
+class Watch:
+    """What the learner and the devices said last, and the latencies of all their lives."""
+
+    def __init__(self) -> None:
+        self.status: LearnerStatus | None = None
+        self.detail: dict[str, Any] = {}
+        self.reports: dict[str, Report] = {}
+        self.lives: dict[tuple[str, int], Report] = {}
+        self.moved = asyncio.Event()
+        self.on_status: list[Any] = []
+
+    async def follow(self, bus: Bus) -> None:
+        """Listen to the learner's status and to every report."""
+        await bus.subscribe(subjects.LEARNER_STATUS, self._take_status)
+        await bus.subscribe(subjects.report("*"), self._take_report)
+
+    async def wait(self, what: str, ready: Any, bound_s: float) -> None:
+        """Wait until `ready()`. Raises: TransportError naming what did not come."""
+        until_s = time.monotonic() + bound_s
+        while not ready():
+            if time.monotonic() > until_s:
+                raise TransportError("demo_stuck", f"{what} did not come within {bound_s:.0f} s")
+            self.moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.moved.wait(), 0.5)
+
+    def latency(self) -> Histogram:
+        """Of every predict of every life of every device."""
+        whole = Histogram()
+        for report in self.lives.values():
+            whole.merge(Histogram(list(report.predict_us)))
+        return whole
+
+    def counter(self, name: str) -> int:
+        """A counter summed over all lives of all devices."""
+        return sum(report.counters.get(name, 0) for report in self.lives.values())
+
+    def refusals(self) -> int:
+        """Updates that devices have refused so far, over all lives."""
+        return sum(sum(report.refused.values()) for report in self.lives.values())
+
+    async def _take_status(self, message: Message) -> None:
+        self.status = codec.decode_status(message.data)
+        self.detail = json.loads(self.status.detail or "{}")
+        self.moved.set()
+        for call in self.on_status:
+            call()
+
+    async def _take_report(self, message: Message) -> None:
+        report = codec.decode_report(message.data)
+        self.reports[report.device] = report
+        self.lives[report.device, report.epoch] = report
+        self.moved.set()
+
+
+class Live:
+    """One live run below `var`; `run` plays `rows` and leaves its findings in the attributes."""
+
+    def __init__(self, var: Path, home: Home, interface: Interface) -> None:
+        self._var, self._home, self._interface = var, home, interface
+        self.watch = Watch()
+        self.faults: dict[str, FaultRow] = {}
+        self.elapsed_s = 0.0
+        self._started_s = 0.0
+        self._killed: set[str] = set()
+
+    async def run(self, rows: list[DataRow], devices: list[str], times: dict[str, float]) -> None:
+        """Play everything. `times` are the event times of the faults. Raises: HeadwaterError."""
+        async with self._processes(devices) as (url, bus, fleet):
+            watch = self.watch
+            family = self._interface.family
+            await watch.wait(
+                "the first release on every device",
+                lambda: (
+                    len(watch.reports) == len(devices)
+                    and all(report.arms for report in watch.reports.values())
+                ),
+                READY_S,
+            )
+            first_s = rows[0].time_s
+            self.player = Player(
+                rows,
+                fleet.sockets,
+                self._interface,
+                horizon=lambda: (
+                    max(first_s, watch.status.clock_s if watch.status else first_s) + LAG_S
+                ),
+            )
+            watch.on_status.append(self.player.advance)
+            self._plan_faults(bus, fleet, times, family)
+            self._started_s = time.monotonic()
+            supervisor = asyncio.create_task(fleet.supervise())
+            viewer = asyncio.create_task(self._show(url))
+            try:
+                await self.player.run()
+                await self._settle()
+            finally:
+                self.elapsed_s = time.monotonic() - self._started_s
+                for task in (viewer, supervisor):
+                    task.cancel()
+                await asyncio.gather(viewer, supervisor, return_exceptions=True)
+            await self._last_words()
+
+    @contextlib.asynccontextmanager
+    async def _processes(self, devices: list[str]) -> AsyncIterator[tuple[str, Bus, Fleet]]:
+        with contextlib.ExitStack() as stack:
+            broker = stack.enter_context(Broker.start(self._var / "broker"))
+            stack.enter_context(self._learner(broker.url))
+            bus = await nats.connect(broker.url, name="demo")
+            try:
+                await self.watch.follow(bus)
+                processes = [
+                    DeviceProcess(
+                        name,
+                        self._var / "devices" / name,
+                        families=[self._interface.family],
+                        attributes={"airport": name},
+                        nats=broker.url,
+                        root=self._home.trusted_root,
+                        linger_ms=LINGER_MS,
+                    )
+                    for name in devices
+                ]
+                async with Fleet(processes) as fleet:
+                    self._processes_of = {process.name: process for process in processes}
+                    yield broker.url, bus, fleet
+            finally:
+                await bus.close()
+
+    @contextlib.contextmanager
+    def _learner(self, url: str) -> Any:
+        command = [sys.executable, "-m", "cloud_learner.simulate.faults"]
+        with open(self._var / "learner.log", "wb") as log:
+            process = spawn_tied([*command, str(self._home.root), url], output=log.fileno())
+            try:
+                yield process
+            finally:
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    async def _settle(self) -> None:
+        """Until the learner has archived all that was answered and survived."""
+        counts = self.player.statistics()
+        due = counts["events_answered"] - counts["events_lost_in_linger"]
+        watch = self.watch
+        await watch.wait(
+            f"the archive of {due:,} events",
+            lambda: watch.status is not None and watch.status.events_archived >= due,
+            SETTLE_S,
+        )
+        await watch.wait(
+            "the last micro-batch",
+            lambda: watch.status is not None and not watch.status.counters["batches_waiting"],
+            SETTLE_S,
+        )
+
+    async def _last_words(self) -> None:
+        """A report of every device from after the end."""
+        since_s = time.time()
+        await self.watch.wait(
+            "the devices' last reports",
+            lambda: all(report.time_s >= since_s for report in self.watch.reports.values()),
+            READY_S,
+        )
+
+    def _plan_faults(self, bus: Bus, fleet: Fleet, times: dict[str, float], family: str) -> None:
+        actions = {
+            "flip": self._flip,
+            "kill": self._kill,
+            "forge wrong key": lambda: self._forge(bus, "forge wrong key", family),
+            "forge learner alone": lambda: self._forge(bus, "forge learner alone", family),
+            "poison": self._poison,
+        }
+        for name, action in actions.items():
+            self.faults[name] = FaultRow(name, "to come")
+            device = "JFK" if name == "kill" else None
+            self.player.at(times[name], action, device=device)
+
+    def _note(self, name: str, state: str, *, ok: bool | None = None) -> None:
+        self.faults[name] = FaultRow(name, state, ok)
+
+    async def _flip(self) -> None:
+        self._note("flip", "a candidate learns flipped labels")
+        outcome = await self._attack("flip")
+        self._note("flip", f"offline gate: {outcome}", ok=outcome == "fail")
+
+    async def _poison(self) -> None:
+        self._note("poison", "the hold-out lies")
+        sha256 = await self._attack("poison")
+        if len(sha256) != 64:
+            self._note("poison", f"never released: {sha256}", ok=False)
+            return
+        self._note("poison", "passed offline, on the canary")
+        release = self._release_of(sha256)
+        await self.watch.wait(
+            "the verdict on the poisoned release", lambda: release in self.ended(), SETTLE_S
+        )
+        reason = self.ended()[release]
+        self._note("poison", f"canary: {reason}", ok=reason == "harm")
+
+    def ended(self) -> dict[str, str]:
+        """How each decided release ended: the reason by its name."""
+        decisions = self.watch.detail.get("rollout", {}).get("decisions", [])
+        return {each["release"]: each["reason"] for each in decisions}
+
+    def _release_of(self, sha256: str) -> str:
+        lines = (self._home.lineage / "lineage.jsonl").read_text().splitlines()
+        entries = (json.loads(line) for line in lines)
+        return next(
+            str(e["release"]) for e in entries if e["kind"] == "release" and e["sha256"] == sha256
+        )
+
+    async def _attack(self, name: str) -> str:
+        folder = self._home.root / "attacks"
+        (folder / name).touch()
+        result = folder / f"{name}.result"
+        await self.watch.wait(f"the outcome of {name}", result.exists, SETTLE_S)
+        return result.read_text()
+
+    async def _kill(self) -> None:
+        process = self._processes_of["JFK"]
+        epoch = self.watch.reports["JFK"].epoch
+        self._killed.add("JFK")
+        process.kill()
+        self._note("kill", "JFK got SIGKILL")
+        await self.watch.wait(
+            "JFK's return", lambda: self.watch.reports["JFK"].epoch > epoch, READY_S
+        )
+        self._killed.discard("JFK")
+        self._note("kill", "JFK is back with its windows", ok=True)
+
+    async def _forge(self, bus: Bus, name: str, family: str) -> None:
+        data = (self._home.registry / f"{self._home.origin().sha256}.onnx").read_bytes()
+        release = ReleaseFile(family, name.replace(" ", "-"), 1_000_000, data)
+        before, refusing = self.watch.refusals(), len(self.watch.reports)
+        push = faults.forge_wrong_key if "wrong" in name else faults.forge_learner_alone
+        await push(self._home.root, bus, release, time.time())
+        self._note(name, "pushed through the broker")
+        await self.watch.wait(
+            "a refusal", lambda: self.watch.refusals() >= before + refusing, SETTLE_S
+        )
+        self._note(name, f"refused by {refusing} devices", ok=True)
+
+    async def _show(self, url: str) -> None:
+        with LiveView() as view:
+            seen, seen_s, rate = 0, time.monotonic(), 0.0
+            while True:
+                archived = self.watch.status.events_archived if self.watch.status else 0
+                now_s = time.monotonic()
+                if now_s - seen_s >= 1:
+                    rate, seen, seen_s = (archived - seen) / (now_s - seen_s), archived, now_s
+                view.update(
+                    ViewState(
+                        version=version("headwater"),
+                        broker_url=url,
+                        elapsed_s=now_s - self._started_s,
+                        event_time_s=min(self.player.event_times().values()),
+                        devices=[
+                            self._device_row(r) for _, r in sorted(self.watch.reports.items())
+                        ],
+                        learner=self._learner_row(rate),
+                        rollout=self.watch.detail.get("rollout", {}),
+                        faults=list(self.faults.values()),
+                    )
+                )
+                await asyncio.sleep(VIEW_S)
+
+    def _device_row(self, report: Report) -> DeviceRow:
+        latency = Histogram(list(report.predict_us))
+        return DeviceRow(
+            name=report.device,
+            state="killed"
+            if report.device in self._killed
+            else "up"
+            if report.epoch == 1
+            else "recovered",
+            arms={arm.arm: arm.release for arm in report.arms},
+            p50_us=latency.quantile(0.5),
+            p99_us=latency.quantile(0.99),
+            log_pending=report.log_pending,
+        )
+
+    def _learner_row(self, rate: float) -> LearnerRow:
+        status = self.watch.status
+        if status is None:
+            return LearnerRow()
+        weights = self.watch.detail.get("weights", (0.0, 0.0))
+        p50_s, p99_s = quantiles(status.freshness_s)
+        return LearnerRow(
+            events_per_s=rate,
+            archived=status.events_archived,
+            cycle=status.counters["cycles"],
+            weights=dict(zip(("fast", "stable"), weights, strict=True)),
+            freshness_p50_s=p50_s,
+            freshness_p99_s=p99_s,
+        )
+
+
+def quantiles(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Median and 99th percentile (nearest rank); None of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return None, None
+    last = len(ordered) - 1
+    return ordered[round(0.5 * last)], ordered[min(last, round(0.99 * last))]
