@@ -132,8 +132,8 @@ class Cycle:
         """An independent cycle that stands where this one does, graph and random state included."""
         with checkpoint.random_kept():
             other = Cycle(self.family, self._reference, self._columns)
-        other._take(checkpoint.copied(self._state()))  # noqa: SLF001 - its own kind
-        other._graph = self._graph  # noqa: SLF001
+        other._take(checkpoint.copied(self._state()))
+        other._graph = self._graph
         return other
 
     def restore(self, path: Path) -> None:

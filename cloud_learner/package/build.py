@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ class Graph:
         """The graph that `save` wrote. Raises: OSError, PackageError."""
         graph = cls.__new__(cls)
         try:
-            graph._model = onnx.load_model_from_string(path.read_bytes())
+            graph._model = onnx.load_model_from_string(path.read_bytes())  # noqa: SLF001
         except DecodeError as error:
             raise PackageError("bad_graph", f"{path} is no exported graph: {error}") from error
         return graph

@@ -9,7 +9,6 @@ from an empty folder; the data file is made once and kept.
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 from rich.console import Console
 
 from cloud_learner.config import Home
@@ -75,7 +75,8 @@ def run(var: Path, *, full: bool) -> int:
     rows = list(read_rows(data, family.interface, limit_predictions=None if full else PREDICTIONS))
     console.print(f"live: {len(rows):,} events of {len(DEVICES)} airports, one process each")
     live = Live(var, home, family.interface)
-    asyncio.run(live.run(rows, DEVICES, {name: _time_s(day) for name, day in FAULTS.items()}))
+    times = {name: _time_s(day) for name, day in FAULTS.items()}
+    uvloop.run(live.run(rows, DEVICES, times))
     console.print("worlds: the same events, scored from the archive in three other ways")
     report = _evaluate(live, family, home, var, console)
     write_report(var / "report.json", report)
@@ -139,7 +140,7 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     static_frozen, static_continual = worlds.static_worlds(
         family, past, origin.learned_through_s, progress
     )
-    scores = {
+    scores: dict[str, Any] = {
         "static_frozen": static_frozen,
         "static_continual": static_continual,
         "windows_frozen": worlds.frozen(first, past),
@@ -147,8 +148,9 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     }
     counted = past.times_s >= origin.learned_through_s
     overall = {name: auc(past.labels[counted], s[counted]) for name, s in scores.items()}
-    _picture(past, scores, overall, counted, _releases(archive, files, live), var)
-    archived = int(archive.query("SELECT count(*) FROM records", files).fetchone()[0])
+    series = _series(past, scores, overall, counted)
+    quality_figure(series, _releases(archive, files, live), var / "report.svg")
+    (archived,) = archive.query("SELECT count(*) FROM records", files).fetchone()
     float_gap, teacher_gap = _gaps(family, home, past, counted)
     archive.close()
     database.close()
@@ -173,21 +175,16 @@ def _releases(archive: Archive, files: list[str], live: Live) -> list[ReleaseMar
     return marks
 
 
-def _picture(
-    past: worlds.History,
-    scores: dict[str, Any],
-    overall: dict[str, float],
-    counted: Any,
-    releases: list[ReleaseMark],
-    var: Path,
-) -> None:
+def _series(
+    past: worlds.History, scores: dict[str, Any], overall: dict[str, float], counted: Any
+) -> dict[str, Series]:
     series = {}
     for name, values in scores.items():
         ends_s, values_auc = rolling_auc(
             past.times_s[counted], past.labels[counted], values[counted], WINDOW_S, STEP_S
         )
         series[name] = Series(ends_s.tolist(), values_auc.tolist(), overall[name])
-    quality_figure(series, releases, var / "report.svg")
+    return series
 
 
 def _gaps(family: Family, home: Home, past: worlds.History, counted: Any) -> tuple[float, float]:
@@ -197,7 +194,9 @@ def _gaps(family: Family, home: Home, past: worlds.History, counted: Any) -> tup
     cycle.take_graph(home.graph)
     candidate = cycle.candidate()
     rows = [
-        row for row in np.flatnonzero(counted) if is_held_out(worlds.example(family, past, row))
+        row
+        for row in np.flatnonzero(counted).tolist()
+        if is_held_out(worlds.example(family, past, row))
     ]
     labels, features = past.labels[rows], past.features[rows]
     found = {}

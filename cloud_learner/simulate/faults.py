@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import Metadata, Root
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined] # no __all__
+from tuf.api.metadata import Metadata, Root  # type: ignore[attr-defined] # no __all__
 
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
@@ -116,7 +116,7 @@ class AttackedHost(Host):
             judgement = await self.submit(candidate)
             if judgement.outcome != "pass":
                 return judgement.outcome
-            while not self._placed(judgement.sha256):
+            while not self._placed(judgement.sha256):  # noqa: ASYNC110 - nothing tells
                 await asyncio.sleep(POLL_S)
         finally:
             self._poison.poisoned = False

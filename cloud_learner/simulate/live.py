@@ -13,17 +13,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cloud_learner.broker import Broker, spawn_tied
 from cloud_learner.config import Home
-from cloud_learner.console.state import DeviceRow, FaultRow, LearnerRow, ViewState
+from cloud_learner.console.state import DeviceRow, DeviceState, FaultRow, LearnerRow, ViewState
 from cloud_learner.console.view import LiveView
 from cloud_learner.experiment.replay import DataRow
 from cloud_learner.release.metadata import ReleaseFile
@@ -55,6 +56,7 @@ class Watch:
         self.lives: dict[tuple[str, int], Report] = {}
         self.moved = asyncio.Event()
         self.on_status: list[Any] = []
+        self.check_alive: Callable[[], None] = lambda: None
 
     async def follow(self, bus: Bus) -> None:
         """Listen to the learner's status and to every report."""
@@ -65,6 +67,7 @@ class Watch:
         """Wait until `ready()`. Raises: TransportError naming what did not come."""
         until_s = time.monotonic() + bound_s
         while not ready():
+            self.check_alive()
             if time.monotonic() > until_s:
                 raise TransportError("demo_stuck", f"{what} did not come within {bound_s:.0f} s")
             self.moved.clear()
@@ -134,18 +137,15 @@ class Live:
                 ),
             )
             watch.on_status.append(self.player.advance)
-            self._plan_faults(bus, fleet, times, family)
+            self._plan_faults(bus, times, family)
             self._started_s = time.monotonic()
-            supervisor = asyncio.create_task(fleet.supervise())
-            viewer = asyncio.create_task(self._show(url))
-            try:
+            async with asyncio.TaskGroup() as group:
+                aside = [group.create_task(fleet.supervise()), group.create_task(self._show(url))]
                 await self.player.run()
                 await self._settle()
-            finally:
                 self.elapsed_s = time.monotonic() - self._started_s
-                for task in (viewer, supervisor):
+                for task in aside:
                     task.cancel()
-                await asyncio.gather(viewer, supervisor, return_exceptions=True)
             await self._last_words()
 
     @contextlib.asynccontextmanager
@@ -179,6 +179,7 @@ class Live:
         command = [sys.executable, "-m", "cloud_learner.simulate.faults"]
         with open(self._var / "learner.log", "wb") as log:
             process = spawn_tied([*command, str(self._home.root), url], output=log.fileno())
+            self.watch.check_alive = lambda: self._check_learner(process)
             try:
                 yield process
             finally:
@@ -188,6 +189,12 @@ class Live:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+
+    def _check_learner(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is not None:
+            log = self._var / "learner.log"
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise TransportError("learner_ended", f"the learner ended; {log} ends with:\n{tail}")
 
     async def _settle(self) -> None:
         """Until the learner has archived all that was answered and survived."""
@@ -214,7 +221,7 @@ class Live:
             READY_S,
         )
 
-    def _plan_faults(self, bus: Bus, fleet: Fleet, times: dict[str, float], family: str) -> None:
+    def _plan_faults(self, bus: Bus, times: dict[str, float], family: str) -> None:
         actions = {
             "flip": self._flip,
             "kill": self._kill,
@@ -305,7 +312,7 @@ class Live:
                         version=version("headwater"),
                         broker_url=url,
                         elapsed_s=now_s - self._started_s,
-                        event_time_s=min(self.player.event_times().values()),
+                        event_time_s=self._event_time_s(),
                         devices=[
                             self._device_row(r) for _, r in sorted(self.watch.reports.items())
                         ],
@@ -316,15 +323,16 @@ class Live:
                 )
                 await asyncio.sleep(VIEW_S)
 
+    def _event_time_s(self) -> float | None:
+        reached_s = min(self.player.event_times().values())
+        return reached_s if math.isfinite(reached_s) else None
+
     def _device_row(self, report: Report) -> DeviceRow:
         latency = Histogram(list(report.predict_us))
+        state: DeviceState = "up" if report.epoch == 1 else "recovered"
         return DeviceRow(
             name=report.device,
-            state="killed"
-            if report.device in self._killed
-            else "up"
-            if report.epoch == 1
-            else "recovered",
+            state="killed" if report.device in self._killed else state,
             arms={arm.arm: arm.release for arm in report.arms},
             p50_us=latency.quantile(0.5),
             p99_us=latency.quantile(0.99),

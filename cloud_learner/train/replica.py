@@ -62,7 +62,7 @@ class Replica:
         if anchor is not None:
             loss = loss + _soft_loss(logits, anchor)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         if self._averaged:
             self._follow()
