@@ -252,19 +252,24 @@ class Runtime:
     def _predict(self, family: Family, event: Event) -> Prediction:
         kind, time_s, fields = event.kind, event.time_s, event.fields
         seq = self.log.handed_out("event") + 1
-        answer = family.pipeline.predict(kind, time_s, fields, family.chooser(self.epoch, seq))
+        answer = family.pipeline.answer(kind, time_s, fields, family.chooser(self.epoch, seq))
         record = family.record(answer, kind, time_s, fields)
-        logged = self._append(record)
+        logged = self._accept(family, event, record)
         assert logged == seq
         first = record.scored[0]
         return Prediction(f"{self._prefix}{seq}", first.outputs, first.release, first.arm)
 
     def _observe(self, family: Family, event: Event) -> int:
-        family.pipeline.observe(event.kind, event.time_s, event.fields)
-        return self._append(ObservationRecord(family.name, event.kind, event.time_s, event.fields))
+        kind, time_s, fields = event.kind, event.time_s, event.fields
+        family.pipeline.admit(kind, time_s, fields)
+        return self._accept(family, event, ObservationRecord(family.name, kind, time_s, fields))
 
-    def _append(self, record: PredictionRecord | ObservationRecord) -> int:
+    def _accept(
+        self, family: Family, event: Event, record: PredictionRecord | ObservationRecord
+    ) -> int:
+        """Log an admitted event, then let it move the windows: what the log refuses moves none."""
         seq = self.log.append("event", codec.encode(record))
+        family.pipeline.move(event.kind, event.time_s, event.fields)
         self._since_snapshot += 1
         if self._since_snapshot >= SNAPSHOT_EVERY:
             self._offer_snapshot()

@@ -8,9 +8,10 @@ passed since it came, so that a device may have been silent for long; the first 
 is not judged so. An event more than `lateness_s_max` behind the newest one is answered and counted,
 and does not move the windows.
 
-Invariants: what is refused changes nothing. An event is answered before it is observed, so it never
-counts in its own windows. Whether an event moves the windows depends on the events before it alone,
-so that replaying a log gives the same bits.
+Invariants: `answer` and `admit` change nothing, and `move` cannot fail, so that a caller can log in
+between. An event is answered before it moves the windows, so it never counts in its own. Whether
+an event moves the windows depends on the events before it alone, so that replaying a log gives the
+same bits.
 
 Knows nothing about logs, plans or labels. All calls belong to one thread.
 """
@@ -74,10 +75,10 @@ class Pipeline:
         self._late_events = 0
         self._run_failures = 0
 
-    def predict(
+    def answer(
         self, kind: str, time_s: float, fields: Fields, choose: Callable[[tuple[Arm, ...]], int]
     ) -> Answer:
-        """Let every arm score the event; `choose` says which one answers.
+        """Let every arm score the event; `choose` says which one answers. The event is admitted.
 
         Raises: RequestError (no_release, not_predicted, event_from_future, and those of
         `Interface.check`); PackageError (run_failed).
@@ -86,17 +87,20 @@ class Pipeline:
             interface = self._admit(kind, time_s, fields)
             if not interface.kinds[kind].predicts:
                 raise _not_predicted(interface, kind)
-            answer = self._score(arms, time_s, fields, choose(arms))
-        self._take(kind, time_s, fields)
-        return answer
+            return self._score(arms, time_s, fields, choose(arms))
 
-    def observe(self, kind: str, time_s: float, fields: Fields) -> None:
-        """Let the windows see an event. Raises: RequestError, as `predict`."""
+    def admit(self, kind: str, time_s: float, fields: Fields) -> None:
+        """Say whether the windows may see an event. Raises: RequestError, as `answer`."""
         self._admit(kind, time_s, fields)
-        self._take(kind, time_s, fields)
+
+    def move(self, kind: str, time_s: float, fields: Fields) -> None:
+        """Let the windows see an event that was just admitted."""
+        if time_s > self._newest_s:
+            self._moved_at_s = self._clock.now_s()
+        self.replay(kind, time_s, fields)
 
     def replay(self, kind: str, time_s: float, fields: Fields) -> None:
-        """Let the windows see an event that was admitted before, as it stands in the log."""
+        """Let the windows see an event of an earlier run, as it stands in the log."""
         if time_s > self._newest_s:
             self._newest_s = time_s
         elif time_s < self._newest_s - self._lateness_s:
@@ -164,11 +168,6 @@ class Pipeline:
         if wall or time_s > self._newest_s + interface.skew_s_max:
             self._check_skew(interface, kind, time_s)
         return interface
-
-    def _take(self, kind: str, time_s: float, fields: Fields) -> None:
-        if time_s > self._newest_s:
-            self._moved_at_s = self._clock.now_s()
-        self.replay(kind, time_s, fields)
 
     def _check_skew(self, interface: Interface, kind: str, time_s: float) -> None:
         now_s = self._clock.now_s()

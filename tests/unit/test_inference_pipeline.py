@@ -39,6 +39,17 @@ def pipeline(load):
     return pipeline
 
 
+def predict(pipeline, kind, time_s, fields, choose=first):
+    answer = pipeline.answer(kind, time_s, fields, choose)
+    pipeline.move(kind, time_s, fields)
+    return answer
+
+
+def observe(pipeline, kind, time_s, fields):
+    pipeline.admit(kind, time_s, fields)
+    pipeline.move(kind, time_s, fields)
+
+
 def code(call, *arguments):
     with pytest.raises(RequestError) as caught:
         call(*arguments)
@@ -47,18 +58,18 @@ def code(call, *arguments):
 
 def test_before_the_first_release_there_is_a_named_error():
     pipeline = Pipeline("toy")
-    assert code(pipeline.predict, "scheduled", NOON, ASK, first) == "no_release"
-    assert code(pipeline.observe, "departed", NOON, SEEN) == "no_release"
+    assert code(pipeline.answer, "scheduled", NOON, ASK, first) == "no_release"
+    assert code(pipeline.admit, "departed", NOON, SEEN) == "no_release"
 
 
 def test_after_the_release_is_withdrawn_it_is_named_again(pipeline):
     pipeline.swap([])
-    assert code(pipeline.predict, "scheduled", NOON, ASK, first) == "no_release"
+    assert code(pipeline.answer, "scheduled", NOON, ASK, first) == "no_release"
 
 
 def test_an_answer_carries_the_values_that_it_was_made_from(pipeline, toy_spec):
-    pipeline.observe("departed", NOON - 60, SEEN)
-    answer = pipeline.predict("scheduled", NOON, ASK, first)
+    observe(pipeline, "departed", NOON - 60, SEEN)
+    answer = predict(pipeline, "scheduled", NOON, ASK, first)
     assert answer.vector.tolist() == [1, 100, 1, 30, 30]
     assert answer.vector.dtype == np.float32
     assert answer.spec == toy_spec.hash
@@ -68,7 +79,7 @@ def test_an_answer_carries_the_values_that_it_was_made_from(pipeline, toy_spec):
 
 def test_every_arm_scores_and_the_chosen_one_answers(pipeline, load):
     pipeline.swap([load(0.0), load(1.0, "canary")])
-    answer = pipeline.predict("scheduled", NOON, ASK, lambda arms: len(arms) - 1)
+    answer = predict(pipeline, "scheduled", NOON, ASK, lambda arms: len(arms) - 1)
     assert answer.index == 1
     assert [arm.release for arm in answer.arms] == ["r0", "r1"]
     alone = [arm.runner.run(answer.vector[np.newaxis]).tolist()[0] for arm in answer.arms]
@@ -77,29 +88,40 @@ def test_every_arm_scores_and_the_chosen_one_answers(pipeline, load):
 
 
 def test_a_kind_that_is_only_observed_gets_no_answer(pipeline):
-    assert code(pipeline.predict, "departed", NOON, SEEN, first) == "not_predicted"
+    assert code(pipeline.answer, "departed", NOON, SEEN, first) == "not_predicted"
+
+
+def test_an_answer_moves_nothing_until_it_is_told_to(pipeline):
+    observe(pipeline, "departed", NOON, SEEN)
+    before, clock = pipeline.snapshot(), pipeline.newest_s
+    pipeline.answer("scheduled", NOON + 5, ASK, first)
+    pipeline.admit("departed", NOON + 5, SEEN)
+    assert (pipeline.snapshot(), pipeline.newest_s) == (before, clock)
+    pipeline.move("departed", NOON + 5, SEEN)
+    assert pipeline.newest_s == NOON + 5
+    assert pipeline.snapshot() != before
 
 
 def test_what_is_refused_leaves_no_trace(pipeline):
-    pipeline.observe("departed", NOON, SEEN)
+    observe(pipeline, "departed", NOON, SEEN)
     before = pipeline.snapshot()
     far = NOON + 90_000
-    assert code(pipeline.observe, "departed", NOON, {"carrier": "AA"}) == "missing_field"
-    assert code(pipeline.observe, "departed", far, SEEN) == "event_from_future"
-    assert code(pipeline.predict, "scheduled", far, ASK, first) == "event_from_future"
-    assert code(pipeline.predict, "departed", NOON + 5, SEEN, first) == "not_predicted"
-    assert code(pipeline.predict, "scheduled", NOON, ASK | {"x": 1}, first) == "unknown_field"
+    assert code(pipeline.admit, "departed", NOON, {"carrier": "AA"}) == "missing_field"
+    assert code(pipeline.admit, "departed", far, SEEN) == "event_from_future"
+    assert code(pipeline.answer, "scheduled", far, ASK, first) == "event_from_future"
+    assert code(pipeline.answer, "departed", NOON + 5, SEEN, first) == "not_predicted"
+    assert code(pipeline.answer, "scheduled", NOON, ASK | {"x": 1}, first) == "unknown_field"
     assert pipeline.snapshot() == before
 
 
 def test_an_event_too_late_is_answered_and_counted_but_moves_no_window(pipeline):
-    pipeline.observe("departed", NOON, SEEN)
+    observe(pipeline, "departed", NOON, SEEN)
     before = pipeline.snapshot()
-    pipeline.observe("departed", NOON - 7201, SEEN)
-    pipeline.predict("scheduled", NOON - 7201, ASK, first)
+    observe(pipeline, "departed", NOON - 7201, SEEN)
+    predict(pipeline, "scheduled", NOON - 7201, ASK, first)
     assert pipeline.snapshot() == before
     assert pipeline.statistics()["late_events"] == 2
-    pipeline.observe("departed", NOON - 7200, SEEN)
+    observe(pipeline, "departed", NOON - 7200, SEEN)
     assert pipeline.statistics()["late_events"] == 2
     assert pipeline.statistics()["entries"] > 2
 
@@ -108,19 +130,19 @@ def test_on_the_event_clock_a_silence_may_be_long_if_it_really_was(load):
     clock = ManualClock(NOON)
     pipeline = Pipeline("toy", clock)
     pipeline.swap([load()])
-    pipeline.observe("departed", NOON, SEEN)
-    assert code(pipeline.observe, "departed", NOON + 100_000, SEEN) == "event_from_future"
+    observe(pipeline, "departed", NOON, SEEN)
+    assert code(pipeline.admit, "departed", NOON + 100_000, SEEN) == "event_from_future"
     clock.advance(20_000)
-    pipeline.observe("departed", NOON + 100_000, SEEN)
+    observe(pipeline, "departed", NOON + 100_000, SEEN)
 
 
 def test_on_the_event_clock_the_first_event_after_a_restart_may_be_far_ahead(pipeline):
-    pipeline.observe("departed", NOON, SEEN)
+    observe(pipeline, "departed", NOON, SEEN)
     again = Pipeline("toy", ManualClock(NOON))
     again.swap(pipeline.slot.arms)
     again.restore(pipeline.snapshot())
-    again.observe("departed", NOON + 1e6, SEEN)
-    assert code(again.observe, "departed", NOON + 2e6, SEEN) == "event_from_future"
+    observe(again, "departed", NOON + 1e6, SEEN)
+    assert code(again.admit, "departed", NOON + 2e6, SEEN) == "event_from_future"
 
 
 def test_on_the_wall_clock_an_event_may_be_ahead_by_the_skew_only(load, toy_interface):
@@ -128,10 +150,10 @@ def test_on_the_wall_clock_an_event_may_be_ahead_by_the_skew_only(load, toy_inte
     pipeline = Pipeline("toy", clock)
     wall = msgspec.structs.replace(toy_interface, clock="wall", skew_s_max=5.0)
     pipeline.swap([load(interface=wall)])
-    pipeline.observe("departed", NOON + 5, SEEN)
-    assert code(pipeline.observe, "departed", NOON + 5.1, SEEN) == "event_from_future"
+    observe(pipeline, "departed", NOON + 5, SEEN)
+    assert code(pipeline.admit, "departed", NOON + 5.1, SEEN) == "event_from_future"
     clock.advance(1.0)
-    pipeline.observe("departed", NOON + 5.1, SEEN)
+    observe(pipeline, "departed", NOON + 5.1, SEEN)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
@@ -155,26 +177,26 @@ def test_restore_and_replay_give_the_same_bits_as_never_stopping(pipeline, steps
         kind, fields = ("scheduled", ASK) if asks else ("departed", SEEN | {"delay": delay})
         time_s = max(live.newest_s, NOON) + step_s
         if asks:
-            live.predict(kind, time_s, fields, first)
+            predict(live, kind, time_s, fields, first)
         else:
-            live.observe(kind, time_s, fields)
+            observe(live, kind, time_s, fields)
         again.replay(kind, time_s, fields)
     assert again.snapshot() == live.snapshot()
     again.swap(arms)
     asked = ("scheduled", live.newest_s if steps else NOON, ASK, first)
-    assert again.predict(*asked).vector.tobytes() == live.predict(*asked).vector.tobytes()
+    assert predict(again, *asked).vector.tobytes() == predict(live, *asked).vector.tobytes()
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x94\x02\x00\x00\x90"])
 def test_garbage_is_no_snapshot_and_changes_nothing(pipeline, data):
-    pipeline.observe("departed", NOON, SEEN)
+    observe(pipeline, "departed", NOON, SEEN)
     before = pipeline.snapshot()
     assert code(pipeline.restore, data) == "bad_snapshot"
     assert pipeline.snapshot() == before
 
 
 def test_any_damage_to_a_snapshot_is_refused_or_restores_whole_windows(pipeline):
-    pipeline.observe("departed", NOON, SEEN)
+    observe(pipeline, "departed", NOON, SEEN)
     whole = pipeline.snapshot()
     for cut in range(len(whole)):
         assert code(pipeline.restore, whole[:cut]) == "bad_snapshot"
@@ -182,18 +204,18 @@ def test_any_damage_to_a_snapshot_is_refused_or_restores_whole_windows(pipeline)
 
 
 def test_windows_go_on_across_a_swap_and_a_change_of_features(pipeline, load, toy_spec):
-    pipeline.observe("departed", NOON, SEEN)
+    observe(pipeline, "departed", NOON, SEEN)
     pipeline.swap([load(1.0)])
-    assert pipeline.predict("scheduled", NOON, ASK, first).vector.tolist() == [1, 100, 1, 30, 30]
+    assert predict(pipeline, "scheduled", NOON, ASK, first).vector.tolist() == [1, 100, 1, 30, 30]
     narrow = toy_spec.subset(["distance", "delay_1h"])
     pipeline.swap([load(1.0), load(2.0, "canary", spec=narrow)])
-    answer = pipeline.predict("scheduled", NOON, ASK, lambda _arms: 1)
+    answer = predict(pipeline, "scheduled", NOON, ASK, lambda _arms: 1)
     assert answer.vector.tolist() == [100, 30]
     assert answer.spec == narrow.hash
     again = Pipeline("toy")
     again.swap([load(2.0, spec=narrow)])
     again.restore(pipeline.snapshot())
-    assert again.predict("scheduled", NOON, ASK, first).vector.tolist() == [100, 30]
+    assert predict(again, "scheduled", NOON, ASK, first).vector.tolist() == [100, 30]
 
 
 def test_a_batch_is_scored_as_its_rows_are(pipeline, toy_spec):

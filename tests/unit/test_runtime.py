@@ -15,7 +15,7 @@ import pytest
 
 from edge_runtime import factory
 from edge_runtime.clock import ManualClock
-from edge_runtime.config import EdgeConfig
+from edge_runtime.config import EdgeConfig, LogConfig
 from edge_runtime.errors import CapacityError, ConfigError, RequestError
 from edge_runtime.inference.slot import Arm, load_arm
 from edge_runtime.metrics import Histogram
@@ -361,6 +361,30 @@ def test_what_the_log_cannot_take_counts_as_dropped(installed: EdgeConfig) -> No
         with pytest.raises(CapacityError, match="log_closed"):
             runtime.label(answer.id, 1.0)
         assert runtime.counters()["requests_dropped"] == 1
+
+
+def test_what_the_log_cannot_take_leaves_no_trace_in_the_windows(installed: EdgeConfig) -> None:
+    small = msgspec.structs.replace(installed, log=LogConfig(bytes_max_mb=1))
+    carrier = "x" * 1000
+
+    def fill(runtime: Runtime) -> None:
+        while True:
+            runtime.observe("toy", departed(NOW_S, 1.0, carrier))
+
+    with open_runtime(small) as runtime:
+        pipeline = runtime._members["toy"].pipeline
+        with pytest.raises(CapacityError, match="log_full"):
+            fill(runtime)
+        before = pipeline.snapshot()
+        with pytest.raises(CapacityError, match="log_full"):
+            runtime.observe("toy", departed(NOW_S + 60, 1.0, carrier))
+        with pytest.raises(CapacityError, match="log_full"):
+            runtime.predict("toy", scheduled(NOW_S + 60, carrier))
+        assert (pipeline.snapshot(), pipeline.newest_s) == (before, NOW_S)
+        accepted = runtime.log.handed_out("event")
+        assert pipeline.statistics()["entries"] == 3 * accepted
+        assert runtime.counters()["observations"] == accepted
+        assert runtime.counters()["requests_dropped"] == 3
 
 
 def test_a_state_directory_has_one_owner(installed: EdgeConfig) -> None:
