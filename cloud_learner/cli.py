@@ -7,10 +7,7 @@ Results go to stdout, narration to stderr; exit codes: 0 ok, 1 failure, 2 usage 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +57,7 @@ def serve(home: Path, nats: str) -> None:
     Example: cloud-learner serve --home var/cloud
     """
     from cloud_learner.config import Home
+    from cloud_learner.serve import serve_home
 
     _guarded(lambda: serve_home(Home(home), nats))
 
@@ -95,40 +93,6 @@ def demo(*, full: bool, var: Path) -> None:
     sys.exit(_guarded(lambda: run(var, full=full)))
 
 
-def serve_home(home: Any, nats: str, make_host: Callable[..., Any] | None = None) -> None:
-    """Serve a home; `make_host` lets a simulation put itself in the host's place."""
-    from cloud_learner.broker import Broker
-
-    home.origin()
-    with contextlib.ExitStack() as stack:
-        url = nats or stack.enter_context(Broker.start(home.broker)).url
-        _yield_to_others()
-        _tell(f"serving {home.root} at {url}; stop with Ctrl-C")
-        click.echo(url)
-        sys.stdout.flush()
-        _run_loop(_serve(home, url, make_host))
-
-
-async def _serve(home: Any, url: str, make_host: Callable[..., Any] | None) -> None:
-    from cloud_learner.host import Host
-    from cloud_learner.train.family import Family
-    from edge_runtime.bus import nats as bus_nats
-    from edge_runtime.clock import SystemClock
-
-    family = Family.load(Path(home.origin().folder))
-    bus = await bus_nats.connect(url, name="learner")
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        await (make_host or Host)(home, family, bus, SystemClock()).run()
-    except asyncio.CancelledError:
-        _tell("stopped; all that was committed is kept")
-    finally:
-        await bus.close()
-
-
 async def _status(url: str) -> dict[str, Any]:
     from edge_runtime.bus import nats as bus_nats
     from edge_runtime.wire import codec, subjects
@@ -143,23 +107,6 @@ async def _status(url: str) -> dict[str, Any]:
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
     return {"clock_s": found.clock_s, "stage": found.stage, **found.counters, "detail": detail}
-
-
-def _yield_to_others() -> None:
-    """Idle priority: answers come first, learning takes what is left."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, OSError):
-        os.nice(19)
-
-
-def _run_loop(coroutine: Any) -> None:
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(coroutine)
-    else:
-        uvloop.run(coroutine)
 
 
 def _guarded(call: Callable[[], T]) -> T:

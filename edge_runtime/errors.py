@@ -1,8 +1,8 @@
 """Every error that Headwater raises on purpose, in families by who can act on it.
 
-Why: a caller decides by family (retry, fix the request, keep the old model), a program by the stable
-`code`, a person by the message and the `hint`. Foreign exceptions become one of these at the seam
-where they enter, nowhere else.
+Why: a caller decides by family (retry, fix the request, keep the old model), a program by the
+stable `code`, a person by the message and the `hint`. Foreign exceptions become one of these at the
+seam where they enter, nowhere else.
 
 Invariants: a `code` once published keeps its meaning; a message names the object that failed and
 what is unchanged. Broken invariants of our own are assertions, never errors of this tree.

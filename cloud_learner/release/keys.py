@@ -32,7 +32,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
     Targets,
 )
 
-from cloud_learner.release.metadata import Signs, expiry, releases_in, sealed
+from cloud_learner.release.metadata import Signs, expiry, opened, releases_in, sealed
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import fsync_directory, write_atomic
@@ -125,6 +125,15 @@ def load_signer(home: Path, name: str) -> CryptoSigner:
         ) from error
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError("bad_key", f"{path} is no usable private key: {error}") from error
+
+
+def trusted_root(home: Path) -> Root:
+    """The root document that devices of this home were given. Raises: ConfigError `no_root`."""
+    path = home / "trust" / "root.json"
+    try:
+        return opened(Root, path.read_bytes(), None, "root")
+    except OSError as error:
+        raise ConfigError("no_root", f"{path} cannot be read: {error}") from error
 
 
 def _write_private(path: Path, pem: bytes) -> None:

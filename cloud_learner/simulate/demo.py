@@ -35,7 +35,8 @@ from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.offline import is_held_out, load_set, probabilities
 from cloud_learner.experiment import worlds
 from cloud_learner.experiment.replay import read_rows
-from cloud_learner.simulate.live import Live, quantiles
+from cloud_learner.simulate.live import Live
+from cloud_learner.simulate.watch import quantiles
 from cloud_learner.stats.scores import auc
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.ingest_db import IngestDb

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined] # no __all__
-from tuf.api.metadata import Metadata, Root  # type: ignore[attr-defined] # no __all__
 
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
@@ -166,7 +165,7 @@ async def _push_forged(
     signers: list[CryptoSigner],
     now_s: float,
 ) -> None:
-    root = Metadata[Root].from_file(str(home / "trust" / "root.json")).signed
+    root = keys.trusted_root(home)
     role, data = await metadata.forge_release(bus, root, release, signers, now_s)
     await metadata.publish_below(
         bus,
@@ -183,7 +182,7 @@ def main() -> None:
     """Serve a home with the attacker inside: `python -m cloud_learner.simulate.faults HOME URL`."""
     import sys
 
-    from cloud_learner.cli import serve_home
+    from cloud_learner.serve import serve_home
 
     serve_home(Home(Path(sys.argv[1])), sys.argv[2], AttackedHost)
 

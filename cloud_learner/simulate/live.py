@@ -17,7 +17,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,76 +31,19 @@ from cloud_learner.release.metadata import ReleaseFile
 from cloud_learner.simulate import faults
 from cloud_learner.simulate.fleet import DeviceProcess, Fleet
 from cloud_learner.simulate.player import Player
+from cloud_learner.simulate.watch import Watch, quantiles
 from edge_runtime.bus import nats
-from edge_runtime.bus.base import Bus, Message
+from edge_runtime.bus.base import Bus
 from edge_runtime.errors import TransportError
 from edge_runtime.inference.package import Interface
 from edge_runtime.metrics import Histogram
-from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import LearnerStatus, Report
+from edge_runtime.wire.messages import Report
 
 LAG_S = 36 * 3600.0
 READY_S = 60.0
 SETTLE_S = 60.0
 VIEW_S = 0.5
 LINGER_MS = 10
-
-
-class Watch:
-    """What the learner and the devices said last, and the latencies of all their lives."""
-
-    def __init__(self) -> None:
-        self.status: LearnerStatus | None = None
-        self.detail: dict[str, Any] = {}
-        self.reports: dict[str, Report] = {}
-        self.lives: dict[tuple[str, int], Report] = {}
-        self.moved = asyncio.Event()
-        self.on_status: list[Any] = []
-        self.check_alive: Callable[[], None] = lambda: None
-
-    async def follow(self, bus: Bus) -> None:
-        """Listen to the learner's status and to every report."""
-        await bus.subscribe(subjects.LEARNER_STATUS, self._take_status)
-        await bus.subscribe(subjects.report("*"), self._take_report)
-
-    async def wait(self, what: str, ready: Any, bound_s: float) -> None:
-        """Wait until `ready()`. Raises: TransportError naming what did not come."""
-        until_s = time.monotonic() + bound_s
-        while not ready():
-            self.check_alive()
-            if time.monotonic() > until_s:
-                raise TransportError("demo_stuck", f"{what} did not come within {bound_s:.0f} s")
-            self.moved.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.moved.wait(), 0.5)
-
-    def latency(self) -> Histogram:
-        """Of every predict of every life of every device."""
-        whole = Histogram()
-        for report in self.lives.values():
-            whole.merge(Histogram(list(report.predict_us)))
-        return whole
-
-    def counter(self, name: str) -> int:
-        """A counter summed over all lives of all devices."""
-        return sum(report.counters.get(name, 0) for report in self.lives.values())
-
-    def refusals(self) -> int:
-        """Updates that devices have refused so far, over all lives."""
-        return sum(sum(report.refused.values()) for report in self.lives.values())
-
-    async def _take_status(self, message: Message) -> None:
-        self.status = codec.decode_status(message.data)
-        self.detail = json.loads(self.status.detail or "{}")
-        self.moved.set()
-        for call in self.on_status:
-            call()
-
-    async def _take_report(self, message: Message) -> None:
-        report = codec.decode_report(message.data)
-        self.reports[report.device] = report
-        self.lives[report.device, report.epoch] = report
-        self.moved.set()
 
 
 class Live:
@@ -353,12 +296,3 @@ class Live:
             freshness_p50_s=p50_s,
             freshness_p99_s=p99_s,
         )
-
-
-def quantiles(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Median and 99th percentile (nearest rank); None of nothing."""
-    ordered = sorted(values)
-    if not ordered:
-        return None, None
-    last = len(ordered) - 1
-    return ordered[round(0.5 * last)], ordered[min(last, round(0.99 * last))]

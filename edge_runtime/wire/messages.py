@@ -130,8 +130,8 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
 class LearnerStatus(msgspec.Struct, array_like=True, frozen=True):
     """What the learner says about itself after each commit and each cycle.
 
-    `clock_s` is the event time up to which all that is mature has been ingested and learned; `detail`
-    is JSON for people's eyes, with no promise of form.
+    `clock_s` is the event time up to which all that is mature has been ingested and learned;
+    `detail` is JSON for people's eyes, with no promise of form.
     """
 
     version: int

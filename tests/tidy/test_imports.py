@@ -30,7 +30,7 @@ CLOUD_ORDER = (
     STEPS,
     ("cycle",),
     ("learner", "gate", "publisher", "controller"),
-    ("hosting",),
+    ("host",),
     ("experiment", "console"),
     ("bootstrap", "serve"),
     ("simulate",),

@@ -1,0 +1,80 @@
+"""Serving a learner's home until it is told to stop: broker, loop, signals, priority.
+
+Why: the command and a simulation with other hosts in it must serve in the same way.
+
+Invariants: results (the broker's url) go to stdout, narration to stderr. SIGINT and SIGTERM end it
+in order, with all that was committed kept. The process runs at idle priority: answers come first.
+
+Knows nothing about what a host does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+import uvloop
+
+from cloud_learner.broker import Broker
+from cloud_learner.config import Home
+from cloud_learner.host import Host
+from cloud_learner.train.family import Family
+from edge_runtime.bus import nats as bus_nats
+from edge_runtime.bus.base import Bus
+from edge_runtime.clock import Clock, SystemClock
+
+
+class Serves(Protocol):
+    """What is served: a host, or a simulation's in its place."""
+
+    def run(self) -> Coroutine[Any, Any, None]:
+        """Serve until cancelled."""
+
+
+MakeHost = Callable[[Home, Family, Bus, Clock], Serves]
+
+
+def serve_home(home: Home, nats: str, make_host: MakeHost = Host) -> None:
+    """Serve `home` over the broker at `nats`, or over a child of our own where that is empty.
+
+    Raises: ConfigError (no_home, bad_family, ...), with nothing started.
+    """
+    family = Family.load(Path(home.origin().folder))
+    with contextlib.ExitStack() as stack:
+        url = nats or stack.enter_context(Broker.start(home.broker)).url
+        _yield_to_others()
+        _tell(f"serving {home.root} at {url}; stop with Ctrl-C")
+        click.echo(url)
+        uvloop.run(_serve(home, family, url, make_host))
+
+
+async def _serve(home: Home, family: Family, url: str, make_host: MakeHost) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    bus = await bus_nats.connect(url, name="learner")
+    try:
+        await make_host(home, family, bus, SystemClock()).run()
+    except asyncio.CancelledError:
+        _tell("stopped; all that was committed is kept")
+    finally:
+        await bus.close()
+
+
+def _yield_to_others() -> None:
+    """Idle priority: answers come first, learning takes what is left."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except (AttributeError, OSError):
+        os.nice(19)
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=True)
