@@ -148,6 +148,7 @@ class Cycle:
         self.number = state["number"]
         self.learned_twice = state["learned_twice"]
         self._learned_through_s = state["learned_through_s"]
+        self._arrived_s = state["arrived_s"]
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -158,6 +159,7 @@ class Cycle:
             "number": self.number,
             "learned_twice": self.learned_twice,
             "learned_through_s": self._learned_through_s,
+            "arrived_s": self._arrived_s,
         }
 
     def _enter(self, examples: Sequence[Example]) -> list[Example]:

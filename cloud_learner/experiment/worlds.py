@@ -32,6 +32,7 @@ from edge_runtime.inference.runner import Runner
 
 RELEASE_BATCHES = 4  # the continual static world serves a new release after so many micro-batches
 REFERENCE_ROWS = 5000
+PROGRESS_BATCHES = 50
 
 _LABELLED = """
 SELECT p.device, p.epoch, p.seq, p.time_s, p.features, p.score, l.label_value, l.time_s AS known_s
@@ -98,6 +99,7 @@ def static_worlds(
         if number % RELEASE_BATCHES == 0:
             start = int(np.searchsorted(past.times_s, matured_s[rows[-1]]))
             scores[start:] = _scores(cycle.candidate(), features[start:])
+        if number % PROGRESS_BATCHES == 0:
             progress(f"static and continual: {number} of {len(batches)} micro-batches")
     return kept, scores
 

@@ -136,7 +136,7 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     first = home.registry / f"{origin.sha256}.onnx"
 
     def progress(text: str) -> None:
-        console.print(f"  {text}", end="\r")
+        console.print(f"  {text}")
 
     static_frozen, static_continual = worlds.static_worlds(
         family, past, origin.learned_through_s, progress
@@ -151,7 +151,7 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     overall = {name: auc(past.labels[counted], s[counted]) for name, s in scores.items()}
     series = _series(past, scores, overall, counted)
     quality_figure(series, _releases(archive, files, live), var / "report.svg")
-    (archived,) = archive.query("SELECT count(*) FROM records", files).fetchone()
+    ((archived,),) = archive.query("SELECT count(*) FROM records", files).fetchall()
     float_gap, teacher_gap = _gaps(family, home, past, counted)
     archive.close()
     database.close()
