@@ -64,6 +64,9 @@ class Player:
             for device, path in sockets.items()
         }
         self.moved = asyncio.Event()
+        # One question at a time: a year in minutes shall not queue the devices of one machine
+        # behind each other, which in the field have a processor each.
+        self.turn = asyncio.Lock()
         self.group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -185,7 +188,8 @@ class _Lane:
         question = Question(row)
         if row.label is not None and row.label_time_s is not None:
             heapq.heappush(due, (row.label_time_s, next(self._order), question))
-        await send(question)
+        async with self._player.turn:
+            await send(question)
 
     async def _send_label(self) -> None:
         _, _, question = heapq.heappop(self._due)
