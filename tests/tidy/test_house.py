@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 60
 
 # A ratchet: what is longer today may shrink and may not grow; at most five entries.
 LONGER_FILES = {
-    "edge_runtime/bus/memory.py": 384,
+    "edge_runtime/bus/memory.py": 382,
     "edge_runtime/bus/nats.py": 313,
 }
 
