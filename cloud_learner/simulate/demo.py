@@ -40,6 +40,7 @@ from cloud_learner.simulate.watch import quantiles
 from cloud_learner.stats.scores import auc
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family, load_module
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.runner import Runner
@@ -150,7 +151,7 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     counted = past.times_s >= origin.learned_through_s
     overall = {name: auc(past.labels[counted], s[counted]) for name, s in scores.items()}
     series = _series(past, scores, overall, counted)
-    quality_figure(series, _releases(archive, files, live), var / "report.svg")
+    quality_figure(series, _releases(archive, files, home), var / "report.svg")
     ((archived,),) = archive.query("SELECT count(*) FROM records", files).fetchall()
     float_gap, teacher_gap = _gaps(family, home, past, counted)
     archive.close()
@@ -158,7 +159,7 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     return _report(live, WorldsAuc(**overall), archived, float_gap, teacher_gap)
 
 
-def _releases(archive: Archive, files: list[str], live: Live) -> list[ReleaseMark]:
+def _releases(archive: Archive, files: list[str], home: Home) -> list[ReleaseMark]:
     """When each decided release began to serve everywhere, or answered last."""
     table = archive.query(
         "SELECT release, arm, min(time_s), max(time_s) FROM records"
@@ -168,10 +169,11 @@ def _releases(archive: Archive, files: list[str], live: Live) -> list[ReleaseMar
     begun = {release: low for release, arm, low, _ in table if arm == "stable"}
     last = {release: high for release, arm, _, high in table if arm == "canary"}
     marks = []
-    for release, reason in live.ended().items():
-        if reason == "promoted" and release in begun:
+    for decision in Lineage(home.lineage).read("decision"):
+        release, promoted = decision["evidence"]["canary"], decision["reason"] == "promoted"
+        if promoted and release in begun:
             marks.append(ReleaseMark(begun[release], "promoted"))
-        elif reason != "promoted" and release in last:
+        elif not promoted and release in last:
             marks.append(ReleaseMark(last[release], "rolled back"))
     return marks
 
