@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("proto/*.md")])
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "proto/*.md", "models/*/*.md")
+    for path in ROOT.glob(pattern)
+)
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 CONFIGURED = {
     "edge_runtime/config.py": ("LogConfig", "EdgeConfig"),
