@@ -100,6 +100,10 @@ async def _status(url: str) -> dict[str, Any]:
     bus = await bus_nats.connect(url, name="status")
     try:
         message = await bus.last(subjects.STATE_STREAM, subjects.LEARNER_STATUS)
+    except TransportError as error:
+        if error.code != "no_stream":
+            raise
+        message = None
     finally:
         await bus.close()
     if message is None:
