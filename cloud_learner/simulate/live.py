@@ -172,10 +172,10 @@ class Live:
             "forge learner alone": lambda: self._forge(bus, "forge learner alone", family),
             "poison": self._poison,
         }
-        for name, action in actions.items():
+        for name, time_s in times.items():
             self.faults[name] = FaultRow(name, "to come")
             device = "JFK" if name == "kill" else None
-            self.player.at(times[name], action, device=device)
+            self.player.at(time_s, actions[name], device=device)
 
     def _note(self, name: str, state: str, *, ok: bool | None = None) -> None:
         self.faults[name] = FaultRow(name, state, ok)
