@@ -29,6 +29,7 @@ from cloud_learner.train.dataset import Matrix, Reservoir, Rows, rows_of
 from cloud_learner.train.distill import Student
 from cloud_learner.train.family import Family
 from cloud_learner.train.replica import Replicas
+from edge_runtime.errors import ConfigError
 
 GOLDEN_ROWS = 8
 CALIBRATION_ROWS = 1000
@@ -138,7 +139,14 @@ class Cycle:
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises: ConfigError `bad_checkpoint`."""
-        self._take(checkpoint.load(path))
+        try:
+            self._take(checkpoint.load(path))
+        except (KeyError, RuntimeError) as error:  # torch says so of other shapes
+            raise ConfigError(
+                "bad_checkpoint",
+                f"{path} is of another build, or of networks of another shape: {error}",
+                "serve with what wrote it, or bootstrap a new home",
+            ) from error
 
     def _take(self, state: dict[str, Any]) -> None:
         self.replicas.restore(state["replicas"])
