@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,8 @@ async def _status(url: str) -> dict[str, Any]:
         raise TransportError("no_learner", f"no learner has spoken on {url}", "cloud-learner serve")
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
-    return {"clock_s": found.clock_s, "stage": found.stage, **found.counters, "detail": detail}
+    clock_s = found.clock_s if math.isfinite(found.clock_s) else None  # JSON knows no infinity
+    return {"clock_s": clock_s, "stage": found.stage, **found.counters, "detail": detail}
 
 
 def _guarded(call: Callable[[], T]) -> T:
