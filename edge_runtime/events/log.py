@@ -2,7 +2,7 @@
 
 Why: the network may be away for days and the process may be killed at any moment; an append costs
 the hot path a microsecond, because a thread gathers what came within the linger and makes it
-durable with one `fdatasync`.
+durable with one `fdatasync`. While records keep coming it goes round without being woken.
 
 Commit point: the `fdatasync` of a group. Recovery cuts the newest segment after its last whole
 frame, so a group is there whole up to a frame, or not at all.
@@ -22,6 +22,7 @@ Knows nothing about what a record means, nor about who reads it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -32,7 +33,7 @@ from typing import Self
 
 from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.events import recovery, segment
-from edge_runtime.events.stream import LENGTH_BYTES, PENDING_BYTES_MAX, Stream
+from edge_runtime.events.stream import LENGTH_BYTES, PENDING_BYTES_MAX, Stream, within
 from edge_runtime.wire.messages import EventClass
 
 CLASSES = recovery.CLASSES
@@ -175,13 +176,14 @@ class EventLog:
 
         A gap in the numbers means that a frame was damaged on disk or trimmed.
         """
-        found: list[tuple[int, bytes]] = []
-        for seq, data in self._records(event_class, epoch, after_seq):
-            max_bytes -= len(data)
-            if found and (max_bytes < 0 or len(found) >= max_records):
-                break
-            found.append((seq, data))
-        return found
+        return within(self._records(event_class, epoch, after_seq), max_bytes, max_records)
+
+    def recent(
+        self, event_class: EventClass, after_seq: int, max_bytes: int, max_records: int
+    ) -> list[tuple[int, bytes]] | None:
+        """As `read`, of the running epoch and from memory; None when it has to be read."""
+        records = self._streams[event_class].recent_after(after_seq)
+        return None if records is None else within(records, max_bytes, max_records)
 
     def tail(
         self, event_class: EventClass, epoch: int, seq: int
@@ -233,12 +235,18 @@ class EventLog:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._doorbell.get()
-            self._closing.wait(self._linger_s)
             self._idle = True
+            if not any(stream.pending for stream in self._streams.values()):
+                self._doorbell.get()
+            self._idle = False
+            self._pause(self._linger_s)
             while not self._commit() and not self._closing.is_set():
-                self._closing.wait(_RETRY_S)
+                self._pause(_RETRY_S)
         self._commit()
+
+    def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(queue.Empty):  # who rings meanwhile is `close`, or rang before
+            self._doorbell.get(timeout=seconds)
 
     def _commit(self) -> bool:
         before = self._commits()

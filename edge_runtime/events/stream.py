@@ -17,7 +17,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from edge_runtime.errors import CapacityError
@@ -28,6 +29,7 @@ from edge_runtime.wire.messages import EventClass
 
 PENDING_BYTES_MAX = 32 << 20
 LENGTH_BYTES = 4
+RECENT_BYTES_MAX = 256 << 10
 
 _Waiter = tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]
 
@@ -60,6 +62,8 @@ class Stream:
         self._active: Segment | None = None
         self._fd = -1
         self._waiters: list[_Waiter] = []
+        self._recent: deque[tuple[int, list[bytes]]] = deque()
+        self._recent_bytes = 0
         self.allowed = 0
         self._set_allowed()
 
@@ -112,6 +116,7 @@ class Stream:
         with self.lock:
             if active.last_seq < active.base_seq:
                 self.segments = [*self.segments, active]
+            self._remember(batch, charge)
             self.durable_seq += len(batch)
             active.grew(self.durable_seq, active.size + size, charge)
             self.committed += charge
@@ -119,6 +124,30 @@ class Stream:
             ready = [waiter for waiter in self._waiters if waiter[0] <= self.durable_seq]
             self._waiters = [waiter for waiter in self._waiters if waiter[0] > self.durable_seq]
         _resolve(ready, None)
+
+    def _remember(self, batch: list[bytes], charge: int) -> None:
+        self._recent.append((self.durable_seq + 1, batch))
+        self._recent_bytes += charge
+        while self._recent_bytes > RECENT_BYTES_MAX:
+            _, gone = self._recent.popleft()
+            self._recent_bytes -= sum(map(len, gone)) + LENGTH_BYTES * len(gone)
+
+    def recent_after(self, after_seq: int) -> Iterator[tuple[int, bytes]] | None:
+        """Durable (seq, record) of this epoch above `after_seq`; None when not all are in memory.
+
+        What is in memory are the last commits, RECENT_BYTES_MAX at most.
+        """
+        with self.lock:
+            held = list(self._recent)
+        if not held or held[0][0] > after_seq + 1:
+            return None
+        return (
+            (seq, data)
+            for base_seq, batch in held
+            if base_seq + len(batch) > after_seq + 1
+            for seq, data in enumerate(batch, base_seq)
+            if seq > after_seq
+        )
 
     async def wait_durable(self, seq: int) -> None:
         """Return once record `seq` is durable. Raises: what `shut` was given."""
@@ -163,6 +192,19 @@ class Stream:
         self.allowed = -1
         self.abandon()
         _resolve(self._waiters, error)
+
+
+def within(
+    records: Iterable[tuple[int, bytes]], max_bytes: int, max_records: int
+) -> list[tuple[int, bytes]]:
+    """The first of `records` that keep to both bounds; at least one if there is."""
+    found: list[tuple[int, bytes]] = []
+    for seq, data in records:
+        max_bytes -= len(data)
+        if found and (max_bytes < 0 or len(found) >= max_records):
+            break
+        found.append((seq, data))
+    return found
 
 
 def _resolve(waiters: list[_Waiter], error: CapacityError | None) -> None:

@@ -9,7 +9,8 @@ order of their sequence numbers. A message id is never used for a second attempt
 failed and B behind it was stored, B has to be stored again behind A, which the broker's dedupe
 would swallow; the learner cuts by watermark what comes twice. Labels go first. An envelope that is
 not full goes only when nothing of its class is under way, nor was within the last linger, so
-under load envelopes grow by themselves. Disk is touched in a thread of its own.
+under load envelopes grow by themselves. What was just committed goes out from memory; disk is
+touched in a thread of its own.
 
 Knows nothing about what a record means, nor about how a bus does what it does.
 Implements proto/asyncapi.yaml (channel events, device side).
@@ -86,9 +87,12 @@ class Uplink:
             self._disk.shutdown()
 
     def wake(self) -> None:
-        """Tell the uplink, from any thread, that more has become durable."""
+        """Tell the uplink, from any thread, that more has become durable.
+
+        While both classes are under way it looks again by itself.
+        """
         loop = self._loop
-        if loop is not None:
+        if loop is not None and not all(lane.under_way for lane in self._lanes.values()):
             with contextlib.suppress(RuntimeError):  # closed meanwhile: nobody drains any more
                 loop.call_soon_threadsafe(self._work.set)
 
@@ -179,10 +183,7 @@ class Uplink:
         return None
 
     async def _read(self, lane: Lane, epoch: int, after_seq: int, last_seq: int) -> Envelope | None:
-        bound = ENVELOPE_BYTES - _OVERHEAD_BYTES
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._disk, self._log.read, lane.event_class, epoch, after_seq, bound, _RECORDS_MAX
-        )
+        found = await self._records(lane.event_class, epoch, after_seq)
         first_seq = found[0][0] if found else last_seq + 1
         self._counters["missing"] += first_seq - after_seq - 1
         records = [
@@ -195,6 +196,19 @@ class Uplink:
             lane.full_records = len(records)
         lane.under_way += 1
         return Envelope(WIRE_VERSION, self._device, epoch, lane.event_class, first_seq, records)
+
+    async def _records(
+        self, event_class: EventClass, epoch: int, after_seq: int
+    ) -> list[tuple[int, bytes]]:
+        """What an envelope has room for: from memory, or from disk what is not there any more."""
+        bounds = ENVELOPE_BYTES - _OVERHEAD_BYTES, _RECORDS_MAX
+        if epoch == self._log.epoch:
+            found = self._log.recent(event_class, after_seq, *bounds)
+            if found is not None:
+                return found
+        return await asyncio.get_running_loop().run_in_executor(
+            self._disk, self._log.read, event_class, epoch, after_seq, *bounds
+        )
 
     async def _publish(self, envelope: Envelope) -> None:
         lane = self._lanes[envelope.event_class]

@@ -15,7 +15,7 @@ from edge_runtime.errors import CapacityError, ConfigError, RequestError
 from edge_runtime.events import segment
 from edge_runtime.events.log import RECORD_BYTES_MAX, EventLog
 from edge_runtime.events.segment import SUFFIX
-from edge_runtime.events.stream import PENDING_BYTES_MAX
+from edge_runtime.events.stream import PENDING_BYTES_MAX, RECENT_BYTES_MAX
 
 ALL = 1 << 30
 
@@ -121,6 +121,43 @@ def test_a_large_segment_of_an_earlier_run_is_read_from_the_middle(tmp_path: Pat
             assert log.read("event", 1, after, ALL, 2) == [
                 (seq, b"%06d" % seq * 100) for seq in range(after + 1, min(after + 3, 2001))
             ]
+
+
+def test_what_was_just_committed_is_read_from_memory_as_from_disk(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        assert log.recent("event", 0, ALL, 99) is None
+        for start in (1, 5, 9):
+            append_durably(log, numbered(start, start + 3))
+        for after in range(13):
+            for bounds in ((ALL, 99), (ALL, 3), (1, 99), (20, 5)):
+                assert log.recent("event", after, *bounds) == log.read("event", 1, after, *bounds)
+    with opened(tmp_path) as log:
+        assert log.recent("event", 0, ALL, 99) is None
+
+
+def test_what_is_kept_in_memory_is_bounded_and_the_rest_is_read_from_disk(tmp_path: Path) -> None:
+    half = bytes(RECENT_BYTES_MAX // 2 - 100)
+    with opened(tmp_path, linger_ms=20.0) as log:
+        for _ in range(3):
+            append_durably(log, [half])
+        assert log.recent("event", 0, ALL, 99) is None
+        assert log.recent("event", 1, ALL, 99) == [(2, half), (3, half)]
+        append_durably(log, [half] * 3)
+        assert log.recent("event", 5, ALL, 99) is None
+        assert log.read("event", 1, 5, ALL, 99) == [(6, half)]
+
+
+def test_records_that_come_while_a_group_is_written_wait_for_no_other_bell(tmp_path: Path) -> None:
+    disk = Disk()
+    with opened(tmp_path, sync=disk) as log:
+        for seq in range(1, 200):
+            disk.open.clear()
+            log.append("event", b"first")
+            log.append("label", b"beside")
+            disk.open.set()
+            log.append("event", b"second")
+            wait_durable(log, "event", 2 * seq)
+            wait_durable(log, "label", seq)
 
 
 def test_a_commit_is_announced_after_it_is_durable(tmp_path: Path) -> None:
