@@ -184,9 +184,7 @@ class Pipeline:
     def _score(self, arms: tuple[Arm, ...], time_s: float, fields: Fields, index: int) -> Answer:
         vectors = {spec: engine.vector(time_s, fields) for spec, engine in self._engines.items()}
         try:
-            outputs: list[list[float]] = [
-                arm.runner.run(vectors[arm.info.spec.hash][np.newaxis]).tolist()[0] for arm in arms
-            ]
+            outputs = [arm.runner.answer(vectors[arm.info.spec.hash]) for arm in arms]
         except PackageError:
             self._run_failures += 1
             raise

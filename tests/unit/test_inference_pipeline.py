@@ -218,6 +218,14 @@ def test_windows_go_on_across_a_swap_and_a_change_of_features(pipeline, load, to
     assert predict(again, "scheduled", NOON, ASK, first).vector.tolist() == [100, 30]
 
 
+def test_one_row_in_place_is_answered_as_a_batch_of_one(pipeline, toy_spec):
+    runner = pipeline.slot.arms[0].runner
+    rows = np.random.default_rng(7).normal(size=(50, toy_spec.size)).astype(np.float32) * 100
+    kept = [runner.answer(row) for row in rows]
+    assert kept == [runner.run(row[np.newaxis]).tolist()[0] for row in rows]
+    assert len({answer[0] for answer in kept}) == len(rows)
+
+
 def test_a_batch_is_scored_as_its_rows_are(pipeline, toy_spec):
     runner = pipeline.slot.arms[0].runner
     rows = np.random.default_rng(7).normal(size=(2500, toy_spec.size)).astype(np.float32) * 100
