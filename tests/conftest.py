@@ -1,12 +1,16 @@
-"""What unit tests share: a family so small that its answers can be worked out by hand, its packages
-as real files, and one profile for generated tests: the same examples in each run, no deadlines.
+"""What tests share: a family so small that its answers can be worked out by hand, its packages as
+real files; a family that can be learned in a second, with its data; and one profile for generated
+tests: the same examples in each run, no deadlines.
 """
 
 from __future__ import annotations
 
 import hashlib
+import types
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,3 +133,138 @@ def _model(columns: int, bias: float, metadata: dict[str, str], ballast: int) ->
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     helper.set_model_props(model, metadata)
     return model.SerializeToString()
+
+
+COIN_FAMILY = """
+name = "coin"
+output = "heads"
+
+[events.asked]
+predicts = true
+fields = { side = "str", x = "float" }
+
+[events.seen]
+fields = { y = "float" }
+
+[label]
+window_s = 20.0
+
+[learning]
+batch_size = 50
+device_cap = 30
+seed = 7
+bootstrap_passes = 3
+reservoir_rows = 400
+replay_rows = 100
+recent_rows = 100
+
+[gates]
+static_auc_drop_max = 0.3
+recent_auc_drop_max = 0.5
+auc_min = 0.6
+int8_auc_gap_max = 0.05
+calibration_min = 0.2
+calibration_max = 5.0
+recent_rows_min = 2
+
+[rollout]
+selector = { site = "a" }
+"""
+COIN_FEATURES = """
+version = 1
+[[features]]
+name = "side"
+field = "side"
+vocabulary = ["left", "right"]
+[[features]]
+name = "x"
+field = "x"
+bounds = [-10.0, 10.0]
+[[features]]
+name = "seen"
+window = { over = "seen", value = "y", statistic = "mean", span_s = 30.0 }
+"""
+COIN_NETWORK = """
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    def __init__(self, spec, rows, dropout):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(rows).mean(0))
+        self.register_buffer("std", torch.tensor(rows).std(0) + 1e-6)
+        self.drop = nn.Dropout(dropout)
+        self.out = nn.Linear(spec.size, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, features):
+        return self.out(self.drop((features - self.mean) / self.std))
+
+
+def build_teacher(spec, rows):
+    return Network(spec, rows, 0.2)
+
+
+def build_student(spec, rows):
+    return Network(spec, rows, 0.0)
+"""
+
+
+@pytest.fixture(scope="session")
+def coin() -> types.SimpleNamespace:
+    """A family that learns in a second: heads is likelier the larger x is; `seen` tells nothing.
+
+    `write_family(folder, {"family.toml": (old, new), ...})` writes its folder, each file with one
+    part replaced; new None leaves the file out. `stream(rows, seed, start_s)` are events in time
+    order as (time_s, kind, device, fields, label or None, label_time_s or None): one a second from
+    the devices a and b in turn, each fourth only observed, labels known five seconds later.
+    `write_csv(path, events)` makes a data file of them.
+    """
+    files = {
+        "family.toml": COIN_FAMILY,
+        "features.toml": COIN_FEATURES,
+        "network.py": COIN_NETWORK,
+    }
+
+    def write_family(
+        folder: Path, changes: dict[str, tuple[str, str | None]] | None = None
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            old, new = (changes or {}).get(name, ("", ""))
+            assert old in text, old
+            if new is not None:
+                (folder / name).write_text(text.replace(old, new, 1))
+        return folder
+
+    return types.SimpleNamespace(write_family=write_family, stream=_coins, write_csv=_write_csv)
+
+
+def _coins(rows: int, seed: int = 1, start_s: float = 1000.0) -> list[tuple[Any, ...]]:
+    random = np.random.default_rng(seed)
+    events: list[tuple[Any, ...]] = []
+    for index in range(rows):
+        time_s, device, x = start_s + index, "ab"[index // 2 % 2], float(random.normal())
+        if index % 4 == 3:
+            events.append((time_s, "seen", device, {"y": x}, None, None))
+            continue
+        fields = {"side": ("left", "right")[int(random.integers(2))], "x": x}
+        heads = float(random.random() < 1 / (1 + np.exp(-4 * x)))
+        events.append((time_s, "asked", device, fields, heads, time_s + 5))
+    return events
+
+
+def _write_csv(path: Path, events: list[tuple[Any, ...]]) -> Path:
+    columns = ("side", "x", "y")
+    lines = [",".join(("event_time", "kind", "device", *columns, "label", "label_time"))]
+    for time_s, kind, device, fields, label, label_time_s in events:
+        cells = [_utc(time_s), kind, device, *(fields.get(name) for name in columns)]
+        cells += [label, _utc(label_time_s)]
+        lines.append(",".join("" if cell is None else str(cell) for cell in cells))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _utc(time_s: float | None) -> str | None:
+    return None if time_s is None else datetime.fromtimestamp(time_s, UTC).isoformat()

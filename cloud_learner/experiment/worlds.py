@@ -88,7 +88,7 @@ def static_worlds(
     features = np.ascontiguousarray(past.features[:, columns])
     before = (past.times_s < learned_through_s) & (past.known_s < learned_through_s)
     known = Rows(features[before], past.labels[before])
-    cycle = Cycle(family.restricted(static), known.features[:REFERENCE_ROWS], columns)
+    cycle = Cycle(family.restricted(static), known.features[:REFERENCE_ROWS], family.spec)
     cycle.pretrain(known)
     kept = _scores(cycle.candidate(), features)
     scores = kept.copy()
@@ -105,7 +105,9 @@ def static_worlds(
 
 
 def _batches(family: Family, past: History, learned_through_s: float) -> list[npt.NDArray[np.intp]]:
-    rows = np.flatnonzero(past.times_s >= learned_through_s)
+    """Rows of each micro-batch: what the learner had, no label that came after its window."""
+    in_time = past.known_s <= past.times_s + family.config.label.window_s
+    rows = np.flatnonzero((past.times_s >= learned_through_s) & in_time)
     size = family.config.learning.batch_size
     return [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
 

@@ -1,7 +1,8 @@
 """Checkpoints: the whole trainable state in one file, and what makes training repeatable.
 
 Invariants: commit point is one rename; a file of another version is refused, never guessed at.
-Only our own files are read: the format can carry code.
+Only our own files are read: the format can carry code. Two users of torch in one process do not
+disturb each other's random numbers.
 """
 
 from __future__ import annotations
@@ -20,26 +21,33 @@ from edge_runtime.files import write_atomic
 CHECKPOINT_VERSION = 1
 
 
-def settle(seed: int) -> None:
+class TorchRandom:
+    """A stream of torch's random numbers of its own; `state` is where it stands."""
+
+    def __init__(self, seed: int) -> None:
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Torch draws from this stream; afterwards its own goes on as if nothing had happened."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+
+def settle(seed: int) -> TorchRandom:
     """One torch thread and a known seed: same rows, same bits; answers elsewhere come first."""
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def random_kept() -> Iterator[None]:
-    """Torch's random state is afterwards what it was before."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+    return TorchRandom(seed)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` and torch's random state. Raises: OSError."""
-    whole = {"version": CHECKPOINT_VERSION, "torch_random": torch.get_rng_state(), **state}
-    write_atomic(path, _written(whole).getvalue())
+    """Write `state`. Raises: OSError."""
+    write_atomic(path, _written({"version": CHECKPOINT_VERSION, **state}).getvalue())
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -56,15 +64,14 @@ def _written(state: dict[str, Any]) -> io.BytesIO:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote; torch's random state goes on from there.
-
-    Raises: ConfigError `bad_checkpoint`.
-    """
+    """What `save` wrote. Raises: ConfigError `bad_checkpoint`."""
     try:
         state: dict[str, Any] = torch.load(path, weights_only=False)
+        version = state.get("version")
     except Exception as error:
         raise ConfigError("bad_checkpoint", f"{path} cannot be read: {error}") from error
-    if state.get("version") != CHECKPOINT_VERSION:
-        raise ConfigError("bad_checkpoint", f"{path} has version {state.get('version')}")
-    torch.set_rng_state(state["torch_random"])
+    if version != CHECKPOINT_VERSION:
+        raise ConfigError(
+            "bad_checkpoint", f"{path} has version {version}; this reads {CHECKPOINT_VERSION}"
+        )
     return state

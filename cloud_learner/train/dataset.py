@@ -40,12 +40,15 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return Rows(features, np.concatenate([part.labels for part in parts]))
 
 
-def rows_of(examples: Sequence[Example], columns: Sequence[int] | None = None) -> Rows:
-    """The logged feature values of the examples and their labels; `columns` selects features."""
+def rows_of(examples: Sequence[Example], columns: Sequence[int]) -> Rows:
+    """The logged feature values of the examples and their labels; `columns` selects features.
+
+    All examples are of one feature spec.
+    """
     features = np.frombuffer(b"".join(e.features for e in examples), dtype="<f4")
     features = features.reshape(len(examples), -1).astype(np.float32)
     labels = np.array([e.label for e in examples], dtype=np.float32)
-    return Rows(features if columns is None else features[:, list(columns)], labels)
+    return Rows(np.ascontiguousarray(features[:, columns]), labels)
 
 
 class Reservoir:
@@ -76,6 +79,11 @@ class Reservoir:
         index = self._random.integers(0, len(self), size=count if len(self) else 0)
         return Rows(self._features[index], self._labels[index])
 
+    def spread(self, count: int) -> Matrix:
+        """Features of at most `count` rows, evenly spaced; looking changes no later draw."""
+        places = np.linspace(0, len(self) - 1, min(count, len(self)))
+        return self._features[places.astype(np.intp)]
+
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""
         size = len(self)
@@ -87,8 +95,10 @@ class Reservoir:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Go on from `state`. Raises: ValueError when it is of another bound or width."""
         size = len(state["labels"])
+        if size != min(state["seen"], len(self._labels)):
+            raise ValueError(f"{size} rows kept of {state['seen']} are no reservoir of this bound")
         self._features[:size] = state["features"]
         self._labels[:size] = state["labels"]
         self.seen = state["seen"]

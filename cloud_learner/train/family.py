@@ -4,7 +4,7 @@ Why: what differs from one model line to the next stands in three files, so that
 Headwater knows any of them.
 
 Invariants: a family that was loaded is whole: its sections are valid, its features name fields that
-its event kinds have, its networks can be built. Every error names file and key.
+its event kinds have, its network file defines what it must. Every error names file and key.
 
 Knows nothing about data, training or releases. Implements the family folder of DESIGN's surfaces.
 """
@@ -12,24 +12,28 @@ Knows nothing about data, training or releases. Implements the family folder of 
 from __future__ import annotations
 
 import importlib.util
+import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
+from msgspec import Meta
 from torch import nn
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, PackageError
 from edge_runtime.features.spec import Spec
-from edge_runtime.inference.package import Interface, Kind
+from edge_runtime.inference.package import Interface, Kind, check_agreement
 from edge_runtime.wire.subjects import checked_name
 
 Rows = npt.NDArray[np.float32]
-Build = Callable[[Spec, Rows], nn.Module]
+Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Seconds = Annotated[float, Meta(ge=0)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -46,20 +50,20 @@ class EventKind(_Section, frozen=True):
 class Label(_Section, frozen=True):
     """`[label]`: an example is used `window_s` after its prediction: all outcomes are known."""
 
-    window_s: float
+    window_s: Annotated[float, Meta(gt=0)]
     policy: Literal["mature"] = "mature"
 
 
 class Learning(_Section, frozen=True):
     """`[learning]`: sizes in rows; the seed that makes training repeatable."""
 
-    batch_size: int = 500
-    device_cap: int = 250
-    seed: int = 1
-    bootstrap_passes: int = 2
-    reservoir_rows: int = 20000
-    replay_rows: int = 1000
-    recent_rows: int = 1000
+    batch_size: Annotated[int, Meta(ge=2)] = 500
+    device_cap: Count = 250
+    seed: Annotated[int, Meta(ge=0)] = 1
+    bootstrap_passes: Count = 2
+    reservoir_rows: Count = 20000
+    replay_rows: Annotated[int, Meta(ge=0)] = 1000
+    recent_rows: Count = 1000
 
 
 class Gates(_Section, frozen=True):
@@ -71,16 +75,16 @@ class Gates(_Section, frozen=True):
     int8_auc_gap_max: float = 0.001
     calibration_min: float = 0.7
     calibration_max: float = 1.4
-    recent_rows_min: int = 300
+    recent_rows_min: Count = 300
 
 
 class Rollout(_Section, frozen=True):
     """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold."""
 
     selector: dict[str, str]
-    canary_share: float = 0.2
-    margin: float = 0.0025
-    pairs_max: int = 8000
+    canary_share: Share = 0.2
+    margin: Annotated[float, Meta(gt=0)] = 0.0025
+    pairs_max: Count = 8000
 
 
 class FamilyConfig(_Section, frozen=True):
@@ -92,8 +96,8 @@ class FamilyConfig(_Section, frozen=True):
     rollout: Rollout
     output: str = "probability"
     clock: Literal["event", "wall"] = "event"
-    skew_s_max: float = 86400.0
-    lateness_s_max: float = 3600.0
+    skew_s_max: Seconds = 86400.0
+    lateness_s_max: Seconds = 3600.0
     learning: Learning = Learning()
     gates: Gates = Gates()
 
@@ -102,9 +106,7 @@ class Family:
     """A loaded family; `spec` may be a part of what features.toml declares."""
 
     def __init__(self, folder: Path, config: FamilyConfig, spec: Spec, network: ModuleType) -> None:
-        self.folder, self.config, self.spec, self.network = folder, config, spec, network
-        self.build_teacher: Build = network.build_teacher
-        self.build_student: Build = network.build_student
+        self.folder, self.config, self.spec, self._network = folder, config, spec, network
 
     @classmethod
     def load(cls, folder: Path) -> Family:
@@ -114,12 +116,37 @@ class Family:
                 "no_family", f"{folder} holds no family.toml", "give the path of a family folder"
             )
         config = _config(folder / "family.toml")
-        spec = _spec(folder / "features.toml", config)
-        return cls(folder, config, spec, _network(folder / "network.py"))
+        spec = _spec(folder / "features.toml")
+        family = cls(folder, config, spec, _network(folder / "network.py"))
+        try:
+            check_agreement(family.interface, spec)
+        except PackageError as error:
+            raise _bad(folder / "features.toml", error.message) from error
+        return family
 
     def restricted(self, names: list[str]) -> Family:
         """The same family with only the named features."""
-        return Family(self.folder, self.config, self.spec.subset(names), self.network)
+        return Family(self.folder, self.config, self.spec.subset(names), self._network)
+
+    def build_teacher(self, rows: Rows) -> nn.Module:
+        """The cloud's network, its scaling taken from the rows. Raises: ConfigError."""
+        return self._built("build_teacher", rows)
+
+    def build_student(self, rows: Rows) -> nn.Module:
+        """The device's network, its scaling taken from the rows. Raises: ConfigError."""
+        return self._built("build_student", rows)
+
+    def _built(self, name: str, rows: Rows) -> nn.Module:
+        path, few = self.folder / "network.py", torch.tensor(rows[:2])
+        try:
+            network: nn.Module = getattr(self._network, name)(self.spec, rows)
+            with torch.no_grad():
+                shape = tuple(network.eval()(few).shape)
+        except Exception as error:
+            raise _bad(path, f"{name} fails: {error!r}") from error
+        if shape != (len(few), 1):
+            raise _bad(path, f"{name}: logits of {len(few)} rows have shape {shape}")
+        return network
 
     @property
     def name(self) -> str:
@@ -146,55 +173,33 @@ class Family:
 def _config(path: Path) -> FamilyConfig:
     try:
         config = msgspec.convert(tomllib.loads(path.read_text("utf-8")), FamilyConfig)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+    except (ValueError, OSError) as error:  # of TOML, of a section, of UTF-8
         raise _bad(path, str(error)) from error
     checked_name(config.name, f"{path}: name")
     if not any(kind.predicts for kind in config.events.values()):
         raise _bad(path, "no kind in `events` has predicts = true")
-    if config.learning.device_cap < 1 or config.learning.batch_size < 2:
-        raise _bad(path, "learning.batch_size and learning.device_cap must be positive")
+    if config.learning.device_cap > config.learning.batch_size:
+        raise _bad(path, "learning.device_cap is larger than learning.batch_size")
     return config
 
 
-def _spec(path: Path, config: FamilyConfig) -> Spec:
+def _spec(path: Path) -> Spec:
     try:
-        spec = Spec.from_toml(path.read_text("utf-8"))
-    except OSError as error:
+        return Spec.from_toml(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
         raise _bad(path, f"cannot be read: {error}") from error
     except ConfigError as error:
         raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
-    for feature in spec.features:
-        if feature.field is not None:
-            _need_field(path, config, feature.name, feature.field)
-        elif feature.window is not None:
-            window = feature.window
-            kind = config.events.get(window.over)
-            if kind is None:
-                raise _bad(
-                    path, f"feature {feature.name!r}: window.over {window.over!r} is no kind"
-                )
-            for field in (window.key, window.value):
-                if field is not None and field not in kind.fields:
-                    raise _bad(
-                        path, f"feature {feature.name!r}: {window.over!r} has no field {field!r}"
-                    )
-            if window.key is not None:
-                _need_field(path, config, feature.name, window.key)
-    return spec
-
-
-def _need_field(path: Path, config: FamilyConfig, feature: str, field: str) -> None:
-    for name, kind in config.events.items():
-        if kind.predicts and field not in kind.fields:
-            raise _bad(path, f"feature {feature!r}: {name!r} has no field {field!r}")
 
 
 def load_module(path: Path) -> ModuleType:
     """A Python file of a family folder, imported by its path. Raises: ConfigError."""
-    specification = importlib.util.spec_from_file_location(f"family_{path.stem}", path)
+    name = f"family_{path.parent.name}_{path.stem}"
+    specification = importlib.util.spec_from_file_location(name, path)
     if specification is None or specification.loader is None or not path.is_file():
         raise _bad(path, "does not exist")
     module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # where dataclasses look their module up
     try:
         specification.loader.exec_module(module)
     except Exception as error:

@@ -151,7 +151,7 @@ def read_package(metadata: Mapping[str, str]) -> PackageInfo:
         spec = Spec.from_json(_text(metadata, "features"))
     except ConfigError as error:
         raise _bad("features", str(error)) from error
-    _check_agreement(interface, spec)
+    check_agreement(interface, spec)
     golden = _decoded(metadata, "golden", _Golden)
     inputs, outputs = _read_golden(golden, spec)
     provenance = _decoded(metadata, "provenance", dict[str, Any])
@@ -203,8 +203,11 @@ def _from_base64(text: str, key: str) -> Matrix:
         raise _bad("golden", f"{key}: {error}") from error
 
 
-def _check_agreement(interface: Interface, spec: Spec) -> None:
-    """Every field that a feature reads must be one that the events are sure to have."""
+def check_agreement(interface: Interface, spec: Spec) -> None:
+    """Every field that a feature reads must be one that the events are sure to have.
+
+    Raises: PackageError `spec_mismatch`, naming feature, kind and field.
+    """
     predicting = {name: kind for name, kind in interface.kinds.items() if kind.predicts}
     if not predicting:
         raise _mismatch("the interface", "no kind of event asks for a prediction")
