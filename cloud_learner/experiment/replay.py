@@ -6,8 +6,9 @@ The file is Parquet or CSV: `event_time`, `kind` (absent: the family's predictin
 (absent: one device called "device"), the fields of the kinds, and on predicting rows `label` and
 `label_time`, empty where unknown.
 
-Invariants: rows come in file order, which must be time order; each carries exactly the fields that
-its kind declares. A file that lacks a column is refused before the first row.
+Invariants: rows come in file order, which must be time order; each is an event that a device would
+take. A file that lacks a column is refused before the first row. CSV is read as text, so that a
+word made of digits stays the word it is.
 
 Knows nothing about sockets, features or learning. Implements the data file of DESIGN's surfaces.
 """
@@ -45,7 +46,7 @@ def read_rows(
 ) -> Iterator[DataRow]:
     """The events of the file; ends before prediction number `limit_predictions` + 1.
 
-    Raises: ConfigError (no_data, bad_data), RequestError where a row is not of the interface.
+    Raises: ConfigError (no_data, bad_data); RequestError where a row is not of the interface.
     """
     columns = _columns(path)
     _check_columns(path, columns, interface)
@@ -58,17 +59,15 @@ def read_rows(
     left, newest_s = limit_predictions, float("-inf")
     for row in _fetch(path, columns, interface, names):
         time_s, kind, device, label, label_time_s = row[:5]
-        _check_row(path, row, fields_of, newest_s)
+        fields = {name: row[at] for name, at in fields_of.get(kind, ()) if row[at] is not None}
+        _check_row(path, interface, row, fields, newest_s)
         newest_s = time_s
         if left is not None and interface.kinds[kind].predicts:
             if left == 0:
                 return
             left -= 1
-        fields = {name: row[index] for name, index in fields_of[kind] if row[index] is not None}
-        known = label is not None and label_time_s is not None
-        yield DataRow(
-            time_s, kind, device, fields, label if known else None, label_time_s if known else None
-        )
+        known_s = label_time_s if label is not None else None
+        yield DataRow(time_s, kind, device, fields, label, known_s)
 
 
 def _columns(path: Path) -> dict[str, str]:
@@ -76,14 +75,14 @@ def _columns(path: Path) -> dict[str, str]:
         raise ConfigError("no_data", f"data file {path} does not exist")
     try:
         with duckdb.connect() as database:
-            rows = database.execute(f"DESCRIBE SELECT * FROM '{_quoted(path)}'").fetchall()
+            rows = database.execute(f"DESCRIBE SELECT * FROM {_source(path)}").fetchall()
     except duckdb.Error as error:
         raise ConfigError("bad_data", f"data file {path} cannot be read: {error}") from error
     return {row[0]: row[1] for row in rows}
 
 
 def _check_columns(path: Path, columns: dict[str, str], interface: Interface) -> None:
-    needed = {"event_time"}
+    needed = {"event_time"} | ({"label_time"} if "label" in columns else set())
     kinds = interface.kinds if "kind" in columns else _predicting(interface)
     needed |= {field for kind in kinds for field in interface.kinds[kind].fields}
     missing = sorted(needed - columns.keys())
@@ -99,8 +98,8 @@ def _fetch(
     path: Path, columns: dict[str, str], interface: Interface, names: list[str]
 ) -> Iterator[tuple[Any, ...]]:
     types = {f: t for kind in interface.kinds.values() for f, t in kind.fields.items()}
-    kind = "kind" if "kind" in columns else f"'{_predicting(interface)[0]}'"
-    device = "device" if "device" in columns else "'device'"
+    kind = "kind::VARCHAR" if "kind" in columns else f"'{_predicting(interface)[0]}'"
+    device = "device::VARCHAR" if "device" in columns else "'device'"
     label = "label::DOUBLE" if "label" in columns else "NULL::DOUBLE"
     label_time = "epoch(label_time::TIMESTAMPTZ)" if "label_time" in columns else "NULL::DOUBLE"
     fields = [f'"{name}"::{_TYPES[types[name]]}' if name in columns else "NULL" for name in names]
@@ -110,21 +109,34 @@ def _fetch(
     with duckdb.connect() as database:
         database.execute("SET TimeZone = 'UTC'; SET threads = 1")
         try:
-            found = database.execute(f"SELECT {selected} FROM '{_quoted(path)}'")
+            found = database.execute(f"SELECT {selected} FROM {_source(path)}")
+            while rows := found.fetchmany(FETCH_ROWS):
+                yield from rows
         except duckdb.Error as error:
             raise ConfigError("bad_data", f"data file {path} cannot be read: {error}") from error
-        while rows := found.fetchmany(FETCH_ROWS):
-            yield from rows
 
 
 def _check_row(
-    path: Path, row: tuple[Any, ...], fields_of: dict[str, list[tuple[str, int]]], newest_s: float
+    path: Path, interface: Interface, row: tuple[Any, ...], fields: Fields, newest_s: float
 ) -> None:
-    if row[1] not in fields_of:
-        raise RequestError("unknown_kind", f"{path}: {row[1]!r} is not a kind of the family")
-    if row[0] is None or row[0] < newest_s:
-        raise RequestError("not_in_order", f"{path}: event_time {row[0]} is missing or goes back")
+    time_s, kind, device, label, label_time_s = row[:5]
+    if time_s is None or time_s < newest_s:
+        raise RequestError("not_in_order", f"{path}: event_time {time_s} is missing or goes back")
+    try:
+        interface.check(kind, time_s, fields)
+    except RequestError as error:
+        where = f"{path}, the row at event_time {time_s}"
+        raise RequestError(error.code, f"{where}: {error.message}", error.hint) from error
+    if device is None:
+        raise RequestError("missing_field", f"{path}: device is empty at event_time {time_s}")
+    if label is not None and not (0.0 <= label <= 1.0 and label_time_s is not None):
+        raise RequestError(
+            "bad_label",
+            f"{path}: label {label} at event_time {time_s} is not in [0, 1] or has no label_time",
+            "leave both empty where the outcome is unknown",
+        )
 
 
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
+def _source(path: Path) -> str:
+    quoted = "'" + str(path).replace("'", "''") + "'"
+    return f"read_csv({quoted}, all_varchar = true)" if path.suffix == ".csv" else quoted

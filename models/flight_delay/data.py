@@ -77,7 +77,8 @@ def write_data(path: Path, until: str | None = None) -> int:
                 " WHERE label_time >= ?::TIMESTAMPTZ",
                 [until],
             )
-        database.execute(f"COPY events TO '{path}' (FORMAT parquet)")
+        quoted = str(path).replace("'", "''")
+        database.execute(f"COPY events TO '{quoted}' (FORMAT parquet)")
         row = database.execute("SELECT count(*) FROM events").fetchone()
         database.close()
     assert row is not None
