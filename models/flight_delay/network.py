@@ -56,9 +56,8 @@ class Network(nn.Module):
         return self.body(torch.cat(columns, dim=1))
 
     def _compressed(self, features: Tensor) -> Tensor:
-        """The numeric columns as sign(x) log(1 + |x| / 20)."""
-        numbers = features.index_select(1, self.numbers)
-        return torch.sign(numbers) * torch.log1p(numbers.abs() / COMPRESS_BEYOND)
+        """The numeric columns as asinh(x / 20): straight near zero, a logarithm beyond."""
+        return torch.asinh(features.index_select(1, self.numbers) / COMPRESS_BEYOND)
 
 
 def _perceptron(width: int, hidden: tuple[int, ...], dropout: float) -> nn.Sequential:
