@@ -90,6 +90,8 @@ class Replica:
             torch._foreach_lerp_(  # the multi-tensor form has no public name
                 list(self.average.parameters()), list(self.network.parameters()), 1 - AVERAGE_KEEP
             )
+            for kept, new in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                kept.copy_(new)
 
 
 class Replicas:
