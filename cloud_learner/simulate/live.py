@@ -39,7 +39,7 @@ from edge_runtime.inference.package import Interface
 from edge_runtime.metrics import Histogram
 from edge_runtime.wire.messages import Report
 
-LAG_S = 36 * 3600.0
+LAG_S = 16 * 3600.0
 READY_S = 60.0
 SETTLE_S = 60.0
 VIEW_S = 0.5
