@@ -268,3 +268,16 @@ def _write_csv(path: Path, events: list[tuple[Any, ...]]) -> Path:
 
 def _utc(time_s: float | None) -> str | None:
     return None if time_s is None else datetime.fromtimestamp(time_s, UTC).isoformat()
+
+
+@pytest.fixture(scope="session")
+def coin_graph(coin: types.SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported graph of the coin family's student; exporting takes seconds."""
+    from cloud_learner.package.build import Graph
+    from cloud_learner.train.family import Family
+
+    folder = tmp_path_factory.mktemp("graph")
+    rows = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    family = Family.load(coin.write_family(folder))
+    Graph(family.build_student(rows), rows).save(folder / "graph.onnx")
+    return folder / "graph.onnx"

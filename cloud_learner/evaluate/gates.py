@@ -1,7 +1,7 @@
 """The offline gate's rules: evidence in, verdicts out, each with its reason.
 
 Invariants: no data is never a pass: an undefined score holds. A candidate passes only if every
-rule passes; the first that fails or holds decides. Pure.
+rule passes; one that fails outweighs any that hold. Pure.
 """
 
 from __future__ import annotations

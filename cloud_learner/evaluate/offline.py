@@ -56,7 +56,10 @@ def is_held_out(example: Example) -> bool:
 
 
 class HoldOut:
-    """The newest held-out examples, at most `bound`; what `recent` is made of."""
+    """The newest held-out examples, at most `bound`; what `recent` is made of.
+
+    One thread may add while another asks for the rows. All examples are of one feature spec.
+    """
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
@@ -69,10 +72,11 @@ class HoldOut:
 
     def rows(self) -> EvaluationSet:
         """The examples as one set."""
-        width = len(self._examples[0].features) // 4 if self._examples else 0
-        joined = b"".join(example.features for example in self._examples)
+        examples = self._examples[:]  # at one moment: labels must stay with their features
+        width = len(examples[0].features) // 4 if examples else 0
+        joined = b"".join(example.features for example in examples)
         features = np.frombuffer(joined, "<f4").astype(np.float32)
-        labels = np.array([example.label for example in self._examples], np.float32)
+        labels = np.array([example.label for example in examples], np.float32)
         return EvaluationSet(features.reshape(-1, width) if width else features, labels)
 
 
@@ -108,4 +112,4 @@ def load_set(path: Path) -> EvaluationSet:
         path.read_bytes(), type=tuple[bytes, bytes, int]
     )
     table = np.frombuffer(features, np.float32).reshape(-1, width)
-    return EvaluationSet(table, np.frombuffer(labels, np.float32))
+    return EvaluationSet(table.copy(), np.frombuffer(labels, np.float32).copy())

@@ -103,7 +103,7 @@ def test_learning_makes_both_replicas_better():
     for number in range(40):
         both.learn(rows(200, seed=number), random)
 
-    assert brier(both.fast) < 0.95 * fast
+    assert brier(both.fast) < 0.98 * fast
     assert brier(both.stable) < 0.5 * stable
 
 
