@@ -37,6 +37,7 @@ from edge_runtime.wire import subjects
 POISON_SHARE = 0.4
 LIES = 24_000
 POLL_S = 0.05
+SOON = 0.4  # of the evidence that promotes the release on trial
 
 Relabel = Callable[[float], float]
 
@@ -108,7 +109,12 @@ class AttackedHost(Host):
         return (await self.submit(candidate)).outcome
 
     async def _poison_all(self) -> str:
-        """Lie in the hold-out until a candidate that learned the lie is on the canary."""
+        """Lie in the hold-out until a candidate that learned the lie is on the canary.
+
+        The attacker knows the house, and waits for a moment when the canary's place is soon free.
+        """
+        while not self._soon_free():
+            await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - nothing tells
         candidate = await self._learned_from(believed)
         self._poison.poisoned = True
         try:
@@ -120,6 +126,10 @@ class AttackedHost(Host):
         finally:
             self._poison.poisoned = False
         return judgement.sha256
+
+    def _soon_free(self) -> bool:
+        gates = self.controller.status()["gates"]
+        return not gates or gates[0]["value"] > SOON * gates[0]["reach"]
 
     def _placed(self, sha256: str) -> bool:
         """Whether the release is on the canary; also when its trial is over already."""

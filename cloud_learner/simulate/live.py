@@ -39,9 +39,10 @@ from edge_runtime.inference.package import Interface
 from edge_runtime.metrics import Histogram
 from edge_runtime.wire.messages import Report
 
-LAG_S = 16 * 3600.0
+LAG_S = 24 * 3600.0
 READY_S = 60.0
 SETTLE_S = 60.0
+ATTACK_S = 180.0
 VIEW_S = 0.5
 LINGER_MS = 10
 
@@ -215,7 +216,7 @@ class Live:
         folder = self._home.root / "attacks"
         (folder / name).touch()
         result = folder / f"{name}.result"
-        await self.watch.wait(f"the outcome of {name}", result.exists, SETTLE_S)
+        await self.watch.wait(f"the outcome of {name}", result.exists, ATTACK_S)
         return result.read_text()
 
     async def _kill(self) -> None:
