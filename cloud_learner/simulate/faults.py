@@ -113,8 +113,8 @@ class AttackedHost(Host):
 
         The attacker knows the house, and waits for a moment when the canary's place is soon free.
         """
-        while not self._soon_free():
-            await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - nothing tells
+        while not self._soon_free():  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(POLL_S)
         candidate = await self._learned_from(believed)
         self._poison.poisoned = True
         try:
