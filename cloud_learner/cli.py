@@ -10,9 +10,9 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -119,13 +119,31 @@ def _guarded(call: Callable[[], T]) -> T:
     """The result of `call`; an error becomes its text and its exit code."""
     try:
         return call()
-    except HeadwaterError as error:
+    except (HeadwaterError, OSError) as error:
+        _fail([error])
+    except ExceptionGroup as group:  # what a task raised comes out of its group
+        errors, defects = group.split((HeadwaterError, OSError))
+        if errors is None or defects is not None:
+            raise
+        _fail(list(_leaves(errors)))
+
+
+def _fail(errors: list[Exception]) -> NoReturn:
+    for error in errors:
         click.echo(f"error: {error}", err=True)
-        sys.exit(_exit_code(error))
+    sys.exit(_exit_code(errors[0]))
 
 
-def _exit_code(error: HeadwaterError) -> int:
-    if error.code == "gate_refused":
+def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for error in group.exceptions:
+        if isinstance(error, ExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, HeadwaterError) and error.code == "gate_refused":
         return 3
     if isinstance(error, ConfigError | RequestError):
         return 2

@@ -183,7 +183,8 @@ class Host:
 
     async def _on_examples(self, examples: list[Example]) -> None:
         if examples:
-            self.hold_out.add(examples)
+            spec = self.family.spec.hash
+            self.hold_out.add([example for example in examples if example.spec == spec])
             await self.controller.examples(examples)
 
     async def _on_report(self, message: Message) -> None:
@@ -230,7 +231,8 @@ class Host:
     async def _maintain(self) -> None:
         while True:
             await asyncio.sleep(MAINTAIN_S)
-            await self.publisher.maintain()
+            with contextlib.suppress(TransportError, CapacityError):  # tried again in an hour
+                await self.publisher.maintain()
 
 
 def campaign_rules(family: Family) -> Rules:

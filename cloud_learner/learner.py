@@ -80,14 +80,15 @@ class Learner:
             widths={family.spec.hash: family.spec.size},
         )
         self._waiting: deque[Batch] = deque(self._db.batches_after(self.cycle.number))
-        self._commits: deque[tuple[int, float]] = deque()
+        last = self._waiting[-1].number if self._waiting else self.cycle.number
+        self._commits = deque([(last, joiner.clock.now_s)])
         self._wake = asyncio.Event()
         self.progress = asyncio.Event()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self.clock_s = float("-inf")
-        self.archived = 0
         self.candidates = 0
         self.skipped = 0
+        self._settle_clock()
 
     async def run(self) -> None:
         """Ingest and train until cancelled."""
@@ -97,9 +98,16 @@ class Learner:
                 group.create_task(self._train())
         finally:
             self.thread.shutdown()
-            self.cycle.save(self._home.checkpoint)
             self._archive.close()
             self._db.close()
+            if self.cycle.whole:
+                self.cycle.save(self._home.checkpoint)
+
+    @property
+    def archived(self) -> int:
+        """Records that the archive holds, of all starts."""
+        counted = self.ingest.statistics()
+        return sum(counted.get(name, 0) for name in ("predictions", "observations", "labels"))
 
     def statistics(self) -> dict[str, int]:
         """Counters of ingest and training."""
@@ -111,11 +119,11 @@ class Learner:
             "micro_batches_skipped": self.skipped,
             "examples_learned": self.cycle.examples_learned,
             "learned_twice": self.cycle.learned_twice,
+            "other_spec": self.cycle.other_spec,
             "batches_waiting": len(self._waiting),
         }
 
     async def _on_commit(self, commit: Commit) -> None:
-        self.archived += commit.records
         self._waiting.extend(commit.batches)
         last = self._waiting[-1].number if self._waiting else self.cycle.number
         self._commits.append((last, commit.clock_s))

@@ -196,7 +196,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(rows).std(0) + 1e-6)
         self.drop = nn.Dropout(dropout)
         self.out = nn.Linear(spec.size, 1)
-        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.weight, 0.3)
 
     def forward(self, features):
         return self.out(self.drop((features - self.mean) / self.std))
@@ -218,8 +218,8 @@ def coin() -> types.SimpleNamespace:
     `write_family(folder, {"family.toml": (old, new), ...})` writes its folder, each file with one
     part replaced; new None leaves the file out. `stream(rows, seed, start_s)` are events in time
     order as (time_s, kind, device, fields, label or None, label_time_s or None): one a second from
-    the devices a and b in turn, each fourth only observed, labels known five seconds later.
-    `write_csv(path, events)` makes a data file of them.
+    the devices a and b in turns of four, each fourth only observed, labels known five seconds
+    later. `write_csv(path, events)` makes a data file of them.
     """
     files = {
         "family.toml": COIN_FAMILY,
@@ -245,7 +245,7 @@ def _coins(rows: int, seed: int = 1, start_s: float = 1000.0) -> list[tuple[Any,
     random = np.random.default_rng(seed)
     events: list[tuple[Any, ...]] = []
     for index in range(rows):
-        time_s, device, x = start_s + index, "ab"[index // 2 % 2], float(random.normal())
+        time_s, device, x = start_s + index, "ab"[index // 4 % 2], float(random.normal())
         if index % 4 == 3:
             events.append((time_s, "seen", device, {"y": x}, None, None))
             continue

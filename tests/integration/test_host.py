@@ -1,0 +1,330 @@
+"""The cloud side as a whole: envelopes in, learned once each, gated, signed and planned; through
+restarts, kills and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from cloud_learner.bootstrap import bootstrap
+from cloud_learner.broker import Broker
+from cloud_learner.cli import _guarded
+from cloud_learner.config import Home
+from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.host import Host
+from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.lineage import Lineage
+from cloud_learner.train import checkpoint
+from cloud_learner.train.family import Family
+from edge_runtime.bus.memory import MemoryBroker
+from edge_runtime.bus.nats import connect
+from edge_runtime.clock import SystemClock
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import (
+    WIRE_VERSION,
+    Envelope,
+    LabelRecord,
+    ObservationRecord,
+    PredictionRecord,
+    Scored,
+)
+
+WAIT_S = 30.0
+EVENTS = 800
+ENVELOPE_RECORDS = 40
+
+
+@pytest.fixture(scope="module")
+def bootstrapped(coin, tmp_path_factory):
+    var = tmp_path_factory.mktemp("host")
+    folder = coin.write_family(var / "coin")
+    data = coin.write_csv(var / "data.csv", coin.stream(600))
+    bootstrap(folder, data, Home(var / "home"), lambda _text: None)
+    return var / "home"
+
+
+@pytest.fixture
+def home(bootstrapped, tmp_path):
+    shutil.copytree(bootstrapped, tmp_path / "home")
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def family(home):
+    return Family.load(Path(home.origin().folder))
+
+
+@pytest.fixture
+def envelopes(coin, family):
+    """What the devices a and b would send of the stream after the bootstrap, in order."""
+    return packed(coin.stream(EVENTS, seed=3, start_s=2000.0), family.spec.hash)
+
+
+def packed(events, spec, width=3):
+    lanes: dict = {}
+    for time_s, kind, device, fields, heads, label_time_s in events:
+        lane = lanes.setdefault((device, "event"), [])
+        if heads is None:
+            lane.append(ObservationRecord("coin", kind, time_s, fields))
+            continue
+        row = np.zeros(width, "<f4")
+        row[1] = fields["x"]
+        scored = [Scored("r00001", "stable", [0.5])]
+        lane.append(
+            PredictionRecord("coin", kind, time_s, fields, spec, row.tobytes(), 1.0, scored)
+        )
+        label = LabelRecord("coin", 1, len(lane), heads, label_time_s)
+        lanes.setdefault((device, "label"), []).append(label)
+    parts = []
+    for (device, event_class), records in lanes.items():
+        for start in range(0, len(records), ENVELOPE_RECORDS):
+            raws = [msgspec.Raw(codec.encode(r)) for r in records[start : start + ENVELOPE_RECORDS]]
+            envelope = Envelope(WIRE_VERSION, device, 1, event_class, start + 1, raws)
+            parts.append((records[start].time_s, subjects.events(device, event_class), envelope))
+    parts.sort(key=lambda part: part[0])
+    return [(subject, codec.encode(envelope)) for _, subject, envelope in parts]
+
+
+class Cloud:
+    """A bus beside a running host, and what the host says."""
+
+    def __init__(self, bus) -> None:
+        self.bus, self.status, self._heard = bus, None, asyncio.Event()
+
+    async def listen(self) -> None:
+        await self.bus.subscribe(subjects.LEARNER_STATUS, self._hear)
+
+    async def _hear(self, message) -> None:
+        self.status = codec.decode_status(message.data)
+        self._heard.set()
+
+    async def send(self, envelopes) -> None:
+        for subject, data in envelopes:
+            await self.bus.publish(subject, data)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds, looked at whenever the host speaks."""
+        async with asyncio.timeout(WAIT_S):
+            while self.status is None or not condition():
+                self._heard.clear()
+                await self._heard.wait()
+
+    async def until_learned(self, batches) -> None:
+        await self.until(
+            lambda: self.count("cycles") >= batches and not self.count("batches_waiting")
+        )
+
+    def count(self, name) -> int:
+        return self.status.counters.get(name, 0)
+
+
+@contextlib.asynccontextmanager
+async def hosted(home, family, broker):
+    """A host that runs over a memory broker, a cloud beside it, and the task that runs it."""
+    host = Host(home, family, await broker.connect(name="learner"), SystemClock())
+    cloud = Cloud(await broker.connect(name="test"))
+    await cloud.listen()
+    running = asyncio.create_task(host.run())
+    try:
+        yield host, cloud, running
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+def batched(home):
+    """All committed batches, read from the ingest database of a learner that has ended."""
+    db = IngestDb(home.ingest_db)
+    try:
+        return list(db.batches_after(0))
+    finally:
+        db.close()
+
+
+def check_ledger(home, batches) -> None:
+    """The trainer's own ledger: every example of every batch once, but for what is held out."""
+    state = checkpoint.load(home.checkpoint)
+    due = [e.id for b in batched(home) for e in b.examples if not is_held_out(e)]
+
+    assert state["number"] == batches
+    assert len(due) == len(set(due))
+    assert sorted(state["ledger"]) == sorted(due)
+    assert state["learned_twice"] == 0
+
+
+def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, family, envelopes):
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
+            await cloud.send(envelopes)
+            await cloud.until_learned(10)
+            await cloud.until(lambda: host.controller.status()["canary"] is not None)
+            plan = host.publisher.plan("coin")
+            canary = plan.canary
+            assert canary is not None
+            assert plan.stable.release == home.origin().release
+            assert plan.selector == {"site": "a"}
+            assert host.gate.passed(canary.path, canary.sha256)
+            assert cloud.count("gate_pass") >= 1
+            assert cloud.count("learned_twice") == 0
+            assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
+            assert await cloud.bus.last(subjects.TRUST_STREAM, subjects.metadata("timestamp"))
+            return canary
+
+    canary = asyncio.run(scenario())
+    lineage = list(Lineage(home.lineage).read())
+    by_kind = {kind: [e for e in lineage if e["kind"] == kind] for kind in ("verdict", "release")}
+    passed = {e["sha256"] for e in by_kind["verdict"] if e["outcome"] == "pass"}
+    assert canary.sha256 in passed
+    assert {e["sha256"] for e in by_kind["release"]} <= passed
+    counters = [e["counter"] for e in by_kind["release"]]
+    assert counters == list(range(1, len(counters) + 1))
+    assert any(e["kind"] == "plan" for e in lineage)
+    check_ledger(home, len(batched(home)))
+
+
+def test_a_restarted_learner_goes_on_from_its_checkpoint(home, family, envelopes):
+    broker = MemoryBroker()
+    half = len(envelopes) // 2
+
+    async def scenario():
+        async with hosted(home, family, broker) as (host, cloud, _running):
+            await cloud.send(envelopes[:half])
+            await cloud.until_learned(4)
+            archived, clock_s = cloud.status.events_archived, cloud.status.clock_s
+            number = host.learner.cycle.number
+        async with hosted(home, family, broker) as (host, cloud, _running):
+            assert host.learner.cycle.number >= number
+            assert host.status().events_archived >= archived
+            assert host.status().clock_s >= clock_s
+            await cloud.send(envelopes)  # a device that was told nothing sends all of it again
+            await cloud.until_learned(10)
+            assert cloud.count("learned_twice") == 0
+            assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
+            releases = [e["counter"] for e in host.lineage.read("release")]
+            assert releases == list(range(1, len(releases) + 1))
+
+    asyncio.run(scenario())
+    check_ledger(home, len(batched(home)))
+
+
+def test_a_restarted_host_claims_the_time_that_it_had_reached_before_anything_comes(
+    home, family, envelopes
+):
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
+            await cloud.send(envelopes)
+            await cloud.until_learned(10)
+            before = host.status()
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
+            await cloud.until(lambda: True)
+            assert cloud.status.clock_s >= before.clock_s > 2000.0
+            assert cloud.status.events_archived == before.events_archived > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_device_with_a_feature_spec_of_its_own_stops_nobody(home, family, envelopes, coin):
+    strange = coin.stream(EVENTS, seed=9, start_s=2000.0)
+    strange = [(t, kind, "c", *rest) for t, kind, _, *rest in strange]
+
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
+            await cloud.send(packed(strange, "another-spec", width=7))
+            await cloud.send(envelopes)
+            await cloud.until_learned(15)
+            assert cloud.count("other_spec") > 200
+            await cloud.until(lambda: cloud.count("gate_judged") >= 1)
+            assert host.hold_out.rows().features.shape[1] == 3
+
+    asyncio.run(scenario())
+
+
+def test_reports_that_nobody_may_send_are_counted(home, family):
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (_, cloud, _running):
+            await cloud.until(lambda: True)
+            await cloud.bus.publish(subjects.report("a"), b"garbage")
+            await cloud.until(lambda: cloud.count("bad_reports") == 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_learner_that_cannot_write_ends_with_that_error_and_the_next_goes_on(
+    home, family, envelopes, capsys
+):
+    broker = MemoryBroker()
+    away = home.archive.with_name("away")
+
+    async def failing():
+        async with hosted(home, family, broker) as (_, cloud, running):
+            await cloud.until(lambda: True)
+            home.archive.rename(away)
+            home.archive.write_text("in the way")
+            await cloud.send(envelopes)
+            async with asyncio.timeout(WAIT_S):
+                await asyncio.wait([running])
+            home.archive.unlink()
+            away.rename(home.archive)
+            return running.exception()
+
+    async def scenario():
+        failure = await failing()
+        async with hosted(home, family, broker) as (_, cloud, _running):
+            await cloud.send(envelopes)
+            await cloud.until_learned(10)
+        raise failure
+
+    with pytest.raises(SystemExit) as caught:
+        _guarded(lambda: asyncio.run(scenario()))
+    assert caught.value.code == 1
+    assert f"{home.archive}" in capsys.readouterr().err
+    check_ledger(home, len(batched(home)))
+
+
+def serve(home, url):
+    command = [sys.executable, "-m", "cloud_learner.cli", "serve", "--home", str(home.root)]
+    return subprocess.Popen(
+        [*command, "--nats", url], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_learner_has_learned_every_batch_once_in_the_end(home, envelopes, tmp_path):
+    third = len(envelopes) // 3
+
+    async def beside(url, envelopes, batches):
+        cloud = Cloud(await connect(url, name="test"))
+        await cloud.listen()
+        await cloud.until(lambda: True)
+        await cloud.send(envelopes)
+        await cloud.until_learned(batches)
+        await cloud.bus.close()
+        return cloud
+
+    with Broker.start(tmp_path / "broker") as broker:
+        first = serve(home, broker.url)
+        try:
+            asyncio.run(beside(broker.url, envelopes[: 2 * third], 3))
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.communicate(timeout=WAIT_S)
+        assert checkpoint.load(home.checkpoint)["number"] == 0  # what was learned was not kept
+        second = serve(home, broker.url)
+        try:
+            cloud = asyncio.run(beside(broker.url, envelopes[third:], 10))
+        finally:
+            second.terminate()
+            _, said = second.communicate(timeout=WAIT_S)
+    assert (second.returncode, "stopped" in said) == (0, True), said
+    assert cloud.count("learned_twice") == 0
+    assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
+    check_ledger(home, len(batched(home)))
