@@ -18,7 +18,7 @@ from torch import nn
 from cloud_learner.train.dataset import Rows, concatenate
 from cloud_learner.train.replica import Replica, Replicas, chunks
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 
 
 class Student:

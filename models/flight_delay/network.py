@@ -28,7 +28,7 @@ def build_teacher(spec: Spec, rows: Rows) -> nn.Module:
 
 def build_student(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the device."""
-    return Network(spec, rows, hidden=(32, 16), dropout=0.0)
+    return Network(spec, rows, hidden=(64, 32), dropout=0.0)
 
 
 class Network(nn.Module):
