@@ -71,13 +71,14 @@ class Live:
                 ),
                 READY_S,
             )
-            first_s = rows[0].time_s
+            # What the bootstrap has learned is not learned again: nothing to wait for before it.
+            known_s = self._home.origin().learned_through_s
             self.player = Player(
                 rows,
                 fleet.sockets,
                 self._interface,
                 horizon=lambda: (
-                    max(first_s, watch.status.clock_s if watch.status else first_s) + LAG_S
+                    max(known_s, watch.status.clock_s if watch.status else known_s) + LAG_S
                 ),
             )
             watch.on_status.append(self.player.advance)
