@@ -35,7 +35,8 @@ from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
 POISON_SHARE = 0.4
-LIES = 24_000
+LIES = 36_000
+ATTEMPTS = 3  # a lie that spoils the ranking too is caught offline, and told again
 POLL_S = 0.05
 SOON = 0.4  # of the evidence that promotes the release on trial
 
@@ -115,17 +116,18 @@ class AttackedHost(Host):
         """
         while not self._soon_free():  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(POLL_S)
-        candidate = await self._learned_from(believed)
-        self._poison.poisoned = True
-        try:
-            judgement = await self.submit(candidate)
-            if judgement.outcome != "pass":
-                return judgement.outcome
-            while not self._placed(judgement.sha256):  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(POLL_S)
-        finally:
-            self._poison.poisoned = False
-        return judgement.sha256
+        for _ in range(ATTEMPTS):
+            candidate = await self._learned_from(believed)
+            self._poison.poisoned = True
+            try:
+                judgement = await self.submit(candidate)
+                while judgement.outcome == "pass" and not self._placed(judgement.sha256):
+                    await asyncio.sleep(POLL_S)
+            finally:
+                self._poison.poisoned = False
+            if judgement.outcome == "pass":
+                return judgement.sha256
+        return judgement.outcome
 
     def _soon_free(self) -> bool:
         gates = self.controller.status()["gates"]
