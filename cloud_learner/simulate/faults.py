@@ -121,7 +121,7 @@ class AttackedHost(Host):
             self._poison.poisoned = True
             try:
                 judgement = await self.submit(candidate)
-                while judgement.outcome == "pass" and not self._placed(judgement.sha256):
+                while judgement.outcome == "pass" and not self._placed(judgement.sha256):  # noqa: ASYNC110
                     await asyncio.sleep(POLL_S)
             finally:
                 self._poison.poisoned = False
