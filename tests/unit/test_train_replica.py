@@ -100,7 +100,7 @@ def test_learning_makes_both_replicas_better():
         return np.mean((replica.answers(test.features) - test.labels) ** 2)
 
     fast, stable = brier(both.fast), brier(both.stable)
-    for number in range(40):
+    for number in range(300):
         both.learn(rows(200, seed=number), random)
 
     assert brier(both.fast) < 0.98 * fast
