@@ -53,7 +53,8 @@ def student(family, rows, seed):
     network = family.build_student(rows)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+            # Scaled by the width of the layer, so that a wider student is no wilder one.
+            parameter.add_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
     return network.eval()
 
 
@@ -127,7 +128,7 @@ def test_int8_stays_near_the_float_form_and_is_smaller_arithmetic(graph, family,
 
     gap = np.abs(score_batch(runner(model), rows) - score_batch(runner(int8), rows))
 
-    assert gap.max() < 0.06  # an untrained student with large weights; trained ones stay far below
+    assert gap.max() < 0.05
     assert 0 < gap.mean() < 0.01
     weights = [t for t in int8.graph.initializer if t.data_type == onnx.TensorProto.INT8]
     assert len(weights) >= 3
