@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[2]
 # Bottom to top; a room imports only itself and what stands before it. `rollout.plan` is pure and
 # stands apart from its room: trust and shelf judge and keep plans, the agent above drives them.
 EDGE_ORDER = (
-    *("errors", "clock", "files", "metrics", "wire", "config", "bus", "features", "inference"),
+    *("errors", "clock", "files", "metrics", "cpus", "logs", "notify", "wire", "config", "bus"),
+    *("features", "inference"),
     *("events", "personal", "rollout.plan", "update", "rollout", "snapshots", "family", "labels"),
-    *("restart", "runtime", "factory", "api", "daemon", "cli", ""),
+    *("restart", "runtime", "factory", "api", "doctor", "daemon", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
