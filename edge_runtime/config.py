@@ -15,22 +15,53 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.subjects import checked_name
 
+LOCAL_DEVICE = "local"
 SOCKET_BYTES_MAX = 107  # sun_path of Linux, without its closing zero
 _AT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<key>.*)`", re.DOTALL)
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The event log: how long a group may wait for its disk write, and how large the log may be."""
+    """The event log: how long a group waits for its disk write, and how large the log may be."""
 
     linger_ms: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
+    linger_max_ms: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 50
     bytes_max_mb: Annotated[int, msgspec.Meta(ge=32)] = 1024
+
+
+class HttpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where HTTP is served: on a loopback port (0: any free one), a Unix socket, both, neither."""
+
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
+    socket: Path | None = None
+    body_max_mb: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16
+
+    @property
+    def enabled(self) -> bool:
+        """Whether HTTP is served at all."""
+        return self.port is not None or self.socket is not None
+
+
+class InferenceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Models too heavy for the event loop: their queue, their micro-batches, their deadline."""
+
+    queue_max: Annotated[int, msgspec.Meta(ge=1)] = 256
+    batch_rows_max: Annotated[int, msgspec.Meta(ge=1)] = 1
+    batch_delay_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+
+
+class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the daemon says of itself on stderr."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,7 +69,10 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `nats` is the broker's URL; empty: the device answers from its shelf and sends nothing.
     `root` is the trusted root of signed metadata, needed as soon as there is a broker. The agent
-    asks for updates when nudged, and every `poll_s` seconds.
+    asks for updates when nudged, and every `poll_s` seconds. `socket_mode` and `socket_group` are
+    those of both Unix sockets.
+
+    `package` is no key of the file: with it, the device serves that one ONNX file and no shelf.
     """
 
     device: str
@@ -48,12 +82,23 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     nats: str = ""
     root: Path | None = None
     attributes: dict[str, str] = {}
+    socket_mode: Annotated[str, msgspec.Meta(pattern="^0[0-7]{3}$")] = "0600"
+    socket_group: str = ""
     log: LogConfig = LogConfig()
+    http: HttpConfig = HttpConfig()
+    inference: InferenceConfig = InferenceConfig()
+    logging: LoggingConfig = LoggingConfig()
     poll_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    package: Path | None = None
 
     def serves(self, family: str) -> bool:
         """Whether this device is configured to serve `family`."""
         return family in self.families
+
+    @property
+    def socket_bits(self) -> int:
+        """`socket_mode` as a number."""
+        return int(self.socket_mode, 8)
 
 
 def load(path: Path) -> EdgeConfig:
@@ -83,16 +128,41 @@ def parse(text: str, path: Path) -> EdgeConfig:
     return _checked(_resolved(config, path.absolute().parent), path)
 
 
+def local_config(
+    package: Path,
+    family: str,
+    state_dir: Path,
+    *,
+    socket: Path | None = None,
+    http: HttpConfig | None = None,
+) -> EdgeConfig:
+    """Serve the one ONNX file `package` as `family`: no broker, no keys, no learner.
+
+    Raises: ConfigError for a family's name or a socket's path that cannot work.
+    """
+    config = EdgeConfig(
+        device=LOCAL_DEVICE,
+        families=[family],
+        state_dir=state_dir,
+        socket=socket or state_dir / "edge.sock",
+        http=http or HttpConfig(),
+        log=LogConfig(bytes_max_mb=64),
+        package=package,
+    )
+    return _checked(_resolved(config, Path.cwd()), package)
+
+
 def _check_keys(table: dict[str, Any], struct: type, path: Path, prefix: str) -> None:
     fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    fields.pop("package", None)
     for key, value in table.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"keys: {', '.join(fields)}"
             raise ConfigError("unknown_key", f"{path}: {prefix}{key}: unknown key", hint)
         inner = fields[key]
-        if inner is LogConfig and isinstance(value, dict):
-            _check_keys(value, LogConfig, path, f"{prefix}{key}.")
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct) and type(value) is dict:
+            _check_keys(value, inner, path, f"{prefix}{key}.")
 
 
 def _path_hook(wanted: type, value: Any) -> Any:
@@ -120,6 +190,10 @@ def _resolved(config: EdgeConfig, folder: Path) -> EdgeConfig:
         state_dir=folder / config.state_dir,
         socket=folder / config.socket,
         root=None if config.root is None else folder / config.root,
+        package=None if config.package is None else folder / config.package,
+        http=msgspec.structs.replace(
+            config.http, socket=None if config.http.socket is None else folder / config.http.socket
+        ),
     )
 
 
@@ -130,12 +204,7 @@ def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
             checked_name(family, "families:")
     except ConfigError as error:
         raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
-    if len(str(config.socket).encode()) > SOCKET_BYTES_MAX:
-        raise ConfigError(
-            "socket_too_long",
-            f"{path}: socket: {config.socket} is longer than {SOCKET_BYTES_MAX} bytes",
-            "put the socket into a folder with a shorter name, such as /run/headwater",
-        )
+    _check_sockets({"socket": config.socket, "http.socket": config.http.socket}, path)
     if config.nats and config.root is None:
         raise ConfigError(
             "no_root",
@@ -143,3 +212,19 @@ def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
             'add root = "root.json", the file 1.root.json that the publisher gave you',
         )
     return config
+
+
+def _check_sockets(sockets: dict[str, Path | None], path: Path) -> None:
+    for key, socket in sockets.items():
+        if socket is not None and len(str(socket).encode()) > SOCKET_BYTES_MAX:
+            raise ConfigError(
+                "socket_too_long",
+                f"{path}: {key}: {socket} is longer than {SOCKET_BYTES_MAX} bytes",
+                "put the socket into a folder with a shorter name, such as /run/headwater",
+            )
+    if sockets["socket"] == sockets["http.socket"]:
+        raise ConfigError(
+            "socket_taken",
+            f"{path}: http.socket: {sockets['http.socket']} is where the device's own socket is",
+            'choose another name, such as socket = "http.sock" under [http]',
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,53 @@ def test_all_keys_are_read() -> None:
     found = parse(
         GOOD
         + 'nats = "nats://127.0.0.1:4222"\nroot = "root.json"\npoll_s = 5\n'
-        + '[attributes]\nairport = "EWR"\n[log]\nlinger_ms = 2\nbytes_max_mb = 64\n'
+        + 'socket_mode = "0660"\nsocket_group = "video"\n'
+        + '[attributes]\nairport = "EWR"\n'
+        + "[log]\nlinger_ms = 2\nlinger_max_ms = 20\nbytes_max_mb = 64\n"
+        + '[http]\nport = 8080\nsocket = "http.sock"\nbody_max_mb = 1\n'
+        + "[inference]\nqueue_max = 8\nbatch_rows_max = 4\nbatch_delay_us = 500\ndeadline_ms = 90\n"
+        + '[logging]\nformat = "json"\nlevel = "debug"\n'
     )
     assert found.attributes == {"airport": "EWR"}
-    assert found.log == config.LogConfig(linger_ms=2, bytes_max_mb=64)
+    assert (found.socket_bits, found.socket_group) == (0o660, "video")
+    assert found.log == config.LogConfig(linger_ms=2, linger_max_ms=20, bytes_max_mb=64)
+    assert found.http == config.HttpConfig(8080, Path("/etc/edge/http.sock"), 1)
+    assert found.inference == config.InferenceConfig(8, 4, 500, 90)
+    assert found.logging == config.LoggingConfig("json", "debug")
     assert found.root == Path("/etc/edge/root.json")
     assert found.poll_s == 5.0
+
+
+def test_http_is_served_only_when_a_place_is_named() -> None:
+    assert not parse(GOOD).http.enabled
+    assert parse(GOOD + "[http]\nport = 0").http.enabled
+    assert parse(GOOD + "[http]\nsocket = 'http.sock'").http.enabled
+
+
+def test_a_local_configuration_serves_one_file_and_asks_nobody(tmp_path: Path) -> None:
+    found = config.local_config(tmp_path / "my.onnx", "my", tmp_path / "state")
+    assert (found.package, found.families) == (tmp_path / "my.onnx", ["my"])
+    assert (found.nats, found.root, found.http.enabled) == ("", None, False)
+    assert found.socket == tmp_path / "state" / "edge.sock"
+
+
+def test_a_local_configuration_takes_paths_from_where_one_stands(tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        found = config.local_config(
+            Path("my.onnx"),
+            "my",
+            Path("state"),
+            socket=Path("a.sock"),
+            http=config.HttpConfig(socket=Path("http.sock")),
+        )
+    assert (found.package, found.socket) == (tmp_path / "my.onnx", tmp_path / "a.sock")
+    assert (found.state_dir, found.http.socket) == (tmp_path / "state", tmp_path / "http.sock")
+
+
+def test_a_local_family_must_have_a_name_that_works(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.local_config(tmp_path / "my.onnx", "my model", tmp_path)
+    assert caught.value.code == "bad_name"
 
 
 def test_the_same_text_is_read_from_a_file(tmp_path: Path) -> None:
@@ -63,6 +105,21 @@ def test_the_same_text_is_read_from_a_file(tmp_path: Path) -> None:
         ("poll_s = 0", "bad_value", "poll_s: expected", ""),
         ("[log]\nlinger_ms = 5.5", "bad_value", "log.linger_ms: expected int", ""),
         ("[log]\nbytes_max_mb = 1", "bad_value", "log.bytes_max_mb: expected int", ""),
+        ("package = 'x.onnx'", "unknown_key", "package", "keys: device"),
+        ("[http]\nprot = 1", "unknown_key", "http.prot", "did you mean http.port?"),
+        ("[http]\nport = 65536", "bad_value", "http.port: expected", ""),
+        ("[http]\nsocket = 1", "bad_value", "http.socket: expected a path", ""),
+        ("[http]\nsocket = 'edge.sock'", "socket_taken", "http.socket", "http.sock"),
+        ("[http]\nbody_max_mb = 0", "bad_value", "http.body_max_mb: expected int", ""),
+        ("[inference]\nqueue = 1", "unknown_key", "inference.queue", "inference.queue_max?"),
+        ("[inference]\nqueue_max = 0", "bad_value", "inference.queue_max", ""),
+        ("[inference]\nbatch_rows_max = 0", "bad_value", "inference.batch_rows_max", ""),
+        ("[inference]\nbatch_delay_us = -1", "bad_value", "inference.batch_delay_us", ""),
+        ("[inference]\ndeadline_ms = 0", "bad_value", "inference.deadline_ms", ""),
+        ("[logging]\nformat = 'xml'", "bad_value", "logging.format: invalid enum", ""),
+        ("[logging]\nlevle = 'info'", "unknown_key", "logging.levle", "logging.level?"),
+        ("logging = 'json'", "bad_value", "logging: expected object", ""),
+        ("socket_mode = '600'", "bad_value", "socket_mode: expected str", ""),
         ("[attributes]\nairport = 3", "bad_value", "attributes", ""),
         ("root = ''", "bad_value", "root: expected a path", ""),
         ("nats = 'nats://x'", "no_root", "root: missing", "1.root.json"),
@@ -94,6 +151,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ('["flight_delay"]', '["flight delay"]', "bad_name"),
         ('["flight_delay"]', "[]", "bad_value"),
         ('"edge.sock"', f'"{"x" * 100}"', "socket_too_long"),
+        ('"edge.sock"', f'"a"\nhttp.socket = "{"x" * 100}"', "socket_too_long"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(old: str, new: str, code: str) -> None:
