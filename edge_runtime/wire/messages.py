@@ -102,12 +102,18 @@ class Watermark(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ArmReport(msgspec.Struct, array_like=True, frozen=True):
-    """A release that a device has in memory; `serving_since_s` is wall time."""
+    """A release that a device has in memory; `serving_since_s` is wall time.
+
+    `variant` names the package that the device chose, empty where the release has only one;
+    `run_us` is what a row took when it was loaded, 0 where that is unknown.
+    """
 
     family: str
     arm: str
     release: str
     serving_since_s: float
+    variant: str = ""
+    run_us: float = 0.0
 
 
 class Report(msgspec.Struct, array_like=True, frozen=True):
