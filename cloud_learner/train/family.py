@@ -34,6 +34,7 @@ Rows = npt.NDArray[np.float32]
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+Form = Literal["int8", "float32"]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -79,12 +80,16 @@ class Gates(_Section, frozen=True):
 
 
 class Rollout(_Section, frozen=True):
-    """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold."""
+    """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold.
+
+    `variants` are the forms that a release ships and devices choose from, the default one first.
+    """
 
     selector: dict[str, str]
     canary_share: Share = 0.2
     margin: Annotated[float, Meta(gt=0)] = 0.0025
     pairs_max: Count = 8000
+    variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
 
 
 class FamilyConfig(_Section, frozen=True):
