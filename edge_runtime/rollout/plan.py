@@ -27,11 +27,20 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+class Variant(msgspec.Struct, frozen=True):
+    """One of the packages of a release: `path` is its name in the signed metadata."""
+
+    name: str
+    path: str
+    sha256: str
+
+
 class PlanArm(msgspec.Struct, frozen=True):
     """One release of a plan.
 
     `path` is the name of the package in the signed metadata, `sha256` its content in hex, `counter`
-    its release counter, `weight` its share of the answers relative to the other arm's.
+    its release counter, `weight` its share of the answers relative to the other arm's. `variants`
+    is empty where the release has one package; else it lists all of them, that one first.
     """
 
     release: str
@@ -39,6 +48,12 @@ class PlanArm(msgspec.Struct, frozen=True):
     sha256: str
     counter: int
     weight: float
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def packages(self) -> tuple[Variant, ...]:
+        """What a device may load for this arm, the default first; a single package has no name."""
+        return self.variants or (Variant("", self.path, self.sha256),)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,9 +82,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 _decoder = msgspec.json.Decoder(Plan)
 
 
-def model_path(family: str, release: str) -> str:
-    """The name that a release's package has in the signed metadata."""
-    return f"m/{family}/{release}.onnx"
+def model_path(family: str, release: str, variant: str = "") -> str:
+    """The name that a package has in the signed metadata; the default variant's names none."""
+    return f"m/{family}/{release}.{variant}.onnx" if variant else f"m/{family}/{release}.onnx"
 
 
 def plan_path(family: str) -> str:
@@ -153,6 +168,23 @@ def _check_arm(plan: Plan, arm: PlanArm) -> None:
         raise _bad(plan, f"weight of {arm.release} is {arm.weight}")
     if arm.counter < 0:
         raise _bad(plan, f"counter of {arm.release} is {arm.counter}")
+    if arm.variants:
+        _check_variants(plan, arm)
+
+
+def _check_variants(plan: Plan, arm: PlanArm) -> None:
+    default, *others = arm.variants
+    if (default.path, default.sha256) != (arm.path, arm.sha256):
+        raise _bad(plan, f"the first variant of {arm.release} is not its own package")
+    for each in others:
+        if each.path != model_path(plan.family, arm.release, each.name):
+            raise _bad(plan, f"{each.path!r} is no variant of {arm.release}")
+        if not _SHA256.fullmatch(each.sha256):
+            raise _bad(plan, f"sha256 of {each.path} is not 64 hex digits")
+    if not all(_NAME.fullmatch(each.name) for each in arm.variants):
+        raise _bad(plan, f"a variant of {arm.release} has no proper name")
+    if len({each.name for each in arm.variants}) < len(arm.variants):
+        raise _bad(plan, f"two variants of {arm.release} have the same name")
 
 
 def _bad(plan: Plan, what: str) -> TrustError:

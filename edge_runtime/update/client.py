@@ -36,7 +36,7 @@ from edge_runtime.errors import (
     TrustError,
 )
 from edge_runtime.files import write_atomic
-from edge_runtime.rollout.plan import Plan, PlanArm, decode_plan, plan_path
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
 from edge_runtime.update.fetcher import BASE_URL, BusFetcher
 from edge_runtime.update.shelf import Shelf
@@ -118,20 +118,21 @@ class UpdateClient:
         plan = self._read_plan(family, target)
         trust.check_plan(self._floor, family, plan)
         for arm in plan.arms:
-            self._proven_target(arm)
+            for package in arm.packages:
+                self._proven_target(arm, package)
         return plan
 
-    def fetch(self, arm: PlanArm, shelf: Shelf) -> Path:
-        """The package of an arm on the shelf, brought there if need be and proven.
+    def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf) -> Path:
+        """One of an arm's packages on the shelf, brought there if need be and proven.
 
         Raises: TrustError (not_released, plan_mismatch, release_below_floor, hash_mismatch,
         release_quarantined, wrong_length), TransportError (absent, unreachable), CapacityError.
         """
-        target = self._proven_target(arm)
-        if arm.sha256 in shelf.quarantined():
+        target = self._proven_target(arm, package)
+        if package.sha256 in shelf.quarantined():
             trust.check_release(self._floor, _family(arm), arm.counter, quarantined=True)
         with _ours(f"the package of {arm.release}"):
-            return shelf.put(arm.sha256, self._fetcher.chunks(arm.sha256, target.length))
+            return shelf.put(package.sha256, self._fetcher.chunks(package.sha256, target.length))
 
     def confirm(self, plan: Plan) -> None:
         """Raise the floor to `plan` and the metadata that proved it: it serves now.
@@ -171,14 +172,15 @@ class UpdateClient:
         with _ours(f"the metadata of {path}"):
             return self._refreshed().get_targetinfo(path)
 
-    def _proven_target(self, arm: PlanArm) -> TargetFile:
-        target = self._target(arm.path)
+    def _proven_target(self, arm: PlanArm, package: Variant) -> TargetFile:
+        """The counter binds the packages of a release: a plan cannot mix those of two."""
+        target = self._target(package.path)
         if target is None:
-            raise TrustError("not_released", f"{arm.path} is not among the signed releases")
+            raise TrustError("not_released", f"{package.path} is not among the signed releases")
         counter = (target.custom or {}).get("counter")
-        if target.hashes.get("sha256") != arm.sha256 or counter != arm.counter:
+        if target.hashes.get("sha256") != package.sha256 or counter != arm.counter:
             raise TrustError(
-                "plan_mismatch", f"the plan and the signed release of {arm.path} differ"
+                "plan_mismatch", f"the plan and the signed release of {package.path} differ"
             )
         family = _family(arm)
         floor = self._release_floor(family)

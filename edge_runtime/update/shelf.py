@@ -1,10 +1,12 @@
 """Where packages lie on a device: files named by their content, and which of them run now.
 
-Why: a restart without a network serves at once from what was verified before.
+Why: a restart without a network serves at once from what was verified before, and a release that
+disappoints can be left at once for the one before it.
 
 Invariants: a package appears under its name whole or not at all: the rename in `put` is the commit
-point. A file whose bytes do not match its name is never handed out. The current plan of a family is
-one file, replaced in one commit point; so is the list of quarantined packages.
+point. A file whose bytes do not match its name is never handed out. A family's current plan and the
+good one before it are one file, replaced in one commit point; so are the list of quarantined
+packages and the choice of variants, whose loss costs a new choice. Any thread may call.
 
 Knows nothing about signatures: the caller has verified the hash that it asks for.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +26,25 @@ from edge_runtime.errors import CapacityError, TrustError
 from edge_runtime.files import fsync_directory, write_atomic
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
 
+PLANS_VERSION = 2
+
 _READ_BYTES = 1 << 20
 
 
+class _Version(msgspec.Struct):
+    version: int
+
+
+class _Plans(msgspec.Struct):
+    """A family's file; version 1 was the current plan alone."""
+
+    version: int
+    current: msgspec.Raw
+    previous: msgspec.Raw | None = None
+
+
 class Shelf:
-    """The packages, current plans and quarantine under one directory; one user at a time."""
+    """The packages, current plans and quarantine under one directory; one process at a time."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -35,8 +52,10 @@ class Shelf:
         self._packages.mkdir(parents=True, exist_ok=True)
         for leftover in self._packages.glob(".*.part"):
             leftover.unlink()
+        self._lock = threading.Lock()
         self._proven: set[str] = set()
         self._quarantined = self._load_quarantine()
+        self._chosen = self._load_choices()
         self._counts = {"put": 0, "corrupt": 0, "pruned": 0}
 
     def path_of(self, sha256: str) -> Path | None:
@@ -73,7 +92,7 @@ class Shelf:
 
         Raises: CapacityError (shelf_unwritable).
         """
-        with _ours("the shelf"):
+        with self._lock, _ours("the shelf"):
             return self._prune(keep)
 
     def save_current(self, plan: Plan) -> None:
@@ -81,27 +100,41 @@ class Shelf:
 
         Raises: CapacityError (shelf_unwritable), with the last one kept.
         """
-        with _ours(f"the current plan of {plan.family}"):
-            write_atomic(self._current(plan.family), encode_plan(plan))
+        with self._lock, _ours(f"the current plan of {plan.family}"):
+            write_atomic(self._current(plan.family), self._encoded(plan))
 
     def load_current(self, family: str) -> Plan | None:
         """The plan that ran last; None before the first. Raises: TrustError (bad_plan)."""
-        try:
-            data = self._current(family).read_bytes()
-        except FileNotFoundError:
-            return None
-        return decode_plan(data)
+        return self._plans(family)[0]
+
+    def load_previous(self, family: str) -> Plan | None:
+        """The newest plan before the current one with another stable release that is still good.
+
+        Raises: TrustError (bad_plan).
+        """
+        return self._plans(family)[1]
 
     def quarantine(self, sha256: str, reason: str) -> None:
         """Never use this package again on this device, for `reason` (an error code).
 
         Raises: CapacityError (shelf_unwritable); it then holds until the next restart.
         """
-        self._quarantined[sha256] = reason
-        with _ours("the quarantine"):
-            write_atomic(
-                self._directory / "quarantine.json", msgspec.json.encode(self._quarantined)
-            )
+        with self._lock, _ours("the quarantine"):
+            self._quarantined = self._quarantined | {sha256: reason}
+            write_atomic(self._quarantine_path, msgspec.json.encode(self._quarantined))
+
+    def choose(self, default: str, chosen: str) -> None:
+        """Remember which of a release's packages, known by its default one, this device runs.
+
+        Raises: CapacityError (shelf_unwritable); it then holds until the next restart.
+        """
+        with self._lock, _ours("the choice of variants"):
+            self._chosen = self._chosen | {default: chosen}
+            write_atomic(self._choices_path, msgspec.json.encode(self._chosen))
+
+    def chosen(self, default: str) -> str | None:
+        """What `choose` was told about the release with this default package."""
+        return self._chosen.get(default)
 
     def quarantined(self) -> dict[str, str]:
         """The packages that are not used again, with the reason."""
@@ -116,8 +149,40 @@ class Shelf:
         for path in gone:
             path.unlink()
             self._proven.discard(path.stem)
+        self._chosen = {each: sha for each, sha in self._chosen.items() if sha in keep}
         self._counts["pruned"] += len(gone)
         return len(gone)
+
+    def _encoded(self, plan: Plan) -> bytes:
+        """The family's file with `plan` as the current one; one that cannot be read is given up."""
+        try:
+            known = self._plans(plan.family)
+        except TrustError:
+            known = None, None
+        previous = next((each for each in known if each and self._is_good_before(each, plan)), None)
+        before = None if previous is None else msgspec.Raw(encode_plan(previous))
+        return msgspec.json.encode(_Plans(PLANS_VERSION, msgspec.Raw(encode_plan(plan)), before))
+
+    def _is_good_before(self, old: Plan, new: Plan) -> bool:
+        left = all(each.sha256 in self._quarantined for each in old.stable.packages)
+        return old.stable.sha256 != new.stable.sha256 and not left
+
+    def _plans(self, family: str) -> tuple[Plan | None, Plan | None]:
+        path = self._current(family)
+        try:
+            data = path.read_bytes()
+            version = msgspec.json.decode(data, type=_Version).version
+            if version == 1:
+                return decode_plan(data), None
+            plans = msgspec.json.decode(data, type=_Plans)
+        except FileNotFoundError:
+            return None, None
+        except (msgspec.DecodeError, ValueError) as error:
+            raise TrustError("bad_plan", f"{path} cannot be read: {error}") from error
+        if version != PLANS_VERSION:
+            raise TrustError("bad_plan", f"{path} has version {version}; this reads 1 and 2")
+        previous = None if plans.previous is None else decode_plan(bytes(plans.previous))
+        return decode_plan(bytes(plans.current)), previous
 
     def _path(self, sha256: str) -> Path:
         return self._packages / f"{sha256}.onnx"
@@ -133,8 +198,22 @@ class Shelf:
         finally:
             staged.unlink(missing_ok=True)
 
+    @property
+    def _quarantine_path(self) -> Path:
+        return self._directory / "quarantine.json"
+
+    @property
+    def _choices_path(self) -> Path:
+        return self._directory / "choices.json"
+
+    def _load_choices(self) -> dict[str, str]:
+        try:
+            return msgspec.json.decode(self._choices_path.read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.DecodeError, ValueError):
+            return {}
+
     def _load_quarantine(self) -> dict[str, str]:
-        path = self._directory / "quarantine.json"
+        path = self._quarantine_path
         if not path.exists():
             return {}
         try:
