@@ -5,7 +5,8 @@ request, and whatever goes wrong leaves the current release serving and shows in
 
 Invariants: network, disk and model loading happen on the thread `update`, swaps on the event loop.
 A release serves before its plan is confirmed, and is remembered for a restart after that. A package
-that fails on this device is quarantined by its hash and never tried again.
+that fails on this device, or that was left by a local roll back, is quarantined by its hash and
+never tried again: a plan that has nothing else is refused, until a newer one names other packages.
 
 Knows nothing about signatures (the client proves them) nor about how predictions are made.
 """
@@ -19,13 +20,15 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edge_runtime.bus.base import Bus, Message
-from edge_runtime.errors import HeadwaterError, PackageError, TransportError
-from edge_runtime.inference.slot import Arm, load_arm
-from edge_runtime.rollout.plan import Plan, PlanArm, arms_for
+from edge_runtime.errors import HeadwaterError, TransportError, TrustError
+from edge_runtime.inference.slot import Arm
+from edge_runtime.rollout.arms import load_plan_arm, packages_kept
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import Report
@@ -61,7 +64,7 @@ class Updates(Protocol):
 
     def plan(self, family: str, /) -> Plan: ...
 
-    def fetch(self, arm: PlanArm, shelf: Shelf, /) -> Path: ...
+    def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path: ...
 
     def confirm(self, plan: Plan, /) -> None: ...
 
@@ -69,7 +72,8 @@ class Updates(Protocol):
 class Agent:
     """Follows the plans of `host`'s families; asks when nudged and every `poll_s` seconds.
 
-    `attributes` decide whether this device is one of a plan's canaries.
+    `attributes` decide whether this device is one of a plan's canaries. `prove` tries a package
+    where it can do no harm, before it is loaded here; it raises PackageError.
     """
 
     def __init__(
@@ -81,9 +85,10 @@ class Agent:
         *,
         attributes: dict[str, str],
         poll_s: float,
+        prove: Callable[[Path], None] | None = None,
     ) -> None:
         self._host, self._client, self._shelf, self._bus = host, client, shelf, bus
-        self._attributes, self._poll_s = attributes, poll_s
+        self._attributes, self._poll_s, self._prove = attributes, poll_s, prove
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update")
         self._nudged, self._changed = asyncio.Event(), asyncio.Event()
         self._settled: dict[str, Plan] = {}
@@ -144,13 +149,15 @@ class Agent:
             if plan != self._host.current(family):
                 await self._apply(family, plan)
             if plan != self._settled.get(family):
-                await self._in_thread(self._settle, plan, self._kept_packages())
+                current = [self._host.current(each) for each in self._host.families]
+                await self._in_thread(self._settle, plan, [each for each in current if each])
                 self._settled[family] = plan
         except HeadwaterError as error:
             self._note(family, error)
 
     async def _apply(self, family: str, plan: Plan) -> None:
         arms = await self._in_thread(self._load_arms, plan)
+        self._refuse_left(arms)
         self._host.swap(family, arms, plan)
         self._counts["applied"] += 1
         self._changed.set()
@@ -160,22 +167,26 @@ class Agent:
         return [self._load(name, arm) for name, arm in arms_for(plan, self._attributes)]
 
     def _load(self, name: str, arm: PlanArm) -> Arm:
-        path = self._client.fetch(arm, self._shelf)
-        try:
-            return load_arm(path, arm.sha256, name, arm.release, arm.weight)
-        except PackageError as error:
-            if error.code != "hash_mismatch":
-                self._shelf.quarantine(arm.sha256, error.code)
-            raise
+        obtain = partial(self._obtain, arm)
+        return load_plan_arm(self._shelf, name, arm, obtain, self._prove)
 
-    def _settle(self, plan: Plan, keep: set[str]) -> None:
+    def _obtain(self, arm: PlanArm, package: Variant) -> Path:
+        return self._client.fetch(arm, package, self._shelf)
+
+    def _refuse_left(self, arms: Sequence[Arm]) -> None:
+        """While they were loaded, the application may have rolled back from one of them."""
+        for arm in arms:
+            if arm.sha256 in self._shelf.quarantined():
+                raise TrustError("release_quarantined", f"{arm.release} was left a moment ago")
+
+    def _settle(self, plan: Plan, current: Sequence[Plan]) -> None:
+        """Confirm and remember `plan`; keep the packages that run, and those to go back to."""
         self._client.confirm(plan)
         self._shelf.save_current(plan)
-        self._shelf.prune(keep)
-
-    def _kept_packages(self) -> set[str]:
-        plans = [self._host.current(family) for family in self._host.families]
-        return {arm.sha256 for plan in plans if plan is not None for arm in plan.arms}
+        previous = [self._shelf.load_previous(family) for family in self._host.families]
+        arms = [arm for each in current for arm in each.arms]
+        arms += [each.stable for each in previous if each is not None]
+        self._shelf.prune(set().union(*(packages_kept(self._shelf, arm) for arm in arms)))
 
     async def _on_refresh(self, _message: Message) -> None:
         self._counts["nudges"] += 1
@@ -209,4 +220,6 @@ class Agent:
 
 
 def _described(arms: Sequence[Arm]) -> str:
-    return ", ".join(f"{arm.name} {arm.release} ({arm.weight:g})" for arm in arms)
+    return ", ".join(
+        f"{arm.name} {arm.release} {arm.variant}".rstrip() + f" ({arm.weight:g})" for arm in arms
+    )

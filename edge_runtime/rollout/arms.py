@@ -1,0 +1,89 @@
+"""An arm of a plan brought into memory: which of its packages, and what becomes of those that fail.
+
+Why: an update and a restart must load a release in the same way, and come to the same package: a
+restart that chose anew would answer a little differently than before.
+
+Invariants: a package that fails here is quarantined by its hash, and the others may serve; what was
+chosen once is loaded again, alone, for as long as it is good. An arm whose packages all fail leaves
+everything as it was, with the first one's error.
+
+Knows nothing about signatures and slots that serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from edge_runtime.errors import PackageError, TrustError
+from edge_runtime.inference.slot import Arm, load_arm
+from edge_runtime.inference.variants import fastest
+from edge_runtime.rollout.plan import PlanArm, Variant
+from edge_runtime.update.shelf import Shelf
+
+Obtain = Callable[[Variant], Path]
+Prove = Callable[[Path], None]
+
+
+def load_plan_arm(
+    shelf: Shelf, name: str, arm: PlanArm, obtain: Obtain | None = None, prove: Prove | None = None
+) -> Arm:
+    """The arm of a plan in memory, of the package that is fastest of those that are right here.
+
+    `obtain` gives a package's path (None: what lies on the shelf); `prove` may refuse what lies
+    there before it is loaded into this process.
+
+    Raises: PackageError as `load_arm` (not_on_shelf), TrustError (release_quarantined),
+    CapacityError (shelf_unwritable), and what `obtain` and `prove` raise.
+    """
+    good = [each for each in arm.packages if each.sha256 not in shelf.quarantined()]
+    if not good:
+        raise TrustError(
+            "release_quarantined",
+            f"every package of {arm.release} failed or was left on this device before",
+            "publish a mended release; this one is not tried again here",
+        )
+    chosen = [each for each in good if each.sha256 == shelf.chosen(arm.sha256)]
+
+    def load(package: Variant) -> Arm:
+        path = (obtain or partial(_from_shelf, shelf))(package)
+        with _quarantining(shelf, package):
+            if prove is not None:
+                prove(path)
+            return load_arm(
+                path, package.sha256, name, arm.release, arm.weight, variant=package.name
+            )
+
+    loaded = fastest(partial(load, each) for each in chosen or good)
+    if arm.variants and not chosen:
+        shelf.choose(arm.sha256, loaded.sha256)
+    return loaded
+
+
+def packages_kept(shelf: Shelf, arm: PlanArm) -> set[str]:
+    """The hashes of an arm's packages that stay on the shelf: the chosen one, or else all."""
+    chosen = shelf.chosen(arm.sha256)
+    if chosen is None or chosen in shelf.quarantined():
+        return {each.sha256 for each in arm.packages}
+    return {chosen}
+
+
+@contextmanager
+def _quarantining(shelf: Shelf, package: Variant) -> Iterator[None]:
+    try:
+        yield
+    except PackageError as error:
+        if error.code != "hash_mismatch":  # then this file is not the package
+            shelf.quarantine(package.sha256, error.code)
+        raise
+
+
+def _from_shelf(shelf: Shelf, package: Variant) -> Path:
+    path = shelf.path_of(package.sha256)
+    if path is None:
+        raise PackageError(
+            "not_on_shelf", f"package {package.path} is missing or damaged on the shelf"
+        )
+    return path
