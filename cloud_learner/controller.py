@@ -207,6 +207,7 @@ class Controller:
         return {
             "plan_seq": report.plan_seq,
             "releases": {arm.arm: arm.release for arm in report.arms},
+            "variants": {arm.arm: arm.variant for arm in report.arms},
             "refused": dict(report.refused),
             "counters": dict(report.counters),
             "age_s": self._clock.now_s() - report.time_s,

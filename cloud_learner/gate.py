@@ -28,12 +28,17 @@ from edge_runtime.inference.slot import load_arm
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """What the gate says of one package: the outcome, every verdict, and the evidence."""
+    """What the gate says of a candidate: the outcome, every verdict, and the evidence.
+
+    `variants` are the hashes of the packages that were judged to ship, by form, the default one
+    first; that one's is `sha256`, too.
+    """
 
     sha256: str
     outcome: Outcome
     verdicts: list[Verdict]
     evidence: Evidence | None
+    variants: dict[str, str]
 
 
 class Gate:
@@ -57,26 +62,30 @@ class Gate:
         self._passed.add(sha256)
 
     def judge(self, package: bytes, float_package: bytes, serving: Path | None) -> Judgement:
-        """Score the package beside the release that serves, and rule on it."""
-        sha256 = hashlib.sha256(package).hexdigest()
+        """Score a candidate's int8 and float form beside what serves, and rule on it."""
+        forms = {"int8": package, "float32": float_package}
+        shipped = {name: _sha256(forms[name]) for name in self._limits.variants}
+        sha256 = shipped[self._limits.variants[0]]
         try:
             evidence = self._evidence(package, float_package, serving)
             verdicts = judge(evidence, self._limits)
-            judgement = Judgement(sha256, outcome(verdicts), verdicts, evidence)
+            judgement = Judgement(sha256, outcome(verdicts), verdicts, evidence, shipped)
         except PackageError as error:
             broken = Verdict("loads", "fail", math.nan, math.nan, str(error))
-            judgement = Judgement(sha256, "fail", [broken], None)
+            judgement = Judgement(sha256, "fail", [broken], None, shipped)
         self._remember(judgement)
         return judgement
 
     def _evidence(self, package: bytes, float_package: bytes, serving: Path | None) -> Evidence:
         recent = self._hold_out.rows() if self._hold_out is not None else None
         static, recent_score = self._score(package, recent)
-        static_float, _ = self._score(float_package, None)
+        static_float, recent_float = self._score(float_package, recent)
         serving_static = serving_recent = None
         if serving is not None:
             serving_static, serving_recent = self._score(serving.read_bytes(), recent)
-        return Evidence(static, static_float, recent_score, serving_static, serving_recent)
+        return Evidence(
+            static, static_float, recent_score, serving_static, serving_recent, recent_float
+        )
 
     def _score(
         self, package: bytes, recent: EvaluationSet | None
@@ -91,8 +100,12 @@ class Gate:
         self.counts["judged"] += 1
         self.counts[judgement.outcome] += 1
         if judgement.outcome == "pass":
-            self._passed.add(judgement.sha256)
+            self._passed.update(judgement.variants.values())
         self._lineage.append("verdict", **as_facts(judgement))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def as_facts(judgement: Judgement) -> dict[str, Any]:

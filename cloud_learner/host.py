@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, RequestError, TransportError
-from edge_runtime.rollout.plan import Plan, model_path
+from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
@@ -59,8 +60,11 @@ class Releases:
         self._counter = max((entry["counter"] for entry in lineage.read("release")), default=0)
 
     def register(self, candidate: Candidate, judgement: Judgement) -> Offer:
-        """Keep the package and give it the next release counter."""
-        sha256 = self._registry.put(candidate.package)
+        """Keep the packages that were judged and give them the next release counter."""
+        for data in (candidate.package, candidate.float_package):
+            if hashlib.sha256(data).hexdigest() in judgement.variants.values():
+                self._registry.put(data)
+        sha256 = judgement.sha256
         self._counter += 1
         release = f"r{self._counter:05d}-{sha256[:8]}"
         offer = Offer(
@@ -71,12 +75,14 @@ class Releases:
             file=str(self._registry.path(sha256)),
             learned_through_s=candidate.learned_through_s,
             arrived_s=candidate.arrived_s,
+            variants=self._variants(release, judgement.variants),
         )
         self._lineage.append(
             "release",
             release=release,
             counter=self._counter,
             sha256=sha256,
+            variants=judgement.variants,
             batch=candidate.number,
             weights=candidate.weights,
             learned_through_s=candidate.learned_through_s,
@@ -94,9 +100,22 @@ class Releases:
 
         return publish
 
+    def _variants(self, release: str, found: Mapping[str, str]) -> tuple[Variant, ...]:
+        """The variants of a plan's arm; none for a release of one package."""
+        names = ["", *list(found)[1:]]  # the default one's path names no variant
+        paths = [model_path(self._family, release, name) for name in names]
+        variants = tuple(
+            Variant(name, path, sha256)
+            for (name, sha256), path in zip(found.items(), paths, strict=True)
+        )
+        return variants if len(variants) > 1 else ()
+
     def _file(self, offer: Offer) -> ReleaseFile:
         data = Path(offer.file).read_bytes()
-        return ReleaseFile(self._family, offer.release, offer.counter, data)
+        others = {
+            each.name: self._registry.path(each.sha256).read_bytes() for each in offer.variants[1:]
+        }
+        return ReleaseFile(self._family, offer.release, offer.counter, data, variants=others)
 
 
 class Host:
@@ -117,7 +136,8 @@ class Host:
         self.gate = Gate(gate_limits(family), load_set(home.static), self.hold_out, lineage)
         for entry in lineage.read("verdict"):
             if entry["outcome"] == "pass":
-                self.gate.trust(entry["sha256"])
+                for sha256 in {entry["sha256"], *entry.get("variants", {}).values()}:
+                    self.gate.trust(sha256)
         self._releases = Releases(family.name, Registry(home.registry), lineage)
         self.publisher = Publisher(home.root, bus, release_signers(home, self.gate), clock)
         publish = self._releases.publishing(self.publisher)
@@ -242,8 +262,9 @@ def campaign_rules(family: Family) -> Rules:
 
 
 def gate_limits(family: Family) -> Limits:
-    """The offline gate's limits from the family's `[gates]`."""
-    return msgspec.convert(msgspec.to_builtins(family.config.gates), Limits)
+    """The offline gate's limits from the family's `[gates]`, and the forms that must keep them."""
+    section = msgspec.to_builtins(family.config.gates)
+    return msgspec.convert({**section, "variants": family.config.rollout.variants}, Limits)
 
 
 def release_signers(home: Home, gate: Gate) -> keys.Signers:

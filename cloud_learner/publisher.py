@@ -179,30 +179,32 @@ class Publisher:
         self, documents: dict[str, Targets], release: ReleaseFile, plan: Plan | None
     ) -> str:
         role = self._known(models_role(release.family))
-        document, target = documents[role], release.target()
-        old = document.targets.get(target.path)
-        if old is not None and old.hashes != target.hashes:
-            raise TrustError(
-                "release_exists",
-                f"{target.path} is published with other content; nothing is published",
-                "give the release a name of its own",
-            )
+        document, targets = documents[role], release.targets()
+        for path, target in targets.items():
+            old = document.targets.get(path)
+            if old is not None and old.hashes != target.hashes:
+                raise TrustError(
+                    "release_exists",
+                    f"{path} is published with other content; nothing is published",
+                    "give the release a name of its own",
+                )
         named = [p for p in (self.plan(release.family), plan) if p and p.family == release.family]
-        live = {arm.path for p in named for arm in p.arms}
-        document.targets = {path: t for path, t in document.targets.items() if path in live}
-        document.targets[target.path] = target
+        live = {package.path for p in named for arm in p.arms for package in arm.packages}
+        kept = {path: target for path, target in document.targets.items() if path in live}
+        document.targets = kept | targets
         return role
 
     def _add_plan(self, documents: dict[str, Targets], plan: Plan) -> str:
         released = documents[self._known(models_role(plan.family))].targets
         for arm in plan.arms:
-            target = released.get(arm.path)
-            facts = target and (target.hashes["sha256"], target.custom["counter"])
-            if facts != (arm.sha256, arm.counter):
-                raise TrustError(
-                    "plan_names_unreleased",
-                    f"plan {plan.seq} names {arm.path}, which is not released with that content",
-                )
+            for package in arm.packages:
+                target = released.get(package.path)
+                facts = target and (target.hashes["sha256"], target.custom["counter"])
+                if facts != (package.sha256, arm.counter):
+                    raise TrustError(
+                        "plan_names_unreleased",
+                        f"plan {plan.seq} names {package.path}, not released with that content",
+                    )
         target, data = plan_target(plan)
         current = self.plan(plan.family)
         if current is not None and current.seq >= plan.seq and encode_plan(current) != data:

@@ -1,7 +1,8 @@
 """The offline gate's rules: evidence in, verdicts out, each with its reason.
 
 Invariants: no data is never a pass: an undefined score holds. A candidate passes only if every
-rule passes; one that fails outweighs any that hold. Pure.
+rule passes for every form that it ships, since any device may choose any of them; one that fails
+outweighs any that hold. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ Outcome = Literal["pass", "fail", "hold"]
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Limits of one family; AUC differences are candidate against the release that serves."""
+    """Limits of one family; AUC differences are candidate against the release that serves.
+
+    `variants` are the forms that a release ships, the default one first.
+    """
 
     static_auc_drop_max: float
     recent_auc_drop_max: float
@@ -26,12 +30,14 @@ class Limits(msgspec.Struct, frozen=True):
     calibration_min: float
     calibration_max: float
     recent_rows_min: int
+    variants: tuple[str, ...] = ("int8", "float32")
 
 
 class Evidence(msgspec.Struct, frozen=True):
     """What the gate measured itself. `serving_*` is None before the first release.
 
-    `recent` is None when there cannot be any yet: at the bootstrap, before the stream.
+    `recent` is None when there cannot be any yet: at the bootstrap, before the stream. What ends
+    in `_float` is of the form float32, `static` and `recent` are of int8.
     """
 
     static: ScoredSet
@@ -39,6 +45,7 @@ class Evidence(msgspec.Struct, frozen=True):
     recent: ScoredSet | None
     serving_static: ScoredSet | None
     serving_recent: ScoredSet | None
+    recent_float: ScoredSet | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -52,16 +59,13 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def judge(evidence: Evidence, limits: Limits) -> list[Verdict]:
-    """All verdicts, in order."""
-    static, verdicts = evidence.static, []
-    verdicts.append(_at_least("static_auc", static.auc, limits.auc_min, "AUC on the static set"))
-    if evidence.serving_static is not None:
-        reach = evidence.serving_static.auc - limits.static_auc_drop_max
-        verdicts.append(_at_least("static_drop", static.auc, reach, "AUC on the static set"))
-    gap = abs(evidence.static_float.auc - static.auc)
-    verdicts.append(_at_most("int8_gap", gap, limits.int8_auc_gap_max, "AUC lost to int8"))
-    if evidence.recent is not None:
-        verdicts += _judge_recent(evidence.recent, evidence.serving_recent, limits)
+    """All verdicts, in order; a rule over another form than the default one is named after it."""
+    verdicts = []
+    for variant in limits.variants:
+        found = _judge_form(variant, evidence, limits)
+        if variant != limits.variants[0]:
+            found = [msgspec.structs.replace(each, rule=f"{variant}_{each.rule}") for each in found]
+        verdicts += found
     return verdicts
 
 
@@ -71,6 +75,22 @@ def outcome(verdicts: list[Verdict]) -> Outcome:
         if any(verdict.outcome == wanted for verdict in verdicts):
             return wanted
     return "pass" if verdicts else "hold"
+
+
+def _judge_form(variant: str, evidence: Evidence, limits: Limits) -> list[Verdict]:
+    is_int8, verdicts = variant == "int8", []
+    static = evidence.static if is_int8 else evidence.static_float
+    recent = evidence.recent if is_int8 else evidence.recent_float
+    verdicts.append(_at_least("static_auc", static.auc, limits.auc_min, "AUC on the static set"))
+    if evidence.serving_static is not None:
+        reach = evidence.serving_static.auc - limits.static_auc_drop_max
+        verdicts.append(_at_least("static_drop", static.auc, reach, "AUC on the static set"))
+    if is_int8:
+        gap = abs(evidence.static_float.auc - static.auc)
+        verdicts.append(_at_most("int8_gap", gap, limits.int8_auc_gap_max, "AUC lost to int8"))
+    if recent is not None:
+        verdicts += _judge_recent(recent, evidence.serving_recent, limits)
+    return verdicts
 
 
 def _judge_recent(recent: ScoredSet, serving: ScoredSet | None, limits: Limits) -> list[Verdict]:

@@ -57,28 +57,40 @@ class Signs(Protocol):
 
 @dataclass(frozen=True)
 class ReleaseFile:
-    """A package on its way to be published; `verdict` is kept with it in the signed metadata."""
+    """A release on its way to be published; `verdict` is kept with it in the signed metadata.
+
+    `data` is its default package, `variants` its others by name.
+    """
 
     family: str
     release: str
     counter: int
     data: bytes
     verdict: dict[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
-        """The name of the package in the signed metadata."""
+        """The name of the default package in the signed metadata."""
         return model_path(self.family, self.release)
 
     @property
     def sha256(self) -> str:
-        """The content's hash in hex."""
+        """The hash of the default package in hex."""
         return hashlib.sha256(self.data).hexdigest()
 
-    def target(self) -> TargetFile:
-        """The entry of the package in its family's role."""
+    def packages(self) -> dict[str, bytes]:
+        """All packages by their names in the signed metadata, the default one first."""
+        others = {
+            model_path(self.family, self.release, name): data
+            for name, data in self.variants.items()
+        }
+        return {self.path: self.data} | others
+
+    def targets(self) -> dict[str, TargetFile]:
+        """The entries of the packages in their family's role, by name."""
         custom = {"counter": self.counter} | ({"verdict": self.verdict} if self.verdict else {})
-        return _target(self.path, self.data, custom)
+        return {path: _target(path, data, custom) for path, data in self.packages().items()}
 
 
 @dataclass(frozen=True)
@@ -232,9 +244,10 @@ async def forge_release(
     document = Targets(
         version=view.next(role),
         expires=expiry(now_s, MODELS_DAYS),
-        targets={release.path: release.target()},
+        targets=release.targets(),
     )
-    await push(bus, blob_messages(release.data))
+    for data in release.packages().values():
+        await push(bus, blob_messages(data))
     return role, sealed(document, signers)
 
 

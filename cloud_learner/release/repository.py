@@ -11,6 +11,7 @@ Knows nothing about signing.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -105,8 +106,10 @@ class Repository:
     def _commit(
         self, blobs: Path, state: State, release: ReleaseFile | None, live: set[str]
     ) -> Messages:
-        if release is not None and not (blobs / release.sha256).exists():
-            write_atomic(blobs / release.sha256, release.data)
+        for data in release.packages().values() if release is not None else ():
+            path = blobs / hashlib.sha256(data).hexdigest()
+            if not path.exists():
+                write_atomic(path, data)
         write_atomic(self._directory / "online.json", msgspec.json.encode(state))
         self.state = state
         for path in blobs.glob("[0-9a-f]*"):

@@ -24,7 +24,7 @@ import msgspec
 from cloud_learner.rollout.evidence import ArmTally, PairEvidence
 from cloud_learner.stats.sequential import PairedTest
 from cloud_learner.store.examples import Example
-from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 
 Stage = Literal["empty", "idle", "canary"]
 Reason = Literal["first_release", "canary", "promoted", "harm", "undecided"]
@@ -55,7 +55,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
 
     `file` is where the package lies, `path` its name in the signed metadata; `counter` rises with
     every offer of the family. `learned_through_s` is the event time up to which it has learned,
-    `arrived_s` the wall time at which its last micro-batch's last mature label arrived.
+    `arrived_s` the wall time at which its last micro-batch's last mature label arrived. `variants`
+    are those of the plan's arm.
     """
 
     release: str
@@ -65,6 +66,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     learned_through_s: float
     arrived_s: float
+    variants: tuple[Variant, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -250,4 +252,4 @@ def describe(evidence: PairEvidence, reason: Literal["promoted", "harm", "undeci
 
 
 def _arm(offer: Offer, weight: float) -> PlanArm:
-    return PlanArm(offer.release, offer.path, offer.sha256, offer.counter, weight)
+    return PlanArm(offer.release, offer.path, offer.sha256, offer.counter, weight, offer.variants)
