@@ -2,7 +2,8 @@
 
 Why: the network may be away for days and the process may be killed at any moment; an append costs
 the hot path a microsecond, because a thread gathers what came within the linger and makes it
-durable with one `fdatasync`. While records keep coming it goes round without being woken.
+durable with one `fdatasync`. While records keep coming it goes round without being woken. The
+linger follows their rate; `wait_durable` and `close` end it.
 
 Commit point: the `fdatasync` of a group. Recovery cuts the newest segment after its last whole
 frame, so a group is there whole up to a frame, or not at all.
@@ -22,9 +23,7 @@ Knows nothing about what a record means, nor about who reads it.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Self
 
 from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.events import recovery, segment
+from edge_runtime.events.linger import Doorbell, Linger
 from edge_runtime.events.stream import LENGTH_BYTES, PENDING_BYTES_MAX, Stream, within
 from edge_runtime.wire.messages import EventClass
 
@@ -45,7 +45,8 @@ _RETRY_S = 0.25
 class EventLog:
     """The log of `device` in `directory`; opening it starts a new epoch.
 
-    `sync` makes a file's bytes durable; it is a parameter so that tests can let it fail.
+    Records wait `linger_ms` to be made durable together, up to `linger_max_ms` where that saves
+    commits. `sync` makes a file's bytes durable; tests let it fail.
     `on_commit`, once set, is called on the commit thread after each group; it must not raise.
 
     Raises: ConfigError `already_owned`, `other_device`, `log_version`, `log_unusable`.
@@ -57,13 +58,14 @@ class EventLog:
         *,
         device: str,
         linger_ms: float = 5.0,
+        linger_max_ms: float = 0.0,
         segment_bytes: int = 8 << 20,
         bytes_max: int = 1 << 30,
         sync: Callable[[int], None] = os.fdatasync,
     ) -> None:
         self.directory, self.device = directory, device
         self.on_commit: Callable[[], None] | None = None
-        self._linger_s = linger_ms / 1000
+        self._linger = Linger(linger_ms / 1000, linger_max_ms / 1000)
         self._owner, found = recovery.open_directory(directory, device, sync)
         self.epoch, self._ends = found.epoch, found.ends
         label_bytes = bytes_max // _LABEL_SHARE
@@ -83,7 +85,7 @@ class EventLog:
         }
         self._counters, self._failing = found.counters, False
         self._damaged: set[Path] = set()
-        self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._doorbell = Doorbell()
         self._closing, self._idle = threading.Event(), True
         self._thread = threading.Thread(target=self._run, name="log-commit", daemon=True)
         self._thread.start()
@@ -105,7 +107,7 @@ class EventLog:
         stream.pending.append(data)
         if self._idle:
             self._idle = False
-            self._doorbell.put(None)
+            self._doorbell.ring()
         return seq
 
     def _refuse(self, stream: Stream, event_class: EventClass, size: int) -> None:
@@ -143,12 +145,15 @@ class EventLog:
         return [(epoch, last) for epoch, name, last in self._ends if name == event_class]
 
     async def wait_durable(self, event_class: EventClass, seq: int) -> None:
-        """Return once record `seq` of this epoch is durable, however long the disk takes.
+        """Return once record `seq` of this epoch is durable, however long the disk takes; what
+        lingers is committed now.
 
         Raises: CapacityError `log_closed` when the log closes before it is.
         """
         stream = self._streams[event_class]
         assert seq <= stream.last_seq, f"seq {seq} was never handed out"
+        if seq > stream.durable_seq:
+            self._doorbell.ring()
         await stream.wait_durable(seq)
 
     # Reading and trimming.
@@ -224,6 +229,7 @@ class EventLog:
             numbers[f"{name}_appended"] = stream.last_seq
             numbers[f"{name}_durable"] = stream.durable_seq
             numbers[f"{name}_segments"] = len(stream.segments)
+        numbers["linger_ms"] = round(1000 * self._linger.seconds)
         numbers["commits"] = self._commits()
         numbers["sync_errors"] = sum(stream.sync_errors for stream in streams)
         numbers["bytes"] = sum(stream.committed - stream.freed for stream in streams)
@@ -237,16 +243,15 @@ class EventLog:
         while not self._closing.is_set():
             self._idle = True
             if not any(stream.pending for stream in self._streams.values()):
-                self._doorbell.get()
+                self._linger.was_idle(self._doorbell.wait())
             self._idle = False
-            self._pause(self._linger_s)
+            rung = self._closing.is_set() or self._doorbell.pause(self._linger.seconds)
+            waiting = sum(len(stream.pending) for stream in self._streams.values())
             while not self._commit() and not self._closing.is_set():
-                self._pause(_RETRY_S)
+                self._doorbell.pause(_RETRY_S)
+            if not rung:
+                self._linger.took(waiting)
         self._commit()
-
-    def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(queue.Empty):  # who rings meanwhile is `close`, or rang before
-            self._doorbell.get(timeout=seconds)
 
     def _commit(self) -> bool:
         before = self._commits()
@@ -269,7 +274,7 @@ class EventLog:
         if self._closing.is_set():
             return
         self._closing.set()
-        self._doorbell.put(None)
+        self._doorbell.ring()
         self._thread.join()
         closed = CapacityError("log_closed", f"the event log in {self.directory} was closed")
         for stream in self._streams.values():

@@ -177,6 +177,35 @@ def test_one_sync_serves_all_that_came_within_the_linger(tmp_path: Path) -> None
         assert disk.calls == 1
 
 
+def test_who_waits_for_a_record_does_not_wait_for_the_linger(tmp_path: Path) -> None:
+    with opened(tmp_path, linger_ms=60_000.0) as log:
+        append_durably(log, [b"event"])
+        append_durably(log, [b"label"], "label")
+        assert log.statistics()["commits"] == 2
+
+
+def test_closing_does_not_wait_for_the_linger(tmp_path: Path) -> None:
+    with opened(tmp_path, linger_ms=60_000.0) as log:
+        log.append("event", b"a")
+    with opened(tmp_path) as log:
+        assert everything(log) == [(1, 1, b"a")]
+
+
+@pytest.mark.parametrize(("linger_max_ms", "expected"), [(60_000.0, 32), (4.0, 4), (0.0, 0)])
+def test_the_linger_grows_while_each_commit_takes_one_record(
+    tmp_path: Path, linger_max_ms: float, expected: int
+) -> None:
+    committed = threading.Semaphore(0)
+    with opened(tmp_path, linger_max_ms=linger_max_ms) as log:
+        log.on_commit = committed.release
+        for _ in range(100):
+            log.append("event", b"alone")
+            assert committed.acquire(timeout=5)
+            if log.statistics()["linger_ms"] == expected != 0:
+                break
+        assert log.statistics()["linger_ms"] == expected
+
+
 def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(tmp_path: Path) -> None:
     disk = Disk()
     with opened(tmp_path, sync=disk) as log:
