@@ -34,7 +34,7 @@ def fastest(loads: Iterable[Callable[[], Arm]]) -> Arm:
             errors.append(error.with_traceback(None))  # whose frames would keep the model alive
             continue
         losers += best is not None
-        if best is None or _run_us(arm) < FASTER * _run_us(best):
+        if best is None or is_faster(arm.runner.run_us, best.runner.run_us):
             best = arm
         del arm
     if errors or losers:
@@ -44,6 +44,8 @@ def fastest(loads: Iterable[Callable[[], Arm]]) -> Arm:
     return best
 
 
-def _run_us(arm: Arm) -> float:
-    """The measured time of one row; a model that would not run a sample counts as slowest."""
-    return float("inf") if arm.runner.run_us is None else arm.runner.run_us
+def is_faster(one_us: float | None, other_us: float | None) -> bool:
+    """Whether the first takes less time by more than noise; None, not timed, is slowest."""
+    if one_us is None or other_us is None:
+        return one_us is not None
+    return one_us < FASTER * other_us

@@ -36,11 +36,10 @@ class _Version(msgspec.Struct):
 
 
 class _Plans(msgspec.Struct):
-    """A family's file; version 1 was the current plan alone."""
+    """A family's file: the current plan and, if any, the previous one; version 1 was one plan."""
 
     version: int
-    current: msgspec.Raw
-    previous: msgspec.Raw | None = None
+    plans: list[msgspec.Raw]
 
 
 class Shelf:
@@ -159,9 +158,9 @@ class Shelf:
             known = self._plans(plan.family)
         except TrustError:
             known = None, None
-        previous = next((each for each in known if each and self._is_good_before(each, plan)), None)
-        before = None if previous is None else msgspec.Raw(encode_plan(previous))
-        return msgspec.json.encode(_Plans(PLANS_VERSION, msgspec.Raw(encode_plan(plan)), before))
+        before = [each for each in known if each and self._is_good_before(each, plan)]
+        plans = [msgspec.Raw(encode_plan(each)) for each in (plan, *before[:1])]
+        return msgspec.json.encode(_Plans(PLANS_VERSION, plans))
 
     def _is_good_before(self, old: Plan, new: Plan) -> bool:
         left = all(each.sha256 in self._quarantined for each in old.stable.packages)
@@ -174,15 +173,14 @@ class Shelf:
             version = msgspec.json.decode(data, type=_Version).version
             if version == 1:
                 return decode_plan(data), None
-            plans = msgspec.json.decode(data, type=_Plans)
+            current, *before = msgspec.json.decode(data, type=_Plans).plans
         except FileNotFoundError:
             return None, None
         except (msgspec.DecodeError, ValueError) as error:
             raise TrustError("bad_plan", f"{path} cannot be read: {error}") from error
         if version != PLANS_VERSION:
             raise TrustError("bad_plan", f"{path} has version {version}; this reads 1 and 2")
-        previous = None if plans.previous is None else decode_plan(bytes(plans.previous))
-        return decode_plan(bytes(plans.current)), previous
+        return decode_plan(bytes(current)), decode_plan(bytes(before[0])) if before else None
 
     def _path(self, sha256: str) -> Path:
         return self._packages / f"{sha256}.onnx"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Targets
@@ -30,7 +32,7 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, TrustError
-from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
 from edge_runtime.update.shelf import Shelf
@@ -54,7 +56,11 @@ class Device:
     def _update(self, family: str) -> list[bytes]:
         self.client.refresh()
         plan = self.client.plan(family)
-        paths = [self.client.fetch(arm, self.shelf) for arm in plan.arms]
+        paths = [
+            self.client.fetch(arm, package, self.shelf)
+            for arm in plan.arms
+            for package in arm.packages
+        ]
         self.client.confirm(plan)
         return [path.read_bytes() for path in paths]
 
@@ -98,8 +104,11 @@ class Site:
     def release(
         self, name: str, data: bytes, counter: int = 1, family: str = FAMILY
     ) -> ReleaseFile:
-        release = ReleaseFile(family, name, counter, data)
-        self.passed.add(release.sha256)
+        return self.pass_(ReleaseFile(family, name, counter, data))
+
+    def pass_(self, release: ReleaseFile) -> ReleaseFile:
+        """Let the gate have passed every package of a release."""
+        self.passed |= {hashlib.sha256(data).hexdigest() for data in release.packages().values()}
         return release
 
     async def publish(self, name: str, seq: int, data: bytes, counter: int = 1) -> ReleaseFile:
@@ -130,7 +139,13 @@ class Site:
 
 
 def arm(release: ReleaseFile, weight: float = 1.0) -> PlanArm:
-    return PlanArm(release.release, release.path, release.sha256, release.counter, weight)
+    names = ["int8", *release.variants]
+    variants = tuple(
+        Variant(name, path, hashlib.sha256(data).hexdigest())
+        for name, (path, data) in zip(names, release.packages().items(), strict=True)
+    )
+    facts = (release.release, release.path, release.sha256, release.counter, weight)
+    return PlanArm(*facts, variants if release.variants else ())
 
 
 def plan(seq: int, stable: ReleaseFile, canary: ReleaseFile | None = None) -> Plan:
@@ -323,7 +338,7 @@ def test_a_family_cannot_sign_a_path_of_another(tmp_path: Path) -> None:
         await site.publish("r1", 1, b"genuine")
         evil = ReleaseFile("other", "r1", 1, b"evil")
         both = [site.key("learner"), site.key("gate")]
-        document = Targets(version=9, expires=expiry(NOW_S, 7), targets={evil.path: evil.target()})
+        document = Targets(version=9, expires=expiry(NOW_S, 7), targets=evil.targets())
         crossed = Plan(family="other", seq=1, stable=arm(evil))
         rollout = [site.key("rollout")]
         await site.below(
@@ -432,7 +447,7 @@ def test_an_absent_chunk_is_worth_a_retry(tmp_path: Path) -> None:
         await site.publisher.publish()
         evil = site.release("r1", b"x")
         both = [site.key("learner"), site.key("gate")]
-        document = Targets(version=9, expires=expiry(NOW_S, 7), targets={evil.path: evil.target()})
+        document = Targets(version=9, expires=expiry(NOW_S, 7), targets=evil.targets())
         rollout = [site.key("rollout")]
         await site.below(
             (f"m-{FAMILY}", sealed(document, both)),
@@ -627,5 +642,67 @@ def test_a_quarantined_package_is_not_fetched_again(tmp_path: Path) -> None:
         device = site.device()
         device.shelf.quarantine(release.sha256, "golden_mismatch")
         assert await refused(TrustError, device.update()) == "release_quarantined"
+
+    in_memory(tmp_path, scene)
+
+
+def two_variants(name: str = "r1", counter: int = 1, data: bytes = b"int8") -> ReleaseFile:
+    return ReleaseFile(FAMILY, name, counter, data, variants={"float32": b"float " + data})
+
+
+def test_every_variant_of_a_release_is_signed_and_reaches_the_shelf(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        first = site.pass_(two_variants())
+        await site.publisher.publish(first, plan(1, first))
+        assert await site.device().update() == [b"int8", b"float int8"]
+
+        second = site.pass_(two_variants("r2", 2, b"next"))
+        await site.publisher.publish(second, plan(2, first, second))
+        assert len(await site.device("JFK").update()) == 4
+
+    in_memory(tmp_path, scene)
+
+
+def test_a_release_is_not_published_with_a_variant_that_the_gate_did_not_pass(
+    tmp_path: Path,
+) -> None:
+    async def scene(site: Site) -> None:
+        release = two_variants()
+        site.passed.add(release.sha256)
+        assert await refused(TrustError, site.publisher.publish(release)) == "not_passed"
+
+    in_memory(tmp_path, scene)
+
+
+def test_a_plan_cannot_mix_the_variants_of_two_releases(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        first, second = site.pass_(two_variants()), site.pass_(two_variants("r2", 2, b"next"))
+        await site.publisher.publish(first, plan(1, first))
+        await site.publisher.publish(second)
+        device = site.device()
+        await device.update()
+        ours, theirs = arm(second), arm(first)
+        stolen = Variant("float32", ours.variants[1].path, theirs.variants[1].sha256)
+        mixed = Plan(
+            family=FAMILY,
+            seq=2,
+            stable=PlanArm(*msgspec.structs.astuple(ours)[:-1], (ours.variants[0], stolen)),
+        )
+        publishing = site.publisher.publish(plan=mixed)
+        assert await refused(TrustError, publishing) == "plan_names_unreleased"
+        rollout = [site.key("rollout")]
+        await site.below(await forge_plan(site.bus, site.root, mixed, rollout, NOW_S))
+        assert await refused(TrustError, device.update()) == "plan_mismatch"
+
+    in_memory(tmp_path, scene)
+
+
+def test_variants_that_no_plan_names_leave_the_signed_releases(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        for counter in (1, 2, 3):
+            release = site.pass_(two_variants(f"r{counter}", counter, b"%d" % counter))
+            await site.publisher.publish(release, plan(counter, release))
+        stored = (site.home / "tuf" / "blobs").iterdir()
+        assert len(list(stored)) == 4  # of the current release and the one before it
 
     in_memory(tmp_path, scene)

@@ -21,8 +21,14 @@ LIMITS = Limits(
 )
 GOOD = ScoredSet(rows=1000, auc=0.75, brier=0.15, calibration=1.0)
 EVIDENCE = Evidence(
-    static=GOOD, static_float=GOOD, recent=GOOD, serving_static=GOOD, serving_recent=GOOD
+    static=GOOD,
+    static_float=GOOD,
+    recent=GOOD,
+    serving_static=GOOD,
+    serving_recent=GOOD,
+    recent_float=GOOD,
 )
+SHARED = ("static_auc", "static_drop", "recent_drop", "calibration_low", "calibration_high")
 NAN = math.nan
 
 
@@ -42,25 +48,38 @@ def test_good_evidence_passes_every_rule():
     assert outcomes() == {}
     assert outcome(verdicts) == "pass"
     assert {v.rule for v in verdicts} == {
-        *("static_auc", "static_drop", "int8_gap", "recent_drop"),
-        *("calibration_low", "calibration_high"),
+        *SHARED,
+        "int8_gap",
+        *(f"float32_{rule}" for rule in SHARED),
     }
 
 
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
-        ({"static": scored(auc=0.59), "static_float": scored(auc=0.59)}, {"static_auc"}),
-        ({"static": scored(auc=0.739), "static_float": scored(auc=0.739)}, {"static_drop"}),
+        (
+            {"static": scored(auc=0.59), "static_float": scored(auc=0.59)},
+            {"static_auc", "float32_static_auc"},
+        ),
+        (
+            {"static": scored(auc=0.7395), "static_float": scored(auc=0.7402)},
+            {"static_drop"},
+        ),
+        (
+            {"static": scored(auc=0.7402), "static_float": scored(auc=0.7395)},
+            {"float32_static_drop"},
+        ),
         ({"static_float": scored(auc=0.752)}, {"int8_gap"}),
         ({"static_float": scored(auc=0.748)}, {"int8_gap"}),
         ({"recent": scored(auc=0.729)}, {"recent_drop"}),
         ({"recent": scored(calibration=0.69)}, {"calibration_low"}),
         ({"recent": scored(calibration=1.41)}, {"calibration_high"}),
+        ({"recent_float": scored(auc=0.729)}, {"float32_recent_drop"}),
+        ({"recent_float": scored(calibration=1.41)}, {"float32_calibration_high"}),
     ],
 )
 def test_each_rule_fails_alone_when_its_limit_is_passed(changes, rules):
-    if rules == {"static_auc"}:
+    if "static_auc" in rules:
         changes["serving_static"] = None  # the first release has nothing to drop from
     assert outcomes(**changes) == dict.fromkeys(rules, "fail")
 
@@ -108,6 +127,21 @@ def test_a_rule_that_fails_outweighs_rules_that_hold():
     assert outcome(judge(evidence, LIMITS)) == "fail"
 
 
+@pytest.mark.parametrize(
+    ("variants", "changes"),
+    [
+        (("int8",), {"recent_float": scored(auc=0.5)}),
+        (("float32",), {"recent": scored(auc=0.5), "static": scored(auc=0.5)}),
+    ],
+)
+def test_a_form_that_does_not_ship_is_not_judged(variants, changes):
+    limits = msgspec.structs.replace(LIMITS, variants=variants)
+    evidence = msgspec.structs.replace(EVIDENCE, **changes)
+
+    assert outcome(judge(evidence, limits)) == "pass"
+    assert outcome(judge(evidence, LIMITS)) == "fail"
+
+
 def test_no_verdict_at_all_is_no_pass():
     assert outcome([]) == "hold"
 
@@ -115,7 +149,8 @@ def test_no_verdict_at_all_is_no_pass():
 def test_before_the_stream_only_the_static_set_is_judged():
     evidence = Evidence(GOOD, GOOD, None, None, None)
 
-    assert [v.rule for v in judge(evidence, LIMITS)] == ["static_auc", "int8_gap"]
+    rules = [v.rule for v in judge(evidence, LIMITS)]
+    assert rules == ["static_auc", "int8_gap", "float32_static_auc"]
     assert outcome(judge(evidence, LIMITS)) == "pass"
 
 

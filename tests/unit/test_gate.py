@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -65,6 +66,33 @@ def test_a_good_package_passes_and_only_then_is_known(gate, write_package):
     assert gate.counts == {"judged": 1, "pass": 1, "fail": 0, "hold": 0}
 
 
+def test_every_variant_that_ships_is_passed_and_no_other(static, tmp_path, write_package):
+    int8, plain = (write_package(bias)[0].read_bytes() for bias in (0.0, 0.1))
+    both = Gate(LIMITS, static, None, Lineage(tmp_path / "both"))
+    one = Gate(
+        msgspec.structs.replace(LIMITS, variants=("float32",)), static, None, Lineage(tmp_path)
+    )
+
+    judgements = both.judge(int8, plain, None), one.judge(int8, plain, None)
+
+    assert judgements[0].variants == {"int8": sha256(int8), "float32": sha256(plain)}
+    assert both.passed("", sha256(int8))
+    assert both.passed("", sha256(plain))
+    assert judgements[1].variants == {"float32": sha256(plain)}
+    assert judgements[1].sha256 == sha256(plain)
+    assert one.passed("", sha256(plain))
+    assert not one.passed("", sha256(int8))
+
+
+def test_a_float_form_that_is_bad_takes_its_int8_form_with_it(gate, write_package):
+    int8 = write_package()[0].read_bytes()
+
+    judgement = gate.judge(int8, b"garbage", None)
+
+    assert judgement.outcome == "fail"
+    assert not gate.passed("", sha256(int8))
+
+
 def test_a_package_that_ranks_the_wrong_way_round_fails(static, tmp_path, write_package):
     turned = EvaluationSet(static.features, 1 - static.labels)
     gate = Gate(LIMITS, turned, None, Lineage(tmp_path / "lineage"))
@@ -83,7 +111,8 @@ def test_without_recent_rows_a_package_is_held(static, tmp_path, write_package):
     judgement = gate.judge(package, package, write_package()[0])
 
     assert judgement.outcome == "hold"
-    assert [v.rule for v in judgement.verdicts if v.outcome == "hold"] == ["recent_rows"]
+    held = [v.rule for v in judgement.verdicts if v.outcome == "hold"]
+    assert held == ["recent_rows", "float32_recent_rows"]
     assert not gate.passed("m/toy/r1.onnx", sha256(package))
 
 

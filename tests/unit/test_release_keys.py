@@ -19,7 +19,7 @@ BAD = ReleaseFile("f", "bad", 2, b"bad")
 
 
 def payload(*releases: ReleaseFile, delegations: Delegations | None = None) -> bytes:
-    targets = {release.path: release.target() for release in releases}
+    targets = {path: each for release in releases for path, each in release.targets().items()}
     document = Targets(version=1, expires=expiry(0.0, 7), targets=targets, delegations=delegations)
     return Metadata(document).signed_bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_only_what_the_broker_lacks_is_sent(directory: Path) -> None:
     assert repository.commit(state(2), None, LIVE) == [(subjects.metadata("2.m-f.json"), b"{}")]
     repository.forget_sent()
     assert len(repository.commit(state(2), None, LIVE)) == 4
+
+
+def test_all_variants_of_a_release_are_kept_and_sent(directory: Path) -> None:
+    release = ReleaseFile("f", "r1", 1, b"package", variants={"float32": b"another"})
+    live = {hashlib.sha256(data).hexdigest() for data in release.packages().values()}
+
+    sent = Repository(directory).commit(state(1), release, live)
+
+    assert {data for _, data in sent} >= {b"package", b"another"}
+    assert {path.name for path in (directory / "blobs").iterdir()} == live
 
 
 def test_what_is_live_is_sent_again_before_the_stream_drops_it(directory: Path) -> None:

@@ -16,7 +16,8 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError, TransportError, TrustError
 from edge_runtime.rollout.agent import Agent
-from edge_runtime.rollout.plan import Plan, PlanArm, model_path
+from edge_runtime.rollout.arms import load_plan_arm
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec, subjects
@@ -45,11 +46,9 @@ class Orders:
             raise TransportError("no_plan", f"no plan for {family}")
         return self.current
 
-    def fetch(self, arm: PlanArm, shelf: Shelf, /) -> Path:
+    def fetch(self, _arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path:
         self._called("fetch")
-        if arm.sha256 in shelf.quarantined():
-            raise TrustError("release_quarantined", arm.release)
-        return shelf.put(arm.sha256, [self.files[arm.sha256]])
+        return shelf.put(package.sha256, [self.files[package.sha256]])
 
     def confirm(self, plan: Plan, /) -> None:
         self._called(f"confirm {plan.seq}")
@@ -77,6 +76,18 @@ class Device:
         path, sha256 = self.write_package(bias, **more)
         self.orders.files[sha256] = path.read_bytes()
         return PlanArm(release, model_path("toy", release), sha256, 1, weight)
+
+    def two_variants(self, release: str, slower: int, **more: float) -> PlanArm:
+        """`slower` 0 or 1 says which of the two takes longer; `more` spoils the default one."""
+        found = []
+        for index, path in enumerate((model_path("toy", release), model_path("toy", release, "b"))):
+            ballast = 700 if index == slower else 0
+            extra = more if index == 0 else {}
+            file, sha256 = self.write_package(ballast=ballast, **extra)
+            self.orders.files[sha256] = file.read_bytes()
+            found.append(Variant("ab"[index], path, sha256))
+        own = found[0]
+        return PlanArm(release, own.path, own.sha256, 1, 1.0, tuple(found))
 
     def answering(self) -> str:
         return self.runtime.predict("toy", SCHEDULED).release
@@ -191,14 +202,121 @@ def test_a_promotion_and_a_rollback_are_just_plans(play: Callable[..., None]) ->
     play(stage)
 
 
-def test_packages_of_no_current_plan_leave_the_shelf(play: Callable[..., None]) -> None:
+def test_the_current_and_the_previous_release_stay_on_the_shelf_and_no_other(
+    play: Callable[..., None],
+) -> None:
     async def stage(device: Device) -> None:
-        first, second = device.arm("r1"), device.arm("r2", 1.0)
-        for seq, stable in enumerate([first, second], start=1):
+        arms = [device.arm(f"r{number}", float(number)) for number in range(3)]
+        for seq, stable in enumerate(arms, start=1):
             device.orders.current = Plan(family="toy", seq=seq, stable=stable)
             await device.agent.check()
-        assert device.runtime.shelf.path_of(first.sha256) is None
-        assert device.runtime.shelf.path_of(second.sha256) is not None
+        found = [device.runtime.shelf.path_of(arm.sha256) is not None for arm in arms]
+        assert found == [False, True, True]
+
+    play(stage)
+
+
+@pytest.mark.parametrize("slower", [0, 1])
+def test_the_faster_variant_serves_is_reported_and_stays_alone(
+    play: Callable[..., None], slower: int
+) -> None:
+    async def stage(device: Device) -> None:
+        stable = device.two_variants("r1", slower)
+        device.orders.current = Plan(family="toy", seq=1, stable=stable)
+        await device.agent.check()
+        (arm,) = device.runtime.report({}).arms
+        assert (arm.release, arm.variant) == ("r1", "ba"[slower])
+        assert arm.run_us > 0
+        kept = [device.runtime.shelf.path_of(each.sha256) is not None for each in stable.variants]
+        assert kept == [slower == 1, slower == 0]
+
+    play(stage)
+
+
+def test_a_plan_of_the_same_release_fetches_and_chooses_nothing_anew(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        stable = device.two_variants("r1", slower=0)
+        for seq in (1, 2):
+            device.orders.current = Plan(family="toy", seq=seq, stable=stable)
+            await device.agent.check()
+        assert device.agent.statistics()["applied"] == 2
+        assert device.orders.calls.count("fetch") == 3  # both, then the chosen one alone
+
+    play(stage)
+
+
+def test_a_variant_that_is_wrong_here_is_quarantined_and_the_other_serves(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        stable = device.two_variants("r1", slower=1, model_bias=1.5)
+        device.orders.current = Plan(family="toy", seq=1, stable=stable)
+        await device.agent.check()
+        assert [arm.variant for arm in device.runtime.report({}).arms] == ["b"]
+        assert device.runtime.shelf.quarantined() == {stable.sha256: "golden_mismatch"}
+
+    play(stage)
+
+
+def leave(device: Device, arm: PlanArm) -> None:
+    """What a local roll back does to the shelf before another release serves."""
+    for package in arm.packages:
+        device.runtime.shelf.quarantine(package.sha256, "rolled_back")
+
+
+def test_what_was_left_is_not_followed_again_until_a_plan_names_other_packages(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        good, mended = device.arm("r1", 1.0), device.arm("r3", 2.0)
+        bad = device.two_variants("r2", slower=1)
+        for seq, stable in enumerate([good, bad], start=1):
+            device.orders.current = Plan(family="toy", seq=seq, stable=stable)
+            await device.agent.check()
+        leave(device, bad)
+        previous = device.runtime.shelf.load_previous("toy")
+        assert previous is not None
+        assert previous.stable == good
+        arms = [load_plan_arm(device.runtime.shelf, "stable", previous.stable)]
+        device.runtime.swap("toy", arms, previous)
+        for seq in (2, 3):
+            device.orders.current = Plan(family="toy", seq=seq, stable=bad)
+            await device.agent.check()
+            assert device.answering() == "r1"
+        assert device.agent.statistics()["refused_release_quarantined"] == 2
+        device.orders.current = Plan(family="toy", seq=4, stable=mended)
+        await device.agent.check()
+        assert device.answering() == "r3"
+
+    play(stage)
+
+
+def test_a_release_that_is_left_while_it_loads_does_not_serve(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        good, bad = device.arm("r1"), device.arm("r2", 1.0)
+        device.orders.current = Plan(family="toy", seq=1, stable=good)
+        await device.agent.check()
+
+        def leave_it(_path: Path) -> None:
+            leave(device, bad)
+
+        agent = Agent(
+            device.runtime,
+            device.orders,
+            device.runtime.shelf,
+            device.bus,
+            attributes={},
+            poll_s=1000.0,
+            prove=leave_it,
+        )
+        device.orders.current = Plan(family="toy", seq=2, stable=bad)
+        await agent.check()
+        assert device.answering() == "r1"
+        assert agent.statistics()["refused_release_quarantined"] == 1
 
     play(stage)
 

@@ -11,6 +11,7 @@ from edge_runtime.errors import TrustError
 from edge_runtime.rollout.plan import (
     Plan,
     PlanArm,
+    Variant,
     arms_for,
     choose,
     decode_plan,
@@ -37,8 +38,33 @@ def test_a_plan_survives_its_bytes() -> None:
     assert decode_plan(encode_plan(one)) == one
 
 
+def two_variants(release: str = "r1", **changes: object) -> PlanArm:
+    own = Variant("int8", model_path("f", release), "ab" * 32)
+    facts = {"name": "float32", "path": model_path("f", release, "float32"), "sha256": "cd" * 32}
+    other = Variant(**(facts | changes))  # type: ignore[arg-type]
+    return arm(release, variants=(own, other))
+
+
+def test_a_plan_with_variants_survives_its_bytes() -> None:
+    one = plan(stable=two_variants(), canary=two_variants("r2"))
+    assert decode_plan(encode_plan(one)) == one
+    assert [each.name for each in one.stable.packages] == ["int8", "float32"]
+
+
+def test_an_arm_of_one_package_may_load_that_one() -> None:
+    assert arm("r1").packages == (Variant("", model_path("f", "r1"), "ab" * 32),)
+
+
+def test_a_plan_without_variants_is_what_it_was_before_there_were_any() -> None:
+    old = msgspec.json.decode(encode_plan(plan()))
+    for name in ("stable", "canary"):
+        del old[name]["variants"]
+    assert decode_plan(msgspec.json.encode(old)) == plan()
+
+
 def test_paths_stay_inside_their_role() -> None:
     assert model_path("f", "r1") == "m/f/r1.onnx"
+    assert model_path("f", "r1", "int8") == "m/f/r1.int8.onnx"
     assert plan_path("f") == "p/f.json"
 
 
@@ -53,6 +79,12 @@ def test_paths_stay_inside_their_role() -> None:
         plan(stable=arm(counter=-1)),
         plan(canary=arm("r2", weight=-0.1)),
         plan(canary=arm("r2", weight=float("inf"))),
+        plan(stable=two_variants(path=model_path("f", "r2", "float32"))),
+        plan(stable=two_variants(path="p/f.json")),
+        plan(stable=two_variants(sha256="no hash")),
+        plan(stable=two_variants(name="", path=model_path("f", "r1"))),
+        plan(stable=two_variants(name="int8", path=model_path("f", "r1", "int8"))),
+        plan(stable=arm(variants=two_variants().variants[1:])),
     ],
 )
 def test_a_plan_out_of_range_is_refused_in_both_directions(bad: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edge_runtime.update.shelf import Shelf
 
 DATA = b"package" * 1000
 SHA = hashlib.sha256(DATA).hexdigest()
+FIRST_FORMAT = Path(__file__).parents[1] / "fixtures" / "shelf-1"
 
 
 def plan(seq: int, family: str = "f") -> Plan:
@@ -109,6 +111,87 @@ def test_the_current_plan_of_each_family_survives_a_restart(tmp_path: Path) -> N
     reborn = Shelf(tmp_path)
     assert reborn.load_current("f") == plan(2)
     assert reborn.load_current("g") == plan(7, "g")
+
+
+def follow(shelf: Shelf, *releases: str) -> list[str | None]:
+    """Make each release stable in turn; the stable releases of the current and previous plan."""
+    for seq, release in enumerate(releases, start=1):
+        sha256 = hashlib.sha256(release.encode()).hexdigest()
+        stable = PlanArm(release, model_path("f", release), sha256, seq, 1.0)
+        shelf.save_current(Plan(family="f", seq=seq, stable=stable))
+    found = shelf.load_current("f"), shelf.load_previous("f")
+    return [None if each is None else each.stable.release for each in found]
+
+
+@pytest.mark.parametrize(
+    ("releases", "kept"),
+    [
+        (["r1"], ["r1", None]),
+        (["r1", "r2"], ["r2", "r1"]),
+        (["r1", "r2", "r2", "r2"], ["r2", "r1"]),  # plans of a trial keep the stable release
+        (["r1", "r2", "r3"], ["r3", "r2"]),
+        (["r1", "r2", "r1"], ["r1", "r2"]),
+    ],
+)
+def test_the_release_before_the_current_one_is_remembered(
+    tmp_path: Path, releases: list[str], kept: list[str | None]
+) -> None:
+    assert follow(Shelf(tmp_path), *releases) == kept
+    assert follow(Shelf(tmp_path)) == kept
+
+
+def test_a_release_that_was_left_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    follow(shelf, "r1", "r2", "r3")
+    shelf.quarantine(hashlib.sha256(b"r3").hexdigest(), "rolled_back")
+    assert follow(shelf, "r2") == ["r2", None]
+
+
+def test_a_shelf_of_the_first_format_is_read_and_carried_on(tmp_path: Path) -> None:
+    shutil.copytree(FIRST_FORMAT, tmp_path, dirs_exist_ok=True)
+    shelf = Shelf(tmp_path)
+    old = shelf.load_current("toy")
+    assert old is not None
+    assert (old.seq, old.stable.release, old.stable.counter) == (7, "r1", 3)
+    assert (old.canary is not None, old.selector) == (True, {"airport": "EWR"})
+    assert shelf.load_previous("toy") is None
+    assert list(shelf.quarantined().values()) == ["golden_mismatch"]
+    shelf.save_current(plan(8, "toy"))
+    assert shelf.load_previous("toy") == old
+
+
+def test_a_later_format_is_refused_by_name(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.save_current(plan(1))
+    path = tmp_path / "current" / "f.json"
+    path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":3', 1))
+    with pytest.raises(TrustError, match="version 3"):
+        shelf.load_current("f")
+
+
+def test_a_plan_takes_the_place_of_one_that_cannot_be_read(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.save_current(plan(1))
+    (tmp_path / "current" / "f.json").write_bytes(b"{")
+    shelf.save_current(plan(2))
+    assert shelf.load_current("f") == plan(2)
+
+
+def test_a_choice_survives_a_restart_and_leaves_with_its_package(tmp_path: Path) -> None:
+    other = hashlib.sha256(b"other").hexdigest()
+    Shelf(tmp_path).choose(SHA, other)
+    shelf = Shelf(tmp_path)
+    assert shelf.chosen(SHA) == other
+    shelf.prune({other})
+    assert shelf.chosen(SHA) == other
+    shelf.prune({SHA})
+    assert shelf.chosen(SHA) is None
+
+
+def test_choices_that_cannot_be_read_are_made_anew(tmp_path: Path) -> None:
+    Shelf(tmp_path).choose(SHA, SHA)
+    (tmp_path / "choices.json").write_bytes(b"{")
+    assert Shelf(tmp_path).chosen(SHA) is None
 
 
 def test_a_damaged_current_plan_is_named(tmp_path: Path) -> None:
