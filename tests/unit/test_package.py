@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
 from cloud_learner.package.build import Graph
@@ -163,6 +164,62 @@ def test_a_sealed_package_carries_all_that_a_device_needs(graph, family, rows, t
     assert (arm.info.spec, arm.info.provenance) == (family.spec, {"batch": 3})
     assert np.array_equal(rows[:8], arm.info.golden_inputs)
     assert np.allclose(arm.runner.run(rows[:8]), arm.info.golden_outputs)
+
+
+@pytest.mark.parametrize("tiny", [1e-39, -1e-44, 1.1754942e-38])
+def test_a_sealed_package_holds_no_denormal_weight(graph, family, rows, tiny):
+    network = student(family, rows, 5)
+    with torch.no_grad():
+        next(network.parameters()).flatten()[0] = tiny
+    model = graph.package(network, {})
+    assert denormals(model)
+
+    data = sealed(model, family.interface, family.spec, rows[:8], {})
+
+    assert denormals(onnx.load_model_from_string(data)) == 0
+
+
+def test_sealing_changes_no_normal_weight(graph, family, rows):
+    model = graph.package(student(family, rows, 5), {})
+    before = [tensor.SerializeToString() for tensor in model.graph.initializer]
+
+    data = sealed(model, family.interface, family.spec, rows[:8], {})
+
+    sealed_model = onnx.load_model_from_string(data)
+    assert [each.SerializeToString() for each in sealed_model.graph.initializer] == before
+
+
+def denormals(model):
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    floats = [array for array in arrays if array.dtype == np.float32]
+    small = np.finfo(np.float32).smallest_normal
+    return sum(int(((array != 0) & (np.abs(array) < small)).sum()) for array in floats)
+
+
+def test_a_model_whose_answers_depend_on_their_batch_cannot_be_sealed(
+    graph, family, rows, tmp_path
+):
+    onnx.save_model(graph.package(student(family, rows, 5), {}), str(tmp_path / "float.onnx"))
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx")
+    dynamic = onnx.load_model(str(tmp_path / "dynamic.onnx"))
+    assert any(node.op_type == "DynamicQuantizeLinear" for node in dynamic.graph.node)
+
+    with pytest.raises(PackageError) as caught:
+        sealed(dynamic, family.interface, family.spec, rows[:8], {})
+    assert caught.value.code == "batch_dependent"
+
+
+@pytest.mark.parametrize("form", ["int8", "float32"])
+def test_what_ships_answers_a_row_alike_in_every_batch(graph, family, rows, runner, form):
+    model = graph.package(student(family, rows, 4), {})
+    shipped = quantized(model, rows[:500]) if form == "int8" else model
+    data = runner(sealed(shipped, family.interface, family.spec, rows[:8], {}))
+
+    alone = np.concatenate([data.run(row[None]) for row in rows])
+
+    for size in (2, 7, 64, len(rows)):
+        batches = [data.run(rows[start : start + size]) for start in range(0, len(rows), size)]
+        assert np.allclose(alone, np.concatenate(batches), rtol=0, atol=1e-6)
 
 
 def test_sealing_is_repeatable_and_overwrites_what_was_sealed_before(graph, family, rows, runner):
