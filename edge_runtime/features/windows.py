@@ -1,130 +1,274 @@
-"""Bounded time windows: how many, and how much, in the last so many seconds.
+"""Windows over kept entries: how many, how much and how far apart, of the last seconds or events.
 
 Why: most of what a model can know about the present stands in what happened here lately.
 
-A `Table` holds one `Series` for each key. A series keeps its entries sorted by time, with running
-totals beside them, so a window of any span is two binary searches and one subtraction, and windows
-of different spans share their entries. An entry that comes out of order is put where it belongs.
+A `Table` holds one state for each key. A `Series` is the state that keeps its entries, sorted by
+time, with running totals beside them: a window of any span is a binary search and a subtraction,
+and windows of different spans share their entries. Beside them stand, where a statistic asks for
+it, totals of squares and the peaks: the entries that no later one exceeds, in which the extreme of
+every window that ends now is the first one inside. An entry that comes out of order is put where it
+belongs.
 
 Invariants: reading changes nothing. Totals are integers (fixed point, 2**-32), hence exact: the
-answer depends on which entries are present, never on the order in which they came or left. A window
-at `now` covers (now - span, now]. A table never holds more than `KEYS_MAX` keys and `ENTRIES_MAX`
-entries; what a bound pushes out, the least recently observed first, is counted.
+answer depends on which entries are present, never on the order in which they came or left. Entries
+before `head` are forgotten and only wait for their memory to be taken back, many at once, so that
+an entry costs constant time, amortised. A table never holds more than `KEYS_MAX` keys and
+`ENTRIES_MAX` entries; what a bound pushes out, the least recently observed first, is counted.
 
 Knows nothing about events and specs.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import pairwise
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
+from typing import Any, Generic, Protocol, TypeVar
 
 KEYS_MAX = 4096
 ENTRIES_MAX = 65_536
 SCALE = 1 << 32
 VALUE_MAX = 2.0**62
+COMPACT_FROM = 64
+ROUNDING_S = 1.0  # kept beyond need, so that rounding of times never decides
 
 Key = str | int | float
 
 
-class Series:
-    """Entries of one key: `times` ascending; `totals[i]` is the sum of all entries before i."""
+class State(Protocol):
+    """What a table holds for a key: something that entries are added to and that has a size."""
 
-    __slots__ = ("times", "totals")
+    def add(self, time_s: float, value: Any, /) -> int:
+        """Take an entry in; by how many entries the state has grown, negative when it shrank."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.totals: list[int] = [0]
+    def drop(self, count: int, /) -> None:
+        """Forget the `count` oldest entries."""
 
-    def insert(self, time_s: float, units: int) -> None:
-        """Add an entry where its time belongs."""
-        times, totals = self.times, self.totals
-        if not times or time_s >= times[-1]:
-            times.append(time_s)
-            totals.append(totals[-1] + units)
-            return
-        at = bisect_right(times, time_s)
-        times.insert(at, time_s)
-        totals.insert(at, totals[at])
-        for index in range(at + 1, len(totals)):
-            totals[index] += units
+    def dump(self) -> list[Any]:
+        """All that it holds, as plain values."""
 
-    def drop_until(self, horizon_s: float) -> int:
-        """Forget the entries at or before `horizon_s`; how many they were."""
-        gone = bisect_right(self.times, horizon_s)
-        self.drop_first(gone)
-        return gone
+    @property
+    def load(self) -> Callable[..., None]:
+        """Hold, when new, what `dump` gave. Raises: ValueError when that cannot be."""
+
+    def __len__(self) -> int: ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class Peaks:
+    """Entries of a series that no later one exceeds: positions ascending, units descending.
+
+    With `sign` -1 they are the lows.
+    """
+
+    __slots__ = ("positions", "sign", "units")
+
+    def __init__(self, sign: int) -> None:
+        self.sign = sign
+        self.positions: list[int] = []
+        self.units: list[int] = []
+
+    def push(self, position: int, units: int) -> None:
+        """Let the newest entry take the place of those that it exceeds or equals."""
+        units *= self.sign
+        tops, positions = self.units, self.positions
+        while tops and tops[-1] <= units:
+            tops.pop()
+            positions.pop()
+        tops.append(units)
+        positions.append(position)
 
     def drop_first(self, count: int) -> None:
-        """Forget the `count` oldest entries."""
-        del self.times[:count]
-        del self.totals[:count]
+        """Let positions count from entry `count` on; those before it are gone."""
+        gone = bisect_left(self.positions, count)
+        self.positions = [position - count for position in self.positions[gone:]]
+        del self.units[:gone]
 
-    def values(self) -> list[float]:
-        """The values of the entries; exact, see `to_units`."""
-        return [(after - before) / SCALE for before, after in pairwise(self.totals)]
+    def rebuild(self, totals: list[int], head: int) -> None:
+        """Start again from all entries at `head` and after."""
+        self.positions, self.units = [], []
+        for position in range(head, len(totals) - 1):
+            self.push(position, totals[position + 1] - totals[position])
 
 
-class Table:
-    """One series for each key, all kept for `retention_s` behind their newest entry."""
+class Series:
+    """Entries of one key: `times` ascending; `totals[i]` is the sum of all entries before i.
+
+    Kept are the entries of the last `span_s` seconds and the last `events` entries, each as asked
+    up to `lateness_s` behind the newest.
+    """
+
+    __slots__ = (
+        *("times", "totals", "squares", "highs", "lows", "head"),
+        *("_span_s", "_events", "_lateness_s"),
+    )
 
     def __init__(
-        self, retention_s: float, *, keys_max: int = KEYS_MAX, entries_max: int = ENTRIES_MAX
+        self,
+        span_s: float,
+        *,
+        events: int = 0,
+        lateness_s: float = 0.0,
+        squares: bool = False,
+        highs: bool = False,
+        lows: bool = False,
     ) -> None:
-        assert retention_s > 0
-        assert keys_max > 0
-        assert entries_max > 0
-        self.retention_s = retention_s
+        self.times: list[float] = []
+        self.totals: list[int] = [0]
+        self.squares: list[int] | None = [0] if squares else None
+        self.highs = Peaks(1) if highs else None
+        self.lows = Peaks(-1) if lows else None
+        self.head = 0
+        self._lateness_s = lateness_s + ROUNDING_S
+        self._span_s, self._events = span_s + self._lateness_s, events
+
+    def __len__(self) -> int:
+        return len(self.times) - self.head
+
+    def add(self, time_s: float, units: int) -> int:
+        """Put an entry in; no effect when it is older than is kept. By how many this has grown."""
+        times, totals = self.times, self.totals
+        if times and time_s < times[-1]:
+            return self._insert(time_s, units)
+        times.append(time_s)
+        totals.append(totals[-1] + units)
+        if self.squares is not None:
+            self.squares.append(self.squares[-1] + units * units)
+        if self.highs is not None:
+            self.highs.push(len(times) - 1, units)
+        if self.lows is not None:
+            self.lows.push(len(times) - 1, units)
+        return 1 if times[self.head] > time_s - self._span_s else 1 - self._forget()
+
+    def _insert(self, time_s: float, units: int) -> int:
+        times, totals = self.times, self.totals
+        at = bisect_right(times, time_s, self.head)
+        times.insert(at, time_s)
+        _shift(totals, at, units)
+        if self.squares is not None:
+            _shift(self.squares, at, units * units)
+        for peaks in (self.highs, self.lows):
+            if peaks is not None:
+                peaks.rebuild(totals, self.head)
+        return 1 - self._forget()
+
+    def _forget(self) -> int:
+        """Move `head` past what no question may ask for any more; how many entries that were."""
+        times, head = self.times, self.head
+        now_s = times[-1]
+        kept = bisect_right(times, now_s - self._span_s, head)
+        if self._events:
+            late = bisect_right(times, now_s - self._lateness_s, head)
+            kept = min(kept, max(head, late - self._events))
+        self.drop(kept - head)
+        return kept - head
+
+    def drop(self, count: int) -> None:
+        """Forget the `count` oldest entries."""
+        self.head += count
+        if self.head > COMPACT_FROM and 2 * self.head > len(self.times):
+            self._compact()
+
+    def _compact(self) -> None:
+        head, self.head = self.head, 0
+        del self.times[:head]
+        del self.totals[:head]
+        if self.squares is not None:
+            del self.squares[:head]
+        for peaks in (self.highs, self.lows):
+            if peaks is not None:
+                peaks.drop_first(head)
+
+    def dump(self) -> list[Any]:
+        """Times and values of the entries that are kept; exact, see `to_units`."""
+        totals = pairwise(self.totals[self.head :])
+        return [self.times[self.head :], [(after - before) / SCALE for before, after in totals]]
+
+    def load(self, times: list[float], values: list[float]) -> None:
+        """Hold, when new, what `dump` gave. Raises: ValueError when it is empty or out of order."""
+        check_order(times, values)
+        units = [to_units(value) for value in values]
+        self.times = list(times)
+        self.totals = list(accumulate(units, initial=0))
+        if self.squares is not None:
+            self.squares = list(accumulate((each * each for each in units), initial=0))
+        for peaks in (self.highs, self.lows):
+            if peaks is not None:
+                peaks.rebuild(self.totals, 0)
+        self._forget()
+
+    def high(self, start: int, end: int, sign: int = 1) -> int:
+        """The greatest units among entries `start` to `end`; with `sign` -1 the least, negated."""
+        totals = self.totals
+        return max(sign * (totals[i + 1] - totals[i]) for i in range(start, end))
+
+
+def check_order(times: list[float], values: list[Any]) -> None:
+    """Raises: ValueError unless there are times, ascending, and as many values."""
+    if not times or len(times) != len(values) or times != sorted(times):
+        raise ValueError("its times are not in order, or not as many as its values")
+
+
+def _shift(totals: list[int], at: int, units: int) -> None:
+    """Make room for an entry of `units` at position `at` of running totals."""
+    totals.insert(at, totals[at])
+    for index in range(at + 1, len(totals)):
+        totals[index] += units
+
+
+class Table(Generic[S]):
+    """One state for each key, made by `new`; a table without a key field has one, under ""."""
+
+    def __init__(
+        self, new: Callable[[], S], *, keys_max: int = KEYS_MAX, entries_max: int = ENTRIES_MAX
+    ) -> None:
+        self.new = new
         self._keys_max = keys_max
         self._entries_max = entries_max
-        self._series: dict[Key, Series] = {}
+        self._states: dict[Key, S] = {}
         self._entries = 0
         self.keys_evicted = 0
         self.entries_evicted = 0
-        self.get = self._series.get
+        self.get = self._states.get
 
-    def add(self, key: Key, time_s: float, units: int) -> None:
-        """Put an entry into the series of `key`; no effect when it is older than is kept."""
-        series = self._series.pop(key, None) or Series()
-        self._series[key] = series  # the most recently observed key stands last
-        times = series.times
-        if times and time_s <= times[-1] - self.retention_s:
-            return
-        series.insert(time_s, units)
-        self._entries += 1
-        horizon_s = times[-1] - self.retention_s
-        if times[0] <= horizon_s:
-            self._entries -= series.drop_until(horizon_s)
-        if self._entries > self._entries_max or len(self._series) > self._keys_max:
+    def add(self, key: Key, time_s: float, value: Any) -> None:
+        """Give an entry to the state of `key`."""
+        states = self._states
+        state = states.pop(key, None)
+        if state is None:
+            state = self.new()
+        states[key] = state  # the most recently observed key stands last
+        self._entries += state.add(time_s, value)
+        if self._entries > self._entries_max or len(states) > self._keys_max:
             self._evict()
 
     def _evict(self) -> None:
-        oldest = next(iter(self._series))
-        if len(self._series) > 1:
-            gone = len(self._series.pop(oldest).times)
+        oldest = next(iter(self._states))
+        if len(self._states) > 1:
+            gone = len(self._states.pop(oldest))
             self.keys_evicted += 1
         else:
             gone = self._entries - self._entries_max
-            self._series[oldest].drop_first(gone)
+            self._states[oldest].drop(gone)
         self._entries -= gone
         self.entries_evicted += gone
 
-    def items(self) -> Iterator[tuple[Key, Series]]:
-        """Keys with their series, the least recently observed first."""
-        return iter(self._series.items())
+    def items(self) -> Iterator[tuple[Key, S]]:
+        """Keys with their states, the least recently observed first."""
+        return iter(self._states.items())
 
-    def load(self, key: Key, times: list[float], values: list[float]) -> None:
-        """Append a key with what its series held, `times` ascending, as `items` gave it."""
-        series = self._series[key] = Series()
-        for time_s, value in zip(times, values, strict=True):
-            series.insert(time_s, to_units(value))
-        self._entries += len(times)
+    def replace(self, states: dict[Key, S]) -> None:
+        """Hold `states`, the least recently observed first, and nothing else."""
+        self._states.clear()
+        self._states.update(states)
+        self._entries = sum(map(len, states.values()))
 
     @property
     def keys(self) -> int:
         """How many keys are held."""
-        return len(self._series)
+        return len(self._states)
 
     @property
     def entries(self) -> int:

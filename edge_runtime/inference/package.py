@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.errors import ConfigError, PackageError, RequestError
-from edge_runtime.features.spec import Spec, Window
+from edge_runtime.features.feature import Window
+from edge_runtime.features.spec import Spec
 
 PACKAGE_VERSION = 1
 TEXT_MAX = 1024
