@@ -2,8 +2,8 @@
 
 Why: one task group and one order of ending, so that nothing is left running or half said.
 
-Order of ending: stop listening and let written answers leave; stop the cloud side (agent, uplink,
-bus); make the log durable, write the windows, give the state directory back. A second signal ends
+Order of ending: stop the cloud side (agent, uplink, bus); stop listening and let written answers
+leave; make the log durable, write the windows, give the state directory back. A second signal ends
 the process at once, which costs no more than a power cut: what came within the linger.
 
 Knows how rooms fit together, and nothing of what they do.
@@ -15,19 +15,23 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from edge_runtime import notify
+from edge_runtime.api.http import HOST, HttpServer
 from edge_runtime.api.socket import SocketServer
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import ConfigError, HeadwaterError
 from edge_runtime.events.uplink import Uplink
+from edge_runtime.inference.prover import Prover
+from edge_runtime.inference.runner import flush_denormals
 from edge_runtime.rollout.agent import Agent, Updates
-from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 from edge_runtime.runtime import Runtime
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
@@ -37,46 +41,76 @@ SWITCH_INTERVAL_S = 0.0005
 """How long another thread may keep the interpreter from an answer; by default it is ten times so
 long, which shows in the slowest thousandth of answers."""
 
+Parts = dict[str, Callable[[], dict[str, int]]]
+"""The rooms that are at work, by name, each with its counts."""
+
 log = logging.getLogger("edge_runtime.daemon")
 
 
-def run(config: EdgeConfig) -> None:
-    """Serve until SIGTERM or SIGINT. Raises: ConfigError before anything is served."""
+def run(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `on_ready` is called once every listener is up.
+
+    Raises: ConfigError before anything is served.
+    """
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(config))
+        runner.run(serve(config, on_ready))
 
 
-async def serve(config: EdgeConfig) -> None:
+async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -> None:
     """Serve on the running loop until a signal comes."""
     stop = _stop_on_signals(asyncio.get_running_loop())
     root = _read_root(config)
+    flush_denormals()
     with Runtime.open(config) as runtime:
-        parts: dict[str, Callable[[], dict[str, int]]] = {}
-        server = SocketServer(runtime, lambda: _status(runtime, parts))
-        parts["socket"] = server.statistics
-        await server.start(config.socket)
-        try:
-            log.info("%s serves %s at %s", config.device, _served(runtime), config.socket)
+        parts: Parts = {}
+        async with _listening(runtime, parts) as where:
+            log.info("%s serves %s at %s", config.device, _served(runtime), where)
+            notify.ready(f"serves {_served(runtime)}")
+            if on_ready is not None:
+                on_ready(runtime)
             if config.nats:
                 await _serve_with_cloud(runtime, root, parts, stop)
             else:
-                await stop.wait()
-        finally:
-            await server.close()
+                await _run_until(stop, notify.watchdog())
+            notify.stopping()
     log.info("%s stopped", config.device)
+
+
+@asynccontextmanager
+async def _listening(runtime: Runtime, parts: Parts) -> AsyncIterator[str]:
+    """The Unix socket and, where it is configured, HTTP; gives where they listen, in words."""
+    config = runtime.config
+    mode, group = config.socket_bits, config.socket_group
+    server = SocketServer(runtime, lambda: _status(runtime, parts))
+    http = HttpServer(
+        runtime, lambda: _status(runtime, parts), body_bytes_max=config.http.body_max_mb << 20
+    )
+    where, parts["socket"] = [str(config.socket)], server.statistics
+    await server.start(config.socket, mode, group)
+    try:
+        if config.http.enabled:
+            await http.start(config.http.port, config.http.socket, mode=mode, group=group)
+            parts["http"] = http.statistics
+            where += [f"http://{HOST}:{http.port}"] if http.port is not None else []
+            where += [f"{config.http.socket} (HTTP)"] if config.http.socket is not None else []
+        yield " and ".join(where)
+    finally:
+        await server.close()
+        await http.close()
 
 
 async def _serve_with_cloud(
     runtime: Runtime,
     root: bytes,
-    parts: dict[str, Callable[[], dict[str, int]]],
+    parts: Parts,
     stop: asyncio.Event,
 ) -> None:
     config, clock = runtime.config, SystemClock()
-    async with _bus(config) as bus, asyncio.TaskGroup() as group:
+    async with _bus(config) as bus:
+        prover = Prover()
         uplink = Uplink(runtime.log, bus, config.device, clock, trim_floor=runtime.trim_floor)
         client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
         agent = Agent(
@@ -86,15 +120,23 @@ async def _serve_with_cloud(
             bus,
             attributes=config.attributes,
             poll_s=config.poll_s,
+            prove=prover.prove,
         )
         runtime.on_commit = uplink.wake
         parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
-        tasks = [
-            group.create_task(uplink.run(), name="uplink"),
-            group.create_task(agent.run(), name="agent"),
-        ]
+        parts["prover"] = prover.statistics
+        try:
+            await _run_until(stop, notify.watchdog(), uplink.run(), agent.run())
+        finally:
+            runtime.on_commit = None
+            prover.close()
+
+
+async def _run_until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> None:
+    """Run `works` side by side until `stop`; should one of them fail, end all of them with it."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(work) for work in works]
         await stop.wait()
-        runtime.on_commit = None
         for task in tasks:
             task.cancel()
 
@@ -123,7 +165,7 @@ class _Refusing:
     def plan(self, _family: str) -> Plan:
         raise self._error
 
-    def fetch(self, _arm: PlanArm, _shelf: Shelf) -> Path:
+    def fetch(self, _arm: PlanArm, _package: Variant, _shelf: Shelf) -> Path:
         raise self._error
 
     def confirm(self, _plan: Plan) -> None:
@@ -165,7 +207,7 @@ def _stop_on_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
     return stop
 
 
-def _status(runtime: Runtime, parts: dict[str, Callable[[], dict[str, int]]]) -> dict[str, Any]:
+def _status(runtime: Runtime, parts: Parts) -> dict[str, Any]:
     return runtime.statistics() | {name: statistics() for name, statistics in parts.items()}
 
 

@@ -11,12 +11,14 @@ Knows nothing about the log, the disk or the other families.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_runtime.clock import Clock
 from edge_runtime.errors import HeadwaterError
-from edge_runtime.inference.pipeline import Answer, Pipeline
+from edge_runtime.features.engine import Engine
+from edge_runtime.inference.package import PackageInfo
+from edge_runtime.inference.pipeline import Pipeline, Rows
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.plan import Plan, choose, propensity
 from edge_runtime.wire.messages import ArmReport, Fields, PredictionRecord, Scored
@@ -38,47 +40,67 @@ class Family:
         self._salt = device
         self._since: dict[tuple[str, str], float] = {}
 
-    def follow(self, arms: Sequence[Arm], plan: Plan) -> None:
-        """Serve `arms` as `plan` says. Raises: PackageError, with what serves unchanged."""
-        self.pipeline.swap(arms)
+    def follow(
+        self, arms: Sequence[Arm], plan: Plan | None, rebuilt: Mapping[str, Engine] = {}
+    ) -> None:
+        """Serve `arms` as `plan` says; None where a file is served that no plan speaks of.
+
+        Raises: PackageError, with what serves unchanged.
+        """
+        self.pipeline.swap(arms, rebuilt)
         self.plan = plan
-        self._salt = f"{plan.salt}|{self._device}"
+        self._salt = f"{plan.salt}|{self._device}" if plan is not None else self._device
         now_s, known = self._clock.now_s(), self._since
         running = [(arm.name, arm.release) for arm in arms]
         self._since = {key: known.get(key, now_s) for key in running}
 
-    def restore(self, state: bytes) -> bool:
-        """Take the windows from a snapshot; False when they cannot be."""
+    def lacking(self, state: bytes) -> dict[str, PackageInfo] | None:
+        """The packages, by spec hash, with windows that a snapshot lacks; None: it is unusable."""
         try:
-            self.pipeline.restore(state)
+            return self.pipeline.lacking(state)
         except HeadwaterError as error:
             log.warning("%s: windows are rebuilt from the log alone: %s", self.name, error)
-            return False
-        return True
+            return None
 
-    def chooser(self, epoch: int, seq: int) -> Callable[[Sequence[Arm]], int]:
-        """Which arm answers prediction (`epoch`, `seq`)."""
-        return lambda arms: choose([arm.weight for arm in arms], self._salt, epoch, seq)
+    def record(
+        self,
+        arms: Sequence[Arm],
+        rows: Rows,
+        outputs: Sequence[list[float]],
+        said: tuple[str, float, Fields],
+        number: tuple[int, int],
+    ) -> PredictionRecord:
+        """What the log keeps of prediction `number`, the arm that answers standing first.
 
-    def record(self, answer: Answer, kind: str, time_s: float, fields: Fields) -> PredictionRecord:
-        """What the log keeps of an answer, the arm that answered standing first."""
-        arms, index = answer.arms, answer.index
+        `said` is the event: kind, time and fields; `rows` and `outputs` are those of each arm.
+        """
+        index, weights = 0, [1.0]
+        if len(arms) > 1:
+            weights = [arm.weight for arm in arms]
+            index = choose(weights, self._salt, *number)
+        arm = arms[index]
+        assert arm.info is not None
         scored = [
-            Scored(arm.release, arm.name, outputs)
-            for arm, outputs in zip(arms, answer.outputs, strict=True)
+            Scored(each.release, each.name, values)
+            for each, values in zip(arms, outputs, strict=True)
         ]
         if index:
             scored.insert(0, scored.pop(index))
         return PredictionRecord(
             self.name,
-            kind,
-            time_s,
-            fields,
-            answer.spec,
-            answer.vector.tobytes(),
-            propensity([arm.weight for arm in arms], index),
+            *said,
+            arm.info.spec.hash,
+            rows[index],
+            propensity(weights, index),
             scored,
         )
+
+    @property
+    def record_bytes_max(self) -> int:
+        """How many bytes a prediction's record can have beyond its event's fields."""
+        arms = self.pipeline.slot.arms
+        scored = sum(len(arm.release) + len(arm.name) + 9 * arm.runner.scores for arm in arms)
+        return 512 + scored + 4 * max((arm.runner.features for arm in arms), default=0)
 
     @property
     def plan_seq(self) -> int:
@@ -88,14 +110,27 @@ class Family:
     def reports(self) -> list[ArmReport]:
         """The arms in memory, the stable one first."""
         return [
-            ArmReport(self.name, arm, release, since_s)
-            for (arm, release), since_s in self._since.items()
+            ArmReport(
+                self.name,
+                arm.name,
+                arm.release,
+                self._since[arm.name, arm.release],
+                arm.variant,
+                arm.runner.run_us or 0.0,
+            )
+            for arm in self.pipeline.slot.arms
         ]
 
     def statistics(self) -> dict[str, Any]:
         """Plan, arms, and what the pipeline counts."""
         arms = [
-            {"arm": arm.arm, "release": arm.release, "since_s": arm.serving_since_s}
+            {
+                "arm": arm.arm,
+                "release": arm.release,
+                "since_s": arm.serving_since_s,
+                "variant": arm.variant,
+                "run_us": arm.run_us,
+            }
             for arm in self.reports()
         ]
         return {"plan_seq": self.plan_seq, "arms": arms, **self.pipeline.statistics()}

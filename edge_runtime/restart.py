@@ -15,48 +15,77 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from edge_runtime.errors import HeadwaterError, PackageError
+from edge_runtime import releases
+from edge_runtime.config import EdgeConfig
+from edge_runtime.errors import ConfigError, HeadwaterError
 from edge_runtime.events.log import EventLog
 from edge_runtime.family import Family
-from edge_runtime.inference.slot import Arm, load_arm
-from edge_runtime.rollout.plan import PlanArm, arms_for
-from edge_runtime.snapshots import SnapshotFile
+from edge_runtime.inference import history
+from edge_runtime.inference.slot import load_bare_arm
+from edge_runtime.rollout.arms import load_plan_arm
+from edge_runtime.rollout.plan import Plan, arms_for
+from edge_runtime.snapshots import Snapshot, SnapshotFile
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec
-from edge_runtime.wire.messages import LabelRecord
+from edge_runtime.wire.messages import LabelRecord, PredictionRecord
+
+LOCAL = "local"
 
 log = logging.getLogger("edge_runtime")
 
 
-def restore_arms(family: Family, shelf: Shelf, attributes: Mapping[str, str]) -> None:
-    """Let `family` follow the plan that `shelf` remembers, if any; what fails is logged."""
+def restore_arms(family: Family, shelf: Shelf, config: EdgeConfig) -> None:
+    """Let `family` serve the configured package, or follow the plan that `shelf` remembers.
+
+    What fails on the shelf is logged, and the plan before it is tried.
+    Raises: ConfigError `bad_package` for a package that was asked for by name.
+    """
+    if config.package is not None:
+        _serve_package(family, config)
+        return
     try:
         plan = shelf.load_current(family.name)
         if plan is not None:
-            family.follow(
-                [_load(shelf, name, arm) for name, arm in arms_for(plan, attributes)], plan
-            )
+            _follow(family, shelf, plan, config.attributes)
     except HeadwaterError as error:
-        log.warning("%s serves nothing until its next update: %s", family.name, error)
+        log.warning("%s: its last release does not load: %s", family.name, error)
+        _go_back(family, shelf)
 
 
-def _load(shelf: Shelf, name: str, arm: PlanArm) -> Arm:
-    path = shelf.path_of(arm.sha256)
-    if path is None:
-        raise PackageError(
-            "not_on_shelf", f"the package of {arm.release} is missing or damaged on the shelf"
-        )
-    return load_arm(path, arm.sha256, name, arm.release, arm.weight)
+def _serve_package(family: Family, config: EdgeConfig) -> None:
+    assert config.package is not None
+    try:
+        family.follow([load_bare_arm(config.package, LOCAL)], None)
+    except HeadwaterError as error:
+        raise ConfigError(
+            "bad_package", f"nothing is served: {error.message}", error.hint
+        ) from error
+
+
+def _follow(family: Family, shelf: Shelf, plan: Plan, attributes: Mapping[str, str]) -> None:
+    arms = [load_plan_arm(shelf, name, arm) for name, arm in arms_for(plan, attributes)]
+    family.follow(arms, plan)
+
+
+def _go_back(family: Family, shelf: Shelf) -> None:
+    try:
+        previous = shelf.load_previous(family.name)
+        if previous is not None:
+            plan = releases.alone(previous)
+            family.follow(releases.load(shelf, plan), plan)
+            return
+    except HeadwaterError as error:
+        log.warning("%s: nor does the one before it: %s", family.name, error)
+    log.warning("%s serves nothing until its next update", family.name)
 
 
 def restore_windows(families: Mapping[str, Family], file: SnapshotFile, events: EventLog) -> int:
     """Bring the windows of `families` to the end of `events`; how many records that took."""
     snapshot = file.load()
-    states = {} if snapshot is None else snapshot.families
     from_log_alone = {
         name
         for name, family in families.items()
-        if name not in states or not family.restore(states[name])
+        if snapshot is None or not _restore(family, snapshot, events)
     }
     start, replayed = file.floor, 0
     for epoch, seq, data in events.tail("event", *((0, 0) if from_log_alone else start)):
@@ -65,5 +94,23 @@ def restore_windows(families: Mapping[str, Family], file: SnapshotFile, events: 
         family = families.get(record.family)
         if family is not None and (record.family in from_log_alone or (epoch, seq) > start):
             family.pipeline.replay(record.kind, record.time_s, record.fields)
+            if isinstance(record, PredictionRecord):
+                family.pipeline.answered.remember((epoch, seq), record.fields)
             replayed += 1
     return replayed
+
+
+def _restore(family: Family, snapshot: Snapshot, events: EventLog) -> bool:
+    """Whether `family` has its windows as of `snapshot`, those that it lacks from the log."""
+    state = snapshot.families.get(family.name)
+    lacking = None if state is None else family.lacking(state)
+    if state is None or lacking is None:
+        return False
+    until = snapshot.epoch, snapshot.seq
+    records = releases.seen(events, family.name, until=until) if lacking else iter(())
+    try:
+        family.pipeline.restore(state, history.rebuild(lacking, records))
+    except HeadwaterError as error:
+        log.warning("%s: windows are rebuilt from the log alone: %s", family.name, error)
+        return False
+    return True

@@ -2,63 +2,48 @@
 
 Why: one object answers, remembers and takes labels, with all that may block kept elsewhere.
 
-Invariants: all calls belong to one thread. A prediction id, `device.epoch.seq`, is handed out once,
-ever. What was refused left no trace in windows or log. After a restart the windows are, bit for
-bit, what the log's durable records say they are.
+Threads: every method may be called from any thread. Predictions, observations and labels take turns
+(a turn is microseconds); `infer` runs side by side. What ends in `_async` belongs to an event loop,
+any one, and never stalls it: a model that is too heavy to run inline runs on a thread of its own.
+
+Invariants: a prediction id, `device.epoch.seq`, is handed out once, ever. What was refused left no
+trace in windows or log. After a restart the windows are, bit for bit, what the log's durable
+records say they are.
 
 Knows nothing about sockets, brokers or signatures.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import msgspec
-
 from edge_runtime import config as configuration
-from edge_runtime import restart
+from edge_runtime import releases, restart
+from edge_runtime.asking import Asking, Event, Prediction
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import HeadwaterError, RequestError
-from edge_runtime.events.log import EventLog
+from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
 from edge_runtime.family import Family
+from edge_runtime.inference.onnxfile import family_of
 from edge_runtime.inference.slot import Arm
-from edge_runtime.labels import label_record
+from edge_runtime.inference.tensors import Array
+from edge_runtime.journal import Journal
 from edge_runtime.metrics import Histogram
 from edge_runtime.rollout.plan import Plan
-from edge_runtime.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFile
+from edge_runtime.serving import ModelInfo, Serving
 from edge_runtime.update.shelf import Shelf
-from edge_runtime.wire import codec
-from edge_runtime.wire.messages import (
-    WIRE_VERSION,
-    Fields,
-    ObservationRecord,
-    PredictionRecord,
-    Report,
-)
+from edge_runtime.wire.messages import WIRE_VERSION, Report
 
-SNAPSHOT_EVERY = 4096
-_PIPELINE_COUNTS = ("swaps", "swap_failures", "late_events")
+__all__ = ["Event", "ModelInfo", "Prediction", "Runtime"]
 
-
-class Event(msgspec.Struct, frozen=True):
-    """What an application reports: typed fields at a time (seconds since the epoch, UTC)."""
-
-    kind: str
-    time_s: float
-    fields: Fields
-
-
-class Prediction(msgspec.Struct, frozen=True):
-    """The answer to an event; `outputs` are the values of the arm that answered."""
-
-    id: str
-    outputs: list[float]
-    release: str
-    arm: str
+_PIPELINE_COUNTS = ("swaps", "swap_failures", "late_events", "late_labels")
 
 
 class Runtime:
@@ -67,74 +52,109 @@ class Runtime:
     `on_commit`, once set, is called from the log's thread whenever more became durable.
     """
 
-    def __init__(self, config: EdgeConfig, clock: Clock) -> None:
+    def __init__(self, config: EdgeConfig, clock: Clock, ends: contextlib.ExitStack) -> None:
         self.config, self.device, self.families = config, config.device, config.families
-        self.on_commit: Callable[[], None] | None = None
         self._clock = clock
-        self.log = EventLog(
-            config.state_dir / "log",
-            device=config.device,
-            linger_ms=config.log.linger_ms,
-            bytes_max=config.log.bytes_max_mb << 20,
-        )
-        self.shelf = Shelf(config.state_dir / "shelf")  # after the log, whose lock guards it too
-        self.epoch = self.log.epoch
-        self._prefix = f"{self.device}.{self.epoch}."
         self._members = {name: Family(name, self.device, clock) for name in self.families}
-        self._snapshots = SnapshotFile(config.state_dir / "windows.snapshot")
-        self._since_snapshot = self._replayed = 0
-        self._latency, self._closed = Histogram(), False
-        self._counts = dict.fromkeys(
-            ("predictions", "observations", "labels", "request_errors", "requests_dropped"), 0
-        )
+        self._journal = Journal(config, self._states)
+        self.log, self.epoch = self._journal.log, self._journal.log.epoch
+        self.shelf = Shelf(config.state_dir / "shelf")  # after the log, whose lock guards it too
+        slots = {name: family.pipeline.slot for name, family in self._members.items()}
+        self._serving = Serving(slots, config.inference)
+        self._asking = Asking(self._members, self._journal, self._serving, clock)
+        self._infer_latency, self._infers = Histogram(), 0
+        self._counting = threading.Lock()
+        self._ends = ends
+        self._replayed, self._closed = 0, False
 
     @classmethod
-    def open(cls, source: str | Path | EdgeConfig, *, clock: Clock | None = None) -> Self:
+    def open(
+        cls,
+        source: str | Path | EdgeConfig | None = None,
+        *,
+        package: str | Path | None = None,
+        clock: Clock | None = None,
+    ) -> Self:
         """The runtime that a configuration describes, serving what its shelf says ran last.
 
-        Raises: ConfigError for the configuration, or a state directory that another process owns.
+        With `package`, any ONNX file is served instead: no broker, no keys, no learner, and a state
+        that ends with the runtime. Its family is what its metadata says, or else the file's name.
+
+        Raises: ConfigError for the configuration, the package, or a state directory that another
+        process owns.
         """
+        if package is not None:
+            assert source is None, "a configuration or a package, not both"
+            return cls._open_package(Path(package), clock)
+        assert source is not None, "a configuration or a package"
         config = source if isinstance(source, EdgeConfig) else configuration.load(Path(source))
-        runtime = cls(config, clock or SystemClock())
+        return cls._open(config, clock)
+
+    @classmethod
+    def _open_package(cls, package: Path, clock: Clock | None) -> Self:
+        with contextlib.ExitStack() as ends:
+            folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="headwater-"))
+            try:
+                family = family_of(package)
+            except PackageError as error:
+                raise ConfigError("bad_package", error.message, error.hint) from error
+            config = configuration.local_config(package, family, Path(folder))
+            return cls._open(config, clock, ends.pop_all())
+
+    @classmethod
+    def _open(
+        cls, config: EdgeConfig, clock: Clock | None, ends: contextlib.ExitStack | None = None
+    ) -> Self:
+        runtime = cls(config, clock or SystemClock(), ends or contextlib.ExitStack())
         try:
             for family in runtime._members.values():
-                restart.restore_arms(family, runtime.shelf, config.attributes)
-            windows = runtime._members, runtime._snapshots, runtime.log
-            runtime._replayed = restart.restore_windows(*windows)
+                restart.restore_arms(family, runtime.shelf, config)
+            runtime._replayed = restart.restore_windows(
+                runtime._members, runtime._journal.snapshots, runtime.log
+            )
         except BaseException:
             runtime.log.close()
             raise
-        runtime.log.on_commit = runtime._committed
+        runtime._journal.start()
         return runtime
+
+    # Events.
 
     def predict(self, family: str, event: Event) -> Prediction:
         """Answer an event, and log the answer with the feature values behind it.
 
-        Raises: RequestError (unknown_family, no_release, unknown_kind, unknown_field,
-        missing_field, wrong_type, not_finite, event_from_future), CapacityError (log_full).
+        Raises: RequestError (unknown_family, no_release, no_features, unknown_kind, not_predicted,
+        unknown_field, missing_field, wrong_type, not_finite, out_of_range, event_from_future),
+        CapacityError (log_full, log_stalled), PackageError (run_failed).
         """
-        started_ns = time.perf_counter_ns()
-        try:
-            prediction = self._predict(self._family(family), event)
-        except HeadwaterError as error:
-            self._refused(error)
-            raise
-        self._counts["predictions"] += 1
-        self._latency.record((time.perf_counter_ns() - started_ns) / 1000)
-        return prediction
+        return self._asking.predict(family, event)
+
+    async def predict_async(
+        self, family: str, event: Event, *, timeout_s: float | None = None
+    ) -> Prediction:
+        """As `predict`, without stalling the event loop however heavy the model is.
+
+        `timeout_s` None: the configured deadline. The windows are read when it is called, and moved
+        when the answer is logged.
+        Raises: as `predict`, and CapacityError (overloaded, deadline_exceeded), nothing logged.
+        """
+        return await self._asking.predict_async(family, event, timeout_s)
+
+    def predict_many(
+        self, family: str, events: Sequence[Event]
+    ) -> list[Prediction | HeadwaterError]:
+        """The answers to `events`, in order, with one run of the model; errors in their places.
+
+        Each is what `predict` would have given, to rounding. Raises: RequestError (unknown_family).
+        """
+        return self._asking.predict_many(family, events)
 
     def observe(self, family: str, event: Event) -> int:
         """Let the windows see an event; returns its sequence number in the log, class event.
 
         Raises: as `predict`.
         """
-        try:
-            seq = self._observe(self._family(family), event)
-        except HeadwaterError as error:
-            self._refused(error)
-            raise
-        self._counts["observations"] += 1
-        return seq
+        return self._asking.observe(family, event)
 
     def label(
         self,
@@ -148,33 +168,159 @@ class Runtime:
         """Say what turned out to be true of a prediction, at `time_s` (None: now).
 
         `family` may be left out where the device has only one. Returns the label's own sequence
-        number in the log, class label.
+        number in the log, class label. Windows over labels see the first final one.
 
         Raises: RequestError (unknown_prediction, prediction_lost, wrong_type, not_finite,
         unknown_family), CapacityError (log_full).
         """
-        try:
-            name = self._family(family).name
-            time_s = self._clock.now_s() if time_s is None else time_s
-            record = label_record(self.log, name, prediction_id, value, time_s, final=final)
-            label_seq = self.log.append("label", codec.encode(record))
-        except HeadwaterError as error:
-            self._refused(error)
-            raise
-        self._counts["labels"] += 1
-        return label_seq
+        return self._asking.label(family, prediction_id, value, time_s, final=final)
 
-    def swap(self, family: str, arms: Sequence[Arm], plan: Plan) -> None:
+    # Tensors.
+
+    def infer(
+        self,
+        family: str,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        release: str | None = None,
+    ) -> dict[str, Array]:
+        """What a model answers to tensors: no features, no log. All outputs, or those named.
+
+        `release` None: the stable one. Values are not judged: a NaN goes in as it is.
+        Raises: RequestError (unknown_family, no_release, unknown_release, missing_input,
+        unknown_input, unknown_output, wrong_type, wrong_shape, empty_batch), PackageError
+        (run_failed).
+        """
+        started_ns = time.perf_counter_ns()
+        try:
+            answers = self._serving.infer(family, inputs, outputs or (), release)
+        except HeadwaterError as error:
+            self._asking.refused(error)
+            raise
+        self._inferred(started_ns, 1)
+        return answers
+
+    async def infer_async(
+        self,
+        family: str,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        release: str | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Array]:
+        """As `infer`, without stalling the event loop however heavy the model is.
+
+        Raises: as `infer`, and CapacityError (overloaded, deadline_exceeded).
+        """
+        started_ns = time.perf_counter_ns()
+        try:
+            answers = await self._serving.infer_async(
+                family, inputs, outputs or (), release, timeout_s
+            )
+        except HeadwaterError as error:
+            self._asking.refused(error)
+            raise
+        self._inferred(started_ns, 1)
+        return answers
+
+    def infer_many(
+        self,
+        family: str,
+        requests: Sequence[Mapping[str, Array]],
+        outputs: Sequence[str] | None = None,
+        *,
+        release: str | None = None,
+    ) -> list[dict[str, Array] | HeadwaterError]:
+        """The answers to `requests`, in order, with one run of the model where its rows allow it;
+        errors stand in their place. Raises: RequestError (unknown_family, no_release,
+        unknown_release).
+        """
+        started_ns = time.perf_counter_ns()
+        answers = self._serving.infer_many(family, requests, outputs or (), release)
+        errors = [each for each in answers if isinstance(each, HeadwaterError)]
+        for error in errors:
+            self._asking.refused(error)
+        self._inferred(started_ns, len(answers) - len(errors))
+        return answers
+
+    def model(self, family: str) -> ModelInfo:
+        """What a family serves. Raises: RequestError (unknown_family, no_release)."""
+        return self._serving.model(family)
+
+    def ready(self, family: str | None = None) -> bool:
+        """Whether `family`, or every family, has a release that is loaded, proven and warm."""
+        names = self.families if family is None else [family]
+        members = [self._members[name] for name in names if name in self._members]
+        return len(members) == len(names) and all(each.pipeline.slot.arms for each in members)
+
+    # Releases.
+
+    def swap(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         """Serve `arms`, loaded and proven, as `plan` says; no request is dropped.
 
-        Raises: PackageError from the slot, with what serves unchanged.
+        Windows that are new are rebuilt from the log first, which may take long: in an event loop
+        use `adopt`. Raises: PackageError from the slot, with what serves unchanged.
         """
-        self._family(family).follow(arms, plan)
-        self._since_snapshot = SNAPSHOT_EVERY
+        member = self._asking.family(family)
+        with self._asking.turn:
+            until = self.log.durable("event")
+            rebuilt = releases.rebuilt(self.log, member, arms, until)
+            member.follow(arms, plan, rebuilt)
+        self._journal.hasten_snapshot()
+
+    async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
+        """As `swap`, with the log read on another thread while the old release answers on."""
+        member = self._asking.family(family)
+        if not releases.brings_new_windows(member, arms):
+            self.swap(family, arms, plan)
+            return
+        member.pipeline.missed = []
+        try:
+            until = self.epoch, self.log.handed_out("event")
+            await self.log.wait_durable("event", until[1])
+            rebuilt = await asyncio.to_thread(releases.rebuilt, self.log, member, arms, until)
+            with self._asking.turn:
+                releases.catch_up(rebuilt, member.pipeline.missed)
+                member.follow(arms, plan, rebuilt)
+        finally:
+            member.pipeline.missed = None
+        self._journal.hasten_snapshot()
+
+    def rollback(self, family: str, reason: str) -> str:
+        """Leave the newest release for the one before it, from the shelf, and quarantine what is
+        left; with a canary, the canary is left. Returns the release that serves now.
+
+        Raises: RequestError (unknown_family, nothing_to_roll_back), PackageError and
+        CapacityError with what serves unchanged.
+        """
+        member = self._asking.family(family)
+        leaving, plan = releases.left_by(member.plan, self.shelf)
+        arms = releases.load(self.shelf, plan)
+        releases.leave(self.shelf, leaving, reason)
+        self.swap(family, arms, plan)
+        self.shelf.save_current(plan)
+        return plan.stable.release
+
+    async def rollback_async(self, family: str, reason: str) -> str:
+        """As `rollback`, loading on a thread of its own."""
+        return await asyncio.to_thread(self.rollback, family, reason)
 
     def current(self, family: str) -> Plan | None:
         """The plan that `family` follows; None before its first release."""
-        return self._family(family).plan
+        return self._asking.family(family).plan
+
+    # What it knows of itself.
+
+    @property
+    def on_commit(self) -> Callable[[], None] | None:
+        """Called from the log's thread whenever more became durable."""
+        return self._journal.on_commit
+
+    @on_commit.setter
+    def on_commit(self, call: Callable[[], None] | None) -> None:
+        self._journal.on_commit = call
 
     def survived(self) -> list[tuple[int, str, int]]:
         """(epoch, class, last sequence number) of what restarts left of earlier epochs."""
@@ -186,7 +332,11 @@ class Runtime:
 
     def trim_floor(self) -> tuple[int, int]:
         """(epoch, seq) of the newest snapshot: events after it must stay in the log."""
-        return self._snapshots.floor
+        return self._journal.snapshots.floor
+
+    def latencies(self) -> dict[str, Histogram]:
+        """What was measured of each call, by its name, in microseconds."""
+        return {"predict": self._asking.latency, "infer": self._infer_latency}
 
     def report(self, refused: dict[str, int]) -> Report:
         """What this device says about itself; `refused` counts refused updates by error code."""
@@ -201,14 +351,15 @@ class Runtime:
             max(family.plan_seq for family in self._members.values()),
             self.counters(),
             refused,
-            self._latency.counts(),
+            self._asking.latency.counts(),
             numbers["bytes"],
             numbers["pending"],
         )
 
     def counters(self) -> dict[str, int]:
         """Counts since the process started, over all families."""
-        counts = self._counts | dict.fromkeys(_PIPELINE_COUNTS, 0)
+        counts = self._asking.counts | {"infers": self._infers}
+        counts |= dict.fromkeys(_PIPELINE_COUNTS, 0)
         for family in self._members.values():
             numbers = family.pipeline.statistics()
             for name in _PIPELINE_COUNTS:
@@ -217,16 +368,17 @@ class Runtime:
 
     def statistics(self) -> dict[str, Any]:
         """Everything that is counted here, as texts, numbers, lists and maps."""
-        quantile = self._latency.quantile
+        journal = self._journal.statistics()
         return {
             "device": self.device,
             "epoch": self.epoch,
             "families": {name: family.statistics() for name, family in self._members.items()},
             "counters": self.counters(),
-            "predict_us": {"p50": quantile(0.5), "p99": quantile(0.99), "p999": quantile(0.999)},
-            "log": self.log.statistics(),
-            "snapshots": self._snapshots.statistics() | {"replayed": self._replayed},
+            **{f"{name}_us": each.summary() for name, each in self.latencies().items()},
+            "log": journal["log"],
+            "snapshots": journal["snapshots"] | {"replayed": self._replayed},
             "shelf": self.shelf.statistics(),
+            "worker": self._serving.worker.statistics(),
         }
 
     def close(self) -> None:
@@ -237,11 +389,12 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
-        self._offer_snapshot()
-        self.log.close()
-        self._snapshots.commit(*self.log.durable("event"))
+        self._serving.close()
+        with self._asking.turn:
+            self._journal.close()
         for family in self._members.values():
             family.pipeline.slot.close()
+        self._ends.close()
 
     def __enter__(self) -> Self:
         return self
@@ -249,55 +402,17 @@ class Runtime:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _predict(self, family: Family, event: Event) -> Prediction:
-        kind, time_s, fields = event.kind, event.time_s, event.fields
-        seq = self.log.handed_out("event") + 1
-        answer = family.pipeline.answer(kind, time_s, fields, family.chooser(self.epoch, seq))
-        record = family.record(answer, kind, time_s, fields)
-        logged = self._accept(family, event, record)
-        assert logged == seq
-        first = record.scored[0]
-        return Prediction(f"{self._prefix}{seq}", first.outputs, first.release, first.arm)
+    async def __aenter__(self) -> Self:
+        return self
 
-    def _observe(self, family: Family, event: Event) -> int:
-        kind, time_s, fields = event.kind, event.time_s, event.fields
-        family.pipeline.admit(kind, time_s, fields)
-        return self._accept(family, event, ObservationRecord(family.name, kind, time_s, fields))
+    async def __aexit__(self, *_error: object) -> None:
+        await asyncio.to_thread(self.close)
 
-    def _accept(
-        self, family: Family, event: Event, record: PredictionRecord | ObservationRecord
-    ) -> int:
-        """Log an admitted event, then let it move the windows: what the log refuses moves none."""
-        seq = self.log.append("event", codec.encode(record))
-        family.pipeline.move(event.kind, event.time_s, event.fields)
-        self._since_snapshot += 1
-        if self._since_snapshot >= SNAPSHOT_EVERY:
-            self._offer_snapshot()
-        return seq
+    def _states(self) -> dict[str, bytes]:
+        return {name: family.pipeline.snapshot() for name, family in self._members.items()}
 
-    def _family(self, name: str | None) -> Family:
-        if name is None and len(self.families) == 1:
-            name = self.families[0]
-        family = self._members.get(name or "")
-        if family is None:
-            raise RequestError(
-                "unknown_family",
-                f"this device does not serve {name!r}",
-                f"it serves: {', '.join(self._members)}",
-            )
-        return family
-
-    def _refused(self, error: HeadwaterError) -> None:
-        kind = "request_errors" if isinstance(error, RequestError) else "requests_dropped"
-        self._counts[kind] += 1
-
-    def _committed(self) -> None:
-        self._snapshots.commit(*self.log.durable("event"))
-        if self.on_commit is not None:
-            self.on_commit()
-
-    def _offer_snapshot(self) -> None:
-        states = {name: family.pipeline.snapshot() for name, family in self._members.items()}
-        seq = self.log.handed_out("event")
-        self._snapshots.offer(Snapshot(SNAPSHOT_VERSION, self.epoch, seq, states))
-        self._since_snapshot = 0
+    def _inferred(self, started_ns: int, count: int) -> None:
+        each_us = (time.perf_counter_ns() - started_ns) / 1000 / max(count, 1)
+        with self._counting:
+            self._infers += count
+            self._infer_latency.record(each_us, count)

@@ -128,6 +128,10 @@ class EventLog:
             "bring the connection to the learner back, or raise log.bytes_max_mb",
         )
 
+    def room(self, event_class: EventClass) -> int:
+        """How many bytes `append` is sure to take now, LENGTH_BYTES of each record included."""
+        return self._streams[event_class].room
+
     # What is durable.
 
     def durable(self, event_class: EventClass) -> tuple[int, int]:

@@ -71,6 +71,11 @@ class Stream:
         # One number for both bounds, disk and memory: one comparison on the hot path.
         self.allowed = min(self.bytes_max + self.freed, self.committed + PENDING_BYTES_MAX)
 
+    @property
+    def room(self) -> int:
+        """How many bytes more are accepted now."""
+        return self.allowed - self.appended
+
     def commit(self) -> bool:
         """Make durable what is pending now; False when the disk refused and all of it is kept."""
         batch = self.pending[: len(self.pending)]

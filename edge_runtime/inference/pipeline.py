@@ -6,29 +6,32 @@ Event time: an event more than `skew_s_max` ahead is refused; ahead of the machi
 interface says `clock = "wall"`, else ahead of the newest event, to which the time is added that has
 passed since it came, so that a device may have been silent for long; the first event of a process
 is not judged so. An event more than `lateness_s_max` behind the newest one is answered and counted,
-and does not move the windows.
+and does not move the windows. A label moves windows over labels, never the event clock.
 
-Invariants: `answer` and `admit` change nothing, and `move` cannot fail, so that a caller can log in
-between. An event is answered before it moves the windows, so it never counts in its own. Whether
-an event moves the windows depends on the events before it alone, so that replaying a log gives the
-same bits.
+Invariants: what asks (`admitted`, `rows`, `score`, `admit`) changes nothing, and what moves the
+windows cannot fail, so that a caller can log in between. An event is answered before it moves the
+windows, so it never counts in its own. Whether an event moves the windows depends on the events
+before it alone, so that replaying a log gives the same bits.
 
-Knows nothing about logs, plans or labels. All calls belong to one thread.
+Knows nothing about logs and plans. All calls but `score` belong to one thread at a
+time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
 
 from edge_runtime.clock import Clock, SystemClock
-from edge_runtime.errors import ConfigError, PackageError, RequestError
-from edge_runtime.features.engine import Engine, Vector
-from edge_runtime.features.spec import Spec
-from edge_runtime.inference.package import Interface, Matrix
+from edge_runtime.errors import PackageError, RequestError
+from edge_runtime.features.engine import Engine
+from edge_runtime.features.feature import LABEL
+from edge_runtime.inference import history
+from edge_runtime.inference.history import Number
+from edge_runtime.inference.package import Interface, Matrix, PackageInfo
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.wire.messages import Fields
@@ -36,19 +39,7 @@ from edge_runtime.wire.messages import Fields
 SNAPSHOT_VERSION = 1
 BATCH_ROWS = 1024
 
-
-class Answer(msgspec.Struct, frozen=True):
-    """What the arms said to one event.
-
-    `vector` (features,) is what the answering arm was given, of the feature spec with hash `spec`;
-    `outputs[i]` are the values of `arms[i]`; arm `index` answers.
-    """
-
-    vector: Vector
-    index: int
-    outputs: list[list[float]]
-    arms: tuple[Arm, ...]
-    spec: str
+Rows = list[bytes]
 
 
 class _State(msgspec.Struct, array_like=True):
@@ -56,96 +47,177 @@ class _State(msgspec.Struct, array_like=True):
     newest_s: float
     lateness_s: float
     engines: list[tuple[str, bytes]]
+    answered: list[tuple[int, int, Fields]] = []
 
 
 _decoder = msgspec.msgpack.Decoder(_State)
 
 
 class Pipeline:
-    """One family: its slot, its windows and its event clock."""
+    """One family: its slot, its windows and its event clock.
+
+    While windows are rebuilt elsewhere, `missed` is a list, and gathers what these see meanwhile.
+    """
 
     def __init__(self, family: str, clock: Clock | None = None) -> None:
         self.slot = Slot(family)
         self._clock = clock or SystemClock()
-        self._engines: dict[str, Engine] = {}
+        self.engines: dict[str, Engine] = {}
+        self._of_arms: list[Engine] = []
+        self.answered = history.Answered()
+        self.missed: list[history.Seen] | None = None
         self._interface: Interface | None = None
         self._newest_s = -math.inf
         self._moved_at_s = -math.inf
         self._lateness_s = 0.0
-        self._late_events = 0
-        self._run_failures = 0
+        self._counts = {"late_events": 0, "late_labels": 0, "run_failures": 0}
 
-    def answer(
-        self, kind: str, time_s: float, fields: Fields, choose: Callable[[tuple[Arm, ...]], int]
-    ) -> Answer:
-        """Let every arm score the event; `choose` says which one answers. The event is admitted.
+    # To ask changes nothing.
 
-        Raises: RequestError (no_release, not_predicted, event_from_future, and those of
-        `Interface.check`); PackageError (run_failed).
+    def admitted(self, kind: str, time_s: float, fields: Fields) -> tuple[Arm, ...]:
+        """The arms that score the event, if it may be asked about.
+
+        Raises: RequestError (no_release, no_features, not_predicted, event_from_future, and those
+        of `Interface.check`).
         """
-        with self.slot.lease() as arms:
-            interface = self._admit(kind, time_s, fields)
-            if not interface.kinds[kind].predicts:
-                raise _not_predicted(interface, kind)
-            return self._score(arms, time_s, fields, choose(arms))
+        interface = self.admit(kind, time_s, fields)
+        if not interface.kinds[kind].predicts:
+            raise _not_predicted(interface, kind)
+        return self.slot.arms
 
-    def admit(self, kind: str, time_s: float, fields: Fields) -> None:
-        """Say whether the windows may see an event. Raises: RequestError, as `answer`."""
-        self._admit(kind, time_s, fields)
+    def rows(self, time_s: float, fields: Fields) -> Rows:
+        """The feature values of an admitted event, float32 little-endian, one row for each arm."""
+        engines = self._of_arms
+        if len(engines) == 1:
+            return [engines[0].packed(time_s, fields)]
+        packed = {id(engine): engine.packed(time_s, fields) for engine in self.engines.values()}
+        return [packed[id(engine)] for engine in engines]
+
+    def score(self, arms: Sequence[Arm], rows: Rows) -> list[list[float]]:
+        """What each of `arms` answers to its row. Raises: PackageError `run_failed`."""
+        try:
+            return [arm.runner.answer(row) for arm, row in zip(arms, rows, strict=True)]
+        except PackageError:
+            self._counts["run_failures"] += 1
+            raise
+
+    def score_many(self, arms: Sequence[Arm], many: Sequence[Rows]) -> list[list[list[float]]]:
+        """As `score` for each of `many`, in one run of each arm; on any thread."""
+        by_arm = [
+            arm.runner.answer_many([rows[index] for rows in many]) for index, arm in enumerate(arms)
+        ]
+        return [list(answers) for answers in zip(*by_arm, strict=True)]
+
+    def admit(self, kind: str, time_s: float, fields: Fields) -> Interface:
+        """Say whether the windows may see an event. Raises: RequestError, as `admitted`."""
+        interface = self._interface
+        if interface is None:
+            raise self._no_interface()
+        interface.check(kind, time_s, fields)
+        if time_s > self._newest_s + interface.skew_s_max or interface.clock == "wall":
+            self._check_skew(interface, kind, time_s)
+        return interface
+
+    # To move cannot fail.
 
     def move(self, kind: str, time_s: float, fields: Fields) -> None:
         """Let the windows see an event that was just admitted."""
-        if time_s > self._newest_s:
+        if time_s > self._newest_s and kind != LABEL:
             self._moved_at_s = self._clock.now_s()
         self.replay(kind, time_s, fields)
 
     def replay(self, kind: str, time_s: float, fields: Fields) -> None:
         """Let the windows see an event of an earlier run, as it stands in the log."""
-        if time_s > self._newest_s:
+        if kind == LABEL:
+            self.answered.forget(fields)
+        elif time_s > self._newest_s:
             self._newest_s = time_s
         elif time_s < self._newest_s - self._lateness_s:
-            self._late_events += 1
+            self._counts["late_events"] += 1
             return
-        for engine in self._engines.values():
-            engine.observe(kind, time_s, fields)
+        if self.missed is not None:
+            self.missed.append((kind, time_s, fields))
+        for engine in self.engines.values():
+            history.see(engine, kind, time_s, fields)
 
-    def swap(self, arms: Iterable[Arm]) -> None:
-        """Serve `arms`. Windows go on: a new feature spec takes over what is known already.
+    def labelled(self, number: Number, value: float, time_s: float) -> Fields | None:
+        """What a log must keep so that `replay` lets the windows see the label; None: they do not.
+
+        They see, in event time, the first label of each prediction that `answered` holds.
+        """
+        fields = self.answered.record(number, value)
+        if fields is None or self._interface is None:
+            return None
+        ahead = time_s > self._newest_s + self._interface.skew_s_max
+        if ahead or time_s < self._newest_s - self._lateness_s:
+            self._counts["late_labels"] += 1
+            return None
+        return fields
+
+    # Releases come and go.
+
+    def swap(self, arms: Iterable[Arm], rebuilt: Mapping[str, Engine] = {}) -> None:
+        """Serve `arms`. Windows go on: a new feature spec takes over what is known already, and
+        what `rebuilt` (engines by spec hash) knows beyond it.
 
         Raises: PackageError, with what serves unchanged.
         """
         arms = tuple(arms)
         self.slot.swap(arms)
-        if arms:
-            self._interface = arms[0].info.interface
+        self._interface = None
+        infos = self._infos()
+        if infos:
+            self._interface = infos[0].interface
             self._lateness_s = self._interface.lateness_s_max
-            self._engines = _engines_for(arms, self._engines)
+            self.engines = history.engines_for(infos, self.engines, rebuilt)
+            self._serve(infos)
+
+    def _serve(self, infos: Sequence[PackageInfo]) -> None:
+        self._of_arms = [self.engines[info.spec.hash] for info in infos]
+        self.answered.serve(self._of_arms)
 
     def snapshot(self) -> bytes:
         """Windows and event clock, to be given to `restore` after a restart."""
-        engines = [(each.spec.to_json(), each.snapshot()) for each in self._engines.values()]
+        engines = [(each.spec.windows_json(), each.snapshot()) for each in self.engines.values()]
+        kept = [each for each in engines if each[0]]
+        answered = [(*number, fields) for number, fields in self.answered.entries.items()]
         return msgspec.msgpack.encode(
-            _State(SNAPSHOT_VERSION, self._newest_s, self._lateness_s, engines)
+            _State(SNAPSHOT_VERSION, self._newest_s, self._lateness_s, kept, answered)
         )
 
-    def restore(self, data: bytes) -> None:
-        """Take windows and event clock from a snapshot; before any event, with arms or without.
+    def lacking(self, data: bytes) -> dict[str, PackageInfo]:
+        """Of the packages that serve, by spec hash, those with windows that the snapshot lacks.
+
+        Raises: RequestError `bad_snapshot`.
+        """
+        known = history.restored(_decode(data).engines, 0.0)
+        return history.with_new_windows(self._infos(), known.values())
+
+    def restore(self, data: bytes, rebuilt: Mapping[str, Engine]) -> None:
+        """Take windows and event clock from a snapshot, and what it lacks from engines rebuilt up
+        to the same event; before any event, with arms or without.
 
         Raises: RequestError `bad_snapshot`, with nothing changed.
         """
         state = _decode(data)
-        known = _restored(state)
+        known = history.restored(state.engines, state.lateness_s)
         self._newest_s = state.newest_s
-        if self.slot.arms:
-            self._engines = _engines_for(self.slot.arms, known)
+        self.answered.entries = {(epoch, seq): fields for epoch, seq, fields in state.answered}
+        infos = self._infos()
+        if infos:
+            self.engines = history.engines_for(infos, known, rebuilt)
+            self._serve(infos)
         else:
-            self._engines, self._lateness_s = known, state.lateness_s
+            self.engines, self._lateness_s = known, state.lateness_s
+
+    def _infos(self) -> list[PackageInfo]:
+        return [arm.info for arm in self.slot.arms if arm.info is not None]
 
     def statistics(self) -> dict[str, int]:
         """Counts of this family: events, swaps, and what the windows hold."""
-        counts = {"late_events": self._late_events, "run_failures": self._run_failures}
-        counts |= self.slot.statistics()
-        for engine in self._engines.values():
+        counts = self._counts | self.slot.statistics()
+        counts["labels_forgotten"] = self.answered.forgotten
+        for engine in self.engines.values():
             for name, value in engine.statistics().items():
                 counts[name] = counts.get(name, 0) + value
         return counts
@@ -155,19 +227,15 @@ class Pipeline:
         """The event clock: the time of the newest event; minus infinity before the first."""
         return self._newest_s
 
-    def _admit(self, kind: str, time_s: float, fields: Fields) -> Interface:
-        interface = self._interface
-        if interface is None or not self.slot.arms:
-            raise RequestError(
-                "no_release",
-                f"{self.slot.family} has no release yet; nothing can be answered or observed",
-                "wait for the first release, or put a factory package on the shelf",
+    def _no_interface(self) -> RequestError:
+        if self.slot.arms:
+            return RequestError(
+                "no_features",
+                f"the model of {self.slot.family} carries no feature spec: it takes tensors, "
+                "not events",
+                "ask it with infer",
             )
-        interface.check(kind, time_s, fields)
-        wall = interface.clock == "wall"
-        if wall or time_s > self._newest_s + interface.skew_s_max:
-            self._check_skew(interface, kind, time_s)
-        return interface
+        return no_release(self.slot.family)
 
     def _check_skew(self, interface: Interface, kind: str, time_s: float) -> None:
         now_s = self._clock.now_s()
@@ -181,52 +249,26 @@ class Pipeline:
                 "send seconds since the epoch, UTC",
             )
 
-    def _score(self, arms: tuple[Arm, ...], time_s: float, fields: Fields, index: int) -> Answer:
-        vectors = {spec: engine.vector(time_s, fields) for spec, engine in self._engines.items()}
-        try:
-            outputs = [arm.runner.answer(vectors[arm.info.spec.hash]) for arm in arms]
-        except PackageError:
-            self._run_failures += 1
-            raise
-        spec = arms[index].info.spec.hash
-        return Answer(vectors[spec], index, outputs, arms, spec)
-
 
 def score_batch(runner: Runner, x: Matrix) -> Matrix:
-    """Answers, float32 (rows, outputs), of a model for rows of features, float32 (rows, features).
+    """Answers, float32 (rows, scores), of a model for rows of features, float32 (rows, features).
 
     What every gate scores with. Raises: PackageError `run_failed`.
     """
-    answers = np.empty((len(x), runner.outputs), dtype=np.float32)
+    answers = np.empty((len(x), runner.scores), dtype=np.float32)
     rows = np.ascontiguousarray(x, dtype=np.float32)
     for start in range(0, len(rows), BATCH_ROWS):
         answers[start : start + BATCH_ROWS] = runner.run(rows[start : start + BATCH_ROWS])
     return answers
 
 
-def _engines_for(arms: Iterable[Arm], known: dict[str, Engine]) -> dict[str, Engine]:
-    """One engine for each feature spec of `arms`: the known one, or a new one that inherits."""
-    engines: dict[str, Engine] = {}
-    for arm in arms:
-        spec, lateness_s = arm.info.spec, arm.info.interface.lateness_s_max
-        engine = known.get(spec.hash)
-        if engine is None or engine.lateness_s != lateness_s:
-            engine = Engine(spec, lateness_s=lateness_s)
-            engine.inherit(known.values())
-        engines[spec.hash] = engine
-    return engines
-
-
-def _restored(state: _State) -> dict[str, Engine]:
-    engines = {}
-    for text, snapshot in state.engines:
-        try:
-            engine = Engine(Spec.from_json(text), lateness_s=state.lateness_s)
-        except ConfigError as error:
-            raise RequestError("bad_snapshot", f"the snapshot's feature spec: {error}") from error
-        engine.restore(snapshot)
-        engines[engine.spec.hash] = engine
-    return engines
+def no_release(family: str) -> RequestError:
+    """The error about a family that serves nothing yet."""
+    return RequestError(
+        "no_release",
+        f"{family} has no release yet; nothing can be answered or observed",
+        "wait for the first release, or put a factory package on the shelf",
+    )
 
 
 def _decode(data: bytes) -> _State:

@@ -2,20 +2,27 @@
 
 Why: its settings decide latency and memory on a small machine, and its exceptions end here.
 
-Settings: one thread and no spinning, so nothing burns a core between events; the CPU provider alone
-and no fallback, which would print and rebuild; loaded from a path, never from bytes, because
-only then the interpreter goes on meanwhile. Loads take turns: making two at once is called unsafe.
+Settings: no spinning, so nothing burns a core between events; one thread, unless a model that takes
+long proved to be faster with all CPUs that this process may use; the CPU provider alone and no
+fallback, which would print and rebuild; loaded from a path, never from bytes, because only then
+the interpreter goes on meanwhile. Loads take turns: making two at once is called unsafe.
 
-Invariants: `run` may be called from any thread; the same row gives the same answer, from `run` and
-from `answer`.
+What a model costs, and whether a row's answer depends on the rows beside it, is measured when it is
+loaded: `run_us`, `inline`, `batchable`. That warms it, too, for each size of batch that is used.
+
+Invariants: `infer`, `infer_many` and `run` may be called from any thread, `answer` from one at a
+time; the same row gives the same answer, to rounding, whichever is called.
 
 Knows nothing about features, arms or metadata keys.
 """
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +30,209 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from edge_runtime import cpus
 from edge_runtime.errors import PackageError
+from edge_runtime.inference import trial
+from edge_runtime.inference.tensors import Array, Tensor, fitting, selected
 
 INPUT = "features"
 OUTPUT = "probability"
+INLINE_US_MAX = 250.0
+"""A model that answers within this runs on the caller's thread: a hop to another one and back takes
+50 to 150 µs of its own, and a loop that stalls so briefly is not noticed."""
+
+_THREADED_US_MIN = 2000.0
+_WORTH_IT = 0.8  # all CPUs for less than a fifth of the time saved would be a waste
+BATCH_ROWS_MAX = 64
 
 Matrix = npt.NDArray[np.float32]
-Row = npt.NDArray[np.float32]
 
+_FLUSH = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}
+"""Word of glibc's fenv_t that holds the flags, and the flags: FTZ and DAZ of MXCSR, FZ of FPCR."""
+
+_TYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
 _load_turn = threading.Lock()
 
 
 class Runner:
-    """A model in memory. `features` and `outputs` are the widths of what goes in and comes out.
+    """A model in memory, warm. `inputs` and `outputs` are what it declares; outputs that are no
+    tensors, such as lists of maps, are left out.
+
+    `run_us` is the median time of one row; None where no sample row would run. `features` and
+    `scores` are the widths of a model that maps a row of features to probabilities, else 0.
 
     Loading takes milliseconds to seconds: call it in a thread of its own.
     Raises: PackageError (unreadable_package, wrong_signature), naming the file.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, rows_max: int = BATCH_ROWS_MAX) -> None:
         started_s = time.perf_counter()
-        self._session = _load(str(path))
-        self.features, self.outputs = _widths(self._session, str(path))
+        self._session = _load(str(path), threads=1)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        self._row = np.zeros((1, self.features), dtype=np.float32)
-        self._answer = np.zeros((1, self.outputs), dtype=np.float32)
-        self._bound = _bind(self._session, self._row, self._answer)
+        self.inputs = _declared(self._session.get_inputs())
+        self.outputs = _declared(self._session.get_outputs())
+        self._check(str(path))
+        self._try_out(str(path))
+        self._warm(rows_max)
+        self.features, self.scores = _widths(self.inputs, self.outputs)
+        if self.scores:
+            self._bind()
         self.load_ms = (time.perf_counter() - started_s) * 1000
 
+    @property
+    def inline(self) -> bool:
+        """Whether a run is short enough for the caller's own thread."""
+        return self.run_us is not None and self.run_us <= INLINE_US_MAX
+
+    def infer(self, arrays: Mapping[str, Array], outputs: Sequence[str] = ()) -> dict[str, Array]:
+        """The named outputs, or all of them, for one array for each input.
+
+        Values are the caller's business: a NaN goes in, and what the model makes of it comes out.
+        Raises: RequestError (see `fitting` and `selected`), PackageError `run_failed`.
+        """
+        names = self._names if not outputs else selected(self.outputs, outputs)
+        return dict(zip(names, self._run(names, fitting(self.inputs, arrays)), strict=True))
+
+    def infer_many(
+        self, requests: Sequence[Mapping[str, Array]], outputs: Sequence[str] = ()
+    ) -> list[dict[str, Array]]:
+        """As `infer` of each of `requests`, in one run; only where `batchable`, and where the
+        arrays of all requests differ in their numbers of rows alone.
+
+        Raises: as `infer`; no request was then answered.
+        """
+        assert self.batchable
+        names = self._names if not outputs else selected(self.outputs, outputs)
+        first = self.inputs[0].name
+        ends = np.cumsum([len(fitting(self.inputs, each)[first]) for each in requests]).tolist()
+        feed = {
+            tensor.name: _stacked([each[tensor.name] for each in requests], ends[-1])
+            for tensor in self.inputs
+        }
+        answers = self._run(names, feed)
+        starts = [0, *ends[:-1]]
+        return [
+            dict(zip(names, [answer[start:end] for answer in answers], strict=True))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
     def run(self, x: Matrix) -> Matrix:
-        """Answers, float32 (batch, outputs), for `x`, float32 (batch, features).
+        """Answers, float32 (batch, scores), for `x`, float32 (batch, features).
 
         Raises: PackageError `run_failed`.
         """
-        try:
-            outputs: list[Matrix] = self._session.run([OUTPUT], {INPUT: x})
-        except Exception as error:
-            raise PackageError("run_failed", f"the model could not be run: {error}") from error
-        return outputs[0]
+        answer: Matrix = self._run([OUTPUT], {INPUT: x})[0]
+        return answer
 
-    def answer(self, row: Row) -> list[float]:
-        """Answers to one row, float32 (features,), in memory of its own; for one thread.
+    def answer(self, packed: bytes) -> list[float]:
+        """Answers to one row, float32 little-endian, in memory of its own; for one thread.
 
         Raises: PackageError `run_failed`.
         """
-        self._row[0] = row
+        self._row[:] = packed
         try:
             self._session.run_with_iobinding(self._bound)
         except Exception as error:
-            raise PackageError("run_failed", f"the model could not be run: {error}") from error
-        answers: list[float] = self._answer[0].tolist()
+            raise _failed(error) from error
+        answers: list[float] = self._answer.tolist()[0]
         return answers
 
+    def answer_many(self, packed: Sequence[bytes]) -> list[list[float]]:
+        """As `answer` of each row, in one run where `batchable`."""
+        if not self.batchable:
+            return [self.answer(row) for row in packed]
+        rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(len(packed), self.features)
+        answers: list[list[float]] = self.run(_padded(rows))[: len(packed)].tolist()
+        return answers
 
-def _bind(session: Any, row: Matrix, answer: Matrix) -> Any:
-    """`session` bound to both arrays: a run reads the one and writes the other in place."""
-    bound = session.io_binding()
-    bound.bind_ortvalue_input(INPUT, ort.OrtValue.ortvalue_from_numpy(row))
-    bound.bind_ortvalue_output(OUTPUT, ort.OrtValue.ortvalue_from_numpy(answer))
-    return bound
+    def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
+        try:
+            answers: list[Array] = self._session.run(names, feed)
+        except Exception as error:
+            raise _failed(error) from error
+        return answers
+
+    def _check(self, path: str) -> None:
+        if not self.inputs or not self.outputs:
+            raise PackageError(
+                "wrong_signature",
+                f"{path} has {len(self.inputs)} inputs and {len(self.outputs)} outputs that are "
+                "tensors; a model that can be asked has at least one of each",
+            )
+        strange = [each.name for each in self._session.get_inputs() if each.type not in _TYPES]
+        if strange:
+            raise PackageError(
+                "wrong_signature",
+                f"{path}: inputs {strange} are of types that no caller can send",
+                f"types that can be sent: {', '.join(_TYPES.values())}",
+            )
+        self._names = [tensor.name for tensor in self.outputs]
+
+    def _try_out(self, path: str) -> None:
+        def run(feed: Mapping[str, Array]) -> list[Array]:
+            return self._run(self._names, feed)
+
+        self.run_us = trial.median_us(run, self.inputs)
+        self.batchable = self.run_us is not None and trial.is_batchable(
+            run, self.inputs, self.outputs
+        )
+        threads = cpus.usable()
+        if threads == 1 or self.run_us is None or self.run_us < _THREADED_US_MIN:
+            return
+        alone, self._session = self._session, _load(path, threads)
+        together_us = trial.median_us(run, self.inputs)
+        if together_us is not None and together_us < _WORTH_IT * self.run_us:
+            self.run_us = together_us
+        else:
+            self._session = alone
+
+    def _warm(self, rows_max: int) -> None:
+        rows = 2
+        while self.batchable and rows <= rows_max:
+            self._run(self._names, trial.sample(self.inputs, rows))
+            rows *= 2
+
+    def _bind(self) -> None:
+        """Bind a row and its answer: a run reads the one and writes the other in place."""
+        row = np.zeros((1, self.features), dtype=np.float32)
+        self._row = row.data.cast("B")
+        self._answer = np.zeros((1, self.scores), dtype=np.float32)
+        self._bound = self._session.io_binding()
+        self._bound.bind_ortvalue_input(INPUT, ort.OrtValue.ortvalue_from_numpy(row))
+        self._bound.bind_ortvalue_output(OUTPUT, ort.OrtValue.ortvalue_from_numpy(self._answer))
 
 
-def _load(path: str) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+def flush_denormals() -> None:
+    """Let the calling thread take numbers below 1.2e-38 for zero from now on: a model that meets
+    them is many times slower otherwise. The state belongs to the thread, for all that it runs.
+
+    ONNX Runtime's own setting reaches a thread only with the first session of a process.
+    """
+    if platform.machine() not in _FLUSH or platform.libc_ver()[0] != "glibc":
+        return  # it costs time, no answers
+    word, flags = _FLUSH[platform.machine()]
+    libm, environment = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 16)()
+    libm.fegetenv(environment)
+    environment[word] |= flags
+    libm.fesetenv(environment)
+
+
+def _load(path: str, threads: int) -> Any:
+    options = _options(threads)
     try:
         with _load_turn:
             return ort.InferenceSession(
@@ -104,25 +244,55 @@ def _load(path: str) -> Any:
         ) from error
 
 
-def _widths(session: Any, path: str) -> tuple[int, int]:
-    inputs = {each.name: each for each in session.get_inputs()}
-    outputs = {each.name: each for each in session.get_outputs()}
-    if list(inputs) != [INPUT] or OUTPUT not in outputs:
-        raise _wrong(path, f"takes {list(inputs)} and gives {list(outputs)}")
-    return _width(inputs[INPUT], path), _width(outputs[OUTPUT], path)
+def _options(threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
 
 
-def _width(tensor: Any, path: str) -> int:
-    shape = tensor.shape
-    fits = len(shape) == 2 and not isinstance(shape[0], int) and isinstance(shape[1], int)
-    if tensor.type != "tensor(float)" or not fits:
-        raise _wrong(path, f"{tensor.name} is {tensor.type} of shape {shape}")
-    return int(shape[1])
-
-
-def _wrong(path: str, what: str) -> PackageError:
-    return PackageError(
-        "wrong_signature",
-        f"{path}: {what}",
-        f"a package maps {INPUT!r} float (batch, F) to {OUTPUT!r} float (batch, K)",
+def _declared(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(
+            node.name,
+            _TYPES[node.type],
+            tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape),
+        )
+        for node in nodes
+        if node.type in _TYPES
     )
+
+
+def _widths(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
+    """The columns of a model from features to probabilities; zeros for any other."""
+    given = [tensor for tensor in outputs if tensor.name == OUTPUT]
+    if [tensor.name for tensor in inputs] != [INPUT] or not given:
+        return 0, 0
+    row, answer = inputs[0], given[0]
+    for tensor in (row, answer):
+        if tensor.datatype != "FP32" or len(tensor.shape) != 2 or tensor.shape[0] != -1:
+            return 0, 0
+    return (row.shape[1], answer.shape[1]) if min(row.shape[1], answer.shape[1]) > 0 else (0, 0)
+
+
+def _stacked(arrays: list[Array], rows: int) -> Array:
+    return _padded(np.concatenate(arrays), rows)
+
+
+def _padded(rows: Array, count: int | None = None) -> Array:
+    """`rows` and below them zeros up to a size of batch that was warmed, so shapes stay few."""
+    count = len(rows) if count is None else count
+    missing = (1 << (count - 1).bit_length()) - count
+    if not missing or count > BATCH_ROWS_MAX:
+        return rows
+    filler: Any = "" if rows.dtype == object else 0
+    return np.concatenate([rows, np.full((missing, *rows.shape[1:]), filler, rows.dtype)])
+
+
+def _failed(error: Exception) -> PackageError:
+    return PackageError("run_failed", f"the model could not be run: {error}")

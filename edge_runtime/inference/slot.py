@@ -25,19 +25,27 @@ from types import TracebackType
 import numpy as np
 
 from edge_runtime.errors import PackageError
+from edge_runtime.inference.onnxfile import is_package
 from edge_runtime.inference.package import Matrix, PackageInfo, read_package
-from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.runner import INPUT, OUTPUT, Runner
+from edge_runtime.inference.tensors import Tensor, described
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A release in memory: `name` is "stable" or "canary", `weight` its share of the answers."""
+    """A release in memory: `name` is "stable" or "canary", `weight` its share of the answers.
+
+    `info` is None for a file that carries no metadata of ours: it takes tensors, no events.
+    `variant` is the form of the release that was loaded, `sha256` the content of its file.
+    """
 
     name: str
     release: str
     runner: Runner
-    info: PackageInfo
+    info: PackageInfo | None
     weight: float
+    variant: str = ""
+    sha256: str = ""
 
 
 class Lease:
@@ -134,13 +142,14 @@ class Slot:
         }
 
     def _check(self, arms: tuple[Arm, ...]) -> None:
-        for arm in arms:
-            if arm.info.family != self.family:
+        interfaces = [None if arm.info is None else arm.info.interface for arm in arms]
+        for arm, interface in zip(arms, interfaces, strict=True):
+            if interface is not None and interface.family != self.family:
                 raise PackageError(
                     "wrong_family",
-                    f"release {arm.release} is of family {arm.info.family!r}, not {self.family!r}",
+                    f"release {arm.release} is of family {interface.family!r}, not {self.family!r}",
                 )
-            if arm.info.interface != arms[0].info.interface:
+            if interface != interfaces[0]:
                 raise PackageError(
                     "bad_arms",
                     f"releases {arms[0].release} and {arm.release} differ in their interface",
@@ -159,12 +168,20 @@ class Slot:
 
     def _free(self, lease: Lease) -> None:
         lease.arms = ()
-        _trim_memory()
+        trim_memory()
         with self._lock:
             self._draining -= 1
 
 
-def load_arm(path: Path | str, sha256: str | None, name: str, release: str, weight: float) -> Arm:
+def load_arm(
+    path: Path | str,
+    sha256: str | None,
+    name: str,
+    release: str,
+    weight: float,
+    *,
+    variant: str = "",
+) -> Arm:
     """Load the package at `path` and prove that it answers here as it did where it was made.
 
     `sha256` is the hash that the file must have; None for a file that nobody signed.
@@ -175,14 +192,40 @@ def load_arm(path: Path | str, sha256: str | None, name: str, release: str, weig
         _check_hash(Path(path), sha256)
     runner = Runner(path)
     info = read_package(runner.metadata)
-    if runner.features != info.spec.size or runner.outputs != info.golden_outputs.shape[1]:
+    _check_widths(runner, info, str(path))
+    _check_golden(runner, info, str(path))
+    return Arm(name, release, runner, info, weight, variant, sha256 or "")
+
+
+def load_bare_arm(path: Path | str, release: str) -> Arm:
+    """Load any ONNX file, with metadata of ours or without, as the one arm of a device by itself.
+
+    Raises: PackageError, as `load_arm`; a file without metadata proves itself by running only.
+    """
+    runner = Runner(path)
+    if not is_package(runner.metadata):
+        return Arm("stable", release, runner, None, 1.0)
+    return load_arm(path, None, "stable", release, 1.0)
+
+
+def _check_widths(runner: Runner, info: PackageInfo, path: str) -> None:
+    if not runner.scores:
         raise PackageError(
             "wrong_signature",
-            f"{path} takes {runner.features} features and gives {runner.outputs} outputs; "
-            f"its metadata says {info.spec.size} and {info.golden_outputs.shape[1]}",
+            f"{path} takes {_described(runner.inputs)} and gives {_described(runner.outputs)}",
+            f"a package maps {INPUT!r} FP32 [-1, F] to {OUTPUT!r} FP32 [-1, K]",
         )
-    _check_golden(runner, info, str(path))
-    return Arm(name, release, runner, info, weight)
+    widths = info.spec.size, info.golden_outputs.shape[1]
+    if (runner.features, runner.scores) != widths:
+        raise PackageError(
+            "wrong_signature",
+            f"{path} takes {runner.features} features and gives {runner.scores} outputs; "
+            f"its metadata says {widths[0]} and {widths[1]}",
+        )
+
+
+def _described(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(f"{tensor.name!r} {described(tensor)}" for tensor in tensors)
 
 
 def _check_hash(path: Path, sha256: str) -> None:
@@ -215,7 +258,7 @@ def _gap(answers: Matrix, golden: Matrix) -> float:
     return float(np.abs(answers - golden).max())
 
 
-def _trim_memory() -> None:
+def trim_memory() -> None:
     """Give freed memory back to the system; only glibc has the call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,0 +1,299 @@
+"""Asking: events in, answers out, and what both leave in log and windows.
+
+Why: the one hot path. An answer counts once it is logged, and a logged event is one that the
+windows have seen; both happen in one turn, whoever asks and however.
+
+Invariants: turns do not overlap (`turn`). An event that was refused left no trace. Where several
+events are answered by one run of the model, each still sees in its windows what came before it;
+one whose answer then fails stays as an observation, for its windows have moved.
+
+Knows nothing about sockets, disks or updates.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from edge_runtime.clock import Clock
+from edge_runtime.errors import CapacityError, HeadwaterError, PackageError, RequestError
+from edge_runtime.events.log import RECORD_BYTES_MAX
+from edge_runtime.family import Family
+from edge_runtime.features.feature import LABEL
+from edge_runtime.inference.pipeline import Rows
+from edge_runtime.inference.slot import Arm
+from edge_runtime.journal import Journal
+from edge_runtime.labels import label_record
+from edge_runtime.metrics import Histogram
+from edge_runtime.serving import Serving
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import Fields, ObservationRecord
+
+
+class Event(msgspec.Struct, frozen=True):
+    """What an application reports: typed fields at a time (seconds since the epoch, UTC)."""
+
+    kind: str
+    time_s: float
+    fields: Fields
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """The answer to an event; `outputs` are the values of the arm that answered."""
+
+    id: str
+    outputs: list[float]
+    release: str
+    arm: str
+
+
+class Asking:
+    """The families of a device, asked; `counts` and `latency` are of all that was asked."""
+
+    def __init__(
+        self, families: Mapping[str, Family], journal: Journal, serving: Serving, clock: Clock
+    ) -> None:
+        self._families, self._journal, self._serving = families, journal, serving
+        self._clock = clock
+        self.turn = threading.Lock()
+        self.latency = Histogram()
+        self.counts = dict.fromkeys(
+            ("predictions", "observations", "labels", "request_errors", "requests_dropped"), 0
+        )
+
+    def predict(self, name: str | None, event: Event) -> Prediction:
+        """See `Runtime.predict`."""
+        started_ns = time.perf_counter_ns()
+        try:
+            with self.turn:
+                family = self._families.get(name) or self.family(name)  # type: ignore[arg-type]
+                pipeline, said = family.pipeline, (event.kind, event.time_s, event.fields)
+                arms = pipeline.admitted(*said)
+                rows = pipeline.rows(event.time_s, event.fields)
+                outputs = pipeline.score(arms, rows)
+                prediction = self._log_and_move(family, arms, rows, outputs, said)
+                self.counts["predictions"] += 1
+                self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
+        except HeadwaterError as error:
+            self.refused(error)
+            raise
+        return prediction
+
+    async def predict_async(
+        self, name: str | None, event: Event, timeout_s: float | None
+    ) -> Prediction:
+        """See `Runtime.predict_async`."""
+        family, started_ns = self.family(name), time.perf_counter_ns()
+        pipeline, said = family.pipeline, (event.kind, event.time_s, event.fields)
+        if all(arm.runner.inline for arm in pipeline.slot.arms):
+            return self.predict(family.name, event)
+        try:
+            with pipeline.slot.lease() as arms:
+                with self.turn:
+                    pipeline.admitted(*said)
+                    rows = pipeline.rows(event.time_s, event.fields)
+                outputs = await self._serving.worker.submit(
+                    lambda many: pipeline.score_many(arms, many),
+                    rows,
+                    group=id(arms),
+                    timeout_s=self._serving.deadline_s if timeout_s is None else timeout_s,
+                )
+                with self.turn:
+                    prediction = self._log_and_move(family, arms, rows, outputs, said)
+                    self.counts["predictions"] += 1
+                    self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
+        except HeadwaterError as error:
+            self.refused(error)
+            raise
+        return prediction
+
+    def predict_many(
+        self, name: str | None, events: Sequence[Event]
+    ) -> list[Prediction | HeadwaterError]:
+        """See `Runtime.predict_many`."""
+        family, started_ns = self.family(name), time.perf_counter_ns()
+        with self.turn:
+            roomy = _fits(events, family, self._journal.room())
+            found = self._answer_together(family, events) if roomy else None
+            if found is not None:
+                answered = sum(type(each) is Prediction for each in found)
+                each_us = (time.perf_counter_ns() - started_ns) / 1000 / max(len(found), 1)
+                self.latency.record(each_us, answered)
+                self.counts["predictions"] += answered
+        if found is None:
+            return [self._tried(family, event) for event in events]
+        for each in found:
+            if isinstance(each, HeadwaterError):
+                self.refused(each)
+        return found
+
+    def observe(self, name: str | None, event: Event) -> int:
+        """See `Runtime.observe`."""
+        try:
+            with self.turn:
+                family = self.family(name)
+                kind, time_s, fields = event.kind, event.time_s, event.fields
+                family.pipeline.admit(kind, time_s, fields)
+                seq = self._journal.event(ObservationRecord(family.name, kind, time_s, fields))
+                family.pipeline.move(kind, time_s, fields)
+                self._journal.moved()
+                self.counts["observations"] += 1
+        except HeadwaterError as error:
+            self.refused(error)
+            raise
+        return seq
+
+    def label(
+        self,
+        name: str | None,
+        prediction_id: str,
+        value: float,
+        time_s: float | None,
+        *,
+        final: bool,
+    ) -> int:
+        """See `Runtime.label`."""
+        try:
+            with self.turn:
+                family = self.family(name)
+                time_s = self._clock.now_s() if time_s is None else time_s
+                log = self._journal.log
+                record = label_record(log, family.name, prediction_id, value, time_s, final=final)
+                seq = self._journal.label(record)
+                if final:
+                    self._show_label(family, (record.epoch, record.seq), record.value, time_s)
+                self.counts["labels"] += 1
+        except HeadwaterError as error:
+            self.refused(error)
+            raise
+        return seq
+
+    def family(self, name: str | None) -> Family:
+        """The family of that name; None: the only one. Raises: RequestError `unknown_family`."""
+        if name is None and len(self._families) == 1:
+            return next(iter(self._families.values()))
+        family = self._families.get(name or "")
+        if family is None:
+            raise RequestError(
+                "unknown_family",
+                f"this device does not serve {name!r}",
+                f"it serves: {', '.join(self._families)}",
+            )
+        return family
+
+    def refused(self, error: HeadwaterError) -> None:
+        """Count what was refused, by whose fault it was."""
+        kind = "request_errors" if isinstance(error, RequestError) else "requests_dropped"
+        self.counts[kind] += 1
+
+    def _log_and_move(
+        self,
+        family: Family,
+        arms: Sequence[Arm],
+        rows: Rows,
+        outputs: Sequence[list[float]],
+        said: tuple[str, float, Fields],
+    ) -> Prediction:
+        """Log an answer, then let the event move the windows: what the log refuses moves none."""
+        prediction = self._log(family, arms, rows, outputs, said)
+        family.pipeline.move(*said)
+        self._journal.moved()
+        return prediction
+
+    def _log(
+        self,
+        family: Family,
+        arms: Sequence[Arm],
+        rows: Rows,
+        outputs: Sequence[list[float]],
+        said: tuple[str, float, Fields],
+    ) -> Prediction:
+        number = self._journal.log.epoch, self._journal.next_seq()
+        record = family.record(arms, rows, outputs, said, number)
+        seq = self._journal.event(record)
+        assert (number[0], seq) == number
+        family.pipeline.answered.remember(number, said[2])
+        first = record.scored[0]
+        return Prediction(self._journal.id_of(seq), first.outputs, first.release, first.arm)
+
+    def _answer_together(
+        self, family: Family, events: Sequence[Event]
+    ) -> list[Prediction | HeadwaterError]:
+        """One run of the model for all events that are admitted; the log has room for them."""
+        pipeline, arms = family.pipeline, family.pipeline.slot.arms
+        found: list[Prediction | HeadwaterError] = []
+        asked: list[tuple[int, Event, Rows]] = []
+        for event in events:
+            try:
+                pipeline.admitted(event.kind, event.time_s, event.fields)
+            except HeadwaterError as error:
+                found.append(error)
+                continue
+            asked.append((len(found), event, pipeline.rows(event.time_s, event.fields)))
+            found.append(_UNANSWERED)
+            pipeline.move(event.kind, event.time_s, event.fields)
+        outputs = self._scored(family, arms, [rows for _, _, rows in asked])
+        for (index, event, rows), values in zip(asked, outputs, strict=True):
+            said = event.kind, event.time_s, event.fields
+            if isinstance(values, HeadwaterError):
+                self._journal.event(ObservationRecord(family.name, *said))
+                found[index] = values
+            else:
+                found[index] = self._log(family, arms, rows, values, said)
+        self._journal.moved(len(asked))
+        return found
+
+    def _scored(
+        self, family: Family, arms: Sequence[Arm], many: Sequence[Rows]
+    ) -> Sequence[list[list[float]] | HeadwaterError]:
+        if not many:
+            return []
+        try:
+            return family.pipeline.score_many(arms, many)
+        except PackageError:
+            return [_score_or_error(family, arms, rows) for rows in many]
+
+    def _tried(self, family: Family, event: Event) -> Prediction | HeadwaterError:
+        try:
+            return self.predict(family.name, event)
+        except HeadwaterError as error:
+            return error
+
+    def _show_label(
+        self, family: Family, number: tuple[int, int], value: float, time_s: float
+    ) -> None:
+        """Let windows over labels see it, by way of the log; where that is full they miss it."""
+        fields = family.pipeline.labelled(number, value, time_s)
+        if fields is None:
+            return
+        try:
+            self._journal.event(ObservationRecord(family.name, LABEL, time_s, fields))
+        except CapacityError:
+            return
+        family.pipeline.move(LABEL, time_s, fields)
+        self._journal.moved()
+
+
+_UNANSWERED = PackageError("run_failed", "the model gave no answer")
+
+
+def _score_or_error(
+    family: Family, arms: Sequence[Arm], rows: Rows
+) -> list[list[float]] | HeadwaterError:
+    try:
+        return family.pipeline.score(arms, rows)
+    except PackageError as error:
+        return error
+
+
+def _fits(events: Sequence[Event], family: Family, room: int) -> bool:
+    """Whether the log is sure to take the answers to all `events`."""
+    fixed = family.record_bytes_max
+    try:
+        sizes = [len(codec.encode(event.fields)) + fixed for event in events]
+    except (TypeError, ValueError, OverflowError):  # a value that no record can carry
+        return False
+    return sum(sizes) <= room and max(sizes, default=0) <= RECORD_BYTES_MAX

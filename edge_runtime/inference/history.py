@@ -1,0 +1,123 @@
+"""What the windows of a release know when it begins to serve: carried over, restored, or rebuilt.
+
+Why: a release with new windows must not answer as if nothing had happened before it came.
+
+Invariants: a window whose definition is unchanged goes on with all it holds; one that is new is
+rebuilt from the records that the log still has. What is rebuilt is what streaming would have given.
+
+Knows nothing about logs and files: records come as an iterator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from edge_runtime.errors import ConfigError, RequestError
+from edge_runtime.features.engine import Engine
+from edge_runtime.features.feature import LABEL
+from edge_runtime.features.spec import Spec
+from edge_runtime.inference.package import PackageInfo
+from edge_runtime.wire.messages import Fields
+
+ANSWERED_MAX = 32_768
+_VALUE, _EPOCH, _SEQ = "label.value", "label.epoch", "label.seq"
+
+Number = tuple[int, int]
+Seen = tuple[str, float, Fields]
+"""A record that moved the windows: kind, time and fields."""
+
+
+def engines_for(
+    infos: Iterable[PackageInfo], known: Mapping[str, Engine], rebuilt: Mapping[str, Engine]
+) -> dict[str, Engine]:
+    """One engine for each feature spec of `infos`: the known one, or a new one that inherits."""
+    engines: dict[str, Engine] = {}
+    for info in infos:
+        engine = known.get(info.spec.hash)
+        if engine is None or engine.lateness_s != info.interface.lateness_s_max:
+            engine = _new(info)
+            engine.inherit([*known.values(), *rebuilt.values()])
+        engines[info.spec.hash] = engine
+    return engines
+
+
+def with_new_windows(
+    infos: Iterable[PackageInfo], known: Collection[Engine]
+) -> dict[str, PackageInfo]:
+    """Those of `infos`, by spec hash, that have a window which none of `known` keeps."""
+    kept = {name for engine in known for name in engine.tables}
+    return {info.spec.hash: info for info in infos if _new(info).tables.keys() - kept}
+
+
+def rebuild(infos: Mapping[str, PackageInfo], records: Iterator[Seen]) -> dict[str, Engine]:
+    """Engines by spec hash that have seen `records`, oldest first."""
+    engines = {name: _new(info) for name, info in infos.items()}
+    for kind, time_s, fields in records:
+        for engine in engines.values():
+            see(engine, kind, time_s, fields)
+    return engines
+
+
+def see(engine: Engine, kind: str, time_s: float, fields: Fields) -> None:
+    """Let `engine` see a record of the log: an event, or a label logged for the windows."""
+    if kind == LABEL:
+        value = fields[_VALUE]
+        assert not isinstance(value, str)
+        engine.observe_label(time_s, value, fields)
+    else:
+        engine.observe(kind, time_s, fields)
+
+
+class Answered:
+    """What windows over labels will ask for of the last ANSWERED_MAX predictions without a label.
+
+    A label is logged for the windows as a record of kind LABEL that carries these fields, so that
+    one ordered stream says all that the windows know.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[Number, Fields] = {}
+        self.forgotten = 0
+        self._wanted: frozenset[str] | None = None
+
+    def serve(self, engines: Iterable[Engine]) -> None:
+        """Remember from now on what `engines` need."""
+        watching = [engine.label_fields for engine in engines if engine.sees_labels]
+        self._wanted = frozenset().union(*watching) if watching else None
+
+    def remember(self, number: Number, fields: Fields) -> None:
+        """Prediction `number` was made of `fields`."""
+        if self._wanted is None:
+            return
+        self.entries[number] = {name: fields[name] for name in self._wanted if name in fields}
+        if len(self.entries) > ANSWERED_MAX:
+            del self.entries[next(iter(self.entries))]
+            self.forgotten += 1
+
+    def record(self, number: Number, value: float) -> Fields | None:
+        """The fields to log for the first label of prediction `number`; None for all others."""
+        fields = self.entries.get(number)
+        if fields is None:
+            return None
+        return {**fields, _VALUE: value, _EPOCH: number[0], _SEQ: number[1]}
+
+    def forget(self, fields: Fields) -> None:
+        """The prediction that the logged `fields` are of has its label."""
+        self.entries.pop((fields[_EPOCH], fields[_SEQ]), None)  # type: ignore[arg-type]  # as logged
+
+
+def restored(states: Iterable[tuple[str, bytes]], lateness_s: float) -> dict[str, Engine]:
+    """Engines by spec hash from their specs and snapshots. Raises: RequestError `bad_snapshot`."""
+    engines = {}
+    for text, snapshot in states:
+        try:
+            engine = Engine(Spec.from_json(text), lateness_s=lateness_s)
+        except ConfigError as error:
+            raise RequestError("bad_snapshot", f"the snapshot's feature spec: {error}") from error
+        engine.restore(snapshot)
+        engines[engine.spec.hash] = engine
+    return engines
+
+
+def _new(info: PackageInfo) -> Engine:
+    return Engine(info.spec, lateness_s=info.interface.lateness_s_max)

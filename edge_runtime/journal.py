@@ -1,0 +1,109 @@
+"""The journal: what a device logs, and the snapshots that make its windows quick to bring back.
+
+Why: an answer counts once it is in the log, and windows must be what the log says, so that one
+object decides when a record has a number and when the windows are worth a snapshot.
+
+Invariants: a prediction id, `device.epoch.seq`, is handed out once, ever. A snapshot is offered
+only between events, so it never holds half of one.
+
+Knows nothing about models. One thread at a time appends; `on_commit` comes on the log's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from edge_runtime.config import EdgeConfig
+from edge_runtime.events.log import EventLog
+from edge_runtime.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFile
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord
+
+SNAPSHOT_EVERY = 4096
+
+
+class Journal:
+    """The log and the snapshots of `config`'s device; `states` gives each family's snapshot.
+
+    Raises: ConfigError, as the log does.
+    """
+
+    def __init__(self, config: EdgeConfig, states: Callable[[], dict[str, bytes]]) -> None:
+        self.log = EventLog(
+            config.state_dir / "log",
+            device=config.device,
+            linger_ms=config.log.linger_ms,
+            linger_max_ms=config.log.linger_max_ms,
+            bytes_max=config.log.bytes_max_mb << 20,
+        )
+        self.snapshots = SnapshotFile(config.state_dir / "windows.snapshot")
+        self.on_commit: Callable[[], None] | None = None
+        self._states = states
+        self._nobody_reads = config.package is not None
+        self._prefix = f"{config.device}.{self.log.epoch}."
+        self._since_snapshot = 0
+
+    def start(self) -> None:
+        """Follow the log's commits from now on; before it, the windows are being brought back."""
+        self.log.on_commit = self._committed
+
+    def next_seq(self) -> int:
+        """The number that the next event will have."""
+        return self.log.handed_out("event") + 1
+
+    def event(self, record: PredictionRecord | ObservationRecord) -> int:
+        """Log an event; its number. Raises: CapacityError, with nothing logged."""
+        return self.log.append("event", codec.encode(record))
+
+    def label(self, record: LabelRecord) -> int:
+        """Log a label; its own number. Raises: CapacityError, with nothing logged."""
+        return self.log.append("label", codec.encode(record))
+
+    def id_of(self, seq: int) -> str:
+        """The id of the prediction with that number."""
+        return f"{self._prefix}{seq}"
+
+    def room(self) -> int:
+        """How many bytes of events the log is sure to take now."""
+        return self.log.room("event")
+
+    def moved(self, events: int = 1) -> None:
+        """So many events are logged and the windows have seen them."""
+        self._since_snapshot += events
+        if self._since_snapshot >= SNAPSHOT_EVERY:
+            self.offer_snapshot()
+
+    def hasten_snapshot(self) -> None:
+        """Take the next snapshot at the next event: what is kept has changed."""
+        self._since_snapshot = SNAPSHOT_EVERY
+
+    def offer_snapshot(self) -> None:
+        """Have the windows, as they are now, written once what they know is durable."""
+        seq = self.log.handed_out("event")
+        self.snapshots.offer(Snapshot(SNAPSHOT_VERSION, self.log.epoch, seq, self._states()))
+        self._since_snapshot = 0
+
+    def close(self) -> None:
+        """Make everything durable, windows included. Raises: CapacityError `log_not_durable`."""
+        self.offer_snapshot()
+        self.log.close()
+        self.snapshots.commit(*self.log.durable("event"))
+
+    def statistics(self) -> dict[str, Any]:
+        """What log and snapshots count."""
+        return {"log": self.log.statistics(), "snapshots": self.snapshots.statistics()}
+
+    def _committed(self) -> None:
+        before = self.snapshots.floor
+        self.snapshots.commit(*self.log.durable("event"))
+        if self._nobody_reads and self.snapshots.floor != before:
+            self._trim()
+        if self.on_commit is not None:
+            self.on_commit()
+
+    def _trim(self) -> None:
+        """Without a learner, what the windows no longer need is needed by nobody."""
+        self.log.trim("event", *self.snapshots.floor)
+        for epoch, _, last_seq in self.log.epochs("label"):
+            self.log.trim("label", epoch, last_seq)

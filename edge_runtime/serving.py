@@ -1,0 +1,179 @@
+"""Serving tensors: what a family's models are, and what they answer to arrays.
+
+Why: Open Inference clients, and applications with features of their own, want the model alone: no
+windows, no log.
+
+Invariants: an answer belongs wholly to one release, whatever swaps meanwhile. May be called from
+any thread.
+
+Knows nothing about events and the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from edge_runtime.config import InferenceConfig
+from edge_runtime.errors import HeadwaterError, RequestError
+from edge_runtime.inference.pipeline import no_release
+from edge_runtime.inference.runner import Runner, flush_denormals
+from edge_runtime.inference.slot import Arm, Slot
+from edge_runtime.inference.tensors import Array, Tensor
+from edge_runtime.inference.worker import Worker
+
+Arrays = Mapping[str, Array]
+Answers = dict[str, Array]
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What a family serves: `release` answers by default, `releases` are all in memory.
+
+    `inline` says that a run is short enough for the caller's thread; `predicts`, that the model
+    answers events and not only tensors.
+    """
+
+    family: str
+    release: str
+    releases: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    inline: bool
+    predicts: bool
+
+
+class Serving:
+    """The slots of a device's families, and the worker for what is too heavy to run inline."""
+
+    def __init__(self, slots: Mapping[str, Slot], config: InferenceConfig) -> None:
+        self._slots, self._rows_max = slots, config.batch_rows_max
+        self.deadline_s = config.deadline_ms / 1000
+        self.worker = Worker(
+            queue_max=config.queue_max,
+            rows_max=config.batch_rows_max,
+            delay_us=config.batch_delay_us,
+            on_start=flush_denormals,
+        )
+
+    def slot(self, family: str) -> Slot:
+        """The slot of a family. Raises: RequestError `unknown_family`."""
+        slot = self._slots.get(family)
+        if slot is None:
+            raise RequestError(
+                "unknown_family",
+                f"this device does not serve {family!r}",
+                f"it serves: {', '.join(self._slots)}",
+            )
+        return slot
+
+    def model(self, family: str) -> ModelInfo:
+        """What `family` serves now. Raises: RequestError (unknown_family, no_release)."""
+        arms = self.slot(family).arms
+        if not arms:
+            raise no_release(family)
+        runner = arms[0].runner
+        return ModelInfo(
+            family,
+            arms[0].release,
+            tuple(arm.release for arm in arms),
+            runner.inputs,
+            runner.outputs,
+            all(arm.runner.inline for arm in arms),
+            arms[0].info is not None,
+        )
+
+    def infer(
+        self, family: str, arrays: Arrays, outputs: Sequence[str], release: str | None
+    ) -> Answers:
+        """See `Runtime.infer`."""
+        with self.slot(family).lease() as arms:
+            return _named(family, arms, release).runner.infer(arrays, outputs)
+
+    async def infer_async(
+        self,
+        family: str,
+        arrays: Arrays,
+        outputs: Sequence[str],
+        release: str | None,
+        timeout_s: float | None,
+    ) -> Answers:
+        """See `Runtime.infer_async`."""
+        with self.slot(family).lease() as arms:
+            runner = _named(family, arms, release).runner
+            if runner.inline:
+                return runner.infer(arrays, outputs)
+            return await self.worker.submit(
+                lambda requests: _together(runner, requests, outputs),
+                arrays,
+                group=self._group(runner, arrays, outputs),
+                rows=_rows(arrays),
+                timeout_s=self.deadline_s if timeout_s is None else timeout_s,
+            )
+
+    def infer_many(
+        self, family: str, requests: Sequence[Arrays], outputs: Sequence[str], release: str | None
+    ) -> list[Answers | HeadwaterError]:
+        """See `Runtime.infer_many`."""
+        with self.slot(family).lease() as arms:
+            runner = _named(family, arms, release).runner
+            try:
+                return list(_together(runner, requests, outputs))
+            except HeadwaterError:
+                return [_tried(runner, each, outputs) for each in requests]
+
+    def close(self) -> None:
+        """End the worker."""
+        self.worker.close()
+
+    def _group(self, runner: Runner, arrays: Arrays, outputs: Sequence[str]) -> object:
+        """What requests must have in common to share a run; None where none may."""
+        if self._rows_max == 1 or not runner.batchable:
+            return None
+        shapes = tuple((name, array.shape[1:]) for name, array in sorted(arrays.items()))
+        return id(runner), tuple(outputs), shapes
+
+
+def _named(family: str, arms: tuple[Arm, ...], release: str | None) -> Arm:
+    if not arms:
+        raise no_release(family)
+    if release is None:
+        return arms[0]
+    for arm in arms:
+        if arm.release == release:
+            return arm
+    raise RequestError(
+        "unknown_release",
+        f"release {release!r} of {family} is not in memory here",
+        f"in memory: {', '.join(arm.release for arm in arms)}",
+    )
+
+
+def _together(
+    runner: Runner, requests: Sequence[Arrays], outputs: Sequence[str]
+) -> Sequence[Answers]:
+    if len(requests) > 1 and runner.batchable and _is_uniform(requests):
+        return runner.infer_many(requests, outputs)
+    return [runner.infer(each, outputs) for each in requests]
+
+
+def _is_uniform(requests: Sequence[Arrays]) -> bool:
+    """Whether the arrays of all requests differ in their numbers of rows alone."""
+    try:
+        first = {name: array.shape[1:] for name, array in requests[0].items()}
+        return all(
+            array.shape[1:] == first.get(name) for each in requests for name, array in each.items()
+        )
+    except AttributeError:  # no arrays at all: each gets an error of its own
+        return False
+
+
+def _rows(arrays: Arrays) -> int:
+    return max((len(array) for array in arrays.values() if getattr(array, "ndim", 0)), default=1)
+
+
+def _tried(runner: Runner, arrays: Arrays, outputs: Sequence[str]) -> Answers | HeadwaterError:
+    try:
+        return runner.infer(arrays, outputs)
+    except HeadwaterError as error:
+        return error
