@@ -13,23 +13,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_runtime import config as configuration
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, PackageError
 from edge_runtime.family import FACTORY
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.inference.slot import load_arm
-from edge_runtime.rollout.plan import Plan, PlanArm, model_path
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.update.shelf import Shelf
 
 
-def inspect(package: Path) -> PackageInfo:
-    """What a package says of itself, proven. Raises: PackageError."""
-    return load_arm(package, None, "stable", FACTORY, 1.0).info
+def inspect(package: Path, *variants: Path) -> PackageInfo:
+    """What a package says of itself, proven; `variants` are other forms of the same release.
+
+    Raises: PackageError, also for a variant (bad_variants: it takes other events or features, or
+    its file is named like another's).
+    """
+    info, *others = (_proven(path) for path in (package, *variants))
+    if len({path.stem for path in (package, *variants)}) <= len(variants):
+        raise PackageError(
+            "bad_variants", "two variants have files of the same name; nothing is installed"
+        )
+    for path, other in zip(variants, others, strict=True):
+        if (other.interface, other.spec) != (info.interface, info.spec):
+            raise PackageError(
+                "bad_variants",
+                f"{path} takes other events or features than {package}; nothing is installed",
+                "variants are forms of one model, such as int8 and float32",
+            )
+    return info
+
+
+def _proven(package: Path) -> PackageInfo:
+    info = load_arm(package, None, "stable", FACTORY, 1.0).info
+    assert info is not None, "what has no metadata does not load as an arm"
+    return info
 
 
 def write_config(
@@ -70,8 +93,13 @@ def write_config(
     return config
 
 
-def install(config: EdgeConfig, package: Path, info: PackageInfo) -> str:
+def install(
+    config: EdgeConfig, package: Path, info: PackageInfo, variants: Sequence[Path] = ()
+) -> str:
     """Make `package` the current stable arm of its family; returns the release's name.
+
+    Where it has `variants`, named after their files, the device chooses the fastest that is right
+    at its next start.
 
     Raises: ConfigError (unknown_family; signed_release: a signed one came before), CapacityError.
     """
@@ -81,9 +109,6 @@ def install(config: EdgeConfig, package: Path, info: PackageInfo) -> str:
             f"{package} is of family {info.family!r}, which the configuration does not serve",
             f'add "{info.family}" to families',
         )
-    data = package.read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    release = f"{FACTORY}-{sha256[:12]}"
     shelf = Shelf(config.state_dir / "shelf")
     current = shelf.load_current(info.family)
     if current is not None and current.reason != FACTORY:
@@ -92,10 +117,23 @@ def install(config: EdgeConfig, package: Path, info: PackageInfo) -> str:
             f"{info.family} already follows signed plan {current.seq}; nothing was changed",
             "publish a release instead",
         )
-    shelf.put(sha256, [data])
-    arm = PlanArm(release, model_path(info.family, release), sha256, 0, 1.0)
+    sha256, *others = (_put(shelf, path) for path in (package, *variants))
+    release = f"{FACTORY}-{sha256[:12]}"
+    own = Variant(package.stem, model_path(info.family, release), sha256)
+    more = [
+        Variant(path.stem, model_path(info.family, release, path.stem), each)
+        for path, each in zip(variants, others, strict=True)
+    ]
+    arm = PlanArm(release, own.path, sha256, 0, 1.0, (own, *more) if more else ())
     shelf.save_current(Plan(family=info.family, seq=1, stable=arm, reason=FACTORY))
     return release
+
+
+def _put(shelf: Shelf, package: Path) -> str:
+    data = package.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    shelf.put(sha256, [data])
+    return sha256
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.errors import HeadwaterError, TransportError, TrustError
 from edge_runtime.inference.slot import Arm
-from edge_runtime.rollout.arms import load_plan_arm, packages_kept
+from edge_runtime.rollout.arms import good_packages, load_plan_arm, packages_kept
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec, subjects
@@ -164,7 +164,10 @@ class Agent:
         log.info("%s follows plan %d: %s", family, plan.seq, _described(arms))
 
     def _load_arms(self, plan: Plan) -> list[Arm]:
-        return [self._load(name, arm) for name, arm in arms_for(plan, self._attributes)]
+        arms = arms_for(plan, self._attributes)
+        for _name, arm in arms:
+            good_packages(self._shelf, arm)  # before the first of them costs a load
+        return [self._load(name, arm) for name, arm in arms]
 
     def _load(self, name: str, arm: PlanArm) -> Arm:
         obtain = partial(self._obtain, arm)

@@ -38,13 +38,7 @@ def load_plan_arm(
     Raises: PackageError as `load_arm` (not_on_shelf), TrustError (release_quarantined),
     CapacityError (shelf_unwritable), and what `obtain` and `prove` raise.
     """
-    good = [each for each in arm.packages if each.sha256 not in shelf.quarantined()]
-    if not good:
-        raise TrustError(
-            "release_quarantined",
-            f"every package of {arm.release} failed or was left on this device before",
-            "publish a mended release; this one is not tried again here",
-        )
+    good = good_packages(shelf, arm)
     chosen = [each for each in good if each.sha256 == shelf.chosen(arm.sha256)]
 
     def load(package: Variant) -> Arm:
@@ -60,6 +54,22 @@ def load_plan_arm(
     if arm.variants and not chosen:
         shelf.choose(arm.sha256, loaded.sha256)
     return loaded
+
+
+def good_packages(shelf: Shelf, arm: PlanArm) -> list[Variant]:
+    """Those of an arm's packages that are not in quarantine here, at least one.
+
+    Raises: TrustError `release_quarantined`.
+    """
+    quarantined = shelf.quarantined()
+    good = [each for each in arm.packages if each.sha256 not in quarantined]
+    if not good:
+        raise TrustError(
+            "release_quarantined",
+            f"every package of {arm.release} failed or was left on this device before",
+            "publish a mended release; this one is not tried again here",
+        )
+    return good
 
 
 def packages_kept(shelf: Shelf, arm: PlanArm) -> set[str]:
