@@ -193,7 +193,7 @@ class Pipeline:
         known = history.restored(_decode(data).engines, 0.0)
         return history.with_new_windows(self._infos(), known.values())
 
-    def restore(self, data: bytes, rebuilt: Mapping[str, Engine]) -> None:
+    def restore(self, data: bytes, rebuilt: Mapping[str, Engine] = {}) -> None:
         """Take windows and event clock from a snapshot, and what it lacks from engines rebuilt up
         to the same event; before any event, with arms or without.
 

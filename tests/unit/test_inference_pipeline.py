@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import msgspec
 import numpy as np
@@ -20,10 +21,6 @@ ASK = {"carrier": "AA", "distance": 100}
 SEEN = {"carrier": "AA", "delay": 30.0}
 
 
-def first(_arms):
-    return 0
-
-
 @pytest.fixture
 def load(write_package):
     def load(bias=0.0, name="stable", **options):
@@ -39,8 +36,16 @@ def pipeline(load):
     return pipeline
 
 
-def predict(pipeline, kind, time_s, fields, choose=first):
-    answer = pipeline.answer(kind, time_s, fields, choose)
+def ask(pipeline, kind, time_s, fields):
+    """The arms, what each was given, and what each answers."""
+    arms = pipeline.admitted(kind, time_s, fields)
+    rows = pipeline.rows(time_s, fields)
+    vectors = [np.frombuffer(row, "<f4") for row in rows]
+    return types.SimpleNamespace(arms=arms, vectors=vectors, outputs=pipeline.score(arms, rows))
+
+
+def predict(pipeline, kind, time_s, fields):
+    answer = ask(pipeline, kind, time_s, fields)
     pipeline.move(kind, time_s, fields)
     return answer
 
@@ -58,43 +63,49 @@ def code(call, *arguments):
 
 def test_before_the_first_release_there_is_a_named_error():
     pipeline = Pipeline("toy")
-    assert code(pipeline.answer, "scheduled", NOON, ASK, first) == "no_release"
+    assert code(ask, pipeline, "scheduled", NOON, ASK) == "no_release"
     assert code(pipeline.admit, "departed", NOON, SEEN) == "no_release"
 
 
 def test_after_the_release_is_withdrawn_it_is_named_again(pipeline):
     pipeline.swap([])
-    assert code(pipeline.answer, "scheduled", NOON, ASK, first) == "no_release"
+    assert code(ask, pipeline, "scheduled", NOON, ASK) == "no_release"
 
 
-def test_an_answer_carries_the_values_that_it_was_made_from(pipeline, toy_spec):
+def test_an_answer_comes_of_what_the_windows_know(pipeline):
     observe(pipeline, "departed", NOON - 60, SEEN)
-    answer = predict(pipeline, "scheduled", NOON, ASK, first)
-    assert answer.vector.tolist() == [1, 100, 1, 30, 30]
-    assert answer.vector.dtype == np.float32
-    assert answer.spec == toy_spec.hash
+    answer = predict(pipeline, "scheduled", NOON, ASK)
+    assert answer.vectors[0].tolist() == [1, 100, 1, 30, 30]
     [[output]] = answer.outputs
     assert output == pytest.approx(1 / (1 + math.exp(-0.162)), abs=1e-6)
 
 
-def test_every_arm_scores_and_the_chosen_one_answers(pipeline, load):
+def test_every_arm_scores(pipeline, load):
     pipeline.swap([load(0.0), load(1.0, "canary")])
-    answer = predict(pipeline, "scheduled", NOON, ASK, lambda arms: len(arms) - 1)
-    assert answer.index == 1
+    answer = predict(pipeline, "scheduled", NOON, ASK)
     assert [arm.release for arm in answer.arms] == ["r0", "r1"]
-    alone = [arm.runner.run(answer.vector[np.newaxis]).tolist()[0] for arm in answer.arms]
-    assert answer.outputs == alone
+    pairs = zip(answer.arms, answer.vectors, strict=True)
+    assert answer.outputs == [arm.runner.run(row[np.newaxis]).tolist()[0] for arm, row in pairs]
     assert answer.outputs[0] != answer.outputs[1]
 
 
+def test_many_are_scored_as_each_alone_is(pipeline, load):
+    pipeline.swap([load(0.0), load(1.0, "canary")])
+    arms = pipeline.slot.arms
+    many = [pipeline.rows(NOON, ASK | {"distance": miles}) for miles in range(7)]
+    together = pipeline.score_many(arms, many)
+    np.testing.assert_allclose(together, [pipeline.score(arms, rows) for rows in many], atol=1e-6)
+    assert len({answer[0][0] for answer in together}) == len(many)
+
+
 def test_a_kind_that_is_only_observed_gets_no_answer(pipeline):
-    assert code(pipeline.answer, "departed", NOON, SEEN, first) == "not_predicted"
+    assert code(ask, pipeline, "departed", NOON, SEEN) == "not_predicted"
 
 
 def test_an_answer_moves_nothing_until_it_is_told_to(pipeline):
     observe(pipeline, "departed", NOON, SEEN)
     before, clock = pipeline.snapshot(), pipeline.newest_s
-    pipeline.answer("scheduled", NOON + 5, ASK, first)
+    ask(pipeline, "scheduled", NOON + 5, ASK)
     pipeline.admit("departed", NOON + 5, SEEN)
     assert (pipeline.snapshot(), pipeline.newest_s) == (before, clock)
     pipeline.move("departed", NOON + 5, SEEN)
@@ -108,9 +119,9 @@ def test_what_is_refused_leaves_no_trace(pipeline):
     far = NOON + 90_000
     assert code(pipeline.admit, "departed", NOON, {"carrier": "AA"}) == "missing_field"
     assert code(pipeline.admit, "departed", far, SEEN) == "event_from_future"
-    assert code(pipeline.answer, "scheduled", far, ASK, first) == "event_from_future"
-    assert code(pipeline.answer, "departed", NOON + 5, SEEN, first) == "not_predicted"
-    assert code(pipeline.answer, "scheduled", NOON, ASK | {"x": 1}, first) == "unknown_field"
+    assert code(ask, pipeline, "scheduled", far, ASK) == "event_from_future"
+    assert code(ask, pipeline, "departed", NOON + 5, SEEN) == "not_predicted"
+    assert code(ask, pipeline, "scheduled", NOON, ASK | {"x": 1}) == "unknown_field"
     assert pipeline.snapshot() == before
 
 
@@ -118,7 +129,7 @@ def test_an_event_too_late_is_answered_and_counted_but_moves_no_window(pipeline)
     observe(pipeline, "departed", NOON, SEEN)
     before = pipeline.snapshot()
     observe(pipeline, "departed", NOON - 7201, SEEN)
-    predict(pipeline, "scheduled", NOON - 7201, ASK, first)
+    predict(pipeline, "scheduled", NOON - 7201, ASK)
     assert pipeline.snapshot() == before
     assert pipeline.statistics()["late_events"] == 2
     observe(pipeline, "departed", NOON - 7200, SEEN)
@@ -177,14 +188,14 @@ def test_restore_and_replay_give_the_same_bits_as_never_stopping(pipeline, steps
         kind, fields = ("scheduled", ASK) if asks else ("departed", SEEN | {"delay": delay})
         time_s = max(live.newest_s, NOON) + step_s
         if asks:
-            predict(live, kind, time_s, fields, first)
+            predict(live, kind, time_s, fields)
         else:
             observe(live, kind, time_s, fields)
         again.replay(kind, time_s, fields)
     assert again.snapshot() == live.snapshot()
     again.swap(arms)
-    asked = ("scheduled", live.newest_s if steps else NOON, ASK, first)
-    assert predict(again, *asked).vector.tobytes() == predict(live, *asked).vector.tobytes()
+    asked = "scheduled", live.newest_s if steps else NOON, ASK
+    assert predict(again, *asked).vectors[0].tobytes() == predict(live, *asked).vectors[0].tobytes()
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x94\x02\x00\x00\x90"])
@@ -206,22 +217,21 @@ def test_any_damage_to_a_snapshot_is_refused_or_restores_whole_windows(pipeline)
 def test_windows_go_on_across_a_swap_and_a_change_of_features(pipeline, load, toy_spec):
     observe(pipeline, "departed", NOON, SEEN)
     pipeline.swap([load(1.0)])
-    assert predict(pipeline, "scheduled", NOON, ASK, first).vector.tolist() == [1, 100, 1, 30, 30]
+    assert predict(pipeline, "scheduled", NOON, ASK).vectors[0].tolist() == [1, 100, 1, 30, 30]
     narrow = toy_spec.subset(["distance", "delay_1h"])
     pipeline.swap([load(1.0), load(2.0, "canary", spec=narrow)])
-    answer = predict(pipeline, "scheduled", NOON, ASK, lambda _arms: 1)
-    assert answer.vector.tolist() == [100, 30]
-    assert answer.spec == narrow.hash
+    answer = predict(pipeline, "scheduled", NOON, ASK)
+    assert [vector.tolist() for vector in answer.vectors] == [[1, 100, 1, 30, 30], [100, 30]]
     again = Pipeline("toy")
     again.swap([load(2.0, spec=narrow)])
     again.restore(pipeline.snapshot())
-    assert predict(again, "scheduled", NOON, ASK, first).vector.tolist() == [100, 30]
+    assert predict(again, "scheduled", NOON, ASK).vectors[0].tolist() == [100, 30]
 
 
 def test_one_row_in_place_is_answered_as_a_batch_of_one(pipeline, toy_spec):
     runner = pipeline.slot.arms[0].runner
     rows = np.random.default_rng(7).normal(size=(50, toy_spec.size)).astype(np.float32) * 100
-    kept = [runner.answer(row) for row in rows]
+    kept = [runner.answer(row.tobytes()) for row in rows]
     assert kept == [runner.run(row[np.newaxis]).tolist()[0] for row in rows]
     assert len({answer[0] for answer in kept}) == len(rows)
 

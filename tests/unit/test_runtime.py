@@ -18,9 +18,10 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, LogConfig
 from edge_runtime.errors import CapacityError, ConfigError, RequestError
 from edge_runtime.inference.slot import Arm, load_arm
+from edge_runtime.journal import SNAPSHOT_EVERY
 from edge_runtime.metrics import Histogram
 from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
-from edge_runtime.runtime import SNAPSHOT_EVERY, Event, Runtime
+from edge_runtime.runtime import Event, Runtime
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Record
 
@@ -346,6 +347,8 @@ def test_a_report_says_what_serves_and_what_was_counted(
             "swaps": 2,
             "swap_failures": 0,
             "late_events": 1,
+            "late_labels": 0,
+            "infers": 0,
             "requests_dropped": 0,
         }
         assert report.refused == {"expired": 2}
