@@ -5,21 +5,29 @@ Why: server and clients share one declaration; a client in another language has 
 Invariants: a frame is a length (u32, little-endian, at most FRAME_BYTES_MAX) and one MessagePack
 array `[tag, request_id, ...]`; tags are never used twice; fields are only appended, with defaults.
 
-Knows nothing about sockets and models. Implements proto/socket.md.
+Messages are out of the garbage collector's sight (`gc=False`): what was decoded holds no circle,
+and thousands of requests at once would keep the collector busy.
+
+Knows nothing about sockets and models, and loads no numpy. Implements proto/socket.md.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any
+import struct
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
 
+if TYPE_CHECKING:
+    from edge_runtime.inference.tensors import Array
+
 PROTOCOL_VERSION = 1
-FRAME_BYTES_MAX = 1 << 20
+FRAME_BYTES_MAX = 1 << 24
+"""16 MiB: an image of 1024 x 1024 x 3 floats fits."""
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -29,7 +37,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     version: int = PROTOCOL_VERSION
 
 
-class Predict(msgspec.Struct, array_like=True, frozen=True, tag=2):
+class Predict(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     """Answer this event. Values of `fields` are checked by the family's interface."""
 
     request_id: int
@@ -39,7 +47,7 @@ class Predict(msgspec.Struct, array_like=True, frozen=True, tag=2):
     fields: dict[str, Any]
 
 
-class Observe(msgspec.Struct, array_like=True, frozen=True, tag=3):
+class Observe(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     """Remember this event; no answer wanted."""
 
     request_id: int
@@ -66,6 +74,37 @@ class Status(msgspec.Struct, array_like=True, frozen=True, tag=5, gc=False):
     request_id: int
 
 
+class RawTensor(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A named tensor as bytes: little-endian, the last dimension running fastest.
+
+    `datatype` is a word of the Open Inference Protocol; each element of BYTES is a length (u32,
+    little-endian) and as many bytes of UTF-8.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Infer(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):
+    """Tensors in, tensors out, unlogged. No `outputs`: all of them; no `release`: what serves."""
+
+    request_id: int
+    family: str
+    inputs: tuple[RawTensor, ...]
+    outputs: tuple[str, ...] = ()
+    release: str = ""
+
+
+class Rollback(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
+    """Go back to the release that served before; `reason` is for people."""
+
+    request_id: int
+    family: str
+    reason: str
+
+
 class Survived(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The last sequence number of an epoch and class that a restart left; 0: none."""
 
@@ -74,7 +113,7 @@ class Survived(msgspec.Struct, array_like=True, frozen=True, gc=False):
     seq: int
 
 
-class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=129):
+class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=129, gc=False):
     """The answer to Hello: this process's epoch, and what is left of earlier ones."""
 
     request_id: int
@@ -84,7 +123,7 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=129):
     version: int = PROTOCOL_VERSION
 
 
-class Predicted(msgspec.Struct, array_like=True, frozen=True, tag=130):
+class Predicted(msgspec.Struct, array_like=True, frozen=True, tag=130, gc=False):
     """The answer to Predict."""
 
     request_id: int
@@ -101,11 +140,38 @@ class Done(msgspec.Struct, array_like=True, frozen=True, tag=131, gc=False):
     seq: int
 
 
-class StatusReply(msgspec.Struct, array_like=True, frozen=True, tag=133):
+class StatusReply(msgspec.Struct, array_like=True, frozen=True, tag=133, gc=False):
     """The answer to Status: a map of texts, numbers, lists and maps."""
 
     request_id: int
     status: dict[str, Any]
+
+
+class Inferred(msgspec.Struct, array_like=True, frozen=True, tag=134, gc=False):
+    """The answer to Infer; reads like a dict of arrays: `answer["name"]`, `dict(answer)`."""
+
+    request_id: int
+    release: str
+    outputs: tuple[RawTensor, ...]
+
+    def keys(self) -> list[str]:
+        """The names of the outputs, in the model's order."""
+        return [tensor.name for tensor in self.outputs]
+
+    def __getitem__(self, name: str) -> Array:
+        from edge_runtime.api.raw import array_of
+
+        for tensor in self.outputs:
+            if tensor.name == name:
+                return array_of(tensor)
+        raise KeyError(name)
+
+
+class RolledBack(msgspec.Struct, array_like=True, frozen=True, tag=135, gc=False):
+    """The answer to Rollback: the release that serves now."""
+
+    request_id: int
+    release: str
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=255, gc=False):
@@ -121,30 +187,40 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=255, gc=False):
     retry: bool = False
 
 
-Request = Hello | Predict | Observe | Label | Status
-Reply = Welcome | Predicted | Done | StatusReply | Failed
+Request = Hello | Predict | Observe | Label | Status | Infer | Rollback
+Reply = Welcome | Predicted | Done | StatusReply | Inferred | RolledBack | Failed
 
-_REQUESTS: dict[int, type[msgspec.Struct]] = {1: Hello, 2: Predict, 3: Observe, 4: Label, 5: Status}
-_POSITION = re.compile(r"\$\[(\d+)\]")
+_LENGTH = struct.Struct("<I")
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_any = msgspec.msgpack.Decoder().decode
 decode_request: Callable[[memoryview], Request] = msgspec.msgpack.Decoder(Request).decode
 _decode_reply: Callable[[memoryview], Reply] = msgspec.msgpack.Decoder(Reply).decode
 
 
-def frame(message: Request | Reply) -> bytes:
+def frame(request: Request | Reply) -> bytes:
     """The bytes of a message, its length first.
 
     Raises: RequestError (bad_request: a value that MessagePack cannot carry; frame_too_large).
     """
     try:
-        body = _encode(message)
+        body = _encode(request)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RequestError("bad_request", f"a value cannot be sent: {error}") from error
     if len(body) > FRAME_BYTES_MAX:
         raise too_large(len(body))
-    return len(body).to_bytes(4, "little") + body
+    return _LENGTH.pack(len(body)) + body
+
+
+def frames_of(replies: Iterable[Reply]) -> bytes:
+    """The bytes of replies; one that is too large becomes a Failed."""
+    parts = []
+    for reply in replies:
+        body = _encode(reply)
+        if len(body) > FRAME_BYTES_MAX:
+            body = _encode(failed(reply.request_id, too_large(len(body))))
+        parts.append(_LENGTH.pack(len(body)))
+        parts.append(body)
+    return b"".join(parts)
 
 
 def reply_in(body: memoryview) -> Reply:
@@ -155,43 +231,16 @@ def reply_in(body: memoryview) -> Reply:
         raise TransportError("bad_reply", f"the runtime answered with garbage: {error}") from error
 
 
+def failed(request_id: int, error: HeadwaterError) -> Failed:
+    """What a request is answered with that had no effect because of `error`."""
+    retry = isinstance(error, CapacityError)
+    return Failed(request_id, error.code, error.message, error.hint, retry)
+
+
 def error_in(reply: Failed) -> HeadwaterError:
     """The error that a caller gets for a failed request."""
     family = CapacityError if reply.retry else RequestError
     return family(reply.code, reply.message, reply.hint)
-
-
-def why_invalid(body: memoryview, error: Exception) -> Failed:
-    """What to answer to a body that `decode_request` refused with `error`.
-
-    Raises: RequestError `bad_frame` when the body is not even an array that begins with tag and
-    request id: then the stream cannot be trusted to be in step.
-    """
-    try:
-        message = _decode_any(body)
-    except (msgspec.DecodeError, ValueError, RecursionError) as reason:
-        raise RequestError("bad_frame", f"frame of {len(body)} bytes: {reason}") from reason
-    head = message[:2] if isinstance(message, list) else []
-    if [type(item) for item in head] != [int, int]:
-        raise RequestError(
-            "bad_frame", f"frame of {len(body)} bytes is not an array of tag, request id, ..."
-        )
-    tag, request_id = head
-    if tag not in _REQUESTS:
-        known = ", ".join(f"{number} {struct.__name__}" for number, struct in _REQUESTS.items())
-        return Failed(request_id, "unknown_op", f"no request has tag {tag}", f"requests: {known}")
-    return Failed(request_id, "bad_request", _explain(_REQUESTS[tag], str(error)))
-
-
-def _explain(struct: type[msgspec.Struct], text: str) -> str:
-    """`text` of a decoder, its position `$[3]` replaced by the name of the field there."""
-    names = struct.__struct_fields__
-
-    def name(match: re.Match[str]) -> str:
-        position = int(match[1]) - 1
-        return f"field {names[position]}" if position < len(names) else match[0]
-
-    return f"{struct.__name__}: {_POSITION.sub(name, text).replace('`', '')}"
 
 
 def too_large(size: int) -> RequestError:
@@ -200,35 +249,49 @@ def too_large(size: int) -> RequestError:
 
 
 class Splitter:
-    """Cuts a stream of bytes into the bodies of its frames; keeps the started one."""
+    """Cuts a stream of bytes into the bodies of its frames; keeps what is not cut yet.
+
+    `ready` says that more than a started frame is kept: `feed` again, with nothing, gives it.
+    """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._kept = bytearray()
+        self._wanted = 0
+        self.ready = False
 
     @property
-    def started(self) -> bool:
-        """Whether the beginning of a frame waits for its end."""
-        return bool(self._rest)
+    def held(self) -> int:
+        """How many bytes are kept."""
+        return len(self._kept)
 
-    def reset(self) -> None:
-        """Forget the started frame."""
-        self._rest = b""
+    def feed(
+        self, data: bytes | bytearray, most: int = sys.maxsize
+    ) -> tuple[list[memoryview], RequestError | None]:
+        """The next bodies, at most `most`, and what is wrong with the frame after them, if so.
 
-    def feed(self, data: bytes) -> tuple[list[memoryview], RequestError | None]:
-        """The bodies that `data` completes, and what is wrong with the frame after them, if so.
-
-        After an error the stream is out of step and must be closed.
+        After an error the stream is out of step and must be closed; nothing is kept.
         """
-        data = self._rest + data if self._rest else data
+        if self._kept:
+            # Grown in place, so that a large frame costs its size, not the square of its size.
+            self._kept += data
+            if len(self._kept) < self._wanted:
+                return [], None
+            data, self._kept = self._kept, bytearray()
         bodies: list[memoryview] = []
         view, at, end = memoryview(data), 0, len(data)
+        self._wanted, self.ready = 4, False
         while end - at >= 4:
-            size = int.from_bytes(view[at : at + 4], "little")
+            size = _LENGTH.unpack_from(data, at)[0]
             if size > FRAME_BYTES_MAX:
                 return bodies, too_large(size)
             if end - at - 4 < size:
+                self._wanted = 4 + size
+                break
+            if len(bodies) == most:
+                self.ready = True
                 break
             bodies.append(view[at + 4 : at + 4 + size])
             at += 4 + size
-        self._rest = data[at:]
+        if at < end:
+            self._kept = bytearray(view[at:])
         return bodies, None

@@ -1,0 +1,275 @@
+"""What requests are answered with: the runtime's answers, many in one model run where that is fit.
+
+Why: a client that pipelines pays for a model run and for Python once per group, not per request.
+
+Invariants: requests begin in their order. Consecutive requests of one kind to one family make a
+group; a group is answered as its requests would be one by one, each with its own answer or error.
+What would keep the loop's thread for too long is answered by `later`, anything else by `now`.
+
+Knows nothing about sockets. Implements the requests of proto/socket.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from edge_runtime.api import frames, raw
+from edge_runtime.api.frames import (
+    Done,
+    Failed,
+    Hello,
+    Infer,
+    Inferred,
+    Label,
+    Observe,
+    Predict,
+    Predicted,
+    Reply,
+    Request,
+    Rollback,
+    RolledBack,
+    Status,
+    StatusReply,
+    Survived,
+    Welcome,
+)
+from edge_runtime.errors import HeadwaterError, RequestError
+from edge_runtime.inference.tensors import Array
+from edge_runtime.runtime import Event, Prediction
+
+Item = Request | Failed
+"""A request, or what stands in the place of one that could not be read."""
+
+
+class Model(Protocol):
+    """What the socket asks about a family's model."""
+
+    @property
+    def release(self) -> str: ...
+
+    @property
+    def inline(self) -> bool: ...
+
+
+class Service(Protocol):
+    """What the socket asks of a runtime, on the loop's thread; see `edge_runtime.runtime`."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    def model(self, family: str) -> Model: ...
+
+    def predict(self, family: str, event: Event) -> Prediction: ...
+
+    def predict_many(
+        self, family: str, events: Sequence[Event]
+    ) -> Sequence[Prediction | HeadwaterError]: ...
+
+    async def predict_async(self, family: str, event: Event) -> Prediction: ...
+
+    def infer(
+        self,
+        family: str,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        release: str | None = None,
+    ) -> dict[str, Array]: ...
+
+    def infer_many(
+        self, family: str, requests: Sequence[Mapping[str, Array]]
+    ) -> Sequence[dict[str, Array] | HeadwaterError]: ...
+
+    async def infer_async(
+        self,
+        family: str,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        release: str | None = None,
+    ) -> dict[str, Array]: ...
+
+    def observe(self, family: str, event: Event) -> int: ...
+
+    def label(
+        self,
+        prediction_id: str,
+        value: float,
+        *,
+        time_s: float | None = None,
+        final: bool = True,
+        family: str | None = None,
+    ) -> int: ...
+
+    async def rollback_async(self, family: str, reason: str) -> str: ...
+
+    def survived(self) -> list[tuple[int, str, int]]: ...
+
+
+def group_end(items: Sequence[Item], start: int) -> int:
+    """Where the group ends that begins at `start`: the next item that needs a run of its own."""
+    first, end = items[start], start + 1
+    if end == len(items):
+        return end
+    if type(first) is Predict:
+        while end < len(items) and type(item := items[end]) is Predict:
+            if item.family != first.family:
+                break
+            end += 1
+    elif type(first) is Infer and _may_be_joined(first):
+        signature = _signature(first)
+        while end < len(items) and type(item := items[end]) is Infer:
+            if item.family != first.family or item.outputs or item.release:
+                break
+            if _signature(item) != signature:
+                break
+            end += 1
+    return end
+
+
+def _may_be_joined(request: Infer) -> bool:
+    """Texts have no size that would tell in which of two requests a wrong one stands."""
+    asks_for_more = request.outputs or request.release or not request.inputs
+    return not asks_for_more and all(each.datatype != "BYTES" for each in request.inputs)
+
+
+def _signature(request: Infer) -> list[tuple[str, str, tuple[int, ...], int]]:
+    return [(each.name, each.datatype, each.shape, len(each.data)) for each in request.inputs]
+
+
+def takes_long(item: Item, model: Model | None) -> bool:
+    """Whether `later` must answer: the loop's thread would be kept for too long."""
+    return type(item) is Rollback or (model is not None and not model.inline)
+
+
+class Answers:
+    """The answers of `service`; `status` is what a Status request is answered with."""
+
+    def __init__(self, service: Service, status: Callable[[], dict[str, Any]]) -> None:
+        self._service = service
+        self._status = status
+
+    def model(self, item: Item) -> Model | None:
+        """The model that an item asks; None where it asks none, or one that is not there."""
+        if type(item) is not Predict and type(item) is not Infer:
+            return None
+        try:
+            return self._service.model(item.family)
+        except RequestError:
+            return None  # `now` says why
+
+    def now(self, group: Sequence[Item], model: Model | None) -> list[Reply]:
+        """The replies to a group that asks `model`, in order; nothing is awaited."""
+        first = group[0]
+        try:
+            if len(group) == 1:
+                return [self._one(first, model)]
+            if type(first) is Predict:
+                return self._predict_many(cast("Sequence[Predict]", group))
+            return self._infer_many(cast("Sequence[Infer]", group), model)
+        except HeadwaterError as error:
+            return [frames.failed(each.request_id, error) for each in group]
+
+    async def later(self, item: Item) -> Reply:
+        """The reply to a request that `takes_long`."""
+        service = self._service
+        try:
+            if type(item) is Predict:
+                answer = await service.predict_async(item.family, _event(item))
+                return _predicted(item.request_id, answer)
+            if type(item) is Rollback:
+                release = await service.rollback_async(item.family, item.reason)
+                return RolledBack(item.request_id, release)
+            assert type(item) is Infer
+            release = item.release or service.model(item.family).release
+            arrays = await service.infer_async(
+                item.family, _arrays(item), item.outputs or None, release=item.release or None
+            )
+            return Inferred(item.request_id, release, raw.raws_of(arrays))
+        except HeadwaterError as error:
+            return frames.failed(item.request_id, error)
+
+    def _one(self, item: Item, model: Model | None) -> Reply:
+        if type(item) is Infer:
+            return self._infer(item, model)
+        if type(item) is Predict:
+            return _predicted(item.request_id, self._service.predict(item.family, _event(item)))
+        if type(item) is Observe:
+            return Done(item.request_id, self._service.observe(item.family, _event(item)))
+        if type(item) is Label:
+            return Done(item.request_id, self._label(item))
+        if type(item) is Status:
+            return StatusReply(item.request_id, self._status())
+        if type(item) is Hello:
+            return self._welcome(item)
+        assert type(item) is Failed
+        return item
+
+    def _predict_many(self, group: Sequence[Predict]) -> list[Reply]:
+        events = [_event(each) for each in group]
+        answers = self._service.predict_many(group[0].family, events)
+        return [
+            frames.failed(each.request_id, answer)
+            if isinstance(answer, HeadwaterError)
+            else _predicted(each.request_id, answer)
+            for each, answer in zip(group, answers, strict=True)
+        ]
+
+    def _infer(self, request: Infer, model: Model | None) -> Inferred:
+        arrays = self._service.infer(
+            request.family,
+            _arrays(request),
+            request.outputs or None,
+            release=request.release or None,
+        )
+        assert model is not None
+        return Inferred(request.request_id, request.release or model.release, raw.raws_of(arrays))
+
+    def _infer_many(self, group: Sequence[Infer], model: Model | None) -> list[Reply]:
+        family, inputs = group[0].family, group[0].inputs
+        columns = [
+            raw.arrays_of(column) for column in zip(*[each.inputs for each in group], strict=True)
+        ]
+        rows = [raw.by_name(inputs, row) for row in zip(*columns, strict=True)]
+        answers = self._service.infer_many(family, rows)
+        assert model is not None
+        return [
+            frames.failed(each.request_id, answer)
+            if isinstance(answer, HeadwaterError)
+            else Inferred(each.request_id, model.release, raw.raws_of(answer))
+            for each, answer in zip(group, answers, strict=True)
+        ]
+
+    def _label(self, request: Label) -> int:
+        return self._service.label(
+            request.prediction_id,
+            request.value,
+            time_s=request.time_s,
+            final=request.final,
+            family=request.family,
+        )
+
+    def _welcome(self, request: Hello) -> Welcome:
+        if request.version != frames.PROTOCOL_VERSION:
+            raise RequestError(
+                "bad_version",
+                f"the client speaks version {request.version}; this {frames.PROTOCOL_VERSION}",
+            )
+        survived = [Survived(*each) for each in self._service.survived()]
+        return Welcome(request.request_id, self._service.device, self._service.epoch, survived)
+
+
+def _event(request: Predict | Observe) -> Event:
+    return Event(request.kind, request.time_s, request.fields)
+
+
+def _predicted(request_id: int, answer: Prediction) -> Predicted:
+    return Predicted(request_id, answer.id, answer.outputs, answer.release, answer.arm)
+
+
+def _arrays(request: Infer) -> dict[str, Array]:
+    return raw.by_name(request.inputs, [raw.array_of(tensor) for tensor in request.inputs])

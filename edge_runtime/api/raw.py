@@ -1,0 +1,112 @@
+"""Tensors as bytes, and back: what the socket and binary HTTP carry, and numpy's arrays.
+
+Why: server and client read and write the same bytes, and requests of one shape, of which there are
+many at once, are read together.
+
+Invariants: what `packed` wrote `unpacked` reads, bit for bit. A shape is believed only when as many
+bytes came as it needs, so no request makes anyone allocate more than it sent.
+
+Knows nothing about models, and is imported late by what must load no numpy.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.api.frames import RawTensor
+from edge_runtime.errors import RequestError
+from edge_runtime.inference.tensors import DTYPES, Array, datatype_of
+
+_LENGTH = struct.Struct("<I")
+
+
+def packed(array: Array) -> bytes:
+    """The bytes of a tensor: little-endian, row-major; a text is its length (u32), then UTF-8."""
+    if array.dtype.kind not in "OSU":
+        return array.tobytes()
+    texts = [each if isinstance(each, bytes) else str(each).encode() for each in array.ravel()]
+    return b"".join([part for text in texts for part in (_LENGTH.pack(len(text)), text)])
+
+
+def unpacked(datatype: str, shape: Sequence[int], data: bytes) -> Array:
+    """The tensor that `packed` wrote, read-only. Raises: ValueError for `data` of anything else."""
+    dtype = DTYPES.get(datatype)
+    if dtype is None:
+        raise ValueError(f"unknown datatype; there are {', '.join(DTYPES)}")
+    if shape and min(shape) < 0:
+        raise ValueError("a dimension is negative")
+    if datatype == "BYTES":
+        texts = [*_texts(data)]
+        values = np.empty(len(texts), dtype=object)
+        values[:] = texts
+    elif datatype == "BOOL":  # any byte may come; only 0 and 1 are what others call a bool
+        values = np.frombuffer(data, "u1") != 0
+    else:
+        values = np.frombuffer(data, dtype)
+    try:
+        return values.reshape(shape)
+    except OverflowError as error:
+        raise ValueError(str(error)) from error
+
+
+def raw_of(name: str, value: Any) -> RawTensor:
+    """A named array, or what numpy makes one of, as bytes. Raises: RequestError `wrong_type`."""
+    array = np.asarray(value)
+    datatype = datatype_of(array)
+    if not datatype:
+        raise RequestError(
+            "wrong_type",
+            f"{name!r} is an array of {array.dtype}, which cannot be sent",
+            f"types that can be: {', '.join(DTYPES)}",
+        )
+    return RawTensor(name, datatype, array.shape, packed(array))
+
+
+def raws_of(arrays: Mapping[str, Any]) -> tuple[RawTensor, ...]:
+    """`raw_of` each of `arrays`."""
+    return tuple([raw_of(name, array) for name, array in arrays.items()])
+
+
+def array_of(tensor: RawTensor) -> Array:
+    """The array in `tensor`, read-only. Raises: RequestError `bad_tensor`."""
+    try:
+        return unpacked(tensor.datatype, tensor.shape, tensor.data)
+    except ValueError as error:
+        raise RequestError(
+            "bad_tensor",
+            f"{tensor.name!r:.64}: {len(tensor.data)} bytes are not {tensor.datatype:.64} of shape "
+            f"{[*tensor.shape]!s:.200}: {error}",
+        ) from error
+
+
+def arrays_of(tensors: Sequence[RawTensor]) -> list[Array]:
+    """The arrays in `tensors`, which are alike in datatype (not BYTES), shape and number of bytes.
+
+    Raises: RequestError `bad_tensor`, about the first, for they are all as wrong.
+    """
+    first, rows = tensors[0], len(tensors)
+    array_of(first)
+    data = b"".join([tensor.data for tensor in tensors])
+    stack = unpacked(first.datatype, (rows, *first.shape), data)
+    return [stack[row, ...] for row in range(rows)]
+
+
+def by_name(tensors: Sequence[RawTensor], arrays: Sequence[Array]) -> dict[str, Array]:
+    """`arrays` by the names of `tensors`. Raises: RequestError `bad_request` for a name twice."""
+    named = {tensor.name: array for tensor, array in zip(tensors, arrays, strict=True)}
+    if len(named) < len(tensors):
+        raise RequestError("bad_request", "two inputs have the same name")
+    return named
+
+
+def _texts(data: bytes) -> Iterator[str]:
+    at, end = 0, len(data)
+    while at < end:
+        if end - at < 4 or end - at - 4 < (size := _LENGTH.unpack_from(data, at)[0]):
+            raise ValueError("a text is longer than its bytes")
+        yield data[at + 4 : at + 4 + size].decode()
+        at += 4 + size
