@@ -52,7 +52,7 @@ class Host(Protocol):
 
     def current(self, family: str) -> Plan | None: ...
 
-    def swap(self, family: str, arms: Sequence[Arm], plan: Plan) -> None: ...
+    async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan) -> None: ...
 
     def report(self, refused: dict[str, int]) -> Report: ...
 
@@ -158,7 +158,7 @@ class Agent:
     async def _apply(self, family: str, plan: Plan) -> None:
         arms = await self._in_thread(self._load_arms, plan)
         self._refuse_left(arms)
-        self._host.swap(family, arms, plan)
+        await self._host.adopt(family, arms, plan)
         self._counts["applied"] += 1
         self._changed.set()
         log.info("%s follows plan %d: %s", family, plan.seq, _described(arms))

@@ -16,7 +16,6 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError, TransportError, TrustError
 from edge_runtime.rollout.agent import Agent
-from edge_runtime.rollout.arms import load_plan_arm
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
@@ -260,12 +259,6 @@ def test_a_variant_that_is_wrong_here_is_quarantined_and_the_other_serves(
     play(stage)
 
 
-def leave(device: Device, arm: PlanArm) -> None:
-    """What a local roll back does to the shelf before another release serves."""
-    for package in arm.packages:
-        device.runtime.shelf.quarantine(package.sha256, "rolled_back")
-
-
 def test_what_was_left_is_not_followed_again_until_a_plan_names_other_packages(
     play: Callable[..., None],
 ) -> None:
@@ -275,17 +268,17 @@ def test_what_was_left_is_not_followed_again_until_a_plan_names_other_packages(
         for seq, stable in enumerate([good, bad], start=1):
             device.orders.current = Plan(family="toy", seq=seq, stable=stable)
             await device.agent.check()
-        leave(device, bad)
-        previous = device.runtime.shelf.load_previous("toy")
-        assert previous is not None
-        assert previous.stable == good
-        arms = [load_plan_arm(device.runtime.shelf, "stable", previous.stable)]
-        device.runtime.swap("toy", arms, previous)
-        for seq in (2, 3):
-            device.orders.current = Plan(family="toy", seq=seq, stable=bad)
+        assert device.runtime.rollback("toy", "it disappoints") == "r1"
+        fetched = device.orders.calls.count("fetch")
+        for plan in (
+            Plan(family="toy", seq=2, stable=bad),
+            Plan(family="toy", seq=3, stable=device.arm("r4", 4.0), canary=bad),
+        ):
+            device.orders.current = plan
             await device.agent.check()
             assert device.answering() == "r1"
         assert device.agent.statistics()["refused_release_quarantined"] == 2
+        assert device.orders.calls.count("fetch") == fetched
         device.orders.current = Plan(family="toy", seq=4, stable=mended)
         await device.agent.check()
         assert device.answering() == "r3"
@@ -302,7 +295,7 @@ def test_a_release_that_is_left_while_it_loads_does_not_serve(
         await device.agent.check()
 
         def leave_it(_path: Path) -> None:
-            leave(device, bad)
+            device.runtime.shelf.quarantine(bad.sha256, "rolled_back")
 
         agent = Agent(
             device.runtime,
