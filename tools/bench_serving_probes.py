@@ -1,0 +1,213 @@
+"""The probes of tools/bench-serving: each asks one thing so many times, and gives what it found.
+
+Invariants: a probe can be called again and again; before its first call the windows were filled and
+what the server answered was compared with the floor's answer, so nothing wrong is ever timed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import bench_serving_client as raw
+import msgspec
+import numpy as np
+import onnxruntime as ort
+from bench_serving_client import Wire, frame_size, hot, http_size, paced
+from bench_serving_model import FAMILY, Matrix, events, rows
+from bench_serving_server import Server, Started
+
+from edge_runtime.api import frames
+from edge_runtime.api.client import Client
+from edge_runtime.runtime import Event, Runtime
+
+FILLED = 4000  # events that the windows have seen before anything is measured
+PACED_SHARE = 25  # one paced call for so many hot ones: a paced call takes 10 ms
+FLOODS = 5  # requests at full speed for each hot call
+
+Probe = Callable[[], list[float]]
+
+
+class Floor:
+    """The model alone, asked about the row `x`."""
+
+    def __init__(self, package: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        self._session = ort.InferenceSession(
+            str(package), options, providers=["CPUExecutionProvider"]
+        )
+        self.x: Matrix = rows(1)
+
+    def run(self, x: Matrix) -> Any:
+        return self._session.run(["probability"], {"features": x})[0]
+
+    def probes(self, calls: int) -> dict[str, Probe]:
+        x = self.x
+        return {
+            "floor": lambda: hot(self.run, [x] * calls),
+            "floor paced": lambda: paced(self.run, [x] * (calls // PACED_SHARE)),
+        }
+
+    def check(self, who: str, answer: Any, x: Matrix | None = None) -> None:
+        """Raises: AssertionError when `answer` is not what the model says to `x`."""
+        found = np.asarray(answer, dtype=np.float32).reshape(-1)
+        expected = self.run(self.x if x is None else x).reshape(-1)
+        assert np.allclose(found, expected, atol=1e-5), f"{who}: {found}, not {expected}"
+
+
+def in_process(floor: Floor, runtime: Runtime, calls: int) -> dict[str, Probe]:
+    """`infer` and `predict` by a plain call."""
+
+    def infer(inputs: dict[str, Any]) -> dict[str, Any]:
+        return runtime.infer(FAMILY, inputs)
+
+    def predict(event: Event) -> Any:
+        return runtime.predict(FAMILY, event)
+
+    inputs = {"features": floor.x}
+    floor.check("infer", infer(inputs)["probability"])
+    for event in islice(events(), FILLED):
+        (predict if event.kind == "asked" else observe_in(runtime))(event)
+    stream = questions()
+    return {
+        "infer": lambda: hot(infer, [inputs] * calls),
+        "predict": lambda: hot(predict, list(islice(stream, calls))),
+        "predict paced": lambda: paced(predict, list(islice(stream, calls // PACED_SHARE))),
+    }
+
+
+def observe_in(runtime: Runtime) -> Callable[[Event], int]:
+    return lambda event: runtime.observe(FAMILY, event)
+
+
+def questions() -> Iterator[Event]:
+    """What predictions are asked for, after the events that filled the windows."""
+    return (event for event in islice(events(), FILLED, None) if event.kind == "asked")
+
+
+def by_socket(
+    floor: Floor, servers: Started, server: Server, path: str, calls: int
+) -> dict[str, Probe]:
+    """One request after the other, and as many a second as one core answers."""
+    wire = servers.enter_context(Wire(path, frame_size))
+    client = servers.enter_context(Client(path))
+    infer, stream = raw.socket_infer(floor.x), questions()
+    floor.check("socket", reply(wire.ask(infer), frames.Inferred)["probability"])
+    floor.check("client", client.infer(FAMILY, {"features": floor.x})["probability"])
+    flood(wire, [raw.socket_event(event) for event in islice(events(), FILLED)])
+
+    def predicts(count: int) -> list[bytes]:
+        return [raw.socket_event(event) for event in islice(stream, count)]
+
+    def infers_a_second(count: int) -> list[float]:
+        x = rows(count)
+        with server.on_core(0):
+            spent_s, answers = flood(wire, [raw.socket_infer(each[None]) for each in x])
+        floor.check("pipelined", [answer["probability"] for answer in answers], x)
+        return [count / spent_s]
+
+    def predictions_a_second(count: int) -> list[float]:
+        requests = predicts(count)
+        with server.on_core(0):
+            return [count / flood(wire, requests)[0]]
+
+    def by_client(_number: int) -> Any:
+        return client.infer(FAMILY, {"features": floor.x})
+
+    return {
+        "socket": lambda: hot(wire.ask, [infer] * calls),
+        "socket client": lambda: hot(by_client, range(calls)),
+        "socket predict": lambda: hot(wire.ask, predicts(calls)),
+        "infer a second": lambda: infers_a_second(calls * FLOODS),
+        "predict a second": lambda: predictions_a_second(calls * FLOODS),
+    }
+
+
+def flood(wire: Wire, requests: list[bytes]) -> tuple[float, list[Any]]:
+    """Seconds to have all answered, and the answers. Raises: AssertionError when one is refused."""
+    spent_s, bodies = wire.flood(requests)
+    answers = [frames.reply_in(body) for body in bodies]
+    refused = [answer for answer in answers if isinstance(answer, frames.Failed)]
+    assert not refused, refused[0]
+    return spent_s, answers
+
+
+def reply(answer: bytes, kind: type[Any]) -> Any:
+    found = frames.reply_in(memoryview(answer)[4:])
+    assert isinstance(found, kind), found
+    return found
+
+
+def by_echo(floor: Floor, servers: Started, path: str, calls: int) -> dict[str, Probe]:
+    """What a round trip costs when nothing is done with the request."""
+    wire, request = servers.enter_context(Wire(path, frame_size)), raw.socket_infer(floor.x)
+    return {"echo": lambda: hot(wire.ask, [request] * calls)}
+
+
+def by_http(floor: Floor, servers: Started, address: raw.Address, calls: int) -> dict[str, Probe]:
+    """The Open Inference Protocol, JSON and binary tensors."""
+    plain, binary = raw.http_json(floor.x), raw.http_binary(floor.x)
+    wire = servers.enter_context(Wire(address, http_size))
+    floor.check("HTTP JSON", open_inference(wire.ask(plain)))
+    tensor = np.frombuffer(raw.http_body(wire.ask(binary))[-4:], dtype="<f4")
+    floor.check("HTTP binary", tensor)
+    return {
+        "http": lambda: hot(wire.ask, [plain] * calls),
+        "http binary": lambda: hot(wire.ask, [binary] * calls),
+    }
+
+
+def probability(answer: bytes) -> Any:
+    return msgspec.msgpack.decode(raw.http_body(answer))["probability"]
+
+
+def open_inference(answer: bytes) -> Any:
+    return json.loads(raw.http_body(answer))["outputs"][0]["data"]
+
+
+def peers(floor: Floor, servers: Started, calls: int) -> tuple[dict[str, Probe], dict[str, str]]:
+    """The probes of the peers that are installed, and why the others are left out."""
+    body = msgspec.msgpack.encode({"features": floor.x.tolist()})
+    msgpack = raw.http_request("/inference", body, "application/msgpack")
+    starts = {
+        "mosec": (servers.mosec, msgpack, probability),
+        "mlserver": (servers.mlserver, raw.http_json(floor.x), open_inference),
+    }
+    probes: dict[str, Probe] = {}
+    skipped: dict[str, str] = {}
+    for name, (start, request, values) in starts.items():
+        try:
+            server, address = start()
+        except FileNotFoundError as error:
+            skipped[name] = str(error)
+            continue
+        wire = servers.enter_context(Wire(address, http_size))
+        floor.check(name, values(wire.ask(request)))
+        probes[name] = lambda wire=wire, request=request: hot(wire.ask, [request] * calls)
+        probes[f"rss {name}"] = lambda server=server: [server.rss_mb()]
+    return probes, skipped
+
+
+def busy(servers: Started, server: Server, path: str, calls: int) -> Probe:
+    """Per cent of a core that a server uses while it is asked for predictions at the pace."""
+    wire = servers.enter_context(Wire(path, frame_size))
+    stream = questions()
+
+    def probe() -> list[float]:
+        due = [raw.socket_event(event) for event in islice(stream, calls // PACED_SHARE)]
+        cpu_s, started_s = server.cpu_s(), time.perf_counter()
+        paced(wire.ask, due)
+        return [100 * (server.cpu_s() - cpu_s) / (time.perf_counter() - started_s)]
+
+    return probe
+
+
+def answers(path: str) -> bool:
+    """Whether the device at `path` answers for tensors. Raises: OSError while nobody listens."""
+    with Wire(path, frame_size) as wire:
+        return bool(reply(wire.ask(raw.socket_infer(rows(1))), frames.Inferred))
