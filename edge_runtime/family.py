@@ -74,10 +74,8 @@ class Family:
 
         `said` is the event: kind, time and fields; `rows` and `outputs` are those of each arm.
         """
-        index, weights = 0, [1.0]
-        if len(arms) > 1:
-            weights = [arm.weight for arm in arms]
-            index = choose(weights, self._salt, *number)
+        weights = [arm.weight for arm in arms]
+        index = choose(weights, self._salt, *number)
         arm = arms[index]
         assert arm.info is not None
         scored = [

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -65,12 +64,7 @@ class Lease:
     def __enter__(self) -> tuple[Arm, ...]:
         return self.arms
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         with self._lock:
             self.leases -= 1
             last = self.retired and not self.leases and bool(self.arms)

@@ -95,8 +95,10 @@ def fitting(declared: Collection[Tensor], arrays: Mapping[str, Array]) -> Mappin
             )
         if type(array) is not np.ndarray or array.dtype != DTYPES[tensor.datatype]:
             _check_type(tensor, array)
-        if array.shape != tensor.shape:
-            _check_shape(tensor, array.shape)
+        shape, want = array.shape, tensor.shape
+        # The usual case is decided by one look; all else is judged below.
+        if not (shape and shape[0] and want[0] == -1 and shape[1:] == want[1:]):
+            _check_shape(tensor, shape)
     if len(arrays) != len(declared):
         _refuse_unknown([tensor.name for tensor in declared], arrays)
     return arrays
