@@ -1,0 +1,56 @@
+"""What the bodies of /edge/v1 hold: events and labels, as JSON.
+
+Why: what the socket offers, for whatever can speak HTTP and has no MessagePack.
+
+Invariants: a body is read whole or refused; a field that is unknown is refused.
+
+Knows nothing about HTTP and runtimes. See proto/openapi.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edge_runtime.api.oip import not_json
+from edge_runtime.runtime import Event
+
+
+class Said(msgspec.Struct, forbid_unknown_fields=True):
+    """A label: what turned out to be true of a prediction; without `time_s`, now."""
+
+    prediction_id: str
+    value: float
+    time_s: float | None = None
+    final: bool = True
+    family: str | None = None
+
+
+class _Event(msgspec.Struct, forbid_unknown_fields=True):
+    kind: str
+    time_s: float
+    fields: dict[str, Any]
+
+
+_decode_event: Callable[[bytes], _Event] = msgspec.json.Decoder(_Event).decode
+_decode_label: Callable[[bytes], Said] = msgspec.json.Decoder(Said).decode
+_UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
+
+
+def event_in(body: bytes) -> Event:
+    """The event in a body. Raises: RequestError `bad_request`."""
+    try:
+        event = _decode_event(body)
+    except _UNREADABLE as error:
+        raise not_json(error) from error
+    return Event(event.kind, event.time_s, event.fields)
+
+
+def label_in(body: bytes) -> Said:
+    """The label in a body. Raises: RequestError `bad_request`."""
+    try:
+        return _decode_label(body)
+    except _UNREADABLE as error:
+        raise not_json(error) from error

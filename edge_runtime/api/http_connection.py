@@ -1,0 +1,288 @@
+"""One HTTP/1.1 connection: bytes to requests, replies to bytes, in their order and within bounds.
+
+Why: httptools knows the grammar; what is left of a server is a queue and its bounds. A general
+server in between costs more than the answer itself, and has not these bounds.
+
+Invariants: replies leave in the order of their requests. Heads and bodies are bounded, and so is
+what waits: while it does, nothing more is read. A body that is too large is refused as soon as that
+is known; what still comes of it is thrown away, so that its sender can read why, but not for ever.
+What is not HTTP gets one error, and its connection is closed.
+
+Knows nothing about paths and tensors. Loads httptools: import it late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from collections import deque
+from http import HTTPStatus
+from typing import TYPE_CHECKING, cast
+
+import httptools
+
+from edge_runtime.api.app import Reply, Request
+from edge_runtime.errors import CapacityError, HeadwaterError, RequestError
+
+if TYPE_CHECKING:
+    from edge_runtime.api.http import HttpServer
+
+HEAD_BYTES_MAX = 64 * 1024
+DISCARD_BYTES_MAX = 256 << 20
+IDLE_SWEEPS = 15
+SLICE = 64
+"""So many requests that came at once are answered before the loop serves others."""
+
+_NOTHING, _HEAD, _BODY, _REFUSED = range(4)
+_LINES = {status.value: f"HTTP/1.1 {status} {status.phrase}".encode() for status in HTTPStatus}
+
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+
+log = logging.getLogger("edge_runtime")
+
+
+class HttpConnection(asyncio.Protocol):
+    """One client of `server`."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self._server, self._app, self._bytes_max = server, server.app, server.body_bytes_max
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._due: deque[Request | Reply] = deque()
+        self._running: asyncio.Task[Reply] | None = None
+        self._stage = _NOTHING
+        self._target, self._headers = b"", dict[bytes, bytes]()
+        self._chunks: list[bytes] = []
+        self._body_bytes = self._held_bytes = self._owed_bytes = self._silent_sweeps = 0
+        self._moved = self._spoken = self._writes_wait = self._reads_wait = self._last = False
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._server.admitted(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._transport = None
+        self._server.counts["half_requests"] += self._stage in (_HEAD, _BODY)
+        self._hold(-self._held_bytes)
+        if self._running is not None:
+            self._running.cancel()
+        self._server.left(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._silent_sweeps, self._spoken, self._moved = 0, True, False
+        if self._last:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._last = True
+        except httptools.HttpParserError as error:
+            self._break_off(RequestError("bad_request", f"this is not HTTP/1.1: {error}"))
+        if self._stage != _NOTHING and not self._moved:
+            self._owe(len(data))
+        self._answer()
+
+    def pause_writing(self) -> None:
+        self._writes_wait = True
+
+    def resume_writing(self) -> None:
+        self._writes_wait = False
+        self._answer()
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._stage, self._moved = _HEAD, True
+        self._target, self._headers, self._chunks = b"", {}, []
+        self._body_bytes = self._owed_bytes = 0
+
+    def on_url(self, target: bytes) -> None:
+        """A piece of the target."""
+        self._target += target
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which nobody asks for."""
+        if self._stage == _HEAD:
+            self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._stage, headers = _BODY, self._headers
+        if int(headers.get(b"content-length", 0)) > self._bytes_max:
+            self._refuse(_too_large(self._bytes_max))
+        elif b"expect" in headers and not self._due and self._transport is not None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, chunk: bytes) -> None:
+        """A piece of the body."""
+        if self._stage == _REFUSED:
+            return
+        self._moved = True
+        self._chunks.append(chunk)
+        self._body_bytes += len(chunk)
+        self._hold(len(chunk))
+        if self._body_bytes > self._bytes_max:
+            self._refuse(_too_large(self._bytes_max))
+        elif self._server.held_bytes > self._server.held_bytes_max:
+            self._refuse(CapacityError("overloaded", "too many large bodies at once; try again"))
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        keep_alive = self._parser.should_keep_alive()
+        if self._stage != _REFUSED:
+            self._due.append(self._request())
+            self._chunks = []
+        self._stage = _NOTHING
+        self._last = self._last or not keep_alive
+
+    # What the server calls.
+
+    def sweep(self) -> None:
+        """Close if it is the client's turn and has been for long; called in regular intervals."""
+        if self._due or self._running or self._transport is None:
+            self._silent_sweeps = 0
+            return
+        self._silent_sweeps += 1
+        owes = self._stage != _NOTHING or not self._spoken
+        if self._silent_sweeps > (1 if owes else IDLE_SWEEPS):
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Close once what is under way was answered."""
+        self._last = True
+        self._answer()
+
+    def abort(self) -> None:
+        """Close now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _request(self) -> Request | Reply:
+        """The request that is whole, or why it is none."""
+        body, headers = b"".join(self._chunks), self._headers
+        if b"content-encoding" in headers:
+            try:
+                body = inflated(body, headers[b"content-encoding"], self._bytes_max)
+            except RequestError as error:
+                self._hold(-self._body_bytes)
+                return self._app.failed(error, self._target)
+            self._hold(len(body) - self._body_bytes)
+        method = self._parser.get_method().decode("latin1")
+        return Request(method, self._target, headers, body)
+
+    def _answer(self) -> None:
+        """Answer what is due, as far as it may go now."""
+        for _ in range(SLICE):
+            if not self._due or self._running or self._writes_wait or self._transport is None:
+                break
+            item = self._due.popleft()
+            reply = item if isinstance(item, Reply) else self._ask(item)
+            if reply is not None:
+                self._write(reply)
+        self._pace()
+
+    def _ask(self, request: Request) -> Reply | None:
+        """The reply, or None while it is still to come."""
+        reply = self._app.answer(request)
+        self._hold(-len(request.body))
+        if isinstance(reply, Reply):
+            return reply
+        self._running = asyncio.get_running_loop().create_task(reply)
+        self._running.add_done_callback(self._finished)
+        return None
+
+    def _finished(self, task: asyncio.Task[Reply]) -> None:
+        self._running = None
+        if task.cancelled() or self._transport is None:
+            return
+        error = task.exception()
+        if error is not None:
+            log.error("a request over HTTP ended in a broken invariant", exc_info=error)
+            self._transport.abort()
+            return
+        self._write(task.result())
+        self._answer()
+
+    def _write(self, reply: Reply) -> None:
+        assert self._transport is not None
+        content = reply.content
+        last = b"connection: close\r\n" if self._last and not self._due else b""
+        self._transport.write(
+            b"%b\r\ncontent-type: %b\r\ncontent-length: %d\r\n%b%b\r\n%b"
+            % (_LINES[reply.status], reply.kind, len(content), reply.headers, last, content)
+        )
+
+    def _pace(self) -> None:
+        """Go on with what is due, or read, or close: whatever comes next."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        waits = bool(self._due)
+        if waits != self._reads_wait:
+            self._reads_wait = waits
+            (self._transport.pause_reading if waits else self._transport.resume_reading)()
+        if waits and not self._running and not self._writes_wait:
+            asyncio.get_running_loop().call_soon(self._answer)
+        elif self._last and not waits and not self._running:
+            self._transport.close()
+
+    def _owe(self, size: int) -> None:
+        """Count bytes that bring a request no further."""
+        self._owed_bytes += size
+        if self._stage == _REFUSED:
+            if self._owed_bytes > DISCARD_BYTES_MAX:
+                self.abort()
+        elif self._owed_bytes > HEAD_BYTES_MAX:
+            text = f"the head of a request is at most {HEAD_BYTES_MAX} bytes"
+            self._break_off(RequestError("head_too_large", text))
+
+    def _refuse(self, error: HeadwaterError) -> None:
+        """Answer a request whose body is not taken."""
+        self._hold(-self._body_bytes)
+        self._stage, self._chunks, self._owed_bytes = _REFUSED, [], 0
+        self._due.append(self._app.failed(error, self._target))
+
+    def _break_off(self, error: HeadwaterError) -> None:
+        """Answer what makes no sense, and read no more."""
+        self._server.counts["bad_requests"] += 1
+        self._due.append(self._app.failed(error, self._target))
+        self._last = True
+
+    def _hold(self, size: int) -> None:
+        self._held_bytes += size
+        self._server.held_bytes += size
+
+
+def inflated(body: bytes, encoding: bytes, bytes_max: int) -> bytes:
+    """The body that `encoding` (gzip or deflate) made smaller.
+
+    Raises: RequestError (body_too_large, bad_encoding, unknown_encoding).
+    """
+    name, bits = encoding.decode("latin1"), _WINDOW_BITS.get(encoding.lower())
+    if bits is None:
+        raise RequestError(
+            "unknown_encoding",
+            f"content encoding {name!r} is not understood",
+            "send gzip or deflate, or the body as it is",
+        )
+    inflater = zlib.decompressobj(bits)
+    try:
+        data = inflater.decompress(body, bytes_max + 1)
+    except zlib.error as error:
+        raise RequestError("bad_encoding", f"the body is no {name}: {error}") from error
+    if len(data) > bytes_max:
+        raise _too_large(bytes_max)
+    if not inflater.eof or inflater.unused_data:
+        raise RequestError("bad_encoding", f"the body is not one whole {name}")
+    return data
+
+
+def _too_large(bytes_max: int) -> RequestError:
+    return RequestError(
+        "body_too_large",
+        f"the body is larger than {bytes_max} bytes; nothing was done",
+        "send fewer rows at once, or raise http.body_max_mb in the configuration",
+    )
