@@ -7,18 +7,24 @@ Exit codes: 0 ok, 1 failure, 2 usage or configuration, 4 the runtime or the brok
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import click
 import msgspec
 
 from edge_runtime import config as configuration
+from edge_runtime import logs
 from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, TransportError
+
+if TYPE_CHECKING:
+    from edge_runtime.api.client import Client
+
+ANSWER_S = 60.0
+"""How long a command waits for an answer; a roll back loads a model first."""
 
 P = ParamSpec("P")
 
@@ -29,6 +35,12 @@ _config_option = click.option(
     default=Path("edge.toml"),
     show_default=True,
     help="The device's configuration.",
+)
+_socket_option = click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    help="The runtime's socket; by default the configuration says where it is.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
@@ -67,18 +79,21 @@ def main() -> None:
 @click.option("--root", help="The publisher's trusted root.json; needed with --nats.")
 @click.option(
     "--package",
+    "packages",
+    multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Put this ONNX package on the shelf, to be served from the next start.",
+    help="Put this ONNX package on the shelf, to be served from the next start; repeat for variants"
+    " of the same release, of which the device takes the fastest that is right.",
 )
 @_reported
-def init(config_path: Path, package: Path | None, **options: Any) -> None:
+def init(config_path: Path, packages: tuple[Path, ...], **options: Any) -> None:
     """Write a configuration, and put a factory package on the shelf.
 
     Example: edge-runtime init --device kiosk-1 --package flight_delay.onnx
     """
     from edge_runtime import factory
 
-    info = None if package is None else factory.inspect(package)
+    info = factory.inspect(*packages) if packages else None
     if config_path.exists():
         if any(options.values()):
             raise ConfigError(
@@ -90,64 +105,78 @@ def init(config_path: Path, package: Path | None, **options: Any) -> None:
     else:
         config = factory.write_config(config_path, info, **options)
         click.echo(f"wrote {config_path}", err=True)
-    if package is not None and info is not None:
-        release = factory.install(config, package, info)
+    if info is not None:
+        release = factory.install(config, packages[0], info, packages[1:])
         click.echo(f"{info.family} will serve {release}", err=True)
     click.echo(f"next: edge-runtime run --config {config_path}", err=True)
 
 
 @main.command()
 @_config_option
+@click.option(
+    "--package",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Serve this ONNX file alone: no configuration, no broker, no keys, no learner.",
+)
+@click.option("--http", "http_port", type=click.IntRange(1, 65535), help="Its port on 127.0.0.1.")
+@click.option("--socket", type=click.Path(path_type=Path), help="Its socket.  [default: edge.sock]")
 @_reported
-def run(config_path: Path) -> None:
+def run(
+    config_path: Path, package: Path | None, http_port: int | None, socket: Path | None
+) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Example: edge-runtime run --config edge.toml
+    Example: edge-runtime run --package model.onnx --http 8080
     """
-    from edge_runtime import daemon
+    if package is None:
+        if http_port is not None or socket is not None:
+            raise click.UsageError("--http and --socket need --package; see edge.toml instead")
+        from edge_runtime import daemon
 
-    config = configuration.load(config_path)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    daemon.run(config)
+        config = configuration.load(config_path)
+        logs.setup(config.logging.format, config.logging.level)
+        daemon.run(config)
+    else:
+        from edge_runtime import local
+
+        logs.setup()
+        narrate = partial(click.echo, err=True)
+        local.run(package, socket or Path("edge.sock"), http_port, narrate)
 
 
 @main.command()
 @_config_option
+@_socket_option
 @_json_option
 @_reported
-def status(config_path: Path, as_json: bool) -> None:
+def status(config_path: Path, socket_path: Path | None, as_json: bool) -> None:
     """Say how the running runtime is.
 
     Example: edge-runtime status --json
     """
-    from edge_runtime.api.client import Client
-
-    config = configuration.load(config_path)
-    with Client(config.socket) as client:
+    with _client(config_path, socket_path) as client:
         answer = client.status().status
     click.echo(msgspec.json.encode(answer).decode() if as_json else _told(answer))
 
 
 @main.command()
 @_config_option
+@_socket_option
 @_json_option
 @click.argument("family")
 @click.argument("event")
 @_reported
-def predict(config_path: Path, as_json: bool, family: str, event: str) -> None:
+def predict(
+    config_path: Path, socket_path: Path | None, as_json: bool, family: str, event: str
+) -> None:
     """Ask the running runtime to answer EVENT, a JSON object; "-" reads it from stdin.
 
     Example: edge-runtime predict flight_delay
     '{"kind": "scheduled", "time_s": 1.36e9, "fields": {"carrier": "AA"}}'
     """
-    from edge_runtime.api.client import Client
-
-    text = sys.stdin.read() if event == "-" else event
-    asked = _event(text)
-    config = configuration.load(config_path)
-    with Client(config.socket) as client:
+    asked = _event(sys.stdin.read() if event == "-" else event)
+    with _client(config_path, socket_path) as client:
         answer = client.predict(family, asked.kind, asked.time_s, asked.fields)
     result = {name: getattr(answer, name) for name in ("id", "outputs", "release", "arm")}
     if as_json:
@@ -155,6 +184,48 @@ def predict(config_path: Path, as_json: bool, family: str, event: str) -> None:
     else:
         values = " ".join(f"{value:.6g}" for value in answer.outputs)
         click.echo(f"{values}\t{answer.id}\t{answer.release} ({answer.arm})")
+
+
+@main.command()
+@_config_option
+@_socket_option
+@click.argument("family")
+@click.option("--reason", required=True, help="Why; it stands in the device's report.")
+@_reported
+def rollback(config_path: Path, socket_path: Path | None, family: str, reason: str) -> None:
+    """Let FAMILY answer with the release before this one, now and until a newer plan comes.
+
+    Example: edge-runtime rollback flight_delay --reason "answers are always 0"
+    """
+    with _client(config_path, socket_path) as client:
+        release = client.rollback(family, reason).release
+    click.echo(release)
+
+
+@main.command()
+@_config_option
+@_json_option
+def doctor(config_path: Path, as_json: bool) -> None:
+    """Look at what the device stands on; exit code 1 when something will not work.
+
+    Example: edge-runtime doctor
+    """
+    from edge_runtime import doctor as looking
+
+    findings = looking.examine(config_path)
+    failed = any(each.state == "fail" for each in findings)
+    if as_json:
+        click.echo(msgspec.json.encode({"ok": not failed, "findings": findings}).decode())
+    else:
+        click.echo(looking.told(findings))
+    sys.exit(int(failed))
+
+
+def _client(config_path: Path, socket_path: Path | None) -> Client:
+    from edge_runtime.api.client import Client
+
+    path = socket_path or configuration.load(config_path).socket
+    return Client(path, timeout_s=ANSWER_S)
 
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True):

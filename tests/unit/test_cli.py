@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def test_a_factory_package_does_not_replace_a_signed_release(
         (["status"], 2, "edge-runtime init"),
         (["predict", "toy", "{}"], 1, "kind"),
         (["predict", "toy"], 2, "Usage"),
+        (["rollback", "toy", "--reason", "slow"], 2, "edge-runtime init"),
+        (["rollback", "toy"], 2, "--reason"),
+        (["run", "--package", "none.onnx"], 2, "does not exist"),
+        (["run", "--http", "8080"], 2, "need --package"),
+        (["run", "--socket", "edge.sock"], 2, "need --package"),
     ],
 )
 def test_a_mistake_has_its_exit_code_and_a_hint(
@@ -110,8 +116,42 @@ def test_a_broken_package_is_refused_before_anything_is_written(
     assert not (tmp_path / "edge.toml").exists()
 
 
+def test_init_takes_variants_of_one_release(
+    edge: Callable[..., Result], tmp_path: Path, write_package: WritePackage
+) -> None:
+    package, sha256 = write_package()
+    variant, other = write_package(ballast=2)
+    done = edge("init", "--device", "EWR", "--package", str(package), "--package", str(variant))
+    assert done.exit_code == 0, done.stderr
+    plan = Shelf(tmp_path / "state" / "shelf").load_current("toy")
+    assert plan is not None
+    assert [each.sha256 for each in plan.stable.packages] == [sha256, other]
+
+
+def test_the_doctor_answers_for_people_and_for_scripts(
+    edge: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert edge("init", "--device", "EWR", "--family", "toy").exit_code == 0
+    well = edge("doctor")
+    assert (well.exit_code, "fail" in well.stdout) == (0, False), well.stdout
+    (tmp_path / "edge.sock").touch()
+    ill = edge("doctor")
+    assert (ill.exit_code, "edge.sock is no socket" in ill.stdout) == (1, True)
+    answer = json.loads(edge("doctor", "--json").stdout)
+    assert not answer["ok"]
+    [failed] = [each for each in answer["findings"] if each["state"] == "fail"]
+    assert (failed["what"], bool(failed["hint"])) == ("socket", True)
+
+
 @pytest.mark.parametrize(
-    "args", [["status"], ["predict", "toy", '{"kind": "k", "time_s": 1, "fields": {}}']]
+    "args",
+    [
+        ["status"],
+        ["predict", "toy", '{"kind": "k", "time_s": 1, "fields": {}}'],
+        ["rollback", "toy", "--reason", "slow"],
+        ["status", "--socket", "other.sock"],
+    ],
+    ids=lambda args: " ".join(args[:2]),
 )
 def test_without_a_running_device_the_exit_code_is_unreachable(
     edge: Callable[..., Result], args: list[str]
