@@ -360,6 +360,13 @@ class Cloud:
             reports.put_nowait(codec.decode_report(message.data))
 
         subscription = await bus.subscribe(subjects.report("EWR"), take)
+        await bus.ensure_stream(
+            subjects.STATE_STREAM,
+            subjects.STATE_ALL,
+            max_bytes=MIB,
+            per_subject=1,
+            discard_new=False,
+        )
         publisher = Publisher(home, bus, keys.load(home), SystemClock())
         await publisher.publish()
         yield cls(bus, publisher, reports)
