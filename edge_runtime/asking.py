@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -51,18 +51,24 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Asking:
-    """The families of a device, asked; `counts` and `latency` are of all that was asked."""
+    """The families of a device, asked; `counts` and `latency` are of what was answered, `refused`
+    is told of what was not.
+    """
 
     def __init__(
-        self, families: Mapping[str, Family], journal: Journal, serving: Serving, clock: Clock
+        self,
+        families: Mapping[str, Family],
+        journal: Journal,
+        serving: Serving,
+        clock: Clock,
+        refused: Callable[[HeadwaterError], None],
     ) -> None:
         self._families, self._journal, self._serving = families, journal, serving
         self._clock = clock
+        self._refused = refused
         self.turn = threading.Lock()
         self.latency = Histogram()
-        self.counts = dict.fromkeys(
-            ("predictions", "observations", "labels", "request_errors", "requests_dropped"), 0
-        )
+        self.counts = {"predictions": 0, "observations": 0, "labels": 0}
 
     def predict(self, name: str | None, event: Event) -> Prediction:
         """See `Runtime.predict`."""
@@ -78,7 +84,7 @@ class Asking:
                 self.counts["predictions"] += 1
                 self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
-            self.refused(error)
+            self._refused(error)
             raise
         return prediction
 
@@ -106,7 +112,7 @@ class Asking:
                     self.counts["predictions"] += 1
                     self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
-            self.refused(error)
+            self._refused(error)
             raise
         return prediction
 
@@ -127,7 +133,7 @@ class Asking:
             return [self._tried(family, event) for event in events]
         for each in found:
             if isinstance(each, HeadwaterError):
-                self.refused(each)
+                self._refused(each)
         return found
 
     def observe(self, name: str | None, event: Event) -> int:
@@ -142,7 +148,7 @@ class Asking:
                 self._journal.moved()
                 self.counts["observations"] += 1
         except HeadwaterError as error:
-            self.refused(error)
+            self._refused(error)
             raise
         return seq
 
@@ -167,7 +173,7 @@ class Asking:
                     self._show_label(family, (record.epoch, record.seq), record.value, time_s)
                 self.counts["labels"] += 1
         except HeadwaterError as error:
-            self.refused(error)
+            self._refused(error)
             raise
         return seq
 
@@ -183,11 +189,6 @@ class Asking:
                 f"it serves: {', '.join(self._families)}",
             )
         return family
-
-    def refused(self, error: HeadwaterError) -> None:
-        """Count what was refused, by whose fault it was."""
-        kind = "request_errors" if isinstance(error, RequestError) else "requests_dropped"
-        self.counts[kind] += 1
 
     def _log_and_move(
         self,

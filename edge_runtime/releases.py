@@ -11,8 +11,11 @@ Knows nothing about brokers and signatures; a plan was proven by whoever brings 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
 
 import msgspec
 
@@ -23,6 +26,7 @@ from edge_runtime.features.engine import Engine
 from edge_runtime.inference import history
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.inference.slot import Arm
+from edge_runtime.journal import Journal
 from edge_runtime.rollout.arms import load_plan_arm
 from edge_runtime.rollout.plan import Plan, PlanArm
 from edge_runtime.update.shelf import Shelf
@@ -32,6 +36,54 @@ from edge_runtime.wire.messages import LabelRecord
 log = logging.getLogger("edge_runtime")
 
 Position = tuple[int, int]
+
+
+class Releases:
+    """What `members` serve, changed; `turn` keeps requests out for the moment of a change."""
+
+    def __init__(
+        self, members: Mapping[str, Family], journal: Journal, shelf: Shelf, turn: Lock
+    ) -> None:
+        self._members, self._journal, self._shelf, self._turn = members, journal, shelf, turn
+
+    def swap(self, member: Family, arms: Sequence[Arm], plan: Plan | None) -> None:
+        """See `Runtime.swap`."""
+        with self._turn:
+            log = self._journal.log
+            member.follow(arms, plan, rebuilt(log, member, arms, log.durable("event")))
+        self._journal.hasten_snapshot()
+
+    async def adopt(self, member: Family, arms: Sequence[Arm], plan: Plan | None) -> None:
+        """See `Runtime.adopt`."""
+        if not brings_new_windows(member, arms):
+            self.swap(member, arms, plan)
+            return
+        log, member.pipeline.missed = self._journal.log, []
+        try:
+            until = log.epoch, log.handed_out("event")
+            await log.wait_durable("event", until[1])
+            engines = await asyncio.to_thread(rebuilt, log, member, arms, until)
+            with self._turn:
+                catch_up(engines, member.pipeline.missed)
+                member.follow(arms, plan, engines)
+        finally:
+            member.pipeline.missed = None
+        self._journal.hasten_snapshot()
+
+    def roll_back(self, member: Family, reason: str) -> str:
+        """See `Runtime.rollback`."""
+        return self._go_back(member, way_back(member.plan, self._shelf), reason)
+
+    async def roll_back_async(self, member: Family, reason: str) -> str:
+        """See `Runtime.rollback_async`."""
+        back = await asyncio.to_thread(way_back, member.plan, self._shelf)
+        return self._go_back(member, back, reason)
+
+    def _go_back(self, member: Family, back: WayBack, reason: str) -> str:
+        leave(self._shelf, back.leaving, reason)
+        self.swap(member, back.arms, back.plan)
+        self._shelf.save_current(back.plan)
+        return back.plan.stable.release
 
 
 def seen(
@@ -73,22 +125,32 @@ def _new_windows(family: Family, arms: Sequence[Arm]) -> dict[str, PackageInfo]:
     return history.with_new_windows(infos, family.pipeline.engines.values())
 
 
-def left_by(plan: Plan | None, shelf: Shelf) -> tuple[PlanArm, Plan]:
-    """What a roll back leaves, and the plan that it goes back to: without the canary where there
-    is one, else what served before.
+@dataclass(frozen=True)
+class WayBack:
+    """A roll back that can be done: what it leaves, and what serves after it."""
 
-    Raises: RequestError `nothing_to_roll_back`.
+    leaving: PlanArm
+    plan: Plan
+    arms: list[Arm]
+
+
+def way_back(plan: Plan | None, shelf: Shelf) -> WayBack:
+    """From `plan` to the same without its canary or, where it has none, to what served before.
+
+    Raises: RequestError `nothing_to_roll_back`, PackageError for a package that does not load.
     """
     if plan is not None and plan.canary is not None:
-        return plan.canary, alone(plan)
-    previous = None if plan is None else shelf.load_previous(plan.family)
-    if plan is None or previous is None:
-        raise RequestError(
-            "nothing_to_roll_back",
-            "no earlier release is kept here; what serves is unchanged",
-            "roll back in the fleet, by a new plan",
-        )
-    return plan.stable, alone(previous)
+        leaving, before = plan.canary, alone(plan)
+    else:
+        previous = None if plan is None else shelf.load_previous(plan.family)
+        if plan is None or previous is None:
+            raise RequestError(
+                "nothing_to_roll_back",
+                "no earlier release is kept here; what serves is unchanged",
+                "roll back in the fleet, by a new plan",
+            )
+        leaving, before = plan.stable, alone(previous)
+    return WayBack(leaving, before, load(shelf, before))
 
 
 def load(shelf: Shelf, plan: Plan) -> list[Arm]:

@@ -18,32 +18,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 from edge_runtime import config as configuration
-from edge_runtime import releases, restart
+from edge_runtime import restart, standing
 from edge_runtime.asking import Asking, Event, Prediction
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
+from edge_runtime.errors import ConfigError, HeadwaterError, PackageError, RequestError
 from edge_runtime.family import Family
 from edge_runtime.inference.onnxfile import family_of
 from edge_runtime.inference.slot import Arm
 from edge_runtime.inference.tensors import Array
 from edge_runtime.journal import Journal
 from edge_runtime.metrics import Histogram
+from edge_runtime.releases import Releases
 from edge_runtime.rollout.plan import Plan
 from edge_runtime.serving import ModelInfo, Serving
 from edge_runtime.update.shelf import Shelf
-from edge_runtime.wire.messages import WIRE_VERSION, Report
+from edge_runtime.wire.messages import Report
 
 __all__ = ["Event", "ModelInfo", "Prediction", "Runtime"]
-
-_PIPELINE_COUNTS = ("swaps", "swap_failures", "late_events", "late_labels")
 
 
 class Runtime:
@@ -60,10 +58,10 @@ class Runtime:
         self.log, self.epoch = self._journal.log, self._journal.log.epoch
         self.shelf = Shelf(config.state_dir / "shelf")  # after the log, whose lock guards it too
         slots = {name: family.pipeline.slot for name, family in self._members.items()}
-        self._serving = Serving(slots, config.inference)
-        self._asking = Asking(self._members, self._journal, self._serving, clock)
-        self._infer_latency, self._infers = Histogram(), 0
-        self._counting = threading.Lock()
+        self._refusals, self._counting = {"request_errors": 0, "requests_dropped": 0}, Lock()
+        self._serving = Serving(slots, config.inference, self._refused)
+        self._asking = Asking(self._members, self._journal, self._serving, clock, self._refused)
+        self._releases = Releases(self._members, self._journal, self.shelf, self._asking.turn)
         self._ends = ends
         self._replayed, self._closed = 0, False
 
@@ -192,14 +190,7 @@ class Runtime:
         unknown_input, unknown_output, wrong_type, wrong_shape, empty_batch), PackageError
         (run_failed).
         """
-        started_ns = time.perf_counter_ns()
-        try:
-            answers = self._serving.infer(family, inputs, outputs or (), release)
-        except HeadwaterError as error:
-            self._asking.refused(error)
-            raise
-        self._inferred(started_ns, 1)
-        return answers
+        return self._serving.infer(family, inputs, outputs or (), release)
 
     async def infer_async(
         self,
@@ -214,16 +205,7 @@ class Runtime:
 
         Raises: as `infer`, and CapacityError (overloaded, deadline_exceeded).
         """
-        started_ns = time.perf_counter_ns()
-        try:
-            answers = await self._serving.infer_async(
-                family, inputs, outputs or (), release, timeout_s
-            )
-        except HeadwaterError as error:
-            self._asking.refused(error)
-            raise
-        self._inferred(started_ns, 1)
-        return answers
+        return await self._serving.infer_async(family, inputs, outputs or (), release, timeout_s)
 
     def infer_many(
         self,
@@ -237,13 +219,7 @@ class Runtime:
         errors stand in their place. Raises: RequestError (unknown_family, no_release,
         unknown_release).
         """
-        started_ns = time.perf_counter_ns()
-        answers = self._serving.infer_many(family, requests, outputs or (), release)
-        errors = [each for each in answers if isinstance(each, HeadwaterError)]
-        for error in errors:
-            self._asking.refused(error)
-        self._inferred(started_ns, len(answers) - len(errors))
-        return answers
+        return self._serving.infer_many(family, requests, outputs or (), release)
 
     def model(self, family: str) -> ModelInfo:
         """What a family serves. Raises: RequestError (unknown_family, no_release)."""
@@ -263,30 +239,11 @@ class Runtime:
         Windows that are new are rebuilt from the log first, which may take long: in an event loop
         use `adopt`. Raises: PackageError from the slot, with what serves unchanged.
         """
-        member = self._asking.family(family)
-        with self._asking.turn:
-            until = self.log.durable("event")
-            rebuilt = releases.rebuilt(self.log, member, arms, until)
-            member.follow(arms, plan, rebuilt)
-        self._journal.hasten_snapshot()
+        self._releases.swap(self._asking.family(family), arms, plan)
 
     async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         """As `swap`, with the log read on another thread while the old release answers on."""
-        member = self._asking.family(family)
-        if not releases.brings_new_windows(member, arms):
-            self.swap(family, arms, plan)
-            return
-        member.pipeline.missed = []
-        try:
-            until = self.epoch, self.log.handed_out("event")
-            await self.log.wait_durable("event", until[1])
-            rebuilt = await asyncio.to_thread(releases.rebuilt, self.log, member, arms, until)
-            with self._asking.turn:
-                releases.catch_up(rebuilt, member.pipeline.missed)
-                member.follow(arms, plan, rebuilt)
-        finally:
-            member.pipeline.missed = None
-        self._journal.hasten_snapshot()
+        await self._releases.adopt(self._asking.family(family), arms, plan)
 
     def rollback(self, family: str, reason: str) -> str:
         """Leave the newest release for the one before it, from the shelf, and quarantine what is
@@ -295,17 +252,11 @@ class Runtime:
         Raises: RequestError (unknown_family, nothing_to_roll_back), PackageError and
         CapacityError with what serves unchanged.
         """
-        member = self._asking.family(family)
-        leaving, plan = releases.left_by(member.plan, self.shelf)
-        arms = releases.load(self.shelf, plan)
-        releases.leave(self.shelf, leaving, reason)
-        self.swap(family, arms, plan)
-        self.shelf.save_current(plan)
-        return plan.stable.release
+        return self._releases.roll_back(self._asking.family(family), reason)
 
     async def rollback_async(self, family: str, reason: str) -> str:
-        """As `rollback`, loading on a thread of its own."""
-        return await asyncio.to_thread(self.rollback, family, reason)
+        """As `rollback`, with the package loaded on another thread."""
+        return await self._releases.roll_back_async(self._asking.family(family), reason)
 
     def current(self, family: str) -> Plan | None:
         """The plan that `family` follows; None before its first release."""
@@ -336,45 +287,22 @@ class Runtime:
 
     def latencies(self) -> dict[str, Histogram]:
         """What was measured of each call, by its name, in microseconds."""
-        return {"predict": self._asking.latency, "infer": self._infer_latency}
+        return {"predict": self._asking.latency, "infer": self._serving.latency}
 
     def report(self, refused: dict[str, int]) -> Report:
         """What this device says about itself; `refused` counts refused updates by error code."""
-        numbers = self.log.statistics()
-        return Report(
-            WIRE_VERSION,
-            self.device,
-            self.epoch,
-            self._clock.now_s(),
-            self.config.attributes,
-            [arm for family in self._members.values() for arm in family.reports()],
-            max(family.plan_seq for family in self._members.values()),
-            self.counters(),
-            refused,
-            self._asking.latency.counts(),
-            numbers["bytes"],
-            numbers["pending"],
-        )
+        return standing.report(self, self._members.values(), self._clock.now_s(), refused)
 
     def counters(self) -> dict[str, int]:
         """Counts since the process started, over all families."""
-        counts = self._asking.counts | {"infers": self._infers}
-        counts |= dict.fromkeys(_PIPELINE_COUNTS, 0)
-        for family in self._members.values():
-            numbers = family.pipeline.statistics()
-            for name in _PIPELINE_COUNTS:
-                counts[name] += numbers[name]
-        return counts
+        asked = self._asking.counts | {"infers": self._serving.infers} | self._refusals
+        return standing.counters(asked, self._members.values())
 
     def statistics(self) -> dict[str, Any]:
         """Everything that is counted here, as texts, numbers, lists and maps."""
         journal = self._journal.statistics()
         return {
-            "device": self.device,
-            "epoch": self.epoch,
-            "families": {name: family.statistics() for name, family in self._members.items()},
-            "counters": self.counters(),
-            **{f"{name}_us": each.summary() for name, each in self.latencies().items()},
+            **standing.told(self, self._members),
             "log": journal["log"],
             "snapshots": journal["snapshots"] | {"replayed": self._replayed},
             "shelf": self.shelf.statistics(),
@@ -411,8 +339,7 @@ class Runtime:
     def _states(self) -> dict[str, bytes]:
         return {name: family.pipeline.snapshot() for name, family in self._members.items()}
 
-    def _inferred(self, started_ns: int, count: int) -> None:
-        each_us = (time.perf_counter_ns() - started_ns) / 1000 / max(count, 1)
+    def _refused(self, error: HeadwaterError) -> None:
+        kind = "request_errors" if isinstance(error, RequestError) else "requests_dropped"
         with self._counting:
-            self._infers += count
-            self._infer_latency.record(each_us, count)
+            self._refusals[kind] += 1

@@ -11,7 +11,9 @@ Knows nothing about events and the log.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter_ns
 
 import msgspec
 
@@ -22,6 +24,7 @@ from edge_runtime.inference.runner import Runner, flush_denormals
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.inference.tensors import Array, Tensor
 from edge_runtime.inference.worker import Worker
+from edge_runtime.metrics import Histogram
 
 Arrays = Mapping[str, Array]
 Answers = dict[str, Array]
@@ -44,10 +47,19 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class Serving:
-    """The slots of a device's families, and the worker for what is too heavy to run inline."""
+    """The slots of a device's families, and the worker for what is too heavy to run inline.
 
-    def __init__(self, slots: Mapping[str, Slot], config: InferenceConfig) -> None:
-        self._slots, self._rows_max = slots, config.batch_rows_max
+    `latency` and `infers` are of what was answered; `refused` is told of what was not.
+    """
+
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        config: InferenceConfig,
+        refused: Callable[[HeadwaterError], None],
+    ) -> None:
+        self._slots, self._rows_max, self._refused = slots, config.batch_rows_max, refused
+        self.latency, self.infers, self._counting = Histogram(), 0, threading.Lock()
         self.deadline_s = config.deadline_ms / 1000
         self.worker = Worker(
             queue_max=config.queue_max,
@@ -87,8 +99,15 @@ class Serving:
         self, family: str, arrays: Arrays, outputs: Sequence[str], release: str | None
     ) -> Answers:
         """See `Runtime.infer`."""
-        with self.slot(family).lease() as arms:
-            return _named(family, arms, release).runner.infer(arrays, outputs)
+        started_ns = perf_counter_ns()
+        try:
+            with self.slot(family).lease() as arms:
+                answers = _named(family, arms, release).runner.infer(arrays, outputs)
+        except HeadwaterError as error:
+            self._refused(error)
+            raise
+        self._answered(started_ns, 1)
+        return answers
 
     async def infer_async(
         self,
@@ -99,32 +118,57 @@ class Serving:
         timeout_s: float | None,
     ) -> Answers:
         """See `Runtime.infer_async`."""
-        with self.slot(family).lease() as arms:
-            runner = _named(family, arms, release).runner
-            if runner.inline:
-                return runner.infer(arrays, outputs)
-            return await self.worker.submit(
-                lambda requests: _together(runner, requests, outputs),
-                arrays,
-                group=self._group(runner, arrays, outputs),
-                rows=_rows(arrays),
-                timeout_s=self.deadline_s if timeout_s is None else timeout_s,
-            )
+        started_ns = perf_counter_ns()
+        try:
+            with self.slot(family).lease() as arms:
+                runner = _named(family, arms, release).runner
+                if runner.inline:
+                    answers = runner.infer(arrays, outputs)
+                else:
+                    answers = await self._heavy(runner, arrays, outputs, timeout_s)
+        except HeadwaterError as error:
+            self._refused(error)
+            raise
+        self._answered(started_ns, 1)
+        return answers
 
     def infer_many(
         self, family: str, requests: Sequence[Arrays], outputs: Sequence[str], release: str | None
     ) -> list[Answers | HeadwaterError]:
         """See `Runtime.infer_many`."""
+        started_ns = perf_counter_ns()
         with self.slot(family).lease() as arms:
             runner = _named(family, arms, release).runner
             try:
-                return list(_together(runner, requests, outputs))
+                answers: list[Answers | HeadwaterError] = [*_together(runner, requests, outputs)]
             except HeadwaterError:
-                return [_tried(runner, each, outputs) for each in requests]
+                answers = [_tried(runner, each, outputs) for each in requests]
+        errors = [each for each in answers if isinstance(each, HeadwaterError)]
+        for error in errors:
+            self._refused(error)
+        self._answered(started_ns, len(answers) - len(errors))
+        return answers
 
     def close(self) -> None:
         """End the worker."""
         self.worker.close()
+
+    async def _heavy(
+        self, runner: Runner, arrays: Arrays, outputs: Sequence[str], timeout_s: float | None
+    ) -> Answers:
+        return await self.worker.submit(
+            lambda requests: _together(runner, requests, outputs),
+            arrays,
+            group=self._group(runner, arrays, outputs),
+            rows=_rows(arrays),
+            timeout_s=self.deadline_s if timeout_s is None else timeout_s,
+        )
+
+    def _answered(self, started_ns: int, count: int) -> None:
+        each_us = (perf_counter_ns() - started_ns) / 1000 / max(count, 1)
+        with self._counting:
+            self.infers += count
+            self.latency.record(each_us, count)
 
     def _group(self, runner: Runner, arrays: Arrays, outputs: Sequence[str]) -> object:
         """What requests must have in common to share a run; None where none may."""

@@ -20,7 +20,8 @@ EDGE_ORDER = (
     *("errors", "clock", "files", "metrics", "cpus", "logs", "notify", "wire", "config", "bus"),
     *("features", "inference"),
     *("events", "personal", "rollout.plan", "update", "rollout", "snapshots", "family", "labels"),
-    *("restart", "runtime", "factory", "api", "doctor", "daemon", "cli", ""),
+    *("journal", "serving", "asking", "releases", "restart", "standing", "runtime", "factory"),
+    *("api", "doctor", "daemon", "local", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (

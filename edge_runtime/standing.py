@@ -1,0 +1,70 @@
+"""How a device stands: its report to the cloud, and the status that it tells those beside it.
+
+Why: both are made of the same numbers, and neither must cost what serves anything.
+
+Knows nothing about how the numbers come to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+from edge_runtime.config import EdgeConfig
+from edge_runtime.events.log import EventLog
+from edge_runtime.family import Family
+from edge_runtime.metrics import Histogram
+from edge_runtime.wire.messages import WIRE_VERSION, Report
+
+_PIPELINE_COUNTS = ("swaps", "swap_failures", "late_events", "late_labels")
+
+
+class Device(Protocol):
+    """What is asked of a runtime here."""
+
+    config: EdgeConfig
+    device: str
+    epoch: int
+    log: EventLog
+
+    def counters(self) -> dict[str, int]: ...
+
+    def latencies(self) -> dict[str, Histogram]: ...
+
+
+def report(
+    device: Device, families: Collection[Family], now_s: float, refused: dict[str, int]
+) -> Report:
+    """What `device` says about itself to the cloud."""
+    numbers = device.log.statistics()
+    return Report(
+        WIRE_VERSION,
+        device.device,
+        device.epoch,
+        now_s,
+        device.config.attributes,
+        [arm for family in families for arm in family.reports()],
+        max(family.plan_seq for family in families),
+        device.counters(),
+        refused,
+        device.latencies()["predict"].counts(),
+        numbers["bytes"],
+        numbers["pending"],
+    )
+
+
+def counters(asked: Mapping[str, int], families: Collection[Family]) -> dict[str, int]:
+    """`asked`, and what the pipelines of `families` count, summed."""
+    numbers = [family.pipeline.statistics() for family in families]
+    return dict(asked) | {name: sum(each[name] for each in numbers) for name in _PIPELINE_COUNTS}
+
+
+def told(device: Device, families: Mapping[str, Family]) -> dict[str, Any]:
+    """The part of a status that speaks of what is served and how fast."""
+    return {
+        "device": device.device,
+        "epoch": device.epoch,
+        "families": {name: family.statistics() for name, family in families.items()},
+        "counters": device.counters(),
+        **{f"{name}_us": each.summary() for name, each in device.latencies().items()},
+    }
