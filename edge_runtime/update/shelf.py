@@ -6,7 +6,8 @@ disappoints can be left at once for the one before it.
 Invariants: a package appears under its name whole or not at all: the rename in `put` is the commit
 point. A file whose bytes do not match its name is never handed out. A family's current plan and the
 good one before it are one file, replaced in one commit point; so are the list of quarantined
-packages and the choice of variants, whose loss costs a new choice. Any thread may call.
+packages and the choices of variants, whose loss costs new choices. Any thread may call, one at a
+time to `put`.
 
 Knows nothing about signatures: the caller has verified the hash that it asks for.
 """

@@ -125,6 +125,14 @@ def test_the_learner_learns_gates_and_tries_a_release_on_the_canary_only(played)
     assert all(arm.arm != "canary" for report in others for arm in report.arms)
 
 
+def test_every_device_reports_which_variant_it_picked_of_each_release(played):
+    arms = [arm for report in played.live.watch.lives.values() for arm in report.arms]
+
+    assert arms
+    assert {arm.variant for arm in arms} <= {"int8", "float32"}
+    assert all(arm.run_us > 0 for arm in arms)
+
+
 def test_no_request_fails_in_a_swap(played):
     assert played.live.watch.counter("swap_failures") == 0
     assert played.live.watch.counter("requests_dropped") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from cloud_learner.rollout.campaign import Campaign, Offer, Rules, State
 from cloud_learner.store.examples import Example
-from edge_runtime.rollout.plan import decode_plan, encode_plan
+from edge_runtime.rollout.plan import Variant, decode_plan, encode_plan
 from edge_runtime.wire.messages import Scored
 
 RULES = Rules(family="flight_delay", selector={"airport": "EWR"}, pairs_max=3000)
@@ -91,6 +92,28 @@ def test_the_first_release_goes_to_all_devices_without_a_trial():
     assert (step.plan.seq, step.plan.stable.release, step.plan.canary) == (1, "r1", None)
     assert (step.plan.selector, step.plan.reason, step.release) == ({}, "first_release", offer(1))
     assert campaign.state.counts.decided == 0
+
+
+def test_the_variants_of_an_offer_stand_in_each_plan_that_names_it():
+    campaign = Campaign(RULES)
+    variants = (Variant("int8", "m/f/r1.onnx", "ab" * 32), Variant("float32", "x", "cd" * 32))
+    campaign.offer(msgspec.structs.replace(offer(1), variants=variants))
+    campaign.offer(offer(2))
+
+    first, second = (step.plan for step in campaign.state.outbox)
+
+    assert first.stable.variants == variants
+    assert (second.stable.variants, second.canary.variants) == (variants, ())
+
+
+def test_a_campaign_of_before_variants_goes_on():
+    old = json.loads(msgspec.json.encode(on_trial().state))
+    for name in ("stable", "canary"):
+        del old[name]["variants"]
+
+    campaign = Campaign(RULES, msgspec.json.decode(json.dumps(old), type=State))
+
+    assert campaign.state == on_trial().state
 
 
 def test_the_next_offer_goes_on_trial_where_the_selector_says():
