@@ -20,6 +20,7 @@ from cloud_learner.config import Home, Origin
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.offline import EvaluationSet, save_set
+from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import read_rows
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.host import Releases, campaign_rules, gate_limits, release_signers
@@ -32,7 +33,6 @@ from cloud_learner.train.family import Family
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import SystemClock
 from edge_runtime.errors import ConfigError, PackageError
-from edge_runtime.features.engine import Engine
 
 STATIC_SHARE = 8  # one row in so many is the static test set
 REFERENCE_ROWS = 5000
@@ -83,17 +83,12 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
 
 def labelled_rows(family: Family, data: Path) -> tuple[Rows, float]:
     """All predicting rows with a label, their features by one engine a device; the last time."""
-    engines: dict[str, Engine] = {}
-    predicting = {name for name, kind in family.interface.kinds.items() if kind.predicts}
     features, labels, newest_s = [], [], 0.0
-    for row in read_rows(data, family.interface):
-        engine = engines.get(row.device)
-        if engine is None:
-            engine = engines[row.device] = Engine(family.spec)
-        if row.kind in predicting and row.label is not None:
-            features.append(engine.vector(row.time_s, row.fields))
+    rows = read_rows(data, family.interface)
+    for row, vector in featured(rows, family.interface, family.spec):
+        if vector is not None:
+            features.append(vector)
             labels.append(row.label)
-        engine.observe(row.kind, row.time_s, row.fields)
         newest_s = row.time_s
     table = np.stack(features) if features else np.zeros((0, family.spec.size), np.float32)
     return Rows(table, np.array(labels, np.float32)), newest_s

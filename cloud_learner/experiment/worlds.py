@@ -84,7 +84,7 @@ def static_worlds(
 ) -> tuple[Matrix, Matrix]:
     """Scores of the world without windows, frozen and continual."""
     static = [f.name for f in family.spec.features if f.window is None]
-    columns = [family.spec.names.index(name) for name in static]
+    columns = [family.spec.names.index(name) for name in family.spec.subset(static).names]
     features = np.ascontiguousarray(past.features[:, columns])
     before = (past.times_s < learned_through_s) & (past.known_s < learned_through_s)
     known = Rows(features[before], past.labels[before])

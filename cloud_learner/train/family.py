@@ -25,8 +25,9 @@ import torch
 from msgspec import Meta
 from torch import nn
 
+from cloud_learner.train.tables import expanded
 from edge_runtime.errors import ConfigError, PackageError
-from edge_runtime.features.spec import Spec
+from edge_runtime.features.spec import Spec, parse_toml
 from edge_runtime.inference.package import Interface, Kind, check_agreement
 from edge_runtime.wire.subjects import checked_name
 
@@ -190,7 +191,8 @@ def _config(path: Path) -> FamilyConfig:
 
 def _spec(path: Path) -> Spec:
     try:
-        return Spec.from_toml(path.read_text("utf-8"))
+        document = parse_toml(path.read_text("utf-8"))
+        return Spec.from_document(expanded(document, path.parent))
     except (OSError, UnicodeDecodeError) as error:
         raise _bad(path, f"cannot be read: {error}") from error
     except ConfigError as error:

@@ -50,7 +50,7 @@ class Engine:
         program = compiled(spec)
         functions = program.bind(self.tables)
         self.packed = functions["packed"]
-        self._observers = {kind: functions[name] for kind, name in program.kinds.items()}
+        self._observers = {kind: functions[name] for kind, name in program.observers.items()}
         self._observe_label = self._observers.pop(LABEL, None)
 
     @property

@@ -171,12 +171,13 @@ def _check_lookup(feature: Feature, tables: Mapping[str, StaticTable]) -> None:
             bad("unknown_column", name, "lookup.column", f"{lookup.column!r} is not in the table"),
             nearest(lookup.column, table.columns),
         )
-    if not feature.is_number:
-        return
     at = table.columns.index(lookup.column)
-    for key, row in table.rows.items():
-        if isinstance(row[at], str):
-            raise bad("bad_value", name, "lookup.column", f"holds text in row {key!r}")
+    cells = {row[at]: key for key, row in table.rows.items()}
+    if feature.vocabulary is not None and not cells.keys() & set(feature.vocabulary):
+        raise bad("bad_value", name, "vocabulary", f"has no word of column {lookup.column!r}")
+    texts = [key for cell, key in cells.items() if isinstance(cell, str)]
+    if feature.is_number and texts:
+        raise bad("bad_value", name, "lookup.column", f"holds text in row {texts[0]!r}")
 
 
 def bad(code: str, name: str, key: str, what: str) -> ConfigError:

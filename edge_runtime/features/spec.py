@@ -69,11 +69,7 @@ class Spec:
     @classmethod
     def from_toml(cls, text: str) -> Spec:
         """Parse the text of a features.toml. Raises: ConfigError naming feature and key."""
-        try:
-            document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError("bad_toml", f"the feature spec is not TOML: {error}") from error
-        return cls.from_document(document)
+        return cls.from_document(parse_toml(text))
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
@@ -146,6 +142,14 @@ class Spec:
 
     def __hash__(self) -> int:
         return hash(self.hash)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The text of a features.toml as a document. Raises: ConfigError `bad_toml`."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("bad_toml", f"the feature spec is not TOML: {error}") from error
 
 
 def hash_of(text: str) -> str:

@@ -156,13 +156,15 @@ class Series:
 
     def _forget(self) -> int:
         """Move `head` past what no question may ask for any more; how many entries that were."""
-        times, head = self.times, self.head
-        now_s = times[-1]
-        kept = bisect_right(times, now_s - self._span_s, head)
+        times, head, until = self.times, self.head, len(self.times)
         if self._events:
-            late = bisect_right(times, now_s - self._lateness_s, head)
-            kept = min(kept, max(head, late - self._events))
-        self.drop(kept - head)
+            until = bisect_right(times, times[-1] - self._lateness_s, head) - self._events
+        kept, horizon_s = head, times[-1] - self._span_s
+        while kept < until and times[kept] <= horizon_s:
+            kept += 1
+        self.head = kept
+        if kept > COMPACT_FROM and 2 * kept > len(times):
+            self._compact()
         return kept - head
 
     def drop(self, count: int) -> None:
@@ -238,21 +240,30 @@ class Table(Generic[S]):
         states = self._states
         state = states.pop(key, None)
         if state is None:
+            if len(states) >= self._keys_max:
+                self._evict_key()
             state = self.new()
         states[key] = state  # the most recently observed key stands last
-        self._entries += state.add(time_s, value)
-        if self._entries > self._entries_max or len(states) > self._keys_max:
-            self._evict()
+        grown = state.add(time_s, value)
+        if grown:
+            self._entries += grown
+            while self._entries > self._entries_max:
+                self._evict()
 
     def _evict(self) -> None:
-        oldest = next(iter(self._states))
         if len(self._states) > 1:
-            gone = len(self._states.pop(oldest))
-            self.keys_evicted += 1
-        else:
-            gone = self._entries - self._entries_max
-            self._states[oldest].drop(gone)
+            self._evict_key()
+            return
+        [state] = self._states.values()
+        gone = self._entries - self._entries_max
+        state.drop(gone)
         self._entries -= gone
+        self.entries_evicted += gone
+
+    def _evict_key(self) -> None:
+        gone = len(self._states.pop(next(iter(self._states))))
+        self._entries -= gone
+        self.keys_evicted += 1
         self.entries_evicted += gone
 
     def items(self) -> Iterator[tuple[Key, S]]:

@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import json
-from collections.abc import Iterable, Mapping
-from math import isfinite, prod
+from collections.abc import Mapping
+from functools import cached_property
+from math import prod
 from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.errors import ConfigError, PackageError, RequestError
-from edge_runtime.features.feature import Window
+from edge_runtime.errors import ConfigError, PackageError
+from edge_runtime.features.feature import LABEL, Window
+from edge_runtime.features.rules import nearest
 from edge_runtime.features.spec import Spec
+from edge_runtime.inference import checks
+from edge_runtime.inference.checks import FieldType
 
 PACKAGE_VERSION = 1
-TEXT_MAX = 1024
 _PREFIX = "headwater."
-_INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
 Matrix = npt.NDArray[np.float32]
-FieldType = Literal["str", "int", "float"]
 T = TypeVar("T")
 
 
@@ -43,7 +43,7 @@ class Kind(msgspec.Struct, frozen=True):
     fields: dict[str, FieldType]
 
 
-class Interface(msgspec.Struct, frozen=True):
+class Interface(msgspec.Struct, frozen=True, dict=True):
     """What an application may say to a family, and what it is told.
 
     `clock` is what `skew_s_max` is measured against: the newest event, or the machine's time.
@@ -64,26 +64,17 @@ class Interface(msgspec.Struct, frozen=True):
         Raises: RequestError (unknown_kind, unknown_field, missing_field, wrong_type, not_finite,
         out_of_range), naming the field.
         """
-        declared = self.kinds.get(kind)
-        if declared is None:
-            raise _unknown("unknown_kind", f"{kind!r} is not a kind of {self.family}", self.kinds)
-        _check_number(kind, "time_s", time_s)
-        wanted = declared.fields
-        for name, value in fields.items():
-            want, have = wanted.get(name), type(value)
-            # The usual cases, each decided by one look; all else is judged below.
-            if have is float:
-                if want == "float" and isfinite(value):  # type: ignore[arg-type]
-                    continue
-            elif have is int:
-                if (want == "int" or want == "float") and _INT_MIN <= value <= _INT_MAX:  # type: ignore[operator]  # noqa: PLR1714
-                    continue
-            elif have is str and want == "str" and len(value) <= 64 and value.isascii():  # type: ignore[arg-type,attr-defined]
-                continue
-            _check_field(kind, name, value, wanted)
-        if len(fields) < len(wanted):
-            missing = next(name for name in wanted if name not in fields)
-            raise RequestError("missing_field", f"{kind}.{missing} is missing")
+        check = self.checks.get(kind)
+        if check is None:
+            raise checks.unknown(
+                "unknown_kind", f"{kind!r} is not a kind of {self.family}", self.kinds
+            )
+        check(time_s, fields)
+
+    @cached_property
+    def checks(self) -> dict[str, checks.Check]:
+        """The check of each kind of event, compiled."""
+        return {name: checks.compiled(name, kind.fields) for name, kind in self.kinds.items()}
 
 
 class PackageInfo(msgspec.Struct, frozen=True):
@@ -212,85 +203,47 @@ def check_agreement(interface: Interface, spec: Spec) -> None:
     predicting = {name: kind for name, kind in interface.kinds.items() if kind.predicts}
     if not predicting:
         raise _mismatch("the interface", "no kind of event asks for a prediction")
+    if LABEL in interface.kinds:
+        raise _mismatch("the interface", f"{LABEL!r} is what labels are called, not a kind")
     for feature in spec.features:
         if feature.window is not None:
             _check_window(interface, predicting, feature.name, feature.window)
-        for name, kind in predicting.items():
-            if feature.field is not None:
-                numeric = feature.vocabulary is None
-                _check_declared(feature.name, name, kind, feature.field, numeric=numeric)
+        elif feature.field is not None:
+            not_a = "str" if feature.is_number else "float" if feature.hash is not None else ""
+            _check_declared(feature.name, predicting, feature.field, not_a)
+        elif feature.lookup is not None:
+            _check_declared(feature.name, predicting, feature.lookup.key, "float")
 
 
 def _check_window(
     interface: Interface, predicting: dict[str, Kind], feature: str, window: Window
 ) -> None:
-    over = interface.kinds.get(window.over)
-    if over is None:
-        raise _mismatch(feature, f"{window.over!r} is not a kind of {interface.family}")
+    over = {name: kind for name, kind in interface.kinds.items() if name == window.over}
+    if not over and window.over != LABEL:
+        hint = nearest(window.over, [*interface.kinds, LABEL])
+        raise _mismatch(feature, f"{window.over!r} is not a kind of {interface.family}", hint)
     if window.value is not None:
-        _check_declared(feature, window.over, over, window.value, numeric=True)
-    if window.key is None:
-        return
-    for name, kind in {window.over: over, **predicting}.items():
-        _check_declared(feature, name, kind, window.key, numeric=False)
+        not_a = "" if window.statistic == "distinct" else "str"
+        _check_declared(feature, over, window.value, not_a)
+    if window.key is not None:
+        _check_declared(feature, over | predicting, window.key)
 
 
-def _check_declared(feature: str, name: str, kind: Kind, field: str, *, numeric: bool) -> None:
-    declared = kind.fields.get(field)
-    if declared is None:
-        raise _mismatch(feature, f"needs {name}.{field}, which the interface does not declare")
-    if numeric and declared == "str":
-        raise _mismatch(feature, f"needs {name}.{field} to be a number; it is declared a str")
-
-
-def _check_field(kind: str, name: str, value: object, wanted: Mapping[str, FieldType]) -> None:
-    want = wanted.get(name)
-    if want is None:
-        raise _unknown("unknown_field", f"{kind}.{name} is not a field of {kind}", wanted)
-    if want != "str":
-        if want == "int" and type(value) is not int:
-            raise _wrong_type(kind, name, value, want)
-        _check_number(kind, name, value)
-    elif not isinstance(value, str):
-        raise _wrong_type(kind, name, value, want)
-    elif len(value) > TEXT_MAX or not _is_unicode(value):
-        raise RequestError(
-            "out_of_range",
-            f"{kind}.{name} is not text of at most {TEXT_MAX} characters that UTF-8 can carry",
-        )
-
-
-def _check_number(kind: str, name: str, value: object) -> None:
-    if type(value) is float:
-        if not isfinite(value):
-            raise RequestError("not_finite", f"{kind}.{name} is {value}")
-    elif type(value) is not int:
-        raise _wrong_type(kind, name, value, "float")
-    elif not _INT_MIN <= value <= _INT_MAX:
-        raise RequestError("out_of_range", f"{kind}.{name} does not fit 64 bits")
-
-
-def _is_unicode(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _wrong_type(kind: str, name: str, value: object, want: str) -> RequestError:
-    return RequestError(
-        "wrong_type", f"{kind}.{name}: expected {want}, got {type(value).__name__} {value!r:.64}"
-    )
-
-
-def _unknown(code: str, message: str, known: Iterable[str]) -> RequestError:
-    known = list(known)
-    word = message.partition(" ")[0].strip("'").rpartition(".")[2]
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    return RequestError(code, message, hint)
+def _check_declared(feature: str, kinds: dict[str, Kind], field: str, not_a: str = "") -> None:
+    """Every one of `kinds` has `field`, and in none it is of the type `not_a`."""
+    for name, kind in kinds.items():
+        declared = kind.fields.get(field)
+        if declared is None:
+            why = f"needs {name}.{field}, which the interface does not declare"
+            raise _mismatch(feature, why, nearest(field, kind.fields))
+        if declared == not_a:
+            wanted = "a number" if not_a == "str" else "text or an int"
+            raise _mismatch(feature, f"needs {name}.{field} to be {wanted}; it is a {declared}")
 
 
 def _bad(key: str, why: str) -> PackageError:
     return PackageError("bad_metadata", f"the package's {_PREFIX + key!r} cannot be used: {why}")
 
 
-def _mismatch(feature: str, why: str) -> PackageError:
-    return PackageError("spec_mismatch", f"feature {feature!r}: {why}")
+def _mismatch(feature: str, why: str, hint: str = "") -> PackageError:
+    return PackageError("spec_mismatch", f"feature {feature!r}: {why}", hint)

@@ -36,9 +36,9 @@ class Network(nn.Module):
 
     def __init__(self, spec: Spec, rows: Rows, hidden: tuple[int, ...], dropout: float) -> None:
         super().__init__()
-        words = [i for i, feature in enumerate(spec.features) if feature.vocabulary]
+        words = [i for i, column in enumerate(spec.columns) if column.indices]
         numbers = [i for i in range(spec.size) if i not in words]
-        sizes = [len(spec.features[i].vocabulary or ()) + 1 for i in words]
+        sizes = [spec.columns[i].indices for i in words]
         self.register_buffer("words", torch.tensor(words))
         self.register_buffer("numbers", torch.tensor(numbers))
         self.register_buffer("offsets", torch.tensor([sum(sizes[:k]) for k in range(len(sizes))]))

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import PackageError, RequestError
-from edge_runtime.inference.package import Interface, Kind, metadata_of, read_package
+from edge_runtime.features.spec import Spec
+from edge_runtime.inference.package import (
+    Interface,
+    Kind,
+    check_agreement,
+    metadata_of,
+    read_package,
+)
 
 GOOD = {"carrier": "AA", "distance": 1.5}
 
@@ -119,6 +126,66 @@ def test_features_that_the_events_cannot_feed_are_refused(toy_interface, metadat
         read_package(metadata | {"headwater.interface": msgspec.json.encode(interface).decode()})
     assert caught.value.code == "spec_mismatch"
     assert named in caught.value.message
+
+
+KINDS = {
+    "asked": Kind(predicts=True, fields={"who": "str", "n": "int", "x": "float"}),
+    "seen": Kind(predicts=False, fields={"who": "str", "what": "str", "y": "float"}),
+}
+TABLE = '[tables.facts]\nversion = "1"\ncolumns = ["size"]\nrows = { a = [1.0] }\n'
+
+
+@pytest.mark.parametrize(
+    ("feature", "words"),
+    [
+        ('window = { over = "label", statistic = "mean", key = "what", span_s = 9 }', "asked.what"),
+        ('window = { over = "labels", statistic = "count", span_s = 9 }', "'labels' is not a kind"),
+        (
+            'window = { over = "seen", statistic = "std", value = "what", span_s = 9 }',
+            "seen.what to be a number",
+        ),
+        (
+            'window = { over = "seen", statistic = "last", value = "y", key = "n", span_s = 9 }',
+            "seen.n",
+        ),
+        ('lookup = { table = "facts", key = "what", column = "size" }', "asked.what"),
+        (
+            'lookup = { table = "facts", key = "x", column = "size" }',
+            "asked.x to be text or an int",
+        ),
+        ('field = "x"\nhash = 8', "asked.x to be text or an int"),
+        ('field = "who"\nbucket = [1.0]', "asked.who to be a number"),
+        ('field = "nn"', "asked.nn"),
+    ],
+)
+def test_a_source_that_the_interface_cannot_feed_is_refused_by_name(toy_interface, feature, words):
+    spec = Spec.from_toml(f'version = 1\n[[features]]\nname = "f"\n{feature}\n{TABLE}')
+    with pytest.raises(PackageError) as caught:
+        check_agreement(msgspec.structs.replace(toy_interface, kinds=KINDS), spec)
+    assert caught.value.code == "spec_mismatch"
+    assert words in caught.value.message
+    assert "'f'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        'window = { over = "label", statistic = "mean", key = "who", span_s = 9 }',
+        'window = { over = "seen", statistic = "distinct", value = "what", span_s = 9 }',
+        'lookup = { table = "facts", key = "n", column = "size" }',
+        'field = "n"\nhash = 8\none_hot = true',
+        'cycle = { of = "day" }',
+    ],
+)
+def test_a_source_that_the_interface_can_feed_is_taken(toy_interface, feature):
+    spec = Spec.from_toml(f'version = 1\n[[features]]\nname = "f"\n{feature}\n{TABLE}')
+    check_agreement(msgspec.structs.replace(toy_interface, kinds=KINDS), spec)
+
+
+def test_no_kind_of_event_is_called_label(toy_interface, toy_spec):
+    kinds = toy_interface.kinds | {"label": Kind(predicts=False, fields={})}
+    with pytest.raises(PackageError, match="'label'"):
+        check_agreement(msgspec.structs.replace(toy_interface, kinds=kinds), toy_spec)
 
 
 @pytest.mark.parametrize(
