@@ -19,7 +19,7 @@ from threading import Lock
 
 import msgspec
 
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import RequestError, TrustError
 from edge_runtime.events.log import EventLog
 from edge_runtime.family import Family
 from edge_runtime.features.engine import Engine
@@ -64,11 +64,18 @@ class Releases:
             await log.wait_durable("event", until[1])
             engines = await asyncio.to_thread(rebuilt, log, member, arms, until)
             with self._turn:
+                self._check_not_left(arms)
                 catch_up(engines, member.pipeline.missed)
                 member.follow(arms, plan, engines)
         finally:
             member.pipeline.missed = None
         self._journal.hasten_snapshot()
+
+    def _check_not_left(self, arms: Sequence[Arm]) -> None:
+        """A roll back while the log was read must not be undone by what began before it."""
+        for arm in arms:
+            if arm.sha256 in self._shelf.quarantined():
+                raise TrustError("release_quarantined", f"{arm.release} was left meanwhile")
 
     def roll_back(self, member: Family, reason: str) -> str:
         """See `Runtime.rollback`."""

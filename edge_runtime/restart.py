@@ -13,7 +13,8 @@ Knows nothing about sockets, brokers or signatures.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from edge_runtime import releases
 from edge_runtime.config import EdgeConfig
@@ -37,46 +38,52 @@ log = logging.getLogger("edge_runtime")
 def restore_arms(family: Family, shelf: Shelf, config: EdgeConfig) -> None:
     """Let `family` serve the configured package, or follow the plan that `shelf` remembers.
 
-    What fails on the shelf is logged, and the plan before it is tried.
-    Raises: ConfigError `bad_package` for a package that was asked for by name.
+    What fails on the shelf is logged: then the plan's stable release is tried alone, and then the
+    release before it. Raises: ConfigError `bad_package` for a package that was asked for by name.
     """
     if config.package is not None:
-        _serve_package(family, config)
+        _serve_package(family, config.package)
         return
-    try:
-        plan = shelf.load_current(family.name)
-        if plan is not None:
-            _follow(family, shelf, plan, config.attributes)
-    except HeadwaterError as error:
-        log.warning("%s: its last release does not load: %s", family.name, error)
-        _go_back(family, shelf)
+    known = 0
+    for plan in _remembered(family, shelf):
+        known += 1
+        try:
+            arms = arms_for(plan, config.attributes)
+            family.follow([load_plan_arm(shelf, name, arm) for name, arm in arms], plan)
+        except HeadwaterError as error:
+            log.warning("%s: plan %d is not followed: %s", family.name, plan.seq, error)
+        else:
+            return
+    if known:
+        log.warning("%s serves nothing until its next update", family.name)
 
 
-def _serve_package(family: Family, config: EdgeConfig) -> None:
-    assert config.package is not None
+def _serve_package(family: Family, package: Path) -> None:
     try:
-        family.follow([load_bare_arm(config.package, LOCAL)], None)
+        family.follow([load_bare_arm(package, LOCAL)], None)
     except HeadwaterError as error:
         raise ConfigError(
             "bad_package", f"nothing is served: {error.message}", error.hint
         ) from error
 
 
-def _follow(family: Family, shelf: Shelf, plan: Plan, attributes: Mapping[str, str]) -> None:
-    arms = [load_plan_arm(shelf, name, arm) for name, arm in arms_for(plan, attributes)]
-    family.follow(arms, plan)
+def _remembered(family: Family, shelf: Shelf) -> Iterator[Plan]:
+    """The plans that may be followed, the best first."""
+    current, previous = _read(family, shelf.load_current), _read(family, shelf.load_previous)
+    if current is not None:
+        yield current
+    if current is not None and current.canary is not None:
+        yield releases.alone(current)
+    if previous is not None:
+        yield releases.alone(previous)
 
 
-def _go_back(family: Family, shelf: Shelf) -> None:
+def _read(family: Family, load: Callable[[str], Plan | None]) -> Plan | None:
     try:
-        previous = shelf.load_previous(family.name)
-        if previous is not None:
-            plan = releases.alone(previous)
-            family.follow(releases.load(shelf, plan), plan)
-            return
+        return load(family.name)
     except HeadwaterError as error:
-        log.warning("%s: nor does the one before it: %s", family.name, error)
-    log.warning("%s serves nothing until its next update", family.name)
+        log.warning("%s: what served last cannot be read: %s", family.name, error)
+        return None
 
 
 def restore_windows(families: Mapping[str, Family], file: SnapshotFile, events: EventLog) -> int:
