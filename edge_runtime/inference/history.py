@@ -2,8 +2,8 @@
 
 Why: a release with new windows must not answer as if nothing had happened before it came.
 
-Invariants: a window whose definition is unchanged goes on with all it holds; one that is new is
-rebuilt from the records that the log still has. What is rebuilt is what streaming would have given.
+Invariants: a window whose definition is unchanged goes on with all it holds; one that is new, or
+reaches further back, is rebuilt from the records that the log still has. What is rebuilt is what streaming would have given.
 
 Knows nothing about logs and files: records come as an iterator.
 """
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from edge_runtime.errors import ConfigError, RequestError
 from edge_runtime.features.engine import Engine
 from edge_runtime.features.feature import LABEL
+from edge_runtime.features.plan import TableId, windows_by_table
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.wire.messages import Fields
@@ -23,6 +24,7 @@ ANSWERED_MAX = 32_768
 _VALUE, _EPOCH, _SEQ = "label.value", "label.epoch", "label.seq"
 
 Number = tuple[int, int]
+Reach = tuple[float, int]
 Seen = tuple[str, float, Fields]
 """A record that moved the windows: kind, time and fields."""
 
@@ -44,9 +46,33 @@ def engines_for(
 def with_new_windows(
     infos: Iterable[PackageInfo], known: Collection[Engine]
 ) -> dict[str, PackageInfo]:
-    """Those of `infos`, by spec hash, that have a window which none of `known` keeps."""
-    kept = {name for engine in known for name in engine.tables}
-    return {info.spec.hash: info for info in infos if _new(info).tables.keys() - kept}
+    """Those of `infos`, by spec hash, that have a window which reaches beyond all that `known`
+    keeps.
+    """
+    kept = [_reach(engine.spec) for engine in known]
+    return {
+        info.spec.hash: info
+        for info in infos
+        if any(
+            not any(_covers(each.get(name), reach) for each in kept)
+            for name, reach in _reach(info.spec).items()
+        )
+    }
+
+
+def _reach(spec: Spec) -> dict[TableId, Reach]:
+    """How far back each table of `spec` goes, in seconds and in events."""
+    return {
+        name: (
+            max(window.span_s or 0.0 for window in windows),
+            max(window.span_events or 0 for window in windows),
+        )
+        for name, windows in windows_by_table(spec.features).items()
+    }
+
+
+def _covers(kept: Reach | None, wanted: Reach) -> bool:
+    return kept is not None and kept[0] >= wanted[0] and kept[1] >= wanted[1]
 
 
 def rebuild(infos: Mapping[str, PackageInfo], records: Iterator[Seen]) -> dict[str, Engine]:
