@@ -26,8 +26,8 @@ from edge_runtime.runtime import Event
 FAMILY = "bench"
 HIDDEN = 64
 START_S = 1_360_000_000.0
-CARRIERS = "9E AA AS B6 DL EV F9 FL HA MQ OO UA US VX WN".split()
-DESTINATIONS = "ATL BOS CLT DCA DEN DFW LAX MCO MIA ORD SEA SFO".split()
+CARRIERS = [f"carrier-{number}" for number in range(15)]
+DESTINATIONS = [f"airport-{number}" for number in range(12)]
 
 # Over what is asked and what is observed, over all and by two keys.
 WINDOWS = [
@@ -46,8 +46,8 @@ WINDOWS = [
 ]
 SPEC = Spec(
     [
-        Feature("carrier", field="carrier", vocabulary=[*CARRIERS], one_hot=True),
-        Feature("dest", field="dest", vocabulary=[*DESTINATIONS]),
+        Feature("carrier", field="carrier", vocabulary=CARRIERS, one_hot=True),
+        Feature("dest", field="dest", vocabulary=DESTINATIONS),
         Feature("distance", field="distance", bounds=(0.0, 5000.0)),
         Feature("hour", field="hour"),
         Feature("day", cycle=Cycle("day")),

@@ -120,7 +120,7 @@ def by_socket(
         return client.infer(FAMILY, {"features": floor.x})
 
     return {
-        "socket": lambda: hot(wire.ask, [infer] * calls),
+        "socket": asked(path, frame_size, [infer] * calls),
         "socket client": lambda: hot(by_client, range(calls)),
         "socket predict": lambda: hot(wire.ask, predicts(calls)),
         "infer a second": lambda: infers_a_second(calls * FLOODS),
@@ -143,22 +143,31 @@ def reply(answer: bytes, kind: type[Any]) -> Any:
     return found
 
 
-def by_echo(floor: Floor, servers: Started, path: str, calls: int) -> dict[str, Probe]:
+def by_echo(floor: Floor, path: str, calls: int) -> dict[str, Probe]:
     """What a round trip costs when nothing is done with the request."""
-    wire, request = servers.enter_context(Wire(path, frame_size)), raw.socket_infer(floor.x)
-    return {"echo": lambda: hot(wire.ask, [request] * calls)}
+    return {"echo": asked(path, frame_size, [raw.socket_infer(floor.x)] * calls)}
 
 
-def by_http(floor: Floor, servers: Started, address: raw.Address, calls: int) -> dict[str, Probe]:
+def asked(address: raw.Address, size: Callable[[bytes], int], requests: list[bytes]) -> Probe:
+    """Over a new connection each time: servers end those that were silent for seconds."""
+
+    def probe() -> list[float]:
+        with Wire(address, size) as wire:
+            return hot(wire.ask, requests)
+
+    return probe
+
+
+def by_http(floor: Floor, address: raw.Address, calls: int) -> dict[str, Probe]:
     """The Open Inference Protocol, JSON and binary tensors."""
     plain, binary = raw.http_json(floor.x), raw.http_binary(floor.x)
-    wire = servers.enter_context(Wire(address, http_size))
-    floor.check("HTTP JSON", open_inference(wire.ask(plain)))
-    tensor = np.frombuffer(raw.http_body(wire.ask(binary))[-4:], dtype="<f4")
-    floor.check("HTTP binary", tensor)
+    with Wire(address, http_size) as wire:
+        floor.check("HTTP JSON", open_inference(wire.ask(plain)))
+        tensor = np.frombuffer(raw.http_body(wire.ask(binary))[-4:], dtype="<f4")
+        floor.check("HTTP binary", tensor)
     return {
-        "http": lambda: hot(wire.ask, [plain] * calls),
-        "http binary": lambda: hot(wire.ask, [binary] * calls),
+        "http": asked(address, http_size, [plain] * calls),
+        "http binary": asked(address, http_size, [binary] * calls),
     }
 
 
@@ -186,9 +195,9 @@ def peers(floor: Floor, servers: Started, calls: int) -> tuple[dict[str, Probe],
         except FileNotFoundError as error:
             skipped[name] = str(error)
             continue
-        wire = servers.enter_context(Wire(address, http_size))
-        floor.check(name, values(wire.ask(request)))
-        probes[name] = lambda wire=wire, request=request: hot(wire.ask, [request] * calls)
+        with Wire(address, http_size) as wire:
+            floor.check(name, values(wire.ask(request)))
+        probes[name] = asked(address, http_size, [request] * calls)
         probes[f"rss {name}"] = lambda server=server: [server.rss_mb()]
     return probes, skipped
 

@@ -122,15 +122,19 @@ def _loaded(found: Found) -> Iterator[Row]:
     yield Row(f"{SWAPS}: failed", found.value("swaps failed"), "answers", 0)
     yield Row(f"{SWAPS}: mixed", found.value("swaps mixed"), "answers", 0)
     yield Row(f"{SWAPS}: asked", found.value("swaps asked"), "answers")
-    yield Row(f"{SWAPS}: p99 to the steady p99", found.value("swaps p99"), "times", 1.5)
+    yield Row(
+        f"{SWAPS}: p99 to the steady p99", found.ratio("swapping", "steady", 0.99), "times", 1.5
+    )
     yield from _times(found, SWAPS, "steady", "steady,")
     yield from _times(found, SWAPS, "swapping", "meanwhile,")
-    yield Row(f"{SWAPS}: RSS over the start", found.value("swaps rss"), "MB", 3)
+    yield Row(
+        f"{SWAPS}: RSS over the start, after 30 swaps to warm up", found.value("swaps rss"), "MB", 3
+    )
 
 
 def _resident(found: Found) -> Iterator[Row]:
     yield Row(f"{RSS}: with a broker", found.value("rss"), "MB", 100)
-    yield Row(f"{RSS}: without one", found.value("rss local"), "MB")
+    yield Row(f"{RSS}: without one, after the floods", found.value("rss local"), "MB")
     for peer in PEERS:
         yield Row(f"{RSS}: {peer}", found.value(f"rss {peer}"), "MB")
     installed = f"{RSS}: `pip install headwater` (without pip itself) on disk"
@@ -157,7 +161,7 @@ def table(found: Sequence[Row]) -> str:
             lines += ["", above]
             title = above
         value = "-" if row.value is None else f"{row.value:,.2f}"
-        reach = "" if row.reach is None else f"{'≥' if row.least else '≤'} {row.reach:,.4g}"
+        reach = "" if row.reach is None else f"{'≥' if row.least else '≤'} {row.reach:,.6g}"
         said = {True: "  ok", False: "  missed", None: ""}[row.ok]
         lines.append(f"  {detail:46} {value:>10} {row.unit:7} {reach:>11}{said}".rstrip())
     return "\n".join(lines)

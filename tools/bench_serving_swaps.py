@@ -21,12 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import uvloop
 from bench_serving_client import Wire, frame_size, hot, socket_event, socket_infer
 from bench_serving_model import FAMILY, events, rows, write_package
 from bench_serving_rows import Found
-from bench_serving_server import rss_mb as rss
+from bench_serving_server import rss_mb
 
 from edge_runtime.api import frames
 from edge_runtime.api.socket import SocketServer
@@ -36,15 +35,15 @@ from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.plan import Plan, PlanArm
 from edge_runtime.runtime import Runtime
 
-SWAPS, WARM_UP = 100, 30
-INTERVAL_S, STEADY_S = 0.1, 3.0
+SWAPS, ROUNDS, WARM_UP = 100, 5, 30
+INTERVAL_S, STEADY_S = 0.1, 1.5
 LEANS = {"low": -4.0, "high": 4.0}
 
 Asked = list[tuple[float, bytes]]
 
 
 def measure(found: Found, home: Path) -> None:
-    """Swap under load, steady load before and after it."""
+    """Swap under load, in rounds that take turns with steady load."""
     home.mkdir()
     packages = [str(write_package(home / f"{name}.onnx", lean)) for name, lean in LEANS.items()]
     path = str(home / "edge.sock")
@@ -57,17 +56,20 @@ def measure(found: Found, home: Path) -> None:
         assert child.stdout.readline() == "ready\n"
         with Load(path) as load:
             swap(child, WARM_UP)
-            rss_mb = rss(child.pid)
+            start_mb, verdicts = rss_mb(child.pid), []
             load.take()
-            time.sleep(STEADY_S)
-            steady = load.take()
-            swap(child, SWAPS)
-            swapping = load.take()
-            rss_mb = rss(child.pid) - rss_mb
-            time.sleep(STEADY_S)
-            steady += load.take()
+            for _ in range(ROUNDS):
+                time.sleep(STEADY_S)
+                found.add("steady", [us for us, _ in load.take()])
+                swap(child, SWAPS // ROUNDS)
+                answered = load.take()
+                found.add("swapping", [us for us, _ in answered])
+                verdicts += [verdict(answer) for _, answer in answered]
+            found.add("swaps rss", [rss_mb(child.pid) - start_mb])
         child.stdin.close()
-    report(found, steady, swapping, rss_mb)
+    found.add("swaps asked", [len(verdicts)])
+    found.add("swaps failed", [verdicts.count("failed")])
+    found.add("swaps mixed", [verdicts.count("mixed")])
 
 
 class Load(threading.Thread):
@@ -115,18 +117,6 @@ def swap(child: subprocess.Popen[str], times: int) -> None:
     child.stdin.write(f"{times}\n")
     child.stdin.flush()
     assert child.stdout.readline() == "swapped\n"
-
-
-def report(found: Found, steady: Asked, swapping: Asked, rss_mb: float) -> None:
-    verdicts = [verdict(answer) for _, answer in swapping]
-    times = {name: [us for us, _ in asked] for name, asked in (("s", steady), ("w", swapping))}
-    found.add("steady", times["s"])
-    found.add("swapping", times["w"])
-    found.add("swaps p99", [np.quantile(times["w"], 0.99) / np.quantile(times["s"], 0.99)])
-    found.add("swaps asked", [len(swapping)])
-    found.add("swaps failed", [verdicts.count("failed")])
-    found.add("swaps mixed", [verdicts.count("mixed")])
-    found.add("swaps rss", [rss_mb])
 
 
 def verdict(answer: bytes) -> str:

@@ -102,7 +102,7 @@ def test_the_floor_refuses_an_answer_that_is_not_the_models(bench, package):
 def test_a_server_is_asked_measured_pinned_and_gone_at_the_end(bench, package, tmp_path):
     with bench.server.Started(package, tmp_path) as servers:
         echo, path = servers.echo()
-        probes = bench.probes.by_echo(bench.probes.Floor(package), servers, path, 50)
+        probes = bench.probes.by_echo(bench.probes.Floor(package), path, 50)
         busy = bench.probes.busy(servers, echo, path, 2 * bench.probes.PACED_SHARE)
 
         assert len(probes["echo"]()) == 50
@@ -120,7 +120,7 @@ def test_the_device_answers_as_the_floor_does_over_every_wire(bench, package, tm
     with bench.server.Started(package, tmp_path) as servers:
         device, path, http = servers.device()
         probes = bench.probes.by_socket(floor, servers, device, path, 20)
-        probes |= bench.probes.by_http(floor, servers, http, 20)
+        probes |= bench.probes.by_http(floor, http, 20)
         found = {name: probe() for name, probe in probes.items()}
 
     assert all(value > 0 for values in found.values() for value in values)
