@@ -35,13 +35,15 @@ NOW_S = 1_360_000_000.0
 class Local:
     """One `edge-runtime run --package` child; ready once it has told so many commands."""
 
-    def __init__(self, folder: Path, package: Path, *options: str, commands: int) -> None:
+    def __init__(
+        self, folder: Path, package: Path, *options: str, commands: int, **environment: str
+    ) -> None:
         self.socket, self.commands = folder / "edge.sock", list[str]()
         self._expected, self._narration = commands, list[str]()
         self.process = subprocess.Popen(
             [*COMMAND, "run", "--package", str(package), *options],
             cwd=folder,
-            env=ENVIRONMENT | {"TMPDIR": str(folder)},
+            env=ENVIRONMENT | {"TMPDIR": str(folder)} | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -75,8 +77,9 @@ class Local:
 def start(tmp_path: Path) -> Iterator[Callable[..., Local]]:
     started: list[Local] = []
 
-    def launch(package: Path, *options: str, commands: int = 2) -> Local:
-        started.append(Local(tmp_path, package, *options, commands=commands))
+    def launch(package: Path, *options: str, commands: int = 2, **environment: str) -> Local:
+        local = Local(tmp_path, package, *options, commands=commands, **environment)
+        started.append(local)
         return started[-1]
 
     yield launch
@@ -202,3 +205,20 @@ def test_the_socket_may_lie_elsewhere(
     status, _ = local.commands
     assert status == "edge-runtime status --socket other.sock"
     assert "my-model" in ran(status, tmp_path)
+
+
+def test_a_supervisor_is_told_when_it_answers_while_it_lives_and_when_it_ends(
+    start: Callable[..., Local], bare: Path, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(10)
+        local = start(bare, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="100000")
+        heard = [supervisor.recv(4096).decode() for _ in range(3)]
+        assert heard[0].startswith("READY=1\nSTATUS=serves my-model")
+        assert heard[1:] == ["WATCHDOG=1", "WATCHDOG=1"]
+        assert local.end() == 0
+        supervisor.setblocking(False)
+        last = b""
+        while last != b"STOPPING=1":
+            last = supervisor.recv(4096)  # BlockingIOError: it was never said

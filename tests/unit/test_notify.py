@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import notify
+from edge_runtime.cli import main
 
 ROOT = Path(__file__).parents[2]
-WATCHED = {"WATCHDOG_USEC": "2000"}
+UNIT = ROOT / "docs/headwater-edge.service"
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -98,3 +101,28 @@ def test_a_supervisor_that_is_gone_is_named_and_ends_nothing(tmp_path: Path) -> 
         timeout=30,
     )
     assert "not told READY=1" in done.stderr
+
+
+def test_the_unit_starts_a_command_that_there_is_and_waits_for_what_it_tells() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.read(UNIT)
+    program, command, *options = unit["Service"]["ExecStart"].split()
+    assert Path(program).name == "edge-runtime"
+    main.commands[command].make_context(command, options)
+    assert unit["Service"]["Type"] == "notify"
+    assert float(unit["Service"]["WatchdogSec"]) > 0
+    assert "Environment=ORT_DISABLE_TELEMETRY=1\n" in UNIT.read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/opt/headwater/bin/edge-runtime", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert [line for line in done.stderr.splitlines() if UNIT.name in line] == []
