@@ -68,6 +68,7 @@ class Reply(NamedTuple):
 Answer = Reply | Coroutine[Any, Any, Reply]
 Handler = Callable[[str, str, Headers, bytes], Answer]
 """Takes family, release, headers and body; what a path does not have is empty."""
+Route = tuple[str, Handler, str, str]
 
 
 class App:
@@ -76,6 +77,7 @@ class App:
     def __init__(self, runtime: Runtime, status: Callable[[], dict[str, Any]]) -> None:
         self.counts = dict.fromkeys(("requests", "refused", "overloaded", "failed"), 0)
         self._runtime, self._status = runtime, status
+        self._known: dict[bytes, Route] = {}  # of the families here: the hot path looks up once
         self._of_model: dict[str, tuple[str, Handler]] = {
             "infer": ("POST", self._infer),
             "": ("GET", self._metadata),
@@ -126,8 +128,11 @@ class App:
         except HeadwaterError as error:
             return self.failed(error, target)
 
-    def _route(self, target: bytes) -> tuple[str, Handler, str, str]:
+    def _route(self, target: bytes) -> Route:
         """Method, handler, family and release of a path. Raises: RequestError."""
+        known = self._known.get(target)
+        if known is not None:
+            return known
         path = target.partition(b"?")[0].decode("latin1")
         family = release = ""
         match path.split("/"):
@@ -142,23 +147,24 @@ class App:
         if found is None:
             raise _no_such(path)
         if "%" in path:
-            family, release = unquote(family), unquote(release)
-        return *found, family, release
+            return *found, unquote(family), unquote(release)
+        route = (*found, family, release)
+        if family in self._runtime.families and not release and b"?" not in target:
+            self._known[target] = route  # there are few of these, whatever anybody asks
+        return route
 
     def _infer(self, family: str, release: str, headers: Headers, body: bytes) -> Answer:
         model = self._runtime.model(family)
         asked = oip.question(body, _json_bytes(headers), model.inputs)
-        version = release or model.release
         if not model.inline or len(body) > INLINE_BYTES_MAX:
-            return self._infer_elsewhere(family, release, version, asked)
+            return self._infer_elsewhere(family, release, asked)
         outputs = self._runtime.infer(
             family, asked.inputs, asked.outputs or None, release=release or None
         )
-        return _tensors(asked, family, version, outputs)
+        return _tensors(asked, family, release or model.release, outputs)
 
-    async def _infer_elsewhere(
-        self, family: str, release: str, version: str, asked: oip.Question
-    ) -> Reply:
+    async def _infer_elsewhere(self, family: str, release: str, asked: oip.Question) -> Reply:
+        version = release or self._runtime.model(family).release  # that of the very next line
         outputs = await self._runtime.infer_async(
             family,
             asked.inputs,
@@ -181,7 +187,8 @@ class App:
     def _model_ready(self, family: str, release: str, _headers: Headers, _body: bytes) -> Reply:
         if family in self._runtime.families and not self._runtime.ready(family):
             return _json({"name": family, "ready": False}, 503)
-        ready = not release or release in self._runtime.model(family).releases
+        releases = self._runtime.model(family).releases
+        ready = not release or release in releases
         return _json({"name": family, "ready": ready}, 200 if ready else 404)
 
     def _live(self, *_nothing: object) -> Reply:

@@ -55,7 +55,8 @@ class HttpConnection(asyncio.Protocol):
         self._target, self._headers = b"", dict[bytes, bytes]()
         self._chunks: list[bytes] = []
         self._body_bytes = self._held_bytes = self._owed_bytes = self._silent_sweeps = 0
-        self._moved = self._spoken = self._writes_wait = self._reads_wait = self._last = False
+        self._moved = self._spoken = self._writes_wait = self._reads_wait = False
+        self._last = self._broken = False
 
     # What the transport calls.
 
@@ -72,9 +73,9 @@ class HttpConnection(asyncio.Protocol):
         self._server.left(self)
 
     def data_received(self, data: bytes) -> None:
-        self._silent_sweeps, self._spoken, self._moved = 0, True, False
-        if self._last:
+        if self._last:  # nothing more is wanted; the sweep ends it
             return
+        self._silent_sweeps, self._spoken, self._moved = 0, True, False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -84,6 +85,10 @@ class HttpConnection(asyncio.Protocol):
         if self._stage != _NOTHING and not self._moved:
             self._owe(len(data))
         self._answer()
+
+    def eof_received(self) -> bool:
+        self._last = True
+        return bool(self._due or self._running)  # True: stay open, an answer is still to come
 
     def pause_writing(self) -> None:
         self._writes_wait = True
@@ -153,7 +158,7 @@ class HttpConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close once what is under way was answered."""
-        self._last = True
+        self._last, self._broken = True, False
         self._answer()
 
     def abort(self) -> None:
@@ -227,7 +232,8 @@ class HttpConnection(asyncio.Protocol):
         if waits and not self._running and not self._writes_wait:
             asyncio.get_running_loop().call_soon(self._answer)
         elif self._last and not waits and not self._running:
-            self._transport.close()
+            # What is unread at a close would take the last reply with it: wait for the client.
+            (self._transport.write_eof if self._broken else self._transport.close)()
 
     def _owe(self, size: int) -> None:
         """Count bytes that bring a request no further."""
@@ -249,7 +255,7 @@ class HttpConnection(asyncio.Protocol):
         """Answer what makes no sense, and read no more."""
         self._server.counts["bad_requests"] += 1
         self._due.append(self._app.failed(error, self._target))
-        self._last = True
+        self._last = self._broken = True
 
     def _hold(self, size: int) -> None:
         self._held_bytes += size
