@@ -190,7 +190,7 @@ def predict(
 @_config_option
 @_socket_option
 @click.argument("family")
-@click.option("--reason", required=True, help="Why; it stands in the device's report.")
+@click.option("--reason", required=True, help="Why; the daemon writes it into its log.")
 @_reported
 def rollback(config_path: Path, socket_path: Path | None, family: str, reason: str) -> None:
     """Let FAMILY answer with the release before this one, now and until a newer plan comes.
@@ -248,15 +248,21 @@ def _event(text: str) -> _Asked:
 def _told(answer: dict[str, Any]) -> str:
     lines = [f"device    {answer['device']}, epoch {answer['epoch']}"]
     for name, family in answer["families"].items():
-        arms = ", ".join(f"{arm['arm']} {arm['release']}" for arm in family["arms"])
+        arms = ", ".join(_arm(each) for each in family["arms"])
         lines.append(f"family    {name}: {arms or 'no release yet'}, plan {family['plan_seq']}")
     counted = ", ".join(f"{n} {name}" for name, n in answer["counters"].items())
     lines.append(f"counted   {counted}")
-    latency = answer["predict_us"]
-    lines.append(f"predict   p50 {latency['p50']:.0f} µs, p99 {latency['p99']:.0f} µs")
+    for asked in ("predict", "infer"):
+        took = answer[f"{asked}_us"]
+        lines.append(f"{asked:<9} p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
     kept = answer["log"]
     lines.append(f"log       {kept['bytes']} bytes, {kept['pending']} records not yet durable")
     return "\n".join(lines)
+
+
+def _arm(arm: dict[str, Any]) -> str:
+    variant = f" {arm['variant']}" if arm["variant"] else ""
+    return f"{arm['arm']} {arm['release']}{variant} ({arm['run_us']:.0f} µs a run)"
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def _answers(path: Path) -> bool:
         return channel.connect_ex(str(path)) == 0
 
 
-def _http(config: EdgeConfig, needed: tuple[str, ...] = ("uvicorn", "httptools")) -> _Seen:
+def _http(config: EdgeConfig, needed: tuple[str, ...] = ("httptools",)) -> _Seen:
     if not config.http.enabled:
         return "ok", "not served", ""
     missing = [name for name in needed if not importlib.util.find_spec(name)]

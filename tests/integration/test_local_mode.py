@@ -167,7 +167,7 @@ def test_a_familys_package_answers_events_and_counts_labels(
 def test_over_http_what_is_told_works_too(
     start: Callable[..., Local], bare: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("uvicorn")
+    pytest.importorskip("httptools")
     if shutil.which("curl") is None:
         pytest.skip("there is no curl to run what is told")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -192,7 +192,6 @@ def test_a_socket_needs_a_folder_a_free_name_and_a_group(
 
 def test_http_is_well_where_its_libraries_are(seen: Callable[..., Finding]) -> None:
     assert seen("http").text == "not served"
-    pytest.importorskip("uvicorn")
     pytest.importorskip("httptools")
     assert seen("http", "[http]\nport = 8080").state == "ok"
 

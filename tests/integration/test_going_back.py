@@ -1,0 +1,82 @@
+"""`edge-runtime rollback`: a real device goes back to the release before, and stays there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "edge_runtime.cli"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def edge_runtime(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *args],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """The device in `folder`, from when it says that it is ready until it has ended."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor,
+        (folder / "log").open("w") as narration,
+    ):
+        supervisor.bind(str(folder / "notify"))
+        supervisor.settimeout(30)
+        daemon = subprocess.Popen(
+            [*COMMAND, "run"],
+            cwd=folder,
+            env=ENVIRONMENT | {"NOTIFY_SOCKET": str(folder / "notify")},
+            stdin=subprocess.DEVNULL,
+            stderr=narration,
+        )
+        try:
+            assert supervisor.recv(4096).startswith(b"READY=1")
+            yield
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+        finally:
+            daemon.kill()
+            daemon.wait(10)
+            (folder / "notify").unlink()
+
+
+def serving(folder: Path) -> str:
+    status = json.loads(edge_runtime(folder, "status", "--json").stdout)
+    [arm] = status["families"]["toy"]["arms"]
+    return arm["release"]
+
+
+def test_a_device_goes_back_when_told_and_stays_there_over_a_restart(
+    tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
+) -> None:
+    (first, first_sha256), (second, second_sha256) = write_package(0.0), write_package(1.0)
+    for options in (["--device", "EWR", "--package", str(first)], ["--package", str(second)]):
+        done = edge_runtime(tmp_path, "init", *options)
+        assert done.returncode == 0, done.stderr
+    before = f"factory-{first_sha256[:12]}"
+    with running(tmp_path):
+        assert serving(tmp_path) == f"factory-{second_sha256[:12]}"
+        back = edge_runtime(tmp_path, "rollback", "toy", "--reason", "answers are too high")
+        assert (back.returncode, back.stdout) == (0, f"{before}\n"), back.stderr
+        assert serving(tmp_path) == before
+        again = edge_runtime(tmp_path, "rollback", "toy", "--reason", "still")
+        assert (again.returncode, again.stdout) == (1, "")
+        assert "nothing_to_roll_back" in again.stderr
+    assert f"factory-{second_sha256[:12]} is left" in (tmp_path / "log").read_text()
+    with running(tmp_path):
+        assert serving(tmp_path) == before
