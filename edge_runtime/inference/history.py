@@ -3,7 +3,8 @@
 Why: a release with new windows must not answer as if nothing had happened before it came.
 
 Invariants: a window whose definition is unchanged goes on with all it holds; one that is new, or
-reaches further back, is rebuilt from the records that the log still has. What is rebuilt is what streaming would have given.
+reaches further back, is rebuilt from the records that the log still has. What is rebuilt is what
+streaming would have given.
 
 Knows nothing about logs and files: records come as an iterator.
 """
