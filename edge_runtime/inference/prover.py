@@ -37,11 +37,12 @@ from edge_runtime.inference import trial
 from edge_runtime.inference.slot import load_bare_arm
 
 IDLE_S = 10.0
-MEMORY_BYTES = 1 << 30
-"""What a proof may take beside `MEMORY_PER_BYTE` times the file: for what a run computes."""
-MEMORY_PER_BYTE = 8
-"""Weights are held read, unpacked and packed again, and twice so while thread counts are compared.
-"""
+BYTES_PER_S = 8 << 20
+"""How slowly a large file may be loaded, warmed and tried before it counts as hanging."""
+
+MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 30, 8
+"""A proof may take so much for what a run computes, and so many times the file for its weights:
+read, unpacked and packed again, and all that twice while numbers of threads are compared."""
 
 _START_S = 30.0
 _NICENESS = 10
@@ -54,7 +55,8 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 class Prover:
     """Proves one package after the other; any thread may call, and waits for its turn.
 
-    A proof may take `timeout_s`; a child without work is ended after `idle_s`.
+    A proof may take `timeout_s`, and a second for each `BYTES_PER_S` of the file; a child without
+    work is ended after `idle_s`.
     """
 
     def __init__(self, timeout_s: float = 30.0, *, idle_s: float = IDLE_S) -> None:
@@ -97,8 +99,6 @@ class Prover:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """A child that has imported everything. Raises: CapacityError."""
-        if self._closed.is_set():
-            raise _no_prover("the prover was closed")
         command = [sys.executable, "-P", "-m", "edge_runtime.inference.prover"]
         environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
         try:
@@ -114,7 +114,7 @@ class Prover:
             raise _no_prover(str(error)) from error
         self._counts["starts"] += 1
         line, _ = self._read(self._child, _START_S)
-        if line != b"null\n":
+        if line != b"null\n" or self._closed.is_set():
             status = self._end()
             raise _no_prover(f"a child that should try it ended with status {status}")
         return self._child
@@ -123,11 +123,13 @@ class Prover:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             child.stdin.write(json.dumps(str(path.absolute())).encode() + b"\n")
-        line, expired = self._read(child, self._timeout_s)
+        timeout_s = self._timeout_s + _size(path) / BYTES_PER_S
+        line, expired = self._read(child, timeout_s)
         try:
             refusal = json.loads(line)
         except ValueError:
-            raise self._death(path, self._end(), expired=expired) from None
+            status = self._end()
+            raise _hung(path, timeout_s) if expired else _death(path, status) from None
         if refusal is not None:
             raise PackageError(*refusal)
 
@@ -144,19 +146,6 @@ class Prover:
         line = child.stdout.readline(_LINE_BYTES_MAX)
         deadline.cancel()
         return line, expired.is_set()
-
-    def _death(self, path: Path, status: int, *, expired: bool) -> HeadwaterError:
-        if expired:
-            return PackageError(
-                "package_hung",
-                f"{path} did not load and run within {self._timeout_s:g} s; it was not loaded",
-            )
-        if status == -signal.SIGKILL:  # no deed of the model's own
-            return _no_prover("the child was ended from outside, perhaps for lack of memory")
-        how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return PackageError(
-            "package_crashed", f"{path} ended the process that tried it ({how}); it was not loaded"
-        )
 
     def _end(self) -> int:
         """End the child and reap it; returns what it ended with, by itself if it had already."""
@@ -183,6 +172,23 @@ def _timer(after_s: float, call: Callable[[], None]) -> threading.Timer:
     timer.name, timer.daemon = "prover", True
     timer.start()
     return timer
+
+
+def _hung(path: Path, timeout_s: float) -> PackageError:
+    return PackageError(
+        "package_hung",
+        f"{path} did not load and run within {timeout_s:.1f} s; it was not loaded",
+        "does it loop, or is it too much for this machine?",
+    )
+
+
+def _death(path: Path, status: int) -> HeadwaterError:
+    if status == -signal.SIGKILL:  # no deed of the model's own
+        return _no_prover("the child was ended from outside, perhaps for lack of memory")
+    how = signal.Signals(-status).name if status < 0 else f"status {status}"
+    return PackageError(
+        "package_crashed", f"{path} ended the process that tried it ({how}); it was not loaded"
+    )
 
 
 def _no_prover(why: str) -> CapacityError:
@@ -267,10 +273,17 @@ def _bound_memory(path: str) -> None:
     """Let this process grow by so much from here; what it holds already is not counted."""
     with open("/proc/self/statm", encoding="ascii") as file:
         data_pages = int(file.read().split()[5])
-    with contextlib.suppress(OSError):
-        growth = MEMORY_BYTES + MEMORY_PER_BYTE * os.path.getsize(path)
-        limit = data_pages * resource.getpagesize() + growth
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    growth = MEMORY_BYTES + MEMORY_PER_BYTE * _size(path)
+    limit = data_pages * resource.getpagesize() + growth
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+def _size(path: Path | str) -> int:
+    """A file's size; what cannot be read is refused by name later."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 if __name__ == "__main__":

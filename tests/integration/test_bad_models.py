@@ -216,7 +216,7 @@ class Device:
 
 @pytest.fixture(scope="module")
 def prover() -> Iterator[Prover]:
-    with contextlib.closing(Prover(timeout_s=3.0)) as prover:
+    with contextlib.closing(Prover(timeout_s=2.0)) as prover:
         yield prover
 
 
@@ -313,7 +313,7 @@ def loaded(device: Device, data: bytes) -> str:
 
 def test_flipped_bits_never_end_the_process_nor_raise_what_nobody_expects(device: Device) -> None:
     with growing_at_most(64 * MIB):
-        flips(device, seed=1, count=150)
+        flips(device, seed=1, count=100)
 
 
 @pytest.mark.slow

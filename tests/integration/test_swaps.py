@@ -32,7 +32,7 @@ from edge_runtime.wire.messages import PredictionRecord
 
 NOW_S = 1_360_000_000.0
 MIB = 1 << 20
-SWAPS, WARM_UP = 100, 30
+SWAPS, WARM_UP = 100, 20
 BIASES = {"a-stable": 0.0, "a-canary": 0.1, "b-stable": 2.0, "b-canary": 2.1}
 ANSWERS = {release: 1 / (1 + math.exp(-bias - 0.999)) for release, bias in BIASES.items()}
 WritePackage = Callable[..., tuple[Path, str]]

@@ -174,10 +174,6 @@ def peak_bytes(pid: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def test_a_package_larger_than_the_allowance_for_small_ones_is_proven(prover, write_package):
-    prover.prove(write_package(ballast=3000)[0])
-
-
 def test_a_child_ended_from_outside_speaks_against_no_package(prover, write_package, write_model):
     prover.prove(write_package()[0])
     with proving(prover, write_model(LOOPS)) as errors:
