@@ -10,7 +10,6 @@ package above one half, one below zero pushes them below, so that nobody can tak
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,14 +106,37 @@ def write_package(path: Path, lean: float = 0.0) -> Path:
     return path
 
 
-def events(seed: int = 1, start_s: float = START_S) -> Iterator[Event]:
-    """Endless questions, one a second, each followed by something that is only observed."""
-    chance = random.Random(seed)  # noqa: S311 - data, not secrets
-    time_s = start_s
-    while True:
-        time_s += 1.0
-        fields = {"carrier": chance.choice(CARRIERS), "dest": chance.choice(DESTINATIONS)}
-        distance, hour = round(chance.uniform(100, 3000), 1), chance.randrange(24)
-        yield Event("asked", time_s, fields | {"distance": distance, "hour": hour})
-        delay, gate = round(chance.gauss(10, 30), 1), chance.randrange(40)
-        yield Event("landed", time_s + 0.5, fields | {"delay": delay, "gate": gate})
+class Stream:
+    """Seeded events; time goes on with each: ten questions a second, an observation a second.
+
+    Who asks many questions lets a tenth as many observations come first, so no window empties.
+    """
+
+    def __init__(self, seed: int = 1) -> None:
+        self._chance = random.Random(seed)  # noqa: S311 - data, not secrets
+        self._time_s = START_S
+
+    def questions(self, count: int) -> list[Event]:
+        """The next events that ask for a prediction."""
+        return [
+            self._event("asked", 0.1, distance=self._number(100, 3000), hour=number % 24)
+            for number in range(count)
+        ]
+
+    def observations(self, count: int) -> list[Event]:
+        """The next events that are only observed."""
+        return [
+            self._event("landed", 1.0, delay=self._number(-20, 90), gate=number % 40)
+            for number in range(count)
+        ]
+
+    def _event(self, kind: str, later_s: float, **fields: float) -> Event:
+        self._time_s += later_s
+        names = {
+            "carrier": self._chance.choice(CARRIERS),
+            "dest": self._chance.choice(DESTINATIONS),
+        }
+        return Event(kind, self._time_s, names | fields)
+
+    def _number(self, low: float, high: float) -> float:
+        return round(self._chance.uniform(low, high), 1)

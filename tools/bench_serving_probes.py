@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bench_serving_client as raw
 import msgspec
 import numpy as np
 import onnxruntime as ort
 from bench_serving_client import Wire, frame_size, hot, http_size, paced
-from bench_serving_model import FAMILY, Matrix, events, rows
+from bench_serving_model import FAMILY, Matrix, Stream, rows
 from bench_serving_server import Server, Started
 
 from edge_runtime.api import frames
 from edge_runtime.api.client import Client
 from edge_runtime.runtime import Event, Runtime
 
-FILLED = 4000  # events that the windows have seen before anything is measured
+FILLED = 2000  # observations that the windows have seen before anything is measured
 PACED_SHARE = 25  # one paced call for so many hot ones: a paced call takes 10 ms
+FAILED = 255  # the tag of a reply
 FLOODS = 5  # requests at full speed for each hot call
 
 Probe = Callable[[], list[float]]
@@ -71,23 +71,20 @@ def in_process(floor: Floor, runtime: Runtime, calls: int) -> dict[str, Probe]:
 
     inputs = {"features": floor.x}
     floor.check("infer", infer(inputs)["probability"])
-    for event in islice(events(), FILLED):
-        (predict if event.kind == "asked" else observe_in(runtime))(event)
-    stream = questions()
+    stream = Stream()
+
+    def questions(count: int) -> list[Event]:
+        for event in stream.observations(max(count // 10, 1)):
+            runtime.observe(FAMILY, event)
+        return stream.questions(count)
+
+    for event in questions(10 * FILLED)[::10]:
+        predict(event)
     return {
         "infer": lambda: hot(infer, [inputs] * calls),
-        "predict": lambda: hot(predict, list(islice(stream, calls))),
-        "predict paced": lambda: paced(predict, list(islice(stream, calls // PACED_SHARE))),
+        "predict": lambda: hot(predict, questions(calls)),
+        "predict paced": lambda: paced(predict, questions(calls // PACED_SHARE)),
     }
-
-
-def observe_in(runtime: Runtime) -> Callable[[Event], int]:
-    return lambda event: runtime.observe(FAMILY, event)
-
-
-def questions() -> Iterator[Event]:
-    """What predictions are asked for, after the events that filled the windows."""
-    return (event for event in islice(events(), FILLED, None) if event.kind == "asked")
 
 
 def by_socket(
@@ -96,23 +93,21 @@ def by_socket(
     """One request after the other, and as many a second as one core answers."""
     wire = servers.enter_context(Wire(path, frame_size))
     client = servers.enter_context(Client(path))
-    infer, stream = raw.socket_infer(floor.x), questions()
+    infer, stream = raw.socket_infer(floor.x), Stream()
     floor.check("socket", reply(wire.ask(infer), frames.Inferred)["probability"])
     floor.check("client", client.infer(FAMILY, {"features": floor.x})["probability"])
-    flood(wire, [raw.socket_event(event) for event in islice(events(), FILLED)])
-
-    def predicts(count: int) -> list[bytes]:
-        return [raw.socket_event(event) for event in islice(stream, count)]
+    flood(wire, questions(wire, stream, 10 * FILLED)[::10])
 
     def infers_a_second(count: int) -> list[float]:
         x = rows(count)
         with server.on_core(0):
-            spent_s, answers = flood(wire, [raw.socket_infer(each[None]) for each in x])
+            spent_s, bodies = flood(wire, [raw.socket_infer(each[None]) for each in x])
+        answers = [cast("frames.Inferred", frames.reply_in(body)) for body in bodies]
         floor.check("pipelined", [answer["probability"] for answer in answers], x)
         return [count / spent_s]
 
     def predictions_a_second(count: int) -> list[float]:
-        requests = predicts(count)
+        requests = questions(wire, stream, count)
         with server.on_core(0):
             return [count / flood(wire, requests)[0]]
 
@@ -122,19 +117,25 @@ def by_socket(
     return {
         "socket": asked(path, frame_size, [infer] * calls),
         "socket client": lambda: hot(by_client, range(calls)),
-        "socket predict": lambda: hot(wire.ask, predicts(calls)),
+        "socket predict": lambda: hot(wire.ask, questions(wire, stream, calls)),
         "infer a second": lambda: infers_a_second(calls * FLOODS),
         "predict a second": lambda: predictions_a_second(calls * FLOODS),
     }
 
 
-def flood(wire: Wire, requests: list[bytes]) -> tuple[float, list[Any]]:
+def questions(wire: Wire, stream: Stream, count: int) -> list[bytes]:
+    """The next requests for predictions; the observations before them were made."""
+    flood(wire, [raw.socket_event(event) for event in stream.observations(max(count // 10, 1))])
+    return [raw.socket_event(event) for event in stream.questions(count)]
+
+
+def flood(wire: Wire, requests: list[bytes]) -> tuple[float, list[memoryview]]:
     """Seconds to have all answered, and the answers. Raises: AssertionError when one is refused."""
     spent_s, bodies = wire.flood(requests)
-    answers = [frames.reply_in(body) for body in bodies]
-    refused = [answer for answer in answers if isinstance(answer, frames.Failed)]
-    assert not refused, refused[0]
-    return spent_s, answers
+    for body in bodies:
+        tag, *rest = msgspec.msgpack.decode(body)  # what the echo sends back is no reply
+        assert tag != FAILED, rest
+    return spent_s, bodies
 
 
 def reply(answer: bytes, kind: type[Any]) -> Any:
@@ -205,10 +206,10 @@ def peers(floor: Floor, servers: Started, calls: int) -> tuple[dict[str, Probe],
 def busy(servers: Started, server: Server, path: str, calls: int) -> Probe:
     """Per cent of a core that a server uses while it is asked for predictions at the pace."""
     wire = servers.enter_context(Wire(path, frame_size))
-    stream = questions()
+    stream = Stream()
 
     def probe() -> list[float]:
-        due = [raw.socket_event(event) for event in islice(stream, calls // PACED_SHARE)]
+        due = questions(wire, stream, calls // PACED_SHARE)
         cpu_s, started_s = server.cpu_s(), time.perf_counter()
         paced(wire.ask, due)
         return [100 * (server.cpu_s() - cpu_s) / (time.perf_counter() - started_s)]

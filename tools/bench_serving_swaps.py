@@ -23,7 +23,7 @@ from typing import Self
 
 import uvloop
 from bench_serving_client import Wire, frame_size, hot, socket_event, socket_infer
-from bench_serving_model import FAMILY, events, rows, write_package
+from bench_serving_model import FAMILY, Stream, rows, write_package
 from bench_serving_rows import Found
 from bench_serving_server import rss_mb
 
@@ -79,7 +79,7 @@ class Load(threading.Thread):
         super().__init__(name="load")
         self._wire = Wire(path, frame_size)
         self._infer = socket_infer(rows(4))
-        self._events = (event for event in events() if event.kind == "asked")
+        self._stream = Stream()
         self._asked: Asked = []
         self._over = False
 
@@ -91,7 +91,8 @@ class Load(threading.Thread):
             answer = self._wire.ask(request)
 
         while not self._over:
-            for request in (self._infer, socket_event(next(self._events))):
+            (event,) = self._stream.questions(1)
+            for request in (self._infer, socket_event(event)):
                 times = hot(ask, [request])
                 self._asked.append((times[0], answer))
 

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,10 +57,16 @@ def test_the_model_has_32_inputs_of_which_12_are_windows(bench, package):
 
 def test_the_events_are_seeded_valid_and_rise_in_time(bench, package):
     interface = factory.inspect(package).interface
-    events = list(islice(bench.model.events(), 100))
+    events, again = (
+        [*stream.questions(50), *stream.observations(50), *stream.questions(1)]
+        for stream in (bench.model.Stream(), bench.model.Stream())
+    )
 
-    assert events == list(islice(bench.model.events(), 100))
-    assert [event.kind for event in events] == ["asked", "landed"] * 50
+    assert events == again
+    assert [interface.kinds[event.kind].predicts for event in events] == [True] * 50 + [
+        *([False] * 50),
+        True,
+    ]
     assert all(before.time_s < after.time_s for before, after in pairwise(events))
     for event in events:
         interface.check(event.kind, event.time_s, event.fields)
