@@ -23,11 +23,11 @@ _TEXT = "%(asctime)s %(levelname)s %(message)s"
 def setup(format: str = "text", level: str = "info", stream: TextIO | None = None) -> None:  # noqa: A002
     """Let all loggers write to `stream` (None: stderr) as `format`, from `level` on."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(_JsonFormatter() if format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-class JsonFormatter(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     """A record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -2,8 +2,7 @@
 
 Why: the network may be away for days and the process may be killed at any moment; an append costs
 the hot path a microsecond, because a thread gathers what came within the linger and makes it
-durable with one `fdatasync`. While records keep coming it goes round without being woken. The
-linger follows their rate; `wait_durable` and `close` end it.
+durable with one `fdatasync`. While records come it needs no waking, and lingers by their rate.
 
 Commit point: the `fdatasync` of a group. Recovery cuts the newest segment after its last whole
 frame, so a group is there whole up to a frame, or not at all.
@@ -149,8 +148,7 @@ class EventLog:
         return [(epoch, last) for epoch, name, last in self._ends if name == event_class]
 
     async def wait_durable(self, event_class: EventClass, seq: int) -> None:
-        """Return once record `seq` of this epoch is durable, however long the disk takes; what
-        lingers is committed now.
+        """Return once record `seq` of this epoch is durable; what lingers is committed now.
 
         Raises: CapacityError `log_closed` when the log closes before it is.
         """
