@@ -67,11 +67,11 @@ class Distinct:
     Events are counted as they came: `seen` of them so far.
     """
 
-    __slots__ = ("_events", "_span_s", "levels", "seen")
+    __slots__ = ("_events", "_exact_max", "_span_s", "levels", "seen")
 
-    def __init__(self, span_s: float, *, events: int = 0) -> None:
+    def __init__(self, span_s: float, *, events: int = 0, exact_max: int = EXACT_MAX) -> None:
         self._span_s = float(events) if events else span_s + ROUNDING_S
-        self._events = events
+        self._events, self._exact_max = events, exact_max
         self.seen = 0
         self.levels = [Level()]
 
@@ -91,7 +91,7 @@ class Distinct:
         oldest = levels[-1].times
         if oldest and oldest[0] <= time_s - self._span_s:
             grown -= self._expire(time_s - self._span_s)
-        if len(levels[0].times) > EXACT_MAX:
+        if len(levels[0].times) > self._exact_max:
             grown += self._overflow()
         return grown
 
@@ -102,7 +102,7 @@ class Distinct:
             times = level.times
             inside = bisect_left(times, reached_s) - bisect_right(times, start_s)
             total += max(0, inside) << depth
-            if len(times) < EXACT_MAX or times[0] <= start_s:
+            if len(times) < self._exact_max or times[0] <= start_s:
                 break
             reached_s = times[0]
         return total
@@ -127,7 +127,8 @@ class Distinct:
         self.seen, self.levels = seen, []
         for times, values in levels:
             level = Level()
-            check_order(times, values)
+            if times or values:
+                check_order(times, values)
             level.times, level.values = list(times), list(values)
             level.last = dict(zip(values, times, strict=True))
             self.levels.append(level)
@@ -139,14 +140,14 @@ class Distinct:
         for level in self.levels:
             level.drop(bisect_right(level.times, horizon_s))
         # A level that is not full has lost values to age alone: it needs none below it.
-        whole = (i for i, level in enumerate(self.levels, 1) if len(level.times) < EXACT_MAX)
+        whole = (i for i, level in enumerate(self.levels, 1) if len(level.times) < self._exact_max)
         del self.levels[next(whole, len(self.levels)) :]
         return before - len(self)
 
     def _overflow(self) -> int:
         grown = 0
         for depth, level in enumerate(self.levels, start=1):
-            if len(level.times) <= EXACT_MAX:
+            if len(level.times) <= self._exact_max:
                 break
             if depth == len(self.levels):
                 self.levels.append(deeper(level, depth))
@@ -169,7 +170,7 @@ def depth_of(value: Key) -> int:
     """The deepest level that a value belongs to, the same on every machine."""
     text = value if isinstance(value, str) else repr(float(value))
     # A checksum tells values apart, the multiplication by 2**64 / φ spreads what it tells.
-    bits = (crc32(text.encode()) * 0x9E3779B97F4A7C15 >> 32) & 0xFFFFFFFF
+    bits = (crc32(text.encode(), 1) * 0x9E3779B97F4A7C15 >> 32) & 0xFFFFFFFF
     return (bits & -bits).bit_length() - 1 if bits else 32
 
 
@@ -191,9 +192,10 @@ class Decayed:
 
     def add(self, time_s: float, value: float) -> int:
         """Put an entry in; 1 if it is the first."""
-        value = min(max(float(value), -VALUE_MAX), VALUE_MAX)
+        if not -VALUE_MAX <= value <= VALUE_MAX:
+            value = min(max(value, -VALUE_MAX), VALUE_MAX)
         if not self.weight:
-            self.time_s, self.total, self.weight = time_s, value, 1.0
+            self.time_s, self.total, self.weight = time_s, float(value), 1.0
             return 1
         if time_s >= self.time_s:
             fade = 0.5 ** ((time_s - self.time_s) / self._half_life_s)
