@@ -1,4 +1,4 @@
-"""What the unit tests of HTTP share: a server in a thread of its own, and a client without opinions."""
+"""What the unit tests of HTTP share: a server in a thread of its own, and a plain client."""
 
 from __future__ import annotations
 
@@ -81,11 +81,17 @@ def serve() -> Iterator[Callable[..., Served]]:
 
 
 @pytest.fixture
+def served(serve: Callable[..., Served], write_model: Callable[..., Path]) -> Served:
+    """A server of the model `same`, FP32."""
+    return serve(write_model())
+
+
+@pytest.fixture
 def write_model(tmp_path: Path) -> Callable[..., Path]:
     """`write_model("INT64")` writes the file same.onnx: output `y` equals input `x`, (batch, 3).
 
     With `shape`, of that shape; `inputs` names several inputs, each with its output. With
-    `only_rows`, it runs with so many rows alone: nothing is known of its speed, so it runs elsewhere.
+    `only_rows`, no other number of rows will do: it cannot be timed with one, so it runs elsewhere.
     """
 
     def write(

@@ -63,10 +63,7 @@ def still_serves(served: Any) -> bool:
     return served.ask("POST", INFER, BODY)[0] == 200
 
 
-def test_a_body_of_100_mb_is_refused_and_memory_stays_flat(
-    serve: Serve, write_model: WriteModel
-) -> None:
-    served = serve(write_model())
+def test_a_body_of_100_mb_is_refused_and_memory_stays_flat(served: Any) -> None:
     assert still_serves(served)
     before = resident_bytes()
 
@@ -129,10 +126,8 @@ def test_a_bomb_is_refused(serve: Serve, write_model: WriteModel, bomb: bytes) -
     ],
 )
 def test_a_bad_encoding_is_named(
-    serve: Serve, write_model: WriteModel, body: bytes, encoding: str, status: int, why: str
+    served: Any, body: bytes, encoding: str, status: int, why: str
 ) -> None:
-    served = serve(write_model())
-
     found, said = served.json("POST", INFER, body, Content_Encoding=encoding)
 
     assert (found, why in said["error"]) == (status, True)
@@ -162,10 +157,8 @@ def test_a_lie_about_the_length_of_the_json_is_refused(
     ],
 )
 def test_what_is_no_http_gets_one_error_and_only_its_connection_is_closed(
-    serve: Serve, write_model: WriteModel, garbage: bytes
+    served: Any, garbage: bytes
 ) -> None:
-    served = serve(write_model())
-
     with connect(served) as other, connect(served) as client:
         client.sendall(garbage)
         said = answers(client)
@@ -177,9 +170,7 @@ def test_what_is_no_http_gets_one_error_and_only_its_connection_is_closed(
     assert served.server.statistics()["bad_requests"] == 1
 
 
-def test_an_endless_head_is_cut_off(serve: Serve, write_model: WriteModel) -> None:
-    served = serve(write_model())
-
+def test_an_endless_head_is_cut_off(served: Any) -> None:
     with connect(served) as client:
         client.sendall(head("X: ")[:-4])
         for _ in range(100):
@@ -327,8 +318,7 @@ def test_bodies_that_are_held_at_once_are_bounded_together(
     assert still_serves(served)
 
 
-def test_deep_nesting_is_refused(serve: Serve, write_model: WriteModel) -> None:
-    served = serve(write_model())
+def test_deep_nesting_is_refused(served: Any) -> None:
     tensor = BODY.replace(b"[1, 2, 3]", b"[" * 100_000 + b"]" * 100_000)
 
     for body in (b"[" * 1_000_000, b'{"a":' * 100_000, tensor):
