@@ -97,10 +97,11 @@ class Asking:
         if all(arm.runner.inline for arm in pipeline.slot.arms):
             return self.predict(family.name, event)
         try:
-            with pipeline.slot.lease() as arms:
-                with self.turn:
-                    pipeline.admitted(*said)
-                    rows = pipeline.rows(event.time_s, event.fields)
+            with self.turn:
+                pipeline.admitted(*said)
+                rows = pipeline.rows(event.time_s, event.fields)
+                lease = pipeline.slot.lease()
+            with lease as arms:
                 outputs = await self._serving.worker.submit(
                     lambda many: pipeline.score_many(arms, many),
                     rows,

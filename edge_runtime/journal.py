@@ -42,7 +42,8 @@ class Journal:
         self._states = states
         self._nobody_reads = config.package is not None
         self._prefix = f"{config.device}.{self.log.epoch}."
-        self._since_snapshot = 0
+        self._since_snapshot = self._bytes_since = 0
+        self._bytes_every = (config.log.bytes_max_mb << 20) // 8  # what a snapshot covers can go
 
     def start(self) -> None:
         """Follow the log's commits from now on; before it, the windows are being brought back."""
@@ -54,7 +55,10 @@ class Journal:
 
     def event(self, record: PredictionRecord | ObservationRecord) -> int:
         """Log an event; its number. Raises: CapacityError, with nothing logged."""
-        return self.log.append("event", codec.encode(record))
+        data = codec.encode(record)
+        seq = self.log.append("event", data)
+        self._bytes_since += len(data)
+        return seq
 
     def label(self, record: LabelRecord) -> int:
         """Log a label; its own number. Raises: CapacityError, with nothing logged."""
@@ -71,7 +75,7 @@ class Journal:
     def moved(self, events: int = 1) -> None:
         """So many events are logged and the windows have seen them."""
         self._since_snapshot += events
-        if self._since_snapshot >= SNAPSHOT_EVERY:
+        if self._since_snapshot >= SNAPSHOT_EVERY or self._bytes_since >= self._bytes_every:
             self.offer_snapshot()
 
     def hasten_snapshot(self) -> None:
@@ -82,7 +86,7 @@ class Journal:
         """Have the windows, as they are now, written once what they know is durable."""
         seq = self.log.handed_out("event")
         self.snapshots.offer(Snapshot(SNAPSHOT_VERSION, self.log.epoch, seq, self._states()))
-        self._since_snapshot = 0
+        self._since_snapshot = self._bytes_since = 0
 
     def close(self) -> None:
         """Make everything durable, windows included. Raises: CapacityError `log_not_durable`."""

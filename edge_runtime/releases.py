@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
@@ -48,9 +49,12 @@ class Releases:
 
     def swap(self, member: Family, arms: Sequence[Arm], plan: Plan | None) -> None:
         """See `Runtime.swap`."""
+        if brings_new_windows(member, arms):  # the log must be durable first: as `adopt` waits
+            with ThreadPoolExecutor(1, thread_name_prefix="adopt") as thread:
+                thread.submit(asyncio.run, self.adopt(member, arms, plan)).result()
+            return
         with self._turn:
-            log = self._journal.log
-            member.follow(arms, plan, rebuilt(log, member, arms, log.durable("event")))
+            member.follow(arms, plan)
         self._journal.hasten_snapshot()
 
     async def adopt(self, member: Family, arms: Sequence[Arm], plan: Plan | None) -> None:
@@ -58,14 +62,17 @@ class Releases:
         if not brings_new_windows(member, arms):
             self.swap(member, arms, plan)
             return
-        log, member.pipeline.missed = self._journal.log, []
-        try:
+        log = self._journal.log
+        with self._turn:
+            missed: list[history.Seen] = []
+            member.pipeline.missed = missed
             until = log.epoch, log.handed_out("event")
+        try:
             await log.wait_durable("event", until[1])
             engines = await asyncio.to_thread(rebuilt, log, member, arms, until)
             with self._turn:
                 self._check_not_left(arms)
-                catch_up(engines, member.pipeline.missed)
+                catch_up(engines, missed)
                 member.follow(arms, plan, engines)
         finally:
             member.pipeline.missed = None
@@ -79,17 +86,16 @@ class Releases:
 
     def roll_back(self, member: Family, reason: str) -> str:
         """See `Runtime.rollback`."""
-        return self._go_back(member, way_back(member.plan, self._shelf), reason)
+        back = way_back(member, self._shelf)
+        leave(self._shelf, back, reason)
+        self.swap(member, back.arms, back.plan)
+        return back.plan.stable.release
 
     async def roll_back_async(self, member: Family, reason: str) -> str:
         """See `Runtime.rollback_async`."""
-        back = await asyncio.to_thread(way_back, member.plan, self._shelf)
-        return self._go_back(member, back, reason)
-
-    def _go_back(self, member: Family, back: WayBack, reason: str) -> str:
-        leave(self._shelf, back.leaving, reason)
-        self.swap(member, back.arms, back.plan)
-        self._shelf.save_current(back.plan)
+        back = await asyncio.to_thread(way_back, member, self._shelf)
+        await asyncio.to_thread(leave, self._shelf, back, reason)
+        await self.adopt(member, back.arms, back.plan)
         return back.plan.stable.release
 
 
@@ -108,15 +114,13 @@ def seen(
 
 def brings_new_windows(family: Family, arms: Sequence[Arm]) -> bool:
     """Whether `arms` have windows that must be rebuilt from the log before they serve."""
-    return bool(family.pipeline.engines) and bool(_new_windows(family, arms))
+    return bool(_new_windows(family, arms))
 
 
 def rebuilt(
     events: EventLog, family: Family, arms: Sequence[Arm], until: Position
 ) -> dict[str, Engine]:
     """Engines for those of `arms` that bring new windows, having seen the log up to `until`."""
-    if not brings_new_windows(family, arms):
-        return {}
     return history.rebuild(_new_windows(family, arms), seen(events, family.name, until=until))
 
 
@@ -141,12 +145,15 @@ class WayBack:
     arms: list[Arm]
 
 
-def way_back(plan: Plan | None, shelf: Shelf) -> WayBack:
-    """From `plan` to the same without its canary or, where it has none, to what served before.
+def way_back(member: Family, shelf: Shelf) -> WayBack:
+    """From what `member` serves to the same without its canary or, where there is none here, to
+    what served before.
 
     Raises: RequestError `nothing_to_roll_back`, PackageError for a package that does not load.
     """
-    if plan is not None and plan.canary is not None:
+    plan = member.plan
+    tries_canary = len(member.pipeline.slot.arms) > 1
+    if plan is not None and plan.canary is not None and tries_canary:
         leaving, before = plan.canary, alone(plan)
     else:
         previous = None if plan is None else shelf.load_previous(plan.family)
@@ -165,11 +172,15 @@ def load(shelf: Shelf, plan: Plan) -> list[Arm]:
     return [load_plan_arm(shelf, "stable", plan.stable)]
 
 
-def leave(shelf: Shelf, arm: PlanArm, reason: str) -> None:
-    """Never run the packages of `arm` again on this device. Raises: CapacityError."""
-    for package in arm.packages:
+def leave(shelf: Shelf, back: WayBack, reason: str) -> None:
+    """Never run what `back` leaves again on this device, nor after a restart.
+
+    Raises: CapacityError, with what serves unchanged.
+    """
+    for package in back.leaving.packages:
         shelf.quarantine(package.sha256, "rolled_back")
-    log.warning("%s is left and in quarantine: %s", arm.release, reason)
+    shelf.save_current(back.plan)
+    log.warning("%s is left and in quarantine: %s", back.leaving.release, reason)
 
 
 def alone(plan: Plan) -> Plan:

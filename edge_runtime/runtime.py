@@ -50,19 +50,23 @@ class Runtime:
     `on_commit`, once set, is called from the log's thread whenever more became durable.
     """
 
-    def __init__(self, config: EdgeConfig, clock: Clock, ends: contextlib.ExitStack) -> None:
+    def __init__(self, config: EdgeConfig, clock: Clock) -> None:
         self.config, self.device, self.families = config, config.device, config.families
         self._clock = clock
         self._members = {name: Family(name, self.device, clock) for name in self.families}
         self._journal = Journal(config, self._states)
         self.log, self.epoch = self._journal.log, self._journal.log.epoch
-        self.shelf = Shelf(config.state_dir / "shelf")  # after the log, whose lock guards it too
+        try:
+            self.shelf = Shelf(config.state_dir / "shelf")  # guarded by the log's lock, too
+        except BaseException:
+            self.log.close()
+            raise
         slots = {name: family.pipeline.slot for name, family in self._members.items()}
         self._refusals, self._counting = {"request_errors": 0, "requests_dropped": 0}, Lock()
         self._serving = Serving(slots, config.inference, self._refused)
         self._asking = Asking(self._members, self._journal, self._serving, clock, self._refused)
         self._releases = Releases(self._members, self._journal, self.shelf, self._asking.turn)
-        self._ends = ends
+        self._ends = contextlib.ExitStack()
         self._replayed, self._closed = 0, False
 
     @classmethod
@@ -96,14 +100,13 @@ class Runtime:
                 family = family_of(package)
             except PackageError as error:
                 raise ConfigError("bad_package", error.message, error.hint) from error
-            config = configuration.local_config(package, family, Path(folder))
-            return cls._open(config, clock, ends.pop_all())
+            runtime = cls._open(configuration.local_config(package, family, Path(folder)), clock)
+            runtime._ends = ends.pop_all()  # noqa: SLF001 - it is our own
+            return runtime
 
     @classmethod
-    def _open(
-        cls, config: EdgeConfig, clock: Clock | None, ends: contextlib.ExitStack | None = None
-    ) -> Self:
-        runtime = cls(config, clock or SystemClock(), ends or contextlib.ExitStack())
+    def _open(cls, config: EdgeConfig, clock: Clock | None) -> Self:
+        runtime = cls(config, clock or SystemClock())
         try:
             for family in runtime._members.values():
                 restart.restore_arms(family, runtime.shelf, config)
@@ -317,12 +320,14 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
-        self._serving.close()
-        with self._asking.turn:
-            self._journal.close()
-        for family in self._members.values():
-            family.pipeline.slot.close()
-        self._ends.close()
+        with self._ends, self._asking.turn:
+            self._serving.close()
+            try:
+                self._journal.close()
+            finally:
+                for family in self._members.values():
+                    family.pipeline.swap(())
+                    family.pipeline.slot.settle()
 
     def __enter__(self) -> Self:
         return self

@@ -22,7 +22,7 @@ from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.inference.pipeline import no_release
 from edge_runtime.inference.runner import Runner, flush_denormals
 from edge_runtime.inference.slot import Arm, Slot
-from edge_runtime.inference.tensors import Array, Tensor
+from edge_runtime.inference.tensors import Array, Tensor, fitting
 from edge_runtime.inference.worker import Worker
 from edge_runtime.metrics import Histogram
 
@@ -60,6 +60,7 @@ class Serving:
     ) -> None:
         self._slots, self._rows_max, self._refused = slots, config.batch_rows_max, refused
         self.latency, self.infers, self._counting = Histogram(), 0, threading.Lock()
+        self._models: dict[str, tuple[tuple[Arm, ...], ModelInfo]] = {}
         self.deadline_s = config.deadline_ms / 1000
         self.worker = Worker(
             queue_max=config.queue_max,
@@ -82,18 +83,10 @@ class Serving:
     def model(self, family: str) -> ModelInfo:
         """What `family` serves now. Raises: RequestError (unknown_family, no_release)."""
         arms = self.slot(family).arms
-        if not arms:
-            raise no_release(family)
-        runner = arms[0].runner
-        return ModelInfo(
-            family,
-            arms[0].release,
-            tuple(arm.release for arm in arms),
-            runner.inputs,
-            runner.outputs,
-            all(arm.runner.inline for arm in arms),
-            arms[0].info is not None,
-        )
+        known = self._models.get(family)
+        if known is None or known[0] is not arms:
+            known = self._models[family] = arms, _described(family, arms)
+        return known[1]
 
     def infer(
         self, family: str, arrays: Arrays, outputs: Sequence[str], release: str | None
@@ -158,7 +151,7 @@ class Serving:
     ) -> Answers:
         return await self.worker.submit(
             lambda requests: _together(runner, requests, outputs),
-            arrays,
+            fitting(runner.inputs, arrays),
             group=self._group(runner, arrays, outputs),
             rows=_rows(arrays),
             timeout_s=self.deadline_s if timeout_s is None else timeout_s,
@@ -172,10 +165,25 @@ class Serving:
 
     def _group(self, runner: Runner, arrays: Arrays, outputs: Sequence[str]) -> object:
         """What requests must have in common to share a run; None where none may."""
-        if self._rows_max == 1 or not runner.batchable:
+        if self._rows_max == 1 or not runner.batchable or not _has_one_length(arrays):
             return None
         shapes = tuple((name, array.shape[1:]) for name, array in sorted(arrays.items()))
         return id(runner), tuple(outputs), shapes
+
+
+def _described(family: str, arms: tuple[Arm, ...]) -> ModelInfo:
+    if not arms:
+        raise no_release(family)
+    runner = arms[0].runner
+    return ModelInfo(
+        family,
+        arms[0].release,
+        tuple(arm.release for arm in arms),
+        runner.inputs,
+        runner.outputs,
+        all(arm.runner.inline for arm in arms),
+        arms[0].info is not None,
+    )
 
 
 def _named(family: str, arms: tuple[Arm, ...], release: str | None) -> Arm:
@@ -202,14 +210,18 @@ def _together(
 
 
 def _is_uniform(requests: Sequence[Arrays]) -> bool:
-    """Whether the arrays of all requests differ in their numbers of rows alone."""
+    """Whether the arrays of all requests differ in their numbers of rows alone, one in each."""
     try:
         first = {name: array.shape[1:] for name, array in requests[0].items()}
         return all(
             array.shape[1:] == first.get(name) for each in requests for name, array in each.items()
-        )
-    except AttributeError:  # no arrays at all: each gets an error of its own
+        ) and (len(first) == 1 or all(_has_one_length(each) for each in requests))
+    except (AttributeError, TypeError):  # no arrays at all: each gets an error of its own
         return False
+
+
+def _has_one_length(arrays: Arrays) -> bool:
+    return len({len(array) for array in arrays.values()}) == 1
 
 
 def _rows(arrays: Arrays) -> int:

@@ -6,11 +6,14 @@ Invariants: a window whose definition is unchanged goes on with all it holds; on
 reaches further back, is rebuilt from the records that the log still has. What is rebuilt is what
 streaming would have given.
 
+A window over labels that comes new begins empty: labels were not logged for it.
+
 Knows nothing about logs and files: records come as an iterator.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from edge_runtime.errors import ConfigError, RequestError
@@ -78,10 +81,13 @@ def _covers(kept: Reach | None, wanted: Reach) -> bool:
 
 def rebuild(infos: Mapping[str, PackageInfo], records: Iterator[Seen]) -> dict[str, Engine]:
     """Engines by spec hash that have seen `records`, oldest first."""
-    engines = {name: _new(info) for name, info in infos.items()}
+    engines, newest_s = {name: _new(info) for name, info in infos.items()}, -math.inf
     for kind, time_s, fields in records:
+        if kind != LABEL:
+            newest_s = max(newest_s, time_s)
         for engine in engines.values():
-            see(engine, kind, time_s, fields)
+            if kind == LABEL or time_s >= newest_s - engine.lateness_s:
+                see(engine, kind, time_s, fields)
     return engines
 
 

@@ -42,6 +42,7 @@ INLINE_US_MAX = 250.0
 50 to 150 µs of its own, and a loop that stalls so briefly is not noticed."""
 
 _THREADED_US_MIN = 2000.0
+_WARM_S, _WARM_BYTES = 0.5, 16 << 20
 _WORTH_IT = 0.8  # all CPUs for less than a fifth of the time saved would be a waste
 BATCH_ROWS_MAX = 64
 
@@ -82,9 +83,13 @@ class Runner:
     def __init__(self, path: Path | str, *, rows_max: int = BATCH_ROWS_MAX) -> None:
         started_s = time.perf_counter()
         self._session = _load(str(path), threads=1)
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        self.inputs = _declared(self._session.get_inputs())
-        self.outputs = _declared(self._session.get_outputs())
+        try:
+            self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+            self.inputs = _declared(self._session.get_inputs())
+            self.outputs = _declared(self._session.get_outputs())
+        except UnicodeDecodeError as error:
+            what = f"{path} has a name that is no text: {error}"
+            raise PackageError("unreadable_package", what) from error
         self._check(str(path))
         self._try_out(str(path))
         self._warm(rows_max)
@@ -111,7 +116,7 @@ class Runner:
         self, requests: Sequence[Mapping[str, Array]], outputs: Sequence[str] = ()
     ) -> list[dict[str, Array]]:
         """As `infer` of each of `requests`, in one run; only where `batchable`, and where the
-        arrays of all requests differ in their numbers of rows alone.
+        arrays of all requests differ in their numbers of rows alone, which are one number in each.
 
         Raises: as `infer`; no request was then answered.
         """
@@ -124,6 +129,8 @@ class Runner:
             for tensor in self.inputs
         }
         answers = self._run(names, feed)
+        if any(len(answer) != len(feed[first]) for answer in answers):
+            raise PackageError("run_failed", "the model gave other rows than it was asked for")
         starts = [0, *ends[:-1]]
         return [
             dict(zip(names, [answer[start:end] for answer in answers], strict=True))
@@ -152,10 +159,10 @@ class Runner:
         return answers
 
     def answer_many(self, packed: Sequence[bytes]) -> list[list[float]]:
-        """As `answer` of each row, in one run where `batchable`."""
-        if not self.batchable:
-            return [self.answer(row) for row in packed]
+        """As `answer` of each row, in one run where `batchable`; on any thread."""
         rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(len(packed), self.features)
+        if not self.batchable:
+            return [self.run(rows[at : at + 1]).tolist()[0] for at in range(len(rows))]
         answers: list[list[float]] = self.run(_padded(rows))[: len(packed)].tolist()
         return answers
 
@@ -201,8 +208,11 @@ class Runner:
             self._session = alone
 
     def _warm(self, rows_max: int) -> None:
-        rows = 2
-        while self.batchable and rows <= rows_max:
+        """Run each size of batch that is used, as far as a short time goes."""
+        rows, until_s = 2, time.perf_counter() + _WARM_S
+        row_bytes = sum(array.nbytes for array in trial.sample(self.inputs, 1).values())
+        most = min(rows_max, _WARM_BYTES // max(row_bytes, 1))
+        while self.batchable and rows <= most and time.perf_counter() < until_s:
             self._run(self._names, trial.sample(self.inputs, rows))
             rows *= 2
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.errors import PackageError
-from edge_runtime.inference.onnxfile import is_package
+from edge_runtime.inference.onnxfile import is_package, metadata_in
 from edge_runtime.inference.package import Matrix, PackageInfo, read_package
 from edge_runtime.inference.runner import INPUT, OUTPUT, Runner
 from edge_runtime.inference.tensors import Tensor, described
@@ -196,10 +196,9 @@ def load_bare_arm(path: Path | str, release: str) -> Arm:
 
     Raises: PackageError, as `load_arm`; a file without metadata proves itself by running only.
     """
-    runner = Runner(path)
-    if not is_package(runner.metadata):
-        return Arm("stable", release, runner, None, 1.0)
-    return load_arm(path, None, "stable", release, 1.0)
+    if is_package(metadata_in(Path(path))):
+        return load_arm(path, None, "stable", release, 1.0)
+    return Arm("stable", release, Runner(path), None, 1.0)
 
 
 def _check_widths(runner: Runner, info: PackageInfo, path: str) -> None:

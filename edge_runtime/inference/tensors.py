@@ -68,10 +68,11 @@ class Tensor(msgspec.Struct, frozen=True):
             shape[0] = rows
         if self.datatype == "BYTES":
             return np.full(shape, "", dtype=object)
-        if self.dtype.kind != "f":
-            return np.zeros(shape, self.dtype)
-        values = np.random.default_rng(1).standard_normal(shape)
-        return values.astype(self.dtype)
+        if self.dtype.kind != "f":  # 0 and 1 in turn suit any vocabulary and any mask
+            values = np.indices(shape).sum(0) % 2
+        else:
+            values = np.random.default_rng(1).standard_normal(shape)
+        return np.asarray(values, self.dtype)
 
 
 def datatype_of(array: Array) -> str:
@@ -93,11 +94,13 @@ def fitting(declared: Collection[Tensor], arrays: Mapping[str, Array]) -> Mappin
                 f"input {tensor.name!r} is missing",
                 f"it takes {described(tensor)}",
             )
-        if type(array) is not np.ndarray or array.dtype != DTYPES[tensor.datatype]:
+        if not isinstance(array, np.ndarray) or array.dtype != DTYPES[tensor.datatype]:
             _check_type(tensor, array)
+        elif tensor.datatype == "BYTES":
+            _check_texts(tensor, array)
         shape, want = array.shape, tensor.shape
         # The usual case is decided by one look; all else is judged below.
-        if not (shape and shape[0] and want[0] == -1 and shape[1:] == want[1:]):
+        if not (shape and shape[0] and want and want[0] == -1 and shape[1:] == want[1:]):
             _check_shape(tensor, shape)
     if len(arrays) != len(declared):
         _refuse_unknown([tensor.name for tensor in declared], arrays)
@@ -136,7 +139,7 @@ def _check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check_type(tensor: Tensor, array: object) -> None:
     if isinstance(array, np.ndarray):
-        if tensor.datatype == "BYTES" and array.dtype.kind in "SU":
+        if tensor.datatype == "BYTES" and array.dtype.kind == "U":
             return
         have = datatype_of(array) or str(array.dtype)
     else:
@@ -146,6 +149,17 @@ def _check_type(tensor: Tensor, array: object) -> None:
         f"input {tensor.name!r} is {have}; the model takes {tensor.datatype}",
         f"give a numpy array of {tensor.dtype}",
     )
+
+
+def _check_texts(tensor: Tensor, array: Array) -> None:
+    """Other things in the cells of an object array would be sent as their names."""
+    for cell in array.flat:
+        if not isinstance(cell, str):
+            raise RequestError(
+                "wrong_type",
+                f"input {tensor.name!r} holds a {type(cell).__name__}; the model takes texts",
+                "decode bytes as UTF-8",
+            )
 
 
 def _refuse_unknown(known: list[str], arrays: Mapping[str, Array]) -> None:

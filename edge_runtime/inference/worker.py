@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from edge_runtime.errors import CapacityError, HeadwaterError
+from edge_runtime.errors import CapacityError
 
 QUEUE_MAX = 256
 
@@ -154,13 +154,13 @@ class Worker:
             while True:
                 job = self._queue.get_nowait()
                 left += [job] if job is not None else []
-        _deliver(left, [_closed()] * len(left))
+        _deliver(left, [_closed() for _ in left])
 
 
 def _done(jobs: list[_Job]) -> Sequence[Any]:
     try:
         return jobs[0].work([job.payload for job in jobs])
-    except HeadwaterError as error:
+    except Exception as error:  # whose it is: the thread has to live on for the others
         return [error] if len(jobs) == 1 else [result for job in jobs for result in _done([job])]
 
 
@@ -173,7 +173,7 @@ def _deliver(jobs: list[_Job], results: Sequence[Any]) -> None:
 def _settle(future: asyncio.Future[Any], result: Any) -> None:
     if future.done():
         return
-    if isinstance(result, HeadwaterError):
+    if isinstance(result, Exception):
         future.set_exception(result)
     else:
         future.set_result(result)
