@@ -23,12 +23,8 @@ GOOD = json.dumps({"inputs": [TENSOR]}).encode()
 SIZED = json.dumps(
     {"inputs": [TENSOR | {"data": None, "parameters": {"binary_data_size": 12}}]}
 ).replace('"data": null, ', "")
-PATHS = (
-    "/v2/models/same/infer",
-    "/edge/v1/predict/same",
-    "/edge/v1/observe/same",
-    "/edge/v1/label",
-)
+INFER = "/v2/models/same/infer"
+PATHS = (INFER, "/edge/v1/predict/same", "/edge/v1/observe/same", "/edge/v1/label")
 COUNT = pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.slow)])
 
 json_values = st.recursive(
