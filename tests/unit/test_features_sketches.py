@@ -70,7 +70,7 @@ def test_a_state_that_was_kept_and_loaded_goes_on_as_if_it_had_never_stopped(ent
 
 
 @pytest.mark.parametrize("names", ["{}", "user-{:06}", "AB{:x}/item"])
-@pytest.mark.parametrize("count", [EXACT_MAX, 3_000, 30_000])
+@pytest.mark.parametrize("count", [EXACT_MAX, 9_000])
 def test_many_values_are_counted_within_a_tenth_over_any_span(names, count):
     chance, state = random.Random(count), Distinct(1e9)
     values = [names.format(number) for number in range(count)]
