@@ -51,9 +51,7 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Asking:
-    """The families of a device, asked; `counts` and `latency` are of what was answered, `refused`
-    is told of what was not.
-    """
+    """The families of a device; `counts` and `latency` tell what was answered, `refused` the rest."""
 
     def __init__(
         self,

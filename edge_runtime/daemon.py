@@ -17,25 +17,15 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from edge_runtime import notify
 from edge_runtime.api.http import HOST, HttpServer
 from edge_runtime.api.socket import SocketServer
-from edge_runtime.bus.nats import connect
-from edge_runtime.clock import SystemClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import ConfigError, HeadwaterError
-from edge_runtime.events.uplink import Uplink
-from edge_runtime.inference.prover import Prover
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.runner import flush_denormals
-from edge_runtime.rollout.agent import Agent, Updates
-from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 from edge_runtime.runtime import Runtime
-from edge_runtime.update.client import UpdateClient
-from edge_runtime.update.fetcher import BusFetcher
-from edge_runtime.update.shelf import Shelf
 
 SWITCH_INTERVAL_S = 0.0005
 """How long another thread may keep the interpreter from an answer; by default it is ten times so
@@ -71,10 +61,8 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
             notify.ready(f"serves {_served(runtime)}")
             if on_ready is not None:
                 on_ready(runtime)
-            if config.nats:
-                await _serve_with_cloud(runtime, root, parts, stop)
-            else:
-                await _run_until(stop, notify.watchdog())
+            async with _cloud_side(runtime, root, parts) as works:
+                await _run_until(stop, notify.watchdog(), *works)
             notify.stopping()
     log.info("%s stopped", config.device)
 
@@ -102,34 +90,18 @@ async def _listening(runtime: Runtime, parts: Parts) -> AsyncIterator[str]:
         await http.close()
 
 
-async def _serve_with_cloud(
-    runtime: Runtime,
-    root: bytes,
-    parts: Parts,
-    stop: asyncio.Event,
-) -> None:
-    config, clock = runtime.config, SystemClock()
-    async with _bus(config) as bus:
-        prover = Prover()
-        uplink = Uplink(runtime.log, bus, config.device, clock, trim_floor=runtime.trim_floor)
-        client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
-        agent = Agent(
-            runtime,
-            client,
-            runtime.shelf,
-            bus,
-            attributes=config.attributes,
-            poll_s=config.poll_s,
-            prove=prover.prove,
-        )
-        runtime.on_commit = uplink.wake
-        parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
-        parts["prover"] = prover.statistics
-        try:
-            await _run_until(stop, notify.watchdog(), uplink.run(), agent.run())
-        finally:
-            runtime.on_commit = None
-            prover.close()
+@asynccontextmanager
+async def _cloud_side(
+    runtime: Runtime, root: bytes, parts: Parts
+) -> AsyncIterator[list[Coroutine[Any, Any, None]]]:
+    """What has to run for a device that has a broker; its rooms are loaded only then."""
+    if not runtime.config.nats:
+        yield []
+        return
+    from edge_runtime.uplinked import cloud_side
+
+    async with cloud_side(runtime, root, parts) as works:
+        yield works
 
 
 async def _run_until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> None:
@@ -139,47 +111,6 @@ async def _run_until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> 
         await stop.wait()
         for task in tasks:
             task.cancel()
-
-
-@asynccontextmanager
-async def _bus(config: EdgeConfig) -> AsyncIterator[Any]:
-    bus = await connect(config.nats, name=f"edge-runtime {config.device}")
-    try:
-        yield bus
-    finally:
-        await bus.close()
-
-
-class _Refusing:
-    """Stands in for an update client whose stored trust cannot be read: fail closed, say why.
-
-    `refresh` comes first in every check, so nothing else is ever asked.
-    """
-
-    def __init__(self, error: HeadwaterError) -> None:
-        self._error = error
-
-    def refresh(self) -> None:
-        raise self._error
-
-    def plan(self, _family: str) -> Plan:
-        raise self._error
-
-    def fetch(self, _arm: PlanArm, _package: Variant, _shelf: Shelf) -> Path:
-        raise self._error
-
-    def confirm(self, _plan: Plan) -> None:
-        raise self._error
-
-
-def _open_client(
-    config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
-) -> Updates:
-    try:
-        return UpdateClient(config.state_dir / "update", root, fetcher, clock)
-    except HeadwaterError as error:
-        log.warning("no updates until this is mended, what runs is unchanged: %s", error)
-        return _Refusing(error)
 
 
 def _read_root(config: EdgeConfig) -> bytes:

@@ -58,7 +58,7 @@ class SocketServer:
 
         Raises: ConfigError (socket_in_use, bad_socket, unknown_group).
         """
-        listener = _bind(path, mode, group)
+        listener = bind(path, mode, group)
         self._path = path
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: Connection(self._answers, self._bounds), sock=listener, backlog=_BACKLOG
@@ -91,7 +91,11 @@ async def _all_lost(connections: list[Member]) -> None:
         await asyncio.wait([each.lost for each in connections], timeout=_CLOSE_S)
 
 
-def _bind(path: Path, mode: int, group: str) -> socket.socket:
+def bind(path: Path, mode: int, group: str) -> socket.socket:
+    """A socket bound to `path`, which nobody can connect to before it listens.
+
+    Raises: ConfigError (socket_in_use, bad_socket, unknown_group).
+    """
     gid = _group(group)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

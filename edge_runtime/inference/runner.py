@@ -33,7 +33,7 @@ import onnxruntime as ort
 from edge_runtime import cpus
 from edge_runtime.errors import PackageError
 from edge_runtime.inference import trial
-from edge_runtime.inference.tensors import Array, Tensor, fitting, selected
+from edge_runtime.inference.tensors import ONNX_TYPES, Array, Tensor, fitting, selected
 
 INPUT = "features"
 OUTPUT = "probability"
@@ -51,21 +51,6 @@ Matrix = npt.NDArray[np.float32]
 _FLUSH = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}
 """Word of glibc's fenv_t that holds the flags, and the flags: FTZ and DAZ of MXCSR, FZ of FPCR."""
 
-_TYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
 _load_turn = threading.Lock()
 
 
@@ -180,12 +165,12 @@ class Runner:
                 f"{path} has {len(self.inputs)} inputs and {len(self.outputs)} outputs that are "
                 "tensors; a model that can be asked has at least one of each",
             )
-        strange = [each.name for each in self._session.get_inputs() if each.type not in _TYPES]
+        strange = [each.name for each in self._session.get_inputs() if each.type not in ONNX_TYPES]
         if strange:
             raise PackageError(
                 "wrong_signature",
                 f"{path}: inputs {strange} are of types that no caller can send",
-                f"types that can be sent: {', '.join(_TYPES.values())}",
+                f"types that can be sent: {', '.join(ONNX_TYPES.values())}",
             )
         self._names = [tensor.name for tensor in self.outputs]
 
@@ -270,11 +255,11 @@ def _declared(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(
         Tensor(
             node.name,
-            _TYPES[node.type],
+            ONNX_TYPES[node.type],
             tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape),
         )
         for node in nodes
-        if node.type in _TYPES
+        if node.type in ONNX_TYPES
     )
 
 

@@ -41,6 +41,23 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Element types by name; BYTES holds texts, one a cell."""
 
+ONNX_TYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+"""Element types as ONNX Runtime names them."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

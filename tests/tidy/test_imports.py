@@ -21,7 +21,7 @@ EDGE_ORDER = (
     *("features", "inference"),
     *("events", "personal", "rollout.plan", "update", "rollout", "snapshots", "family", "labels"),
     *("journal", "serving", "asking", "releases", "restart", "standing", "runtime", "factory"),
-    *("api", "doctor", "daemon", "local", "cli", ""),
+    *("api", "doctor", "uplinked", "daemon", "local", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (

@@ -1,0 +1,96 @@
+"""The cloud side of a daemon: bus, uplink, updates and the agent, wired together.
+
+Why: a device without a broker needs none of it, and what is not loaded costs neither memory nor
+time to start.
+
+Knows how these rooms fit together, and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.bus.nats import connect
+from edge_runtime.clock import SystemClock
+from edge_runtime.config import EdgeConfig
+from edge_runtime.errors import HeadwaterError
+from edge_runtime.events.uplink import Uplink
+from edge_runtime.inference.prover import Prover
+from edge_runtime.rollout.agent import Agent, Updates
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant
+from edge_runtime.runtime import Runtime
+from edge_runtime.update.client import UpdateClient
+from edge_runtime.update.fetcher import BusFetcher
+from edge_runtime.update.shelf import Shelf
+
+log = logging.getLogger("edge_runtime.daemon")
+
+
+@asynccontextmanager
+async def cloud_side(
+    runtime: Runtime, root: bytes, parts: dict[str, Callable[[], dict[str, int]]]
+) -> AsyncIterator[list[Coroutine[Any, Any, None]]]:
+    """What has to run while `runtime` serves, connected to its broker; its counts go to `parts`.
+
+    `root` is the trusted root of signed metadata.
+    """
+    config, clock = runtime.config, SystemClock()
+    bus = await connect(config.nats, name=f"edge-runtime {config.device}")
+    prover = Prover()
+    uplink = Uplink(runtime.log, bus, config.device, clock, trim_floor=runtime.trim_floor)
+    client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
+    agent = Agent(
+        runtime,
+        client,
+        runtime.shelf,
+        bus,
+        attributes=config.attributes,
+        poll_s=config.poll_s,
+        prove=prover.prove,
+    )
+    runtime.on_commit = uplink.wake
+    parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
+    parts["prover"] = prover.statistics
+    try:
+        yield [uplink.run(), agent.run()]
+    finally:
+        runtime.on_commit = None
+        prover.close()
+        await bus.close()
+
+
+class _Refusing:
+    """Stands in for an update client whose stored trust cannot be read: fail closed, say why.
+
+    `refresh` comes first in every check, so nothing else is ever asked.
+    """
+
+    def __init__(self, error: HeadwaterError) -> None:
+        self._error = error
+
+    def refresh(self) -> None:
+        raise self._error
+
+    def plan(self, _family: str) -> Plan:
+        raise self._error
+
+    def fetch(self, _arm: PlanArm, _package: Variant, _shelf: Shelf) -> Path:
+        raise self._error
+
+    def confirm(self, _plan: Plan) -> None:
+        raise self._error
+
+
+def _open_client(
+    config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
+) -> Updates:
+    try:
+        return UpdateClient(config.state_dir / "update", root, fetcher, clock)
+    except HeadwaterError as error:
+        log.warning("no updates until this is mended, what runs is unchanged: %s", error)
+        return _Refusing(error)
