@@ -51,7 +51,7 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Asking:
-    """The families of a device; `counts` and `latency` tell what was answered, `refused` the rest."""
+    """The families of a device; `counts` and `latency` are of what was answered, no more."""
 
     def __init__(
         self,
