@@ -14,6 +14,13 @@ def feature(text: str) -> str:
     return f"{HEAD}[[features]]\n{text}\n"
 
 
+TABLE = """[tables.facts]
+version = "1"
+columns = ["size", "zone"]
+rows = { A = [1.0, "x"], B = [2.0, "y"] }
+"""
+
+
 def windowed(text: str) -> str:
     return feature(f'name = "w"\nwindow = {{ {text} }}')
 
@@ -52,6 +59,42 @@ def test_a_subset_of_an_unknown_feature_is_refused_with_the_nearest_name(toy_spe
         toy_spec.subset(["carier"])
     assert caught.value.code == "unknown_feature"
     assert "'carrier'" in caught.value.hint
+
+
+def looked_up(text: str, more: str = "") -> str:
+    return feature(f'name = "l"\nlookup = {{ table = {text} }}\n{more}\n{TABLE}')
+
+
+def test_a_spec_with_tables_survives_its_own_json_and_its_hash_covers_their_cells():
+    text = looked_up("'facts', key = 'k', column = 'size'")
+    spec = Spec.from_toml(text)
+    again = Spec.from_json(spec.to_json())
+    assert (again, again.hash) == (spec, spec.hash)
+    other = Spec.from_toml(text.replace("2.0", "3.0"))
+    assert other != spec
+    assert other.hash != spec.hash
+
+
+def test_a_subset_carries_the_tables_that_it_looks_up_and_no_others():
+    both = looked_up("'facts', key = 'k', column = 'size'")
+    spec = Spec.from_toml(both.replace("[tables", "[[features]]\nname='x'\nfield='x'\n[tables"))
+    assert spec.subset(["x"]).tables == {}
+    assert spec.subset(["l"]).tables.keys() == {"facts"}
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (windowed("over = 'k', statistic = 'meen', value = 'v', span_s = 1"), "'mean'"),
+        (looked_up("'fact', key = 'k', column = 'size'"), "'facts'"),
+        (looked_up("'facts', key = 'k', column = 'siz'"), "'size'"),
+        (feature("name = 'a'\nfield = 'x'\nbuckets = [1]"), "'bucket'"),
+    ],
+)
+def test_a_typo_is_answered_with_the_nearest_word(text, hint):
+    with pytest.raises(ConfigError) as caught:
+        Spec.from_toml(text)
+    assert f"did you mean {hint}" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -95,6 +138,109 @@ def test_a_subset_of_an_unknown_feature_is_refused_with_the_nearest_name(toy_spe
         (windowed("over = 'k', statistic = 'count', span_s = inf"), "bad_value", "window.span_s"),
         (windowed("over = 'k', statistic = 'mean', span_s = 1"), "missing_key", "window.value"),
         (windowed("over = '', statistic = 'count', span_s = 1"), "bad_value", "window.over"),
+        (
+            windowed("over = 'k', statistic = 'count', span_s = 1, span_events = 1"),
+            "bad_value",
+            "span_events",
+        ),
+        (windowed("over = 'k', statistic = 'count', span_events = 0"), "bad_value", "span_events"),
+        (
+            windowed("over = 'k', statistic = 'count', span_events = 99999"),
+            "bad_value",
+            "span_events",
+        ),
+        (
+            windowed("over = 'k', statistic = 'count', span_s = 1, half_life_s = 1"),
+            "bad_value",
+            "half_life_s",
+        ),
+        (
+            windowed("over = 'k', value = 'v', statistic = 'decayed_mean', span_s = 1"),
+            "missing_key",
+            "half_life_s",
+        ),
+        (
+            windowed("over='k', value='v', statistic='decayed_mean', half_life_s=1, span_s=1"),
+            "bad_value",
+            "window.span_s",
+        ),
+        (
+            windowed("over = 'k', value = 'v', statistic = 'decayed_mean', half_life_s = -1"),
+            "bad_value",
+            "half_life_s",
+        ),
+        (windowed("over = 'k', statistic = 'rate', span_events = 1"), "missing_key", "span_s"),
+        (windowed("over = 'k', statistic = 'distinct', span_s = 1"), "missing_key", "value"),
+        (
+            windowed("over = 'label', value = 'v', statistic = 'mean', span_s = 1"),
+            "bad_value",
+            "window.value",
+        ),
+        (feature("name = 'a'\nfield = 'x'\ncycle = { of = 'day' }"), "bad_source", "'a'"),
+        (feature("name = 'a'\ncycle = { of = 'month' }"), "bad_value", "'a'"),
+        (feature("name = 'a'\ncycle = { off = 'day' }"), "unknown_key", "cycle.off"),
+        (feature("name = 'a'\ncycle = { of = 'day', utc_offset_s = 1e9 }"), "bad_value", "utc"),
+        (feature("name = 'a'\ncycle = { of = 'day' }\nlog1p = true"), "bad_value", "log1p"),
+        (feature("name = 'a'\nfield = 'x'\nhash = 1"), "bad_value", "hash"),
+        (feature("name = 'a'\nfield = 'x'\nhash = 9\nvocabulary = ['u']"), "bad_value", "hash"),
+        (feature("name = 'a'\nfield = 'x'\nhash = 9\nlog1p = true"), "bad_value", "log1p"),
+        (feature("name = 'a'\nfield = 'x'\nhash = 9\nbucket = [1]"), "bad_value", "bucket"),
+        (feature("name = 'a'\nfield = 'x'\nbucket = []"), "bad_value", "bucket"),
+        (feature("name = 'a'\nfield = 'x'\nbucket = [2, 1]"), "bad_value", "bucket"),
+        (feature("name = 'a'\nfield = 'x'\nbucket = [1, 1]"), "bad_value", "bucket"),
+        (feature("name = 'a'\nfield = 'x'\nbucket = [1, inf]"), "bad_value", "bucket"),
+        (feature("name = 'a'\nfield = 'x'\none_hot = true"), "bad_value", "one_hot"),
+        (
+            feature("name = 'a'\nfield = 'x'\nstandardise = { mean = 0, std = 0 }"),
+            "bad_value",
+            "standardise",
+        ),
+        (
+            feature("name = 'a'\nfield = 'x'\nstandardise = { mean = nan, std = 1 }"),
+            "bad_value",
+            "standardise",
+        ),
+        (
+            feature("name = 'a'\nfield = 'x'\nstandardise = { meen = 0, std = 1 }"),
+            "unknown_key",
+            "standardise.meen",
+        ),
+        (looked_up("'fact', key = 'k', column = 'size'"), "unknown_table", "'fact'"),
+        (looked_up("'facts', key = 'k', column = 'siz'"), "unknown_column", "'siz'"),
+        (looked_up("'facts', key = 'k', column = 'zone'"), "bad_value", "'A'"),
+        (looked_up("'facts', key = 'k', colum = 'zone'"), "unknown_key", "lookup.colum"),
+        (
+            looked_up("'facts', key = 'k', column = 'zone'", "vocabulary = ['z']"),
+            "bad_value",
+            "'zone'",
+        ),
+        (looked_up("'facts', key = 'k', column = 'size'") + "C = 1", "unknown_key", "'facts': C"),
+        (
+            looked_up("'facts', key = 'k', column = 'size'").replace('"x"]', "]"),
+            "bad_table",
+            "row 'A'",
+        ),
+        (
+            looked_up("'facts', key = 'k', column = 'size'").replace("1.0", "inf"),
+            "bad_table",
+            "row 'A'",
+        ),
+        (
+            looked_up("'facts', key = 'k', column = 'size'").replace('"zone"', '"size"'),
+            "bad_table",
+            "'facts'",
+        ),
+        (
+            looked_up("'facts', key = 'k', column = 'size'").replace('version = "1"', "vers = 1"),
+            "unknown_key",
+            "'facts': vers",
+        ),
+        (
+            HEAD + "[[features]]\nname='a'\nfield='x'\nvocabulary=['u']\none_hot=true\n"
+            "[[features]]\nname='a=u'\nfield='y'",
+            "duplicate_name",
+            "'a=u'",
+        ),
     ],
 )
 def test_each_mistake_has_its_code_and_names_what_is_wrong(text, code, named):

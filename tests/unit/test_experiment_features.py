@@ -1,0 +1,70 @@
+"""Features over history: labels move windows when they become known, as on a device."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cloud_learner.experiment.features import featured
+from cloud_learner.experiment.replay import DataRow
+from edge_runtime.features.spec import Spec
+
+SPEC = Spec.from_toml("""
+version = 1
+[[features]]
+name = "labels"
+window = { over = "label", key = "carrier", statistic = "count", span_s = 1000.0 }
+[[features]]
+name = "late"
+fill = -1.0
+window = { over = "label", statistic = "mean", span_s = 1000.0 }
+[[features]]
+name = "departed"
+window = { over = "departed", statistic = "count", span_s = 1000.0 }
+""")
+
+
+def asked(time_s, label=None, known_s=None, device="a", carrier="AA"):
+    fields = {"carrier": carrier, "distance": 1.0}
+    return DataRow(time_s, "scheduled", device, fields, label, known_s)
+
+
+def vectors(rows, interface):
+    found = [vector for _, vector in featured(rows, interface, SPEC)]
+    return [None if vector is None else vector.tolist() for vector in found]
+
+
+def test_a_label_counts_from_when_it_is_known_by_device_and_key(toy_interface):
+    rows = [
+        asked(0.0, 1.0, 50.0),
+        asked(10.0, 0.0, 20.0),
+        asked(20.0, 1.0, 90.0, carrier="UA"),
+        asked(60.0, 0.0, 99.0, device="b"),
+        asked(60.0, 0.0, 99.0),
+    ]
+    assert vectors(rows, toy_interface) == [
+        [0, -1, 0],
+        [0, -1, 0],
+        [0, 0, 0],  # known at the very time of the question; of another carrier
+        [0, -1, 0],
+        [2, 0.5, 0],
+    ]
+
+
+def test_rows_without_a_label_are_seen_and_not_answered(toy_interface):
+    rows = [
+        DataRow(1.0, "departed", "a", {"carrier": "AA", "delay": 1.0}, None, None),
+        asked(2.0),
+        asked(3.0, 1.0, 9.0),
+    ]
+    assert vectors(rows, toy_interface) == [None, None, [0, -1, 1]]
+
+
+def test_a_label_that_a_device_would_not_let_move_its_windows_moves_none_here(toy_interface):
+    interface = msgspec.structs.replace(toy_interface, skew_s_max=100.0, lateness_s_max=10.0)
+    rows = [
+        asked(500.0, 1.0, 400.0),  # known before it was asked: too late for the windows
+        asked(510.0, 1.0, 620.0),  # known long after the newest event: too far ahead
+        asked(700.0, 1.0, 705.0),
+        asked(710.0, 1.0, 800.0),
+    ]
+    assert vectors(rows, interface) == [[0, -1, 0], [0, -1, 0], [0, -1, 0], [1, 1, 0]]
