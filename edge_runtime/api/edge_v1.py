@@ -18,7 +18,7 @@ from edge_runtime.api.oip import not_json
 from edge_runtime.runtime import Event
 
 
-class Said(msgspec.Struct, forbid_unknown_fields=True):
+class LabelBody(msgspec.Struct, forbid_unknown_fields=True):
     """A label: what turned out to be true of a prediction; without `time_s`, now."""
 
     prediction_id: str
@@ -28,14 +28,16 @@ class Said(msgspec.Struct, forbid_unknown_fields=True):
     family: str | None = None
 
 
-class _Event(msgspec.Struct, forbid_unknown_fields=True):
+class EventBody(msgspec.Struct, forbid_unknown_fields=True):
+    """An event, to be predicted or observed."""
+
     kind: str
     time_s: float
     fields: dict[str, Any]
 
 
-_decode_event: Callable[[bytes], _Event] = msgspec.json.Decoder(_Event).decode
-_decode_label: Callable[[bytes], Said] = msgspec.json.Decoder(Said).decode
+_decode_event: Callable[[bytes], EventBody] = msgspec.json.Decoder(EventBody).decode
+_decode_label: Callable[[bytes], LabelBody] = msgspec.json.Decoder(LabelBody).decode
 _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 
 
@@ -48,7 +50,7 @@ def event_in(body: bytes) -> Event:
     return Event(event.kind, event.time_s, event.fields)
 
 
-def label_in(body: bytes) -> Said:
+def label_in(body: bytes) -> LabelBody:
     """The label in a body. Raises: RequestError `bad_request`."""
     try:
         return _decode_label(body)

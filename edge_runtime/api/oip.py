@@ -175,7 +175,7 @@ def bad(message: str, hint: str = "") -> RequestError:
 
 def not_json(error: Exception) -> RequestError:
     """The error about JSON that a decoder refused with `error`."""
-    hint = "JSON has no NaN and no infinity; send such values as binary tensors"
+    hint = "JSON has no NaN and no infinity; binary tensors have"
     malformed = "malformed" in str(error)
     return bad(f"the JSON cannot be read: {error}".replace("`", ""), hint if malformed else "")
 

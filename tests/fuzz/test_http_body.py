@@ -102,8 +102,9 @@ def spoken(port: int, data: bytes) -> bytes:
     received = b""
     client = socket.create_connection(("127.0.0.1", port), 10)
     with client, contextlib.suppress(ConnectionError):
-        client.sendall(data)
-        client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # it may have heard enough, and be gone
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
         while chunk := client.recv(1 << 16):
             received += chunk
     return received

@@ -1,0 +1,80 @@
+"""proto/openapi.yaml says what edge_runtime/api serves: paths, methods, types, fields, statuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.api import app, edge_v1, oip
+from edge_runtime.inference.tensors import DTYPES
+from edge_runtime.runtime import Prediction
+
+yaml = pytest.importorskip("yaml")
+PATH = Path(__file__).parents[2] / "proto" / "openapi.yaml"
+TEXT = PATH.read_text(encoding="utf-8")
+DOCUMENT: Any = yaml.safe_load(TEXT)
+SCHEMAS = DOCUMENT["components"]["schemas"]
+
+
+class NoModels:
+    families = ()
+
+
+def served() -> set[tuple[str, str]]:
+    """(method, path) of everything that the application has."""
+    tables = app.App(NoModels(), dict)
+    found = {(method, path) for path, (method, _) in tables._alone.items() if path != "/v2/"}
+    for word, (method, _) in tables._of_model.items():
+        end = f"/{word}" if word else ""
+        found.add((method, f"/v2/models/{{family}}{end}"))
+        found.add((method, f"/v2/models/{{family}}/versions/{{release}}{end}"))
+    return found | {
+        (method, f"/edge/v1/{word}/{{family}}") for word, (method, _) in tables._of_event.items()
+    }
+
+
+def test_each_path_that_is_served_is_described_and_the_other_way_round() -> None:
+    described = {
+        (method.upper(), path) for path, methods in DOCUMENT["paths"].items() for method in methods
+    }
+
+    assert described == served()
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(served()))
+def test_each_path_that_is_described_is_routed_with_its_method(method: str, path: str) -> None:
+    target = path.format(family="flights", release="r1").encode()
+
+    wanted, _, family, release = app.App(NoModels(), dict)._route(target)
+
+    assert wanted == method
+    assert family == ("flights" if "{family}" in path else "")
+    assert release == ("r1" if "{release}" in path else "")
+
+
+def test_types_fields_and_extensions_are_those_of_the_code() -> None:
+    assert SCHEMAS["datatype"]["enum"] == list(DTYPES)
+    assert SCHEMAS["server"]["properties"]["extensions"]["const"] == oip.EXTENSIONS
+    assert SCHEMAS["model"]["properties"]["platform"]["const"] == oip.PLATFORM
+    for schema, struct in (
+        ("event", edge_v1.EventBody),
+        ("label", edge_v1.LabelBody),
+        ("prediction", Prediction),
+    ):
+        assert list(SCHEMAS[schema]["properties"]) == list(struct.__struct_fields__), schema
+
+
+def test_each_status_of_an_error_is_explained() -> None:
+    explained = {
+        int(status) for status in re.findall(r"\b(4\d\d|5\d\d)\b", DOCUMENT["info"]["description"])
+    }
+
+    assert explained == {400, 500, *app._STATUS.values()}
+
+
+def test_every_reference_inside_leads_somewhere() -> None:
+    for kind, name in re.findall(r"\$ref: '#/components/(\w+)/(\w+)'", TEXT):
+        assert name in DOCUMENT["components"][kind]
