@@ -107,19 +107,19 @@ def write_package(path: Path, lean: float = 0.0) -> Path:
 
 
 class Stream:
-    """Seeded events; time goes on with each: ten questions a second, an observation a second.
+    """Seeded events; time goes on by `step_s` with each question, by a second with others.
 
-    Who asks many questions lets a tenth as many observations come first, so no window empties.
+    Who asks many questions lets some observations come first, so that no window empties.
     """
 
-    def __init__(self, seed: int = 1) -> None:
+    def __init__(self, step_s: float = 0.1, seed: int = 1) -> None:
         self._chance = random.Random(seed)  # noqa: S311 - data, not secrets
-        self._time_s = START_S
+        self._time_s, self._step_s = START_S, step_s
 
     def questions(self, count: int) -> list[Event]:
         """The next events that ask for a prediction."""
         return [
-            self._event("asked", 0.1, distance=self._number(100, 3000), hour=number % 24)
+            self._event("asked", self._step_s, distance=self._number(100, 3000), hour=number % 24)
             for number in range(count)
         ]
 

@@ -79,7 +79,7 @@ class Load(threading.Thread):
         super().__init__(name="load")
         self._wire = Wire(path, frame_size)
         self._infer = socket_infer(rows(4))
-        self._stream = Stream()
+        self._stream = Stream(step_s=1.0)  # the windows are soon as full as they get
         self._asked: Asked = []
         self._over = False
 
