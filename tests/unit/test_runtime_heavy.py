@@ -1,0 +1,283 @@
+"""Models too heavy for the event loop: answered on the worker, logged and counted as all others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from edge_runtime.clock import ManualClock
+from edge_runtime.config import EdgeConfig, InferenceConfig
+from edge_runtime.errors import CapacityError, RequestError
+from edge_runtime.features.spec import Spec
+from edge_runtime.inference.slot import load_arm
+from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
+from edge_runtime.runtime import Event, Runtime
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import PredictionRecord
+
+NOW_S = 1_360_000_000.0
+OWN_FEATURES = """
+version = 1
+[[features]]
+name = "distance"
+field = "distance"
+[[features]]
+name = "asked"
+window = { over = "scheduled", statistic = "count", span_s = 600.0, key = "carrier" }
+"""
+
+
+def scheduled(step, carrier="UA"):
+    return Event("scheduled", NOW_S + step, {"carrier": carrier, "distance": 10.0 * step})
+
+
+@pytest.fixture
+def config(tmp_path):
+    return EdgeConfig(
+        device="EWR",
+        families=["toy"],
+        state_dir=tmp_path / "state",
+        socket=tmp_path / "edge.sock",
+        inference=InferenceConfig(batch_rows_max=8, batch_delay_us=1000),
+    )
+
+
+@pytest.fixture
+def runtime(config):
+    with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def load(write_package):
+    def load(bias=0.0, name="stable", weight=1.0, *, features=OWN_FEATURES, mixes=False):
+        path, _ = write_package(bias=bias, spec=Spec.from_toml(features))
+        make_heavy(path, mixes=mixes)
+        return load_arm(path, None, name, f"r{bias:g}", weight)
+
+    return load
+
+
+def make_heavy(path, *, mixes):
+    """Give the model milliseconds of work that change no answer; one that mixes its rows answers
+    otherwise where there are three of them.
+    """
+    model = onnx.load(path)
+    nodes, last = model.graph.node, model.graph.node[-1]
+    shifts = np.zeros(65, np.float32)
+    shifts[3] = mixes
+    cells = {"zero": np.zeros((1, 1)), "wide": np.ones((1, 10_000)), "shifts": shifts}
+    for name, value in cells.items():
+        tensor = onnx.numpy_helper.from_array(value.astype(np.float32), name)
+        model.graph.initializer.append(tensor)
+    logit, _ = last.input[0], nodes.pop()
+    nodes.append(helper.make_node("MatMul", [logit, "wide"], ["a0"]))
+    nodes.extend(helper.make_node("Asinh", [f"a{i}"], [f"a{i + 1}"]) for i in range(4))
+    nodes.append(helper.make_node("ReduceMax", ["a4"], ["most"], axes=[1], keepdims=1))
+    nodes.append(helper.make_node("Mul", ["most", "zero"], ["nothing"]))
+    nodes.append(helper.make_node("Add", [logit, "nothing"], ["same"]))
+    nodes.append(helper.make_node("Shape", ["features"], ["rows"], start=0, end=1))
+    nodes.append(helper.make_node("Gather", ["shifts", "rows"], ["shift"]))
+    nodes.append(helper.make_node("Add", ["same", "shift"], ["sum_of_all"]))
+    nodes.append(helper.make_node("Sigmoid", ["sum_of_all"], ["probability"]))
+    path.write_bytes(model.SerializeToString())
+
+
+def plan_of(*arms):
+    planned = [
+        PlanArm(arm.release, model_path("toy", arm.release), "0" * 64, 1, arm.weight)
+        for arm in arms
+    ]
+    return Plan(family="toy", seq=5, stable=planned[0], canary=[*planned, None][1], salt="s")
+
+
+def logged(runtime):
+    asyncio.run(runtime.log.wait_durable("event", runtime.log.handed_out("event")))
+    return [codec.decode_record(data) for _, _, data in runtime.log.tail("event", 0, 0)]
+
+
+def windows(runtime):
+    return runtime._members["toy"].pipeline.snapshot()
+
+
+async def all_of(runtime, events, **options):
+    asks = [runtime.predict_async("toy", each, **options) for each in events]
+    return await asyncio.gather(*asks, return_exceptions=True)
+
+
+def test_answers_come_of_shared_runs_and_each_is_logged_once(runtime, load):
+    arms = load(0.0, weight=0.6), load(1.0, "canary", 0.4)
+    runtime.swap("toy", arms, plan_of(*arms))
+    assert not runtime.model("toy").inline
+    answers = {each.id: each for each in asyncio.run(all_of(runtime, map(scheduled, range(40))))}
+    worker = runtime.statistics()["worker"]
+    assert (worker["jobs"], worker["runs"] <= 20) == (40, True)
+    records = logged(runtime)
+    assert len(answers) == len(records) == 40
+    for seq, record in enumerate(records, start=1):
+        answer = answers[f"EWR.1.{seq}"]
+        assert answer.arm == ["stable", "canary"][choose([0.6, 0.4], "s|EWR", 1, seq)]
+        assert answer.outputs == record.scored[0].outputs
+        for scored in record.scored:
+            bias = float(scored.release == "r1")
+            assert scored.outputs == [pytest.approx(expected(record.features, bias), abs=1e-6)]
+    assert runtime.counters()["predictions"] == runtime.latencies()["predict"].total == 40
+
+
+def expected(features, bias=0.0):
+    return 1 / (1 + np.exp(-(np.frombuffer(features, "<f4").sum() / 1000 + bias)))
+
+
+def test_the_windows_are_what_the_log_says_in_its_order(runtime, load, config, tmp_path):
+    arm = load()
+    runtime.swap("toy", [arm], plan_of(arm))
+
+    async def mixed():
+        asks = asyncio.create_task(all_of(runtime, map(scheduled, range(20))))
+        await asyncio.sleep(0)
+        for step in range(5):
+            runtime.predict("toy", scheduled(step, "AA"))
+        await asks
+
+    asyncio.run(mixed())
+    again = msgspec.structs.replace(config, state_dir=tmp_path / "again")
+    with Runtime.open(again, clock=ManualClock(NOW_S)) as twin:
+        twin.swap("toy", [arm], plan_of(arm))
+        for record in logged(runtime):
+            twin._members["toy"].pipeline.replay(record.kind, record.time_s, record.fields)
+        assert windows(twin) == windows(runtime)
+    assert runtime.log.handed_out("event") == 25
+
+
+def test_what_is_refused_or_given_up_leaves_no_trace(runtime, load):
+    arm = load()
+    runtime.swap("toy", [arm], plan_of(arm))
+    runtime.predict("toy", scheduled(0))
+    before = windows(runtime)
+
+    async def ask():
+        late = await all_of(runtime, [scheduled(1), scheduled(2)], timeout_s=0)
+        assert [each.code for each in late] == ["deadline_exceeded"] * 2
+        [wrong] = await all_of(runtime, [Event("scheduled", NOW_S, {"carrier": "UA"})])
+        assert wrong.code == "missing_field"
+        gone = asyncio.create_task(runtime.predict_async("toy", scheduled(3)))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+
+    asyncio.run(ask())
+    assert windows(runtime) == before
+    assert runtime.log.handed_out("event") == 1
+    counters = runtime.counters()
+    assert (counters["requests_dropped"], counters["request_errors"]) == (2, 1)
+    assert runtime.statistics()["families"]["toy"]["leases"] == 0
+
+
+def test_a_full_queue_refuses_by_name_and_logs_nothing(config, load):
+    tight = msgspec.structs.replace(config, inference=InferenceConfig(queue_max=1))
+    arm = load()
+    with Runtime.open(tight, clock=ManualClock(NOW_S)) as runtime:
+        runtime.swap("toy", [arm], plan_of(arm))
+        found = asyncio.run(all_of(runtime, map(scheduled, range(20))))
+        refused = [each for each in found if isinstance(each, CapacityError)]
+        assert {each.code for each in refused} == {"overloaded"}
+        assert runtime.log.handed_out("event") == 20 - len(refused) > 0
+
+
+def test_a_swap_lets_what_was_asked_be_answered_by_what_it_was_asked_of(runtime, load):
+    first, second = load(0.0), load(2.0)
+    runtime.swap("toy", [first], plan_of(first))
+
+    async def ask():
+        asks = asyncio.create_task(all_of(runtime, map(scheduled, range(5))))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await runtime.adopt("toy", [second], plan_of(second))
+        after = await runtime.predict_async("toy", scheduled(9))
+        return await asks, after
+
+    answers, after = asyncio.run(ask())
+    assert [each.release for each in answers] == ["r0"] * 5
+    assert after.release == "r2"
+    runtime._members["toy"].pipeline.slot.settle()
+    assert runtime.statistics()["families"]["toy"]["draining"] == 0
+
+
+def test_beside_swaps_a_model_only_ever_gets_its_own_features(runtime, load):
+    narrow = OWN_FEATURES[: OWN_FEATURES.rindex("[[features]]")]
+    arms = [load(0.0), load(1.0, features=narrow)]
+    sizes = {arm.info.spec.hash: arm.info.spec.size for arm in arms}
+    runtime.swap("toy", arms[:1], plan_of(arms[0]))
+    done = threading.Event()
+
+    def swap():
+        turn = 0
+        while not done.is_set():
+            turn += 1
+            runtime.swap("toy", [arms[turn % 2]], plan_of(arms[turn % 2]))
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        answers = asyncio.run(all_of(runtime, map(scheduled, range(200))))
+    finally:
+        done.set()
+        thread.join(30)
+    assert [each for each in answers if isinstance(each, Exception)] == []
+    records = logged(runtime)
+    assert len(records) == 200
+    for record in records:
+        assert len(record.features) == 4 * sizes[record.spec]
+        bias = float(record.scored[0].release == "r1")
+        assert record.scored[0].outputs == [
+            pytest.approx(expected(record.features, bias), abs=1e-6)
+        ]
+
+
+def test_a_model_that_mixes_its_rows_is_run_row_by_row_wherever_it_runs(runtime, load):
+    arm = load(mixes=True)
+    assert not arm.runner.batchable
+    runtime.swap("toy", [arm], plan_of(arm))
+
+    def predict():
+        for step in range(40):
+            runtime.predict("toy", scheduled(1000 + step))
+
+    thread = threading.Thread(target=predict)
+    thread.start()
+    try:
+        asyncio.run(all_of(runtime, map(scheduled, range(40))))
+        together = runtime.predict_many("toy", [scheduled(step) for step in range(3)])
+        assert not [each for each in together if isinstance(each, RequestError)]
+    finally:
+        thread.join(30)
+    records = logged(runtime)
+    assert len(records) == 83
+    for record in records:
+        assert isinstance(record, PredictionRecord)
+        assert record.scored[0].outputs == [pytest.approx(expected(record.features), abs=1e-6)]
+
+
+def test_a_device_that_closes_says_so_to_those_who_wait(config, load):
+    arm = load()
+    runtime = Runtime.open(config, clock=ManualClock(NOW_S))
+    runtime.swap("toy", [arm], plan_of(arm))
+
+    async def ask():
+        asks = asyncio.create_task(all_of(runtime, map(scheduled, range(30))))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.to_thread(runtime.close)
+        return await asks
+
+    found = asyncio.run(ask())
+    codes = {each.code for each in found if isinstance(each, Exception)}
+    assert codes <= {"closed", "log_closed"}
+    assert codes
