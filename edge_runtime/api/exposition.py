@@ -22,10 +22,13 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 _RISING = frozenset(
     (
-        *("bad_frames", "bad_requests", "commits", "connections", "evictions", "failed", "frames"),
-        *("half_frames", "half_requests", "labels", "late_events", "observations", "overloaded"),
-        *("predictions", "refused", "request_errors", "requests", "requests_dropped"),
-        *("run_failures", "swap_failures", "swaps", "sync_errors", "inferences", "rollbacks"),
+        *("bad_frames", "bad_headers", "bad_requests", "commits", "connections", "corrupt"),
+        *("cut_bytes", "damaged_segments", "deadline_exceeded", "ended", "evictions", "failed"),
+        *("failures", "frames", "half_frames", "half_requests", "infers", "jobs", "labels"),
+        *("labels_forgotten", "late_events", "late_labels", "observations", "overloaded"),
+        *("predictions", "pruned", "put", "quarantined", "refused", "replayed", "request_errors"),
+        *("requests", "requests_dropped", "run_failures", "runs", "swap_failures", "swaps"),
+        *("sync_errors", "unreadable", "written"),
     )
 )
 """What only rises while the process lives; every other number is a gauge."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
 import resource
 import select
 import socket
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from edge_runtime.api.http import HttpServer
+from edge_runtime.runtime import Runtime
 
 Serve = Callable[..., Any]
 WriteModel = Callable[..., Path]
@@ -34,10 +39,10 @@ def head(*lines: str, method: str = "POST") -> bytes:
 
 def answers(client: socket.socket) -> bytes:
     """All that comes until the server closes."""
-    data = b""
-    while chunk := client.recv(1 << 16):
-        data += chunk
-    return data
+    chunks = []
+    while chunk := client.recv(1 << 20):
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def one_answer(client: socket.socket) -> tuple[int, bytes]:
@@ -270,6 +275,54 @@ def test_a_deadline_that_is_over_is_an_error_that_says_so(
     assert (status, headers["retry-after"]) == (503, "1")
     assert b"deadline_exceeded" in said
     assert served.json("POST", INFER, {"inputs": [rows]})[0] == 200
+
+
+def test_a_model_that_fails_is_an_error_of_the_server(
+    serve: Serve, write_model: WriteModel
+) -> None:
+    served = serve(write_model(only_rows=2))
+
+    status, said = served.json("POST", INFER, BODY)
+
+    assert (status, "run_failed" in said["error"]) == (500, True)
+    assert served.server.statistics()["failed"] == 1
+    assert served.ask("POST", INFER, PAIR)[0] == 200
+
+
+def test_a_client_that_does_not_read_is_not_read_from(served: Any) -> None:
+    rows = bytes(12 * 80_000)
+    one = head(f"Content-Length: {len(rows)}", "Inference-Header-Content-Length: 0") + rows
+    last = head("Connection: close", "Content-Length: 0")
+
+    with connect(served) as client:
+        sender = threading.Thread(target=client.sendall, args=(one * 40 + last,))
+        sender.start()
+        sender.join(0.3)
+        assert sender.is_alive()  # 38 MB of requests do not fit into buffers
+        assert served.server.statistics()["held_bytes"] < 4 << 20
+        said = answers(client)
+        sender.join()
+
+    assert said.count(b"HTTP/1.1 200 OK") == 40
+    assert said.count(b"HTTP/1.1 400 Bad Request") == 1
+
+
+def test_closing_lets_an_answer_that_is_under_way_leave(write_model: WriteModel) -> None:
+    async def scene() -> None:
+        with Runtime.open(package=write_model(only_rows=2)) as runtime:
+            server = HttpServer(runtime, runtime.statistics)
+            await server.start(0)
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            live = head(method="GET").replace(INFER.encode(), b"/v2/health/live")
+            writer.write(live + head(f"Content-Length: {len(PAIR)}") + PAIR)
+            assert (await reader.readuntil(b"}")).endswith(b'{"live":true}')  # the other began
+            await server.close()
+            said = await reader.read()
+            writer.close()
+        assert said.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert server.statistics()["open"] == 0
+
+    asyncio.run(scene())
 
 
 def test_a_client_that_expects_100_continue_is_told_to(
