@@ -56,11 +56,12 @@ def how_to_ask(package: Path, model: ModelInfo, socket: Path, http_port: int | N
     lines = [f"{package} is served as {model.family}, release {model.release}"]
     lines += [f"  input   {_told(each)}" for each in model.inputs]
     lines += [f"  output  {_told(each)}" for each in model.outputs]
-    lines += ["ask it:", f"  edge-runtime status --socket {socket}"]
+    at = f"--socket {shlex.quote(str(socket))}"
+    lines += ["ask it:", f"  edge-runtime status {at}"]
     if model.predicts:
         event = shlex.quote(_event(package))
-        lines.append(f"  edge-runtime predict {model.family} {event} --socket {socket}")
-    lines.append(f"  {sys.executable} -c {shlex.quote(_script(model, socket))}")
+        lines.append(f"  edge-runtime predict {model.family} {event} {at}")
+    lines.append(f"  {shlex.quote(sys.executable)} -c {shlex.quote(_script(model, socket))}")
     if http_port is not None:
         url = f"http://127.0.0.1:{http_port}/v2/models/{model.family}"
         lines.append(f"  curl -s {url}")

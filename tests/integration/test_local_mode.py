@@ -201,10 +201,11 @@ def test_a_file_that_is_no_model_is_refused_by_name(tmp_path: Path, content: byt
 def test_the_socket_may_lie_elsewhere(
     start: Callable[..., Local], bare: Path, tmp_path: Path
 ) -> None:
-    local = start(bare, "--socket", "other.sock")
-    status, _ = local.commands
-    assert status == "edge-runtime status --socket other.sock"
+    local = start(bare, "--socket", "my other.sock")
+    status, script = local.commands
+    assert status == "edge-runtime status --socket 'my other.sock'"
     assert "my-model" in ran(status, tmp_path)
+    assert "same" in ran(script, tmp_path)
 
 
 def test_a_supervisor_is_told_when_it_answers_while_it_lives_and_when_it_ends(
