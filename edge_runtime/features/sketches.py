@@ -46,12 +46,18 @@ class Level:
         if known_s is not None:
             if time_s <= known_s:
                 return 0
-            at = values.index(value, bisect_left(times, known_s))
+            at = bisect_left(times, known_s)
+            if values[at] != value:  # several were last seen then
+                at = values.index(value, at)
             del times[at], values[at]
         self.last[value] = time_s
-        at = len(times) if not times or time_s >= times[-1] else bisect_right(times, time_s)
-        times.insert(at, time_s)
-        values.insert(at, value)
+        if not times or time_s >= times[-1]:
+            times.append(time_s)
+            values.append(value)
+        else:
+            at = bisect_right(times, time_s)
+            times.insert(at, time_s)
+            values.insert(at, value)
         return known_s is None
 
     def drop(self, count: int) -> None:

@@ -140,7 +140,18 @@ class Series:
             self.highs.push(len(times) - 1, units)
         if self.lows is not None:
             self.lows.push(len(times) - 1, units)
-        return 1 if times[self.head] > time_s - self._span_s else 1 - self._forget()
+        kept = head = self.head
+        horizon_s = time_s - self._span_s
+        if times[head] > horizon_s:
+            return 1
+        if self._events:
+            return 1 - self._forget()
+        while times[kept] <= horizon_s:  # the newest is not
+            kept += 1
+        self.head = kept
+        if kept > COMPACT_FROM and 2 * kept > len(times):
+            self._compact()
+        return 1 + head - kept
 
     def _insert(self, time_s: float, units: int) -> int:
         times, totals = self.times, self.totals
