@@ -106,7 +106,7 @@ class App:
                 raise RequestError("browser_refused", "pages in a browser are not answered")
             wanted, handler, family, release = self._route(target)
             if method != wanted:
-                raise RequestError("bad_method", f"this path takes {wanted}, not {method}")
+                return self._wrong_method(method, wanted, target)
             answer = handler(family, release, headers, body)
         except HeadwaterError as error:
             return self.failed(error, target)
@@ -121,6 +121,11 @@ class App:
         if not target.startswith(b"/v2"):
             said = {"error": error.message, "code": error.code, "hint": error.hint}
         return Reply(status, encode(said), _JSON, b"retry-after: 1\r\n" if status == 503 else b"")
+
+    def _wrong_method(self, method: str, wanted: str, target: bytes) -> Reply:
+        error = RequestError("bad_method", f"this path takes {wanted}, not {method}")
+        reply = self.failed(error, target)._replace(headers=b"allow: %b\r\n" % wanted.encode())
+        return reply._replace(content=b"") if method == "HEAD" else reply
 
     async def _awaited(self, answer: Coroutine[Any, Any, Reply], target: bytes) -> Reply:
         try:

@@ -54,7 +54,8 @@ class HttpConnection(asyncio.Protocol):
         self._stage = _NOTHING
         self._target, self._headers = b"", dict[bytes, bytes]()
         self._chunks: list[bytes] = []
-        self._body_bytes = self._held_bytes = self._owed_bytes = self._silent_sweeps = 0
+        self._body_bytes = self._running_bytes = self._held_bytes = self._owed_bytes = 0
+        self._silent_sweeps = 0
         self._moved = self._spoken = self._writes_wait = self._reads_wait = False
         self._last = self._broken = False
 
@@ -81,7 +82,8 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             self._last = True
         except httptools.HttpParserError as error:
-            self._break_off(RequestError("bad_request", f"this is not HTTP/1.1: {error}"))
+            if not self._last:  # what comes after the last request is nobody's business
+                self._break_off(RequestError("bad_request", f"this is not HTTP/1.1: {error}"))
         if self._stage != _NOTHING and not self._moved:
             self._owe(len(data))
         self._answer()
@@ -94,7 +96,7 @@ class HttpConnection(asyncio.Protocol):
         self._writes_wait = True
 
     def resume_writing(self) -> None:
-        self._writes_wait = False
+        self._writes_wait, self._silent_sweeps = False, 0
         self._answer()
 
     # What the parser calls.
@@ -119,7 +121,8 @@ class HttpConnection(asyncio.Protocol):
         self._stage, headers = _BODY, self._headers
         if int(headers.get(b"content-length", 0)) > self._bytes_max:
             self._refuse(_too_large(self._bytes_max))
-        elif b"expect" in headers and not self._due and self._transport is not None:
+        elif b"expect" in headers and not (self._due or self._running):
+            assert self._transport is not None
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, chunk: bytes) -> None:
@@ -148,7 +151,8 @@ class HttpConnection(asyncio.Protocol):
 
     def sweep(self) -> None:
         """Close if it is the client's turn and has been for long; called in regular intervals."""
-        if self._due or self._running or self._transport is None:
+        ours = (self._due or self._running) and not self._writes_wait
+        if ours or self._transport is None:
             self._silent_sweeps = 0
             return
         self._silent_sweeps += 1
@@ -193,9 +197,10 @@ class HttpConnection(asyncio.Protocol):
     def _ask(self, request: Request) -> Reply | None:
         """The reply, or None while it is still to come."""
         reply = self._app.answer(request)
-        self._hold(-len(request.body))
         if isinstance(reply, Reply):
+            self._hold(-len(request.body))
             return reply
+        self._running_bytes = len(request.body)
         self._running = asyncio.get_running_loop().create_task(reply)
         self._running.add_done_callback(self._finished)
         return None
@@ -204,6 +209,7 @@ class HttpConnection(asyncio.Protocol):
         self._running = None
         if task.cancelled() or self._transport is None:
             return
+        self._hold(-self._running_bytes)
         error = task.exception()
         if error is not None:
             log.error("a request over HTTP ended in a broken invariant", exc_info=error)

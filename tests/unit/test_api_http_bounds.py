@@ -348,6 +348,36 @@ def test_after_its_last_request_a_connection_is_closed(
         assert answers(client).endswith(b'{"live":true}')
 
 
+def test_what_follows_the_last_request_is_not_read(served: Any) -> None:
+    with connect(served) as client:
+        client.sendall(head("Connection: close", f"Content-Length: {len(BODY)}") + BODY + b"more")
+        said = answers(client)
+
+    assert said.count(b"HTTP/1.1 ") == 1
+    assert said.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_another_method_is_told_which_one(served: Any) -> None:
+    with connect(served) as client:
+        client.sendall(head(method="HEAD") + head("Connection: close", method="GET"))
+        first, second = answers(client).split(b"HTTP/1.1 405 Method Not Allowed\r\n")[1:]
+
+    assert b"allow: POST\r\n" in first
+    assert first.endswith(b"content-length: 0\r\nallow: POST\r\n\r\n")
+    assert b"bad_method" in second
+
+
+def test_a_client_that_waits_to_be_told_is_answered_in_order(
+    serve: Serve, write_model: WriteModel
+) -> None:
+    with connect(serve(write_model(only_rows=2))) as client:
+        size = f"Content-Length: {len(PAIR)}"
+        client.sendall(head(size) + PAIR + head("Expect: 100-continue", size))
+        status, _ = one_answer(client)
+        client.sendall(PAIR)
+        assert (status, one_answer(client)[0]) == (200, 200)
+
+
 def test_a_page_in_a_browser_is_refused(serve: Serve, write_model: WriteModel) -> None:
     status, said = serve(write_model()).json("POST", INFER, BODY, Origin="https://example.org")
 
