@@ -144,6 +144,6 @@ def _status(runtime: Runtime, parts: Parts) -> dict[str, Any]:
 
 def _served(runtime: Runtime) -> str:
     return ", ".join(
-        family if runtime.current(family) else f"{family} (no release yet)"
+        family if runtime.ready(family) else f"{family} (no release yet)"
         for family in runtime.families
     )

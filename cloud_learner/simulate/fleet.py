@@ -65,7 +65,7 @@ class DeviceProcess:
             self._settings |= {"nats": nats, "root": str(root.absolute())}
         self._tables: dict[str, dict[str, Any]] = {
             "attributes": dict(attributes or {}),
-            "log": {"linger_ms": linger_ms},
+            "log": {"linger_ms": linger_ms, "linger_max_ms": linger_ms},
         }
 
     @property

@@ -1,8 +1,9 @@
 """When the log's thread goes to work: who rings for it, and how long it lets records gather.
 
-Why: a commit costs a wakeup and a disk write however few records it holds. At a hundred records a
-second, each alone, the log would cost more than the answers. But records that come alone gain
-nothing from waiting, and those that come fast fill a group at once: neither should wait.
+Why: a commit costs a wakeup, a disk write and a pause in the answers however few records it holds.
+At a hundred records a second, each alone, the log would cost more than the answers. But records
+that come alone gain nothing from waiting, and those that come fast fill a group soon: neither
+should wait for long.
 
 Invariants: whoever rings after putting something down knows that a commit which begins later takes
 it. The linger is never below the floor nor above the ceiling; it settles where a commit takes
@@ -18,7 +19,10 @@ import contextlib
 import queue
 import time
 
-GROUP = 16
+GROUP = 512
+"""Each commit holds up one or two answers for as long as its group takes to be encoded: with groups
+of this size that is well below one answer in a hundred, however fast they come."""
+
 _STEP_S = 0.001
 
 
