@@ -80,17 +80,24 @@ class Peaks:
         tops.append(units)
         positions.append(position)
 
+    def insert(self, position: int, units: int) -> None:
+        """Put an entry in before others; those at `position` and after move up by one."""
+        units *= self.sign
+        tops, positions = self.units, self.positions
+        at = bisect_left(positions, position)
+        positions[at:] = [each + 1 for each in positions[at:]]
+        if at < len(tops) and tops[at] >= units:
+            return
+        start = at
+        while start and tops[start - 1] <= units:
+            start -= 1
+        tops[start:at], positions[start:at] = [units], [position]
+
     def drop_first(self, count: int) -> None:
         """Let positions count from entry `count` on; those before it are gone."""
         gone = bisect_left(self.positions, count)
         self.positions = [position - count for position in self.positions[gone:]]
         del self.units[:gone]
-
-    def rebuild(self, totals: list[int], head: int) -> None:
-        """Start again from all entries at `head` and after."""
-        self.positions, self.units = [], []
-        for position in range(head, len(totals) - 1):
-            self.push(position, totals[position + 1] - totals[position])
 
 
 class Series:
@@ -140,18 +147,7 @@ class Series:
             self.highs.push(len(times) - 1, units)
         if self.lows is not None:
             self.lows.push(len(times) - 1, units)
-        kept = head = self.head
-        horizon_s = time_s - self._span_s
-        if times[head] > horizon_s:
-            return 1
-        if self._events:
-            return 1 - self._forget()
-        while times[kept] <= horizon_s:  # the newest is not
-            kept += 1
-        self.head = kept
-        if kept > COMPACT_FROM and 2 * kept > len(times):
-            self._compact()
-        return 1 + head - kept
+        return 1 if times[self.head] > time_s - self._span_s else 1 - self._forget()
 
     def _insert(self, time_s: float, units: int) -> int:
         times, totals = self.times, self.totals
@@ -162,12 +158,13 @@ class Series:
             _shift(self.squares, at, units * units)
         for peaks in (self.highs, self.lows):
             if peaks is not None:
-                peaks.rebuild(totals, self.head)
+                peaks.insert(at, units)
         return 1 - self._forget()
 
     def _forget(self) -> int:
         """Move `head` past what no question may ask for any more; how many entries that were."""
-        times, head, until = self.times, self.head, len(self.times)
+        times, head = self.times, self.head
+        until = len(times) - 1  # the newest stays, even where times are too large to see a span
         if self._events:
             until = bisect_right(times, times[-1] - self._lateness_s, head) - self._events
         kept, horizon_s = head, times[-1] - self._span_s
@@ -209,7 +206,8 @@ class Series:
             self.squares = list(accumulate((each * each for each in units), initial=0))
         for peaks in (self.highs, self.lows):
             if peaks is not None:
-                peaks.rebuild(self.totals, 0)
+                for position, each in enumerate(units):
+                    peaks.push(position, each)
         self._forget()
 
     def high(self, start: int, end: int, sign: int = 1) -> int:
