@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
+import random
+
 import msgspec
 
 from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import DataRow
+from edge_runtime.features.feature import LABEL
 from edge_runtime.features.spec import Spec
+from edge_runtime.inference.pipeline import Pipeline
+from edge_runtime.inference.slot import load_arm
 
 SPEC = Spec.from_toml("""
 version = 1
@@ -68,3 +74,39 @@ def test_a_label_that_a_device_would_not_let_move_its_windows_moves_none_here(to
         asked(710.0, 1.0, 800.0),
     ]
     assert vectors(rows, interface) == [[0, -1, 0], [0, -1, 0], [0, -1, 0], [1, 1, 0]]
+
+
+def device_vectors(rows, package) -> list[bytes]:
+    """What a device answers from, when each prediction is labelled as its label becomes known."""
+    pipeline, due, found = Pipeline("toy"), [], []
+    pipeline.swap([load_arm(*package, "stable", "r1", 1.0)])
+    for number, row in enumerate(rows):
+        while due and due[0][0] <= row.time_s:
+            known_s, asked, label = heapq.heappop(due)
+            fields = pipeline.labelled((1, asked), label, known_s)
+            if fields is not None:
+                pipeline.move(LABEL, known_s, fields)
+        if row.label is not None:
+            pipeline.admitted(row.kind, row.time_s, row.fields)
+            found += pipeline.rows(row.time_s, row.fields)
+            pipeline.answered.remember((1, number), row.fields)
+            heapq.heappush(due, (row.label_time_s, number, row.label))
+        pipeline.move(row.kind, row.time_s, row.fields)
+    return found
+
+
+def test_history_gives_the_very_bits_that_a_device_would_have_logged(toy_interface, write_package):
+    chance, time_s, rows = random.Random(3), 0.0, []
+    interface = msgspec.structs.replace(toy_interface, skew_s_max=400.0, lateness_s_max=50.0)
+    for _ in range(400):
+        time_s += chance.choice([0.0, 1.0, 40.0, 300.0])
+        if chance.random() < 0.3:
+            fields = {"carrier": "AA", "delay": 3.0}
+            rows.append(DataRow(time_s, "departed", "a", fields, None, None))
+        else:
+            known_s = time_s + chance.choice([-80.0, -20.0, 0.0, 10.0, 350.0, 700.0])
+            rows.append(asked(time_s, chance.random(), known_s, carrier=chance.choice("AU")))
+    package = write_package(spec=SPEC, interface=interface)
+    found = [vector for _, vector in featured(rows, interface, SPEC) if vector is not None]
+    assert [vector.tobytes() for vector in found] == device_vectors(rows, package)
+    assert max(vector[0] for vector in found) > 3
