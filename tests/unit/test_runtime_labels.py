@@ -1,4 +1,4 @@
-"""Windows over labels: each seen once, in event time, through the log, and again after a restart."""
+"""Windows over labels: each is seen once, in event time, and a restart leaves no trace."""
 
 from __future__ import annotations
 
