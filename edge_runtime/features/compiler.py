@@ -170,8 +170,7 @@ def _to_units(value: str) -> list[str]:
     return [
         f"units_of_{value} = None",
         f"if {value} is not None and not isinstance({value}, str):",
-        f"    exact = {-VALUE_MAX!r} <= {value} <= {VALUE_MAX!r}",
-        f"    units_of_{value} = round({value} * {UNITS}) if exact else to_units({value})",
+        f"    units_of_{value} = to_units({value})",
     ]
 
 

@@ -298,4 +298,6 @@ class Table(Generic[S]):
 
 def to_units(value: float) -> int:
     """`value` in fixed point, clipped to ±2**62; `to_units(v) / SCALE` is exact and maps back."""
-    return round(float(min(max(value, -VALUE_MAX), VALUE_MAX)) * SCALE)
+    if not -VALUE_MAX <= value <= VALUE_MAX:
+        value = min(max(value, -VALUE_MAX), VALUE_MAX)
+    return round(value * float(SCALE))
