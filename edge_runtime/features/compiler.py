@@ -22,9 +22,9 @@ from zlib import crc32
 
 from edge_runtime.features.feature import FLOAT32_MAX, LABEL, Feature, StaticTable
 from edge_runtime.features.plan import TableId, table_id, windows_by_table
-from edge_runtime.features.reading import UNITS, Read, fill_of, indented, read_table
+from edge_runtime.features.reading import Read, fill_of, indented, read_table
 from edge_runtime.features.spec import Spec
-from edge_runtime.features.windows import VALUE_MAX, to_units
+from edge_runtime.features.windows import to_units
 
 PERIODS_S = {"day": 86_400.0, "week": 604_800.0, "year": 31_556_952.0}
 

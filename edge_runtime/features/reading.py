@@ -17,7 +17,7 @@ from typing import NamedTuple
 from edge_runtime.features.feature import FLOAT32_MAX, Feature, Window
 from edge_runtime.features.windows import SCALE
 
-UNITS = f"{float(SCALE)!r}"
+UNITS = repr(float(SCALE))
 _EMPTY_IS_ZERO = ("count", "sum", "rate", "distinct")
 
 
