@@ -20,7 +20,7 @@ import msgspec
 from edge_runtime.config import InferenceConfig
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.inference.pipeline import no_release
-from edge_runtime.inference.runner import Runner, flush_denormals
+from edge_runtime.inference.runner import INLINE_US_MAX, Runner, flush_denormals
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.inference.tensors import Array, Tensor, fitting
 from edge_runtime.inference.worker import Worker
@@ -115,7 +115,7 @@ class Serving:
         try:
             with self.slot(family).lease() as arms:
                 runner = _named(family, arms, release).runner
-                if runner.inline:
+                if runner.inline and _rows(arrays) * (runner.run_us or 0.0) <= INLINE_US_MAX:
                     answers = runner.infer(arrays, outputs)
                 else:
                     answers = await self._heavy(runner, arrays, outputs, timeout_s)
