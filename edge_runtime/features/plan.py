@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from edge_runtime.features.feature import Feature, Window
+from edge_runtime.features.keyed import Table
 from edge_runtime.features.sketches import Decayed, Distinct
-from edge_runtime.features.windows import Series, Table
+from edge_runtime.features.windows import Series
 
 
 class TableId(NamedTuple):

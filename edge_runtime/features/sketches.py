@@ -24,7 +24,8 @@ from bisect import bisect_left, bisect_right
 from typing import Any
 from zlib import crc32
 
-from edge_runtime.features.windows import ROUNDING_S, VALUE_MAX, Key, check_order
+from edge_runtime.features.keyed import Key
+from edge_runtime.features.windows import ROUNDING_S, VALUE_MAX, check_order
 
 EXACT_MAX = 1024
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.features.windows import SCALE, Series, Table, to_units
+from edge_runtime.features.keyed import Table
+from edge_runtime.features.windows import SCALE, Series, to_units
 
 
 def table_of(span_s: float, **bounds: int) -> Table:
