@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.features.keyed import Table
 from edge_runtime.features.sketches import EXACT_MAX, Decayed, Distinct, depth_of
 
 seen = st.lists(
@@ -56,6 +57,15 @@ def test_what_a_state_says_of_its_growth_is_true_and_its_levels_are_bounded(
         for level in state.levels:
             assert len(level.times) == len(level.values) == len(level.last) <= exact_max
             assert level.times == sorted(level.times)
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 99), st.integers(0, 30))))
+def test_a_table_of_sketches_keeps_its_bounds_and_counts_truly(entries):
+    table = Table(lambda: Distinct(50.0, exact_max=4), keys_max=2, entries_max=9)
+    for key, time_s, value in entries:
+        table.add(key, float(time_s), value)
+        assert table.entries == sum(len(state) for _, state in table.items()) <= 9
+        assert table.keys <= 2
 
 
 @given(seen, st.integers(0, 80), st.integers(2, 8))
