@@ -25,11 +25,15 @@ from edge_runtime.api.client import Client
 from edge_runtime.runtime import Event, Runtime
 
 FILLED = 2000  # observations that the windows have seen before anything is measured
-PACED_SHARE = 25  # one paced call for so many hot ones: a paced call takes 10 ms
 FAILED = 255  # the tag of a reply
 FLOODS = 5  # requests at full speed for each hot call
 
 Probe = Callable[[], list[float]]
+
+
+def paced_share(calls: int) -> int:
+    """How many paced calls stand for so many hot ones: each takes 10 ms."""
+    return max(10, calls // 25)
 
 
 class Floor:
@@ -50,7 +54,7 @@ class Floor:
         x = self.x
         return {
             "floor": lambda: hot(self.run, [x] * calls),
-            "floor paced": lambda: paced(self.run, [x] * (calls // PACED_SHARE)),
+            "floor paced": lambda: paced(self.run, [x] * (paced_share(calls))),
         }
 
     def check(self, who: str, answer: Any, x: Matrix | None = None) -> None:
@@ -83,7 +87,7 @@ def in_process(floor: Floor, runtime: Runtime, calls: int) -> dict[str, Probe]:
     return {
         "infer": lambda: hot(infer, [inputs] * calls),
         "predict": lambda: hot(predict, questions(calls)),
-        "predict paced": lambda: paced(predict, questions(calls // PACED_SHARE)),
+        "predict paced": lambda: paced(predict, questions(paced_share(calls))),
     }
 
 
@@ -209,7 +213,7 @@ def busy(servers: Started, server: Server, path: str, calls: int) -> Probe:
     stream = Stream()
 
     def probe() -> list[float]:
-        due = questions(wire, stream, calls // PACED_SHARE)
+        due = questions(wire, stream, paced_share(calls))
         cpu_s, started_s = server.cpu_s(), time.perf_counter()
         paced(wire.ask, due)
         return [100 * (server.cpu_s() - cpu_s) / (time.perf_counter() - started_s)]

@@ -109,7 +109,7 @@ def test_a_server_is_asked_measured_pinned_and_gone_at_the_end(bench, package, t
     with bench.server.Started(package, tmp_path) as servers:
         echo, path = servers.echo()
         probes = bench.probes.by_echo(bench.probes.Floor(package), path, 50)
-        busy = bench.probes.busy(servers, echo, path, 2 * bench.probes.PACED_SHARE)
+        busy = bench.probes.busy(servers, echo, path, 50)
 
         assert len(probes["echo"]()) == 50
         assert 0 < busy()[0] < 100
