@@ -1,7 +1,6 @@
-"""The peer mosec of tools/bench-serving: a worker as mosec's documentation shows one.
+"""The peer mosec of tools/bench-serving: workers as mosec's documentation shows them.
 
-Why msgpack and not JSON: mosec answers faster with it, and a peer is measured at its best.
-Run by the interpreter of var/peers/mosec; MODEL names the file.
+Run by the interpreter of var/peers/mosec; MODEL names the file, FORMAT says `json` or `msgpack`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from mosec import Server, Worker
 from mosec.mixin import MsgpackMixin
 
 
-class Model(MsgpackMixin, Worker):  # type: ignore[misc]
+class Json(Worker):  # type: ignore[misc]
     """Rows of features in, probabilities out."""
 
     def __init__(self) -> None:
@@ -32,7 +31,11 @@ class Model(MsgpackMixin, Worker):  # type: ignore[misc]
         }
 
 
+class Msgpack(MsgpackMixin, Json):
+    """The same in MessagePack, which is faster."""
+
+
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Model, num=1)
+    server.append_worker({"json": Json, "msgpack": Msgpack}[os.environ["FORMAT"]], num=1)
     server.run()

@@ -176,7 +176,17 @@ def by_http(floor: Floor, address: raw.Address, calls: int) -> dict[str, Probe]:
     }
 
 
-def probability(answer: bytes) -> Any:
+def mosec(x: Matrix, form: str, library: Any) -> bytes:
+    """What its worker expects, as JSON or MessagePack."""
+    body = library.encode({"features": x.tolist()})
+    return raw.http_request("/inference", body, f"application/{form}")
+
+
+def in_json(answer: bytes) -> Any:
+    return msgspec.json.decode(raw.http_body(answer))["probability"]
+
+
+def in_msgpack(answer: bytes) -> Any:
     return msgspec.msgpack.decode(raw.http_body(answer))["probability"]
 
 
@@ -186,10 +196,9 @@ def open_inference(answer: bytes) -> Any:
 
 def peers(floor: Floor, servers: Started, calls: int) -> tuple[dict[str, Probe], dict[str, str]]:
     """The probes of the peers that are installed, and why the others are left out."""
-    body = msgspec.msgpack.encode({"features": floor.x.tolist()})
-    msgpack = raw.http_request("/inference", body, "application/msgpack")
     starts = {
-        "mosec": (servers.mosec, msgpack, probability),
+        "mosec JSON": (servers.mosec_json, mosec(floor.x, "json", msgspec.json), in_json),
+        "mosec": (servers.mosec, mosec(floor.x, "msgpack", msgspec.msgpack), in_msgpack),
         "mlserver": (servers.mlserver, raw.http_json(floor.x), open_inference),
     }
     probes: dict[str, Probe] = {}

@@ -149,7 +149,11 @@ class Started(contextlib.ExitStack):
         server.wait(lambda: reachable(path))
         return server, path
 
-    def mosec(self) -> tuple[Server, Address]:
+    def mosec_json(self) -> tuple[Server, Address]:
+        """One worker that speaks JSON. Raises: as `mosec`."""
+        return self.mosec("json")
+
+    def mosec(self, form: str = "msgpack") -> tuple[Server, Address]:
         """One worker. Raises: FileNotFoundError when it is not installed."""
         port = free_port()
         command = [
@@ -159,7 +163,7 @@ class Started(contextlib.ExitStack):
             "warning",
         ]
         command += ["--address", "127.0.0.1", "--port", str(port)]
-        server = self._start("mosec", command, MODEL=str(self._package))
+        server = self._start(f"mosec-{form}", command, MODEL=str(self._package), FORMAT=form)
         server.wait(lambda: b" 200 " in _get(port, "/metrics"))
         return server, ("127.0.0.1", port)
 

@@ -137,7 +137,7 @@ def test_a_peer_that_is_not_installed_is_left_out_with_what_to_do(bench, package
         probes, skipped = bench.probes.peers(bench.probes.Floor(package), servers, 10)
 
     assert probes == {}
-    assert set(skipped) == {"mosec", "mlserver"}
+    assert set(skipped) == {"mosec", "mosec JSON", "mlserver"}
     assert all("make bench-peers" in why for why in skipped.values())
 
 
