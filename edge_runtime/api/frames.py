@@ -190,6 +190,7 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=255, gc=False):
 Request = Hello | Predict | Observe | Label | Status | Infer | Rollback
 Reply = Welcome | Predicted | Done | StatusReply | Inferred | RolledBack | Failed
 
+LENGTH_BYTES = 4
 _LENGTH = struct.Struct("<I")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -221,6 +222,11 @@ def frames_of(replies: Iterable[Reply]) -> bytes:
         parts.append(_LENGTH.pack(len(body)))
         parts.append(body)
     return b"".join(parts)
+
+
+def is_one_frame(data: bytes) -> bool:
+    """Whether `data` is a whole frame and nothing else."""
+    return len(data) >= LENGTH_BYTES and _LENGTH.unpack_from(data)[0] == len(data) - LENGTH_BYTES
 
 
 def reply_in(body: memoryview) -> Reply:
