@@ -230,11 +230,11 @@ class Answers:
         return Inferred(request.request_id, request.release or model.release, raw.raws_of(arrays))
 
     def _infer_many(self, group: Sequence[Infer], model: Model | None) -> list[Reply]:
-        family, inputs = group[0].family, group[0].inputs
+        family, names = group[0].family, raw.names_of(group[0].inputs)
         columns = [
             raw.arrays_of(column) for column in zip(*[each.inputs for each in group], strict=True)
         ]
-        rows = [raw.by_name(inputs, row) for row in zip(*columns, strict=True)]
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         answers = self._service.infer_many(family, rows)
         assert model is not None
         return [
@@ -272,4 +272,4 @@ def _predicted(request_id: int, answer: Prediction) -> Predicted:
 
 
 def _arrays(request: Infer) -> dict[str, Array]:
-    return raw.by_name(request.inputs, [raw.array_of(tensor) for tensor in request.inputs])
+    return dict(zip(raw.names_of(request.inputs), map(raw.array_of, request.inputs), strict=True))

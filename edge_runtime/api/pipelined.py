@@ -221,9 +221,12 @@ def infer_request(
     number: int, family: str, inputs: Mapping[str, Any], outputs: Sequence[str], release: str
 ) -> Infer:
     """The request of `infer`. Raises: RequestError `wrong_type`, for what cannot be sent."""
+    import numpy as np
+
     from edge_runtime.api.raw import raws_of
 
-    return Infer(number, family, raws_of(inputs), tuple(outputs), release)
+    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    return Infer(number, family, raws_of(arrays), tuple(outputs), release)
 
 
 def unreachable(path: str | Path, error: OSError) -> TransportError:

@@ -12,8 +12,8 @@ Knows nothing about models, and is imported late by what must load no numpy.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from edge_runtime.errors import RequestError
 from edge_runtime.inference.tensors import DTYPES, Array, datatype_of
 
 _LENGTH = struct.Struct("<I")
+_READ_AS = {"BOOL": np.dtype("u1")}  # any byte may come; only 0 and 1 are what others call a bool
 
 
 def packed(array: Array) -> bytes:
@@ -37,25 +38,19 @@ def unpacked(datatype: str, shape: Sequence[int], data: bytes) -> Array:
     dtype = DTYPES.get(datatype)
     if dtype is None:
         raise ValueError(f"unknown datatype; there are {', '.join(DTYPES)}")
-    if shape and min(shape) < 0:
-        raise ValueError("a dimension is negative")
     if datatype == "BYTES":
-        texts = [*_texts(data)]
-        values = np.empty(len(texts), dtype=object)
-        values[:] = texts
-    elif datatype == "BOOL":  # any byte may come; only 0 and 1 are what others call a bool
-        values = np.frombuffer(data, "u1") != 0
-    else:
-        values = np.frombuffer(data, dtype)
+        return _texts(tuple(shape), data)
     try:
-        return values.reshape(shape)
-    except OverflowError as error:
+        array: Array = np.ndarray(shape, _READ_AS.get(datatype, dtype), data)
+    except (TypeError, OverflowError) as error:  # too few bytes, or sizes beyond all memory
         raise ValueError(str(error)) from error
+    if array.nbytes != len(data) or array.shape != tuple(shape):  # numpy reads -1 as "any"
+        raise ValueError("more bytes than that, or a negative dimension")
+    return array if array.dtype is dtype else array != 0
 
 
-def raw_of(name: str, value: Any) -> RawTensor:
-    """A named array, or what numpy makes one of, as bytes. Raises: RequestError `wrong_type`."""
-    array = np.asarray(value)
+def raw_of(name: str, array: Array) -> RawTensor:
+    """A named array as bytes. Raises: RequestError `wrong_type`."""
     datatype = datatype_of(array)
     if not datatype:
         raise RequestError(
@@ -66,7 +61,7 @@ def raw_of(name: str, value: Any) -> RawTensor:
     return RawTensor(name, datatype, array.shape, packed(array))
 
 
-def raws_of(arrays: Mapping[str, Any]) -> tuple[RawTensor, ...]:
+def raws_of(arrays: Mapping[str, Array]) -> tuple[RawTensor, ...]:
     """`raw_of` each of `arrays`."""
     return tuple([raw_of(name, array) for name, array in arrays.items()])
 
@@ -95,18 +90,24 @@ def arrays_of(tensors: Sequence[RawTensor]) -> list[Array]:
     return [stack[row, ...] for row in range(rows)]
 
 
-def by_name(tensors: Sequence[RawTensor], arrays: Sequence[Array]) -> dict[str, Array]:
-    """`arrays` by the names of `tensors`. Raises: RequestError `bad_request` for a name twice."""
-    named = {tensor.name: array for tensor, array in zip(tensors, arrays, strict=True)}
-    if len(named) < len(tensors):
+def names_of(inputs: Sequence[RawTensor]) -> list[str]:
+    """The names of a request's inputs. Raises: RequestError `bad_request` for a name twice."""
+    names = [tensor.name for tensor in inputs]
+    if len(names) > 1 and len(set(names)) < len(names):
         raise RequestError("bad_request", "two inputs have the same name")
-    return named
+    return names
 
 
-def _texts(data: bytes) -> Iterator[str]:
+def _texts(shape: tuple[int, ...], data: bytes) -> Array:
+    texts: list[str] = []
     at, end = 0, len(data)
     while at < end:
         if end - at < 4 or end - at - 4 < (size := _LENGTH.unpack_from(data, at)[0]):
             raise ValueError("a text is longer than its bytes")
-        yield data[at + 4 : at + 4 + size].decode()
+        texts.append(data[at + 4 : at + 4 + size].decode())
         at += 4 + size
+    if prod(shape) != len(texts) or (shape and min(shape) < 0):
+        raise ValueError(f"there are {len(texts)} texts")
+    array = np.empty(len(texts), dtype=object)
+    array[:] = texts
+    return array.reshape(shape)
