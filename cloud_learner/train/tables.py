@@ -42,6 +42,8 @@ def _with_rows(table: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise _bad(path, "has no meaning beside rows")
     header, rows = _read(path)
     columns = table.get("columns", header)
+    if not isinstance(columns, list):
+        raise _bad(path, f"columns is {columns!r}, not a list of names")
     for column in columns:
         if column not in header:
             raise _bad(path, f"has no column {column!r}", f"it has: {', '.join(header)}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.features.engine import Engine
 from edge_runtime.features.spec import Spec
 
 HEAD = "version = 1\n"
@@ -254,3 +257,47 @@ def test_each_mistake_has_its_code_and_names_what_is_wrong(text, code, named):
 def test_text_that_is_no_spec_is_a_config_error(text):
     with pytest.raises(ConfigError):
         Spec.from_json(text)
+
+
+KEYS = [
+    *("version", "features", "tables", "name", "field", "vocabulary", "window", "fill", "bounds"),
+    *("lookup", "cycle", "log1p", "standardise", "bucket", "hash", "one_hot", "over", "statistic"),
+    *("span_s", "key", "value", "span_events", "half_life_s", "table", "column", "of", "mean"),
+    *("std", "utc_offset_s", "columns", "rows", "x"),
+]
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["x", "", "count", "distinct", "decayed_mean", "label", "day"])
+)
+documents = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6)
+    ),
+    max_leaves=20,
+)
+parts = dict.fromkeys(("window", "lookup", "cycle", "standardise", "bucket", "hash"), documents)
+features = st.fixed_dictionaries(
+    {"name": st.sampled_from(["a", "b"])},
+    optional={"field": st.just("x"), "fill": scalars, "one_hot": st.booleans(), **parts},
+)
+
+
+@given(st.lists(features, max_size=3), documents)
+def test_whatever_a_document_holds_it_is_a_spec_that_runs_or_a_config_error(features, tables):
+    document = {"version": 1, "features": features, "tables": tables}
+    try:
+        spec = Spec.from_document(document)
+    except ConfigError:
+        return
+    assert Spec.from_json(spec.to_json()) == spec
+    assert len(Engine(spec).packed(0.0, {"x": 1})) == 4 * spec.size
+
+
+@given(documents)
+def test_whatever_stands_in_place_of_a_document_is_a_config_error(document):
+    with pytest.raises(ConfigError):
+        Spec.from_document(document)

@@ -45,6 +45,8 @@ def test_columns_may_be_chosen(tmp_path):
         ("code,height\nABQ,1\nABQ,2\n", {}, ["row 'ABQ'", "twice"]),
         ('code,height\nABQ,"1\n', {}, ["cannot be read"]),
         (CSV, {"columns": ["hight"]}, ["'hight'"]),
+        (CSV, {"columns": "height"}, ["'height'"]),
+        (CSV, {"columns": 5}, ["5"]),
         (CSV, {"rows": {}}, ["rows"]),
         (CSV, {"file": "other.csv"}, ["other.csv"]),
     ],
