@@ -100,10 +100,10 @@ class Connection(asyncio.Protocol):
         that asks and waits; False, with nothing done, when it is any other.
         """
         busy = self._waiting or self._running or self._inbox.held or self._unread or self._ending
-        if busy or self._transport is None or not frames.is_one_frame(data):
+        if busy or self._transport is None or (body := frames.only_body(data)) is None:
             return False
         try:
-            request = frames.decode_request(memoryview(data)[frames.LENGTH_BYTES :])
+            request = frames.decode_request(body)
         except UNREADABLE:
             return False
         model = self._answers.model(request)

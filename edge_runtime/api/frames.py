@@ -5,8 +5,7 @@ Why: server and clients share one declaration; a client in another language has 
 Invariants: a frame is a length (u32, little-endian, at most FRAME_BYTES_MAX) and one MessagePack
 array `[tag, request_id, ...]`; tags are never used twice; fields are only appended, with defaults.
 
-Messages are out of the garbage collector's sight (`gc=False`): what was decoded holds no circle,
-and thousands of requests at once would keep the collector busy.
+Messages are hidden from the garbage collector (`gc=False`), which thousands at once keep busy.
 
 Knows nothing about sockets and models, and loads no numpy. Implements proto/socket.md.
 """
@@ -75,11 +74,7 @@ class Status(msgspec.Struct, array_like=True, frozen=True, tag=5, gc=False):
 
 
 class RawTensor(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A named tensor as bytes: little-endian, the last dimension running fastest.
-
-    `datatype` is a word of the Open Inference Protocol; each element of BYTES is a length (u32,
-    little-endian) and as many bytes of UTF-8.
-    """
+    """A named tensor as bytes; `datatype` is a word of the Open Inference Protocol."""
 
     name: str
     datatype: str
@@ -190,7 +185,6 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=255, gc=False):
 Request = Hello | Predict | Observe | Label | Status | Infer | Rollback
 Reply = Welcome | Predicted | Done | StatusReply | Inferred | RolledBack | Failed
 
-LENGTH_BYTES = 4
 _LENGTH = struct.Struct("<I")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -224,9 +218,10 @@ def frames_of(replies: Iterable[Reply]) -> bytes:
     return b"".join(parts)
 
 
-def is_one_frame(data: bytes) -> bool:
-    """Whether `data` is a whole frame and nothing else."""
-    return len(data) >= LENGTH_BYTES and _LENGTH.unpack_from(data)[0] == len(data) - LENGTH_BYTES
+def only_body(data: bytes) -> memoryview | None:
+    """The body in `data`, when that is one whole frame and nothing else."""
+    whole = len(data) >= 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4
+    return memoryview(data)[4:] if whole else None
 
 
 def reply_in(body: memoryview) -> Reply:

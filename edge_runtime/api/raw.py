@@ -26,10 +26,16 @@ _READ_AS = {"BOOL": np.dtype("u1")}  # any byte may come; only 0 and 1 are what 
 
 
 def packed(array: Array) -> bytes:
-    """The bytes of a tensor: little-endian, row-major; a text is its length (u32), then UTF-8."""
+    """The bytes of a tensor: little-endian, row-major; a text is its length (u32), then UTF-8.
+
+    Raises: RequestError `wrong_type` for a cell that is no text.
+    """
     if array.dtype.kind not in "OSU":
         return array.tobytes()
-    texts = [each if isinstance(each, bytes) else str(each).encode() for each in array.ravel()]
+    try:
+        texts = [each if isinstance(each, bytes) else each.encode() for each in array.ravel()]
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise RequestError("wrong_type", f"a cell is no text: {error}") from error
     return b"".join([part for text in texts for part in (_LENGTH.pack(len(text)), text)])
 
 

@@ -42,6 +42,12 @@ def test_bytes_are_texts_too():
     assert raw.packed(np.array([b"a", b"bc"])) == b"\1\0\0\0a\2\0\0\0bc"
 
 
+@pytest.mark.parametrize("cell", [None, 1, "\ud800"])
+def test_a_cell_that_is_no_text_is_refused(cell):
+    with pytest.raises(RequestError, match="wrong_type"):
+        raw.raw_of("x", np.array([cell], dtype=object))
+
+
 def test_any_byte_but_zero_is_true():
     assert raw.unpacked("BOOL", (3,), b"\0\1\7").tolist() == [False, True, True]
     assert raw.unpacked("BOOL", (3,), b"\0\1\7").tobytes() == b"\0\1\1"
