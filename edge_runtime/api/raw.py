@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from math import prod
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from edge_runtime.errors import RequestError
 from edge_runtime.inference.tensors import DTYPES, Array, datatype_of
 
 _LENGTH = struct.Struct("<I")
-_READ_AS = {"BOOL": np.dtype("u1")}  # any byte may come; only 0 and 1 are what others call a bool
 
 
 def packed(array: Array) -> bytes:
@@ -44,15 +42,18 @@ def unpacked(datatype: str, shape: Sequence[int], data: bytes) -> Array:
     dtype = DTYPES.get(datatype)
     if dtype is None:
         raise ValueError(f"unknown datatype; there are {', '.join(DTYPES)}")
+    if shape and min(shape) < 0:  # which numpy reads as "any"
+        raise ValueError("a dimension is negative")
     if datatype == "BYTES":
-        return _texts(tuple(shape), data)
+        values = _texts(data)
+    elif datatype == "BOOL":  # any byte may come; only 0 and 1 are what others call a bool
+        values = np.frombuffer(data, "u1") != 0
+    else:
+        values = np.frombuffer(data, dtype)
     try:
-        array: Array = np.ndarray(shape, _READ_AS.get(datatype, dtype), data)
-    except (TypeError, OverflowError) as error:  # too few bytes, or sizes beyond all memory
+        return values.reshape(shape)
+    except OverflowError as error:
         raise ValueError(str(error)) from error
-    if array.nbytes != len(data) or array.shape != tuple(shape):  # numpy reads -1 as "any"
-        raise ValueError("more bytes than that, or a negative dimension")
-    return array if array.dtype is dtype else array != 0
 
 
 def raw_of(name: str, array: Array) -> RawTensor:
@@ -92,7 +93,10 @@ def arrays_of(tensors: Sequence[RawTensor]) -> list[Array]:
     first, rows = tensors[0], len(tensors)
     array_of(first)
     data = b"".join([tensor.data for tensor in tensors])
-    stack = unpacked(first.datatype, (rows, *first.shape), data)
+    try:
+        stack = unpacked(first.datatype, (rows, *first.shape), data)
+    except ValueError:  # they have as many dimensions as numpy allows
+        return [array_of(tensor) for tensor in tensors]
     return [stack[row, ...] for row in range(rows)]
 
 
@@ -104,7 +108,7 @@ def names_of(inputs: Sequence[RawTensor]) -> list[str]:
     return names
 
 
-def _texts(shape: tuple[int, ...], data: bytes) -> Array:
+def _texts(data: bytes) -> Array:
     texts: list[str] = []
     at, end = 0, len(data)
     while at < end:
@@ -112,8 +116,6 @@ def _texts(shape: tuple[int, ...], data: bytes) -> Array:
             raise ValueError("a text is longer than its bytes")
         texts.append(data[at + 4 : at + 4 + size].decode())
         at += 4 + size
-    if prod(shape) != len(texts) or (shape and min(shape) < 0):
-        raise ValueError(f"there are {len(texts)} texts")
     array = np.empty(len(texts), dtype=object)
     array[:] = texts
-    return array.reshape(shape)
+    return array

@@ -74,6 +74,12 @@ def test_many_at_once_are_what_each_is_alone(shape, count):
         np.testing.assert_array_equal(found, array, strict=True)
 
 
+def test_as_many_dimensions_as_numpy_has_are_read_one_by_one():
+    tensor = RawTensor("x", "FP32", (1,) * 64, b"1234")
+
+    assert [each.shape for each in raw.arrays_of([tensor, tensor])] == [(1,) * 64] * 2
+
+
 @given(
     st.sampled_from([*sorted(DTYPES), "", "FP31"]),
     st.lists(st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(-1, 3), max_size=5).map(tuple),
