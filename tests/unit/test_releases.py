@@ -188,7 +188,6 @@ def test_what_happens_while_the_log_is_read_is_not_missed(open_runtime, load):
     seen = asyncio.run(adopt_beside_events())
     observe(always, events[:seen])
     assert engine(device, new).snapshot() == engine(always, new).snapshot()
-    assert device._members["toy"].pipeline.missed is None
 
 
 def test_nothing_is_missed_or_seen_twice_though_other_threads_go_on(open_runtime, load):
@@ -202,6 +201,30 @@ def test_nothing_is_missed_or_seen_twice_though_other_threads_go_on(open_runtime
         thread.join(30)
         observe(always, events)
         assert engine(device, new).snapshot() == engine(always, new).snapshot(), f"seed {seed}"
+
+
+def test_of_two_that_come_at_once_the_one_that_serves_has_missed_nothing(open_runtime, load):
+    one, two = load(SHORT, LATEST, bias=1.0), load(SHORT, KEYED, EXTREME, bias=2.0)
+    device, events, seen = open_runtime(load(SHORT)), stream(3000), 1000
+    observe(device, events[:seen])
+
+    async def adopt_both():
+        adopting = [
+            asyncio.create_task(device.adopt("toy", [arm], plan_of(arm))) for arm in (one, two)
+        ]
+        seen = 1000
+        while not all(task.done() for task in adopting):
+            observe(device, events[seen : seen + 1])
+            seen += 1
+            await asyncio.sleep(0)
+        await asyncio.gather(*adopting)
+        return seen
+
+    seen = asyncio.run(adopt_both())
+    [arm] = device._members["toy"].pipeline.slot.arms
+    always = open_runtime(arm)
+    observe(always, events[:seen])
+    assert engine(device, arm).snapshot() == engine(always, arm).snapshot()
 
 
 def test_a_release_that_is_refused_leaves_windows_and_answers_as_they_were(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 
 import msgspec
 import numpy as np
@@ -265,3 +266,35 @@ def test_beside_swaps_every_answer_is_wholly_of_one_release(runtime, load):
     assert wrong == []
     counters = runtime.counters()
     assert (counters["infers"] > 0, counters["request_errors"]) == (True, 0)
+
+
+def nothing(_runtime):
+    return None
+
+
+def described(runtime):
+    return runtime.model("toy")
+
+
+def asked_once(runtime):
+    return ask(runtime)
+
+
+def asked_many(runtime):
+    return runtime.infer_many("toy", [{"features": X}] * 2)
+
+
+def asked_on_the_worker(runtime):
+    return asyncio.run(runtime.infer_async("toy", {"features": X}))
+
+
+@pytest.mark.parametrize("use", [nothing, described, asked_once, asked_many, asked_on_the_worker])
+def test_a_model_that_was_replaced_is_freed_whatever_it_was_asked(runtime, load, use):
+    arm = load(heavy=True)
+    runtime.swap("toy", [arm], None)
+    use(runtime)
+    model = weakref.ref(arm.runner)
+    del arm
+    runtime.swap("toy", [load(1.0)], None)
+    runtime._members["toy"].pipeline.slot.settle()
+    assert model() is None
