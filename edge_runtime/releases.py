@@ -54,6 +54,7 @@ class Releases:
                 thread.submit(asyncio.run, self.adopt(member, arms, plan)).result()
             return
         with self._turn:
+            self._check_not_left(arms)
             member.follow(arms, plan)
         self._journal.hasten_snapshot()
 
@@ -62,10 +63,9 @@ class Releases:
         if not brings_new_windows(member, arms):
             self.swap(member, arms, plan)
             return
-        log = self._journal.log
+        log, missed = self._journal.log, list[history.Seen]()
         with self._turn:
-            missed: list[history.Seen] = []
-            member.pipeline.missed = missed
+            member.pipeline.gathering.append(missed)
             until = log.epoch, log.handed_out("event")
         try:
             await log.wait_durable("event", until[1])
@@ -75,7 +75,9 @@ class Releases:
                 catch_up(engines, missed)
                 member.follow(arms, plan, engines)
         finally:
-            member.pipeline.missed = None
+            with self._turn:  # by identity: two empty lists are equal
+                others = [each for each in member.pipeline.gathering if each is not missed]
+                member.pipeline.gathering = others
         self._journal.hasten_snapshot()
 
     def _check_not_left(self, arms: Sequence[Arm]) -> None:

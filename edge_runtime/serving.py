@@ -60,7 +60,7 @@ class Serving:
     ) -> None:
         self._slots, self._rows_max, self._refused = slots, config.batch_rows_max, refused
         self.latency, self.infers, self._counting = Histogram(), 0, threading.Lock()
-        self._models: dict[str, tuple[tuple[Arm, ...], ModelInfo]] = {}
+        self._models: dict[str, tuple[int, ModelInfo]] = {}
         self.deadline_s = config.deadline_ms / 1000
         self.worker = Worker(
             queue_max=config.queue_max,
@@ -82,10 +82,10 @@ class Serving:
 
     def model(self, family: str) -> ModelInfo:
         """What `family` serves now. Raises: RequestError (unknown_family, no_release)."""
-        arms = self.slot(family).arms
+        slot = self.slot(family)
         known = self._models.get(family)
-        if known is None or known[0] is not arms:
-            known = self._models[family] = arms, _described(family, arms)
+        if known is None or known[0] != slot.generation:
+            known = self._models[family] = slot.generation, _described(family, slot.arms)
         return known[1]
 
     def infer(

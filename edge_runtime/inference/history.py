@@ -6,7 +6,8 @@ Invariants: a window whose definition is unchanged goes on with all it holds; on
 reaches further back, is rebuilt from the records that the log still has. What is rebuilt is what
 streaming would have given.
 
-A window over labels that comes new begins empty: labels were not logged for it.
+A window over labels that comes new begins empty: labels were not logged for it. A label that is
+ahead of the event clock moves the horizon of its windows with it.
 
 Knows nothing about logs and files: records come as an iterator.
 """

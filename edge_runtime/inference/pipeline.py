@@ -56,7 +56,7 @@ _decoder = msgspec.msgpack.Decoder(_State)
 class Pipeline:
     """One family: its slot, its windows and its event clock.
 
-    While windows are rebuilt elsewhere, `missed` is a list, and gathers what these see meanwhile.
+    While windows are rebuilt elsewhere, lists in `gathering` gather what these see meanwhile.
     """
 
     def __init__(self, family: str, clock: Clock | None = None) -> None:
@@ -65,7 +65,7 @@ class Pipeline:
         self.engines: dict[str, Engine] = {}
         self._of_arms: list[Engine] = []
         self.answered = history.Answered()
-        self.missed: list[history.Seen] | None = None
+        self.gathering: list[list[history.Seen]] = []
         self._interface: Interface | None = None
         self._newest_s = -math.inf
         self._moved_at_s = -math.inf
@@ -135,8 +135,8 @@ class Pipeline:
         elif time_s < self._newest_s - self._lateness_s:
             self._counts["late_events"] += 1
             return
-        if self.missed is not None:
-            self.missed.append((kind, time_s, fields))
+        for missed in self.gathering:
+            missed.append((kind, time_s, fields))
         for engine in self.engines.values():
             history.see(engine, kind, time_s, fields)
 

@@ -73,14 +73,17 @@ class Lease:
 
 
 class Slot:
-    """The arms of one family; empty at first. Any thread may lease and swap."""
+    """The arms of one family; empty at first. Any thread may lease and swap.
+
+    `generation` counts the swaps.
+    """
 
     def __init__(self, family: str) -> None:
         self.family = family
         self._lock = threading.Lock()
         self._current = Lease((), self._lock, self._dispose)
         self._disposals: list[threading.Thread] = []
-        self._swaps = 0
+        self.generation = 0
         self._swap_failures = 0
         self._draining = 0
 
@@ -111,7 +114,7 @@ class Slot:
             old, self._current = self._current, fresh
             old.retired = True
             drained = bool(old.arms) and not old.leases
-            self._swaps += 1
+            self.generation += 1
             self._draining += bool(old.arms)
         if drained:
             self._dispose(old)
@@ -129,7 +132,7 @@ class Slot:
     def statistics(self) -> dict[str, int]:
         """Swaps done and refused, leases held now, generations that still wait to be freed."""
         return {
-            "swaps": self._swaps,
+            "swaps": self.generation,
             "swap_failures": self._swap_failures,
             "leases": self._current.leases,
             "draining": self._draining,

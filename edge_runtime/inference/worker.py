@@ -121,16 +121,23 @@ class Worker:
 
     def _run(self) -> None:
         self._on_start()
-        while not self._closed:
-            first, self._held = self._held or self._queue.get(), None
-            if first is None:
-                break
-            jobs = [job for job in self._gathered(first) if not job.future.done()]
-            if jobs:
-                self._counts["runs"] += 1
-                self._counts["jobs"] += len(jobs)
-                _deliver(jobs, _done(jobs))
+        while not self._closed and self._take_turn():
+            pass
         self._drain()
+
+    def _take_turn(self) -> bool:
+        """Do what waits first, and what goes with it; False at the end. What was done is not held
+        while the thread waits for more: it may be the last hold on a model.
+        """
+        first, self._held = self._held or self._queue.get(), None
+        if first is None:
+            return False
+        jobs = [job for job in self._gathered(first) if not job.future.done()]
+        if jobs:
+            self._counts["runs"] += 1
+            self._counts["jobs"] += len(jobs)
+            _deliver(jobs, _done(jobs))
+        return True
 
     def _gathered(self, first: _Job) -> list[_Job]:
         """`first` and what may be done with it; work of another group is held for the next turn."""
