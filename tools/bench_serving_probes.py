@@ -26,6 +26,7 @@ from edge_runtime.runtime import Event, Runtime
 
 FILLED = 2000  # observations that the windows have seen before anything is measured
 FAILED = 255  # the tag of a reply
+NOTHING_NS = 20_000
 FLOODS = 5  # requests at full speed for each hot call
 
 Probe = Callable[[], list[float]]
@@ -34,6 +35,13 @@ Probe = Callable[[], list[float]]
 def paced_share(calls: int) -> int:
     """How many paced calls stand for so many hot ones: each takes 10 ms."""
     return max(10, calls // 25)
+
+
+def do_nothing(for_ns: int) -> None:
+    """Be busy for so long: what the machine itself adds shows in the slowest calls."""
+    end_ns = time.perf_counter_ns() + for_ns
+    while time.perf_counter_ns() < end_ns:
+        pass
 
 
 class Floor:
@@ -54,6 +62,7 @@ class Floor:
         x = self.x
         return {
             "floor": lambda: hot(self.run, [x] * calls),
+            "nothing": lambda: hot(do_nothing, [NOTHING_NS] * calls),
             "floor paced": lambda: paced(self.run, [x] * (paced_share(calls))),
         }
 

@@ -93,6 +93,7 @@ def _in_process(found: Found) -> Iterator[Row]:
     yield Row(f"{INFER}: to the floor", found.ratio("infer", "floor"), "times")
     yield from _times(found, PREDICT, "predict", "", p50=floor + 15, p99=60)
     yield Row(f"{PREDICT}: to the floor", found.ratio("predict", "floor"), "times")
+    yield from _times(found, PREDICT, "nothing", "a loop of 20 µs that does nothing,")
     ratio = found.ratio("predict paced", "floor paced")
     yield Row(f"{PACED}: p50 to the paced floor", ratio, "times", 2.5)
     yield from _times(found, PACED, "predict paced", "")
