@@ -5,13 +5,14 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup demo test check slow clean
+.PHONY: help setup demo test check slow bench-peers clean
 
 help:
 	@echo "make demo    the whole loop on a year of real flights; ARGS=--full plays all of it"
 	@echo "make test    checks and every test, with small counts"
 	@echo "make slow    checks and every test, with full counts"
 	@echo "make check   ruff and mypy"
+	@echo "make bench-peers  what tools/bench-serving compares with, below var/peers"
 	@echo "make clean   remove .venv, var and caches"
 
 setup:
@@ -30,6 +31,9 @@ test: check
 
 slow: check
 	$(BIN)/pytest
+
+bench-peers: setup
+	@tools/bench-peers
 
 clean:
 	rm -rf .venv var dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
