@@ -209,7 +209,7 @@ def test_half_sent_large_frames_do_not_fill_the_memory(tmp_path: Path) -> None:
         loop, before = asyncio.get_running_loop(), rss_bytes()
         frame = framed([3, 1, "delay", "k", 1.0, {}])
         await loop.sock_sendall(small, frame[:9])
-        greedy = [await connected(path) for _ in range(12)]
+        greedy = [await connected(path) for _ in range(24)]
         block = b"\0" * (1 << 20)
         for number in range(15):
             for end in greedy:
@@ -222,8 +222,9 @@ def test_half_sent_large_frames_do_not_fill_the_memory(tmp_path: Path) -> None:
         assert (await loop.sock_recv(small, 100))[4:] == msgpack.packb([131, 1, 1])
         found = server.statistics()
         assert found["held_bytes"] <= HELD_BYTES_MAX
-        assert 8 <= found["ended"] <= 11
-        assert rss_bytes() - before < 2 * HELD_BYTES_MAX
+        assert 20 <= found["ended"] <= 23
+        # What grows in place moves about in the heap, which holds twice as much for a while.
+        assert rss_bytes() - before < 3 * HELD_BYTES_MAX < 24 * 15 * len(block)
         for end in [small, *greedy]:
             end.close()
 
