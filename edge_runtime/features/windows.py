@@ -19,7 +19,9 @@ Knows nothing about keys, events and specs.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
+from operator import sub
 from typing import Any
 
 SCALE = 1 << 32
@@ -182,9 +184,18 @@ class Series:
         self._forget()
 
     def high(self, start: int, end: int, sign: int = 1) -> int:
-        """The greatest units among entries `start` to `end`; with `sign` -1 the least, negated."""
-        totals = self.totals
-        return max(sign * (totals[i + 1] - totals[i]) for i in range(start, end))
+        """The greatest units among entries `start` to `end`; with `sign` -1 the least, negated.
+
+        The first peak from `start` on is that of all entries from there on, so unless it comes
+        after `end`, it is that of these, too.
+        """
+        peaks = self.highs if sign > 0 else self.lows
+        assert peaks is not None
+        first = bisect_left(peaks.positions, start)
+        if peaks.positions[first] < end:
+            return peaks.units[first]
+        values: Iterable[int] = map(sub, self.totals[start + 1 : end + 1], self.totals[start:end])
+        return max(values) if sign > 0 else -min(values)
 
 
 def check_order(times: list[float], values: list[Any]) -> None:
