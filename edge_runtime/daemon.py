@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -45,6 +46,7 @@ def run(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _allow_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(config, on_ready))
 
@@ -111,6 +113,12 @@ async def _run_until(stop: asyncio.Event, *works: Coroutine[Any, Any, None]) -> 
         await stop.wait()
         for task in tasks:
             task.cancel()
+
+
+def _allow_connections() -> None:
+    """A shell's soft bound on open files is far below what socket and HTTP may hold."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _read_root(config: EdgeConfig) -> bytes:
