@@ -19,8 +19,8 @@ from typing import Any
 
 from edge_runtime import config as configuration
 from edge_runtime.config import EdgeConfig
+from edge_runtime.device.family import FACTORY
 from edge_runtime.errors import ConfigError, PackageError
-from edge_runtime.family import FACTORY
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.inference.slot import load_arm

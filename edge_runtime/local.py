@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from math import prod
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime import daemon
-from edge_runtime.config import HttpConfig, local_config
-from edge_runtime.errors import ConfigError, PackageError
-from edge_runtime.inference.onnxfile import family_of, metadata_in
+from edge_runtime.config import HttpConfig
+from edge_runtime.device.restart import temporary_config
+from edge_runtime.inference.onnxfile import metadata_in
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.tensors import Tensor
 from edge_runtime.runtime import ModelInfo, Runtime
@@ -37,17 +36,11 @@ def run(package: Path, socket: Path, http_port: int | None, say: Callable[[str],
 
     Raises: ConfigError (also bad_package, for a file that is no model) before anything is served.
     """
-    try:
-        family = family_of(package)
-    except PackageError as error:
-        raise ConfigError("bad_package", error.message, error.hint) from error
-    with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
-        http = HttpConfig(port=http_port)
-        config = local_config(package, family, Path(folder), socket=socket, http=http)
 
-        def tell(runtime: Runtime) -> None:
-            say(how_to_ask(package, runtime.model(family), socket, http_port))
+    def tell(runtime: Runtime) -> None:
+        say(how_to_ask(package, runtime.model(runtime.families[0]), socket, http_port))
 
+    with temporary_config(package, socket=socket, http=HttpConfig(port=http_port)) as config:
         daemon.run(config, tell)
 
 

@@ -17,27 +17,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 from edge_runtime import config as configuration
-from edge_runtime import restart, standing
-from edge_runtime.asking import Asking, Event, Prediction
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import ConfigError, HeadwaterError, PackageError, RequestError
-from edge_runtime.family import Family
-from edge_runtime.inference.onnxfile import family_of
+from edge_runtime.device import restart, standing
+from edge_runtime.device.asking import Asking, Event, Prediction
+from edge_runtime.device.family import Family
+from edge_runtime.device.releases import Releases
+from edge_runtime.device.serving import ModelInfo, Serving
+from edge_runtime.errors import HeadwaterError, RequestError
+from edge_runtime.events.journal import Journal
 from edge_runtime.inference.slot import Arm
 from edge_runtime.inference.tensors import Array
-from edge_runtime.journal import Journal
 from edge_runtime.metrics import Histogram
-from edge_runtime.releases import Releases
 from edge_runtime.rollout.plan import Plan
-from edge_runtime.serving import ModelInfo, Serving
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire.messages import Report
 
@@ -45,17 +43,14 @@ __all__ = ["Event", "ModelInfo", "Prediction", "Runtime"]
 
 
 class Runtime:
-    """A device's families, answering; made by `open`, ended by `close` or as a context manager.
-
-    `on_commit`, once set, is called from the log's thread whenever more became durable.
-    """
+    """A device's families, answering; made by `open`, ended by `close` or as a context manager."""
 
     def __init__(self, config: EdgeConfig, clock: Clock) -> None:
         self.config, self.device, self.families = config, config.device, config.families
         self._clock = clock
         self._members = {name: Family(name, self.device, clock) for name in self.families}
-        self._journal = Journal(config, self._states)
-        self.log, self.epoch = self._journal.log, self._journal.log.epoch
+        self.journal = Journal(config, lambda: standing.states(self._members))
+        self.log, self.epoch = self.journal.log, self.journal.log.epoch
         try:
             self.shelf = Shelf(config.state_dir / "shelf")  # guarded by the log's lock, too
         except BaseException:
@@ -64,10 +59,10 @@ class Runtime:
         slots = {name: family.pipeline.slot for name, family in self._members.items()}
         self._refusals, self._counting = {"request_errors": 0, "requests_dropped": 0}, Lock()
         self._serving = Serving(slots, config.inference, self._refused)
-        self._asking = Asking(self._members, self._journal, self._serving, clock, self._refused)
-        self._releases = Releases(self._members, self._journal, self.shelf, self._asking.turn)
+        self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
+        self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
         self._ends = contextlib.ExitStack()
-        self._replayed, self._closed = 0, False
+        self._closed = False
 
     @classmethod
     def open(
@@ -85,42 +80,18 @@ class Runtime:
         Raises: ConfigError for the configuration, the package, or a state directory that another
         process owns.
         """
-        if package is not None:
-            assert source is None, "a configuration or a package, not both"
-            return cls._open_package(Path(package), clock)
-        assert source is not None, "a configuration or a package"
-        config = source if isinstance(source, EdgeConfig) else configuration.load(Path(source))
-        return cls._open(config, clock)
-
-    @classmethod
-    def _open_package(cls, package: Path, clock: Clock | None) -> Self:
         with contextlib.ExitStack() as ends:
-            folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="headwater-"))
-            try:
-                family = family_of(package)
-            except PackageError as error:
-                raise ConfigError("bad_package", error.message, error.hint) from error
-            runtime = cls._open(configuration.local_config(package, family, Path(folder)), clock)
-            runtime._ends = ends.pop_all()  # noqa: SLF001 - it is our own
-            return runtime
-
-    @classmethod
-    def _open(cls, config: EdgeConfig, clock: Clock | None) -> Self:
-        runtime = cls(config, clock or SystemClock())
-        try:
-            for family in runtime._members.values():
-                restart.restore_arms(family, runtime.shelf, config)
-            runtime._replayed = restart.restore_windows(
-                runtime._members, runtime._journal.snapshots, runtime.log
-            )
-        except BaseException:
-            runtime.log.close()
-            raise
-        runtime._journal.start()
+            if package is not None:
+                assert source is None, "a configuration or a package, not both"
+                source = ends.enter_context(restart.temporary_config(Path(package)))
+            assert source is not None, "a configuration or a package"
+            config = source if isinstance(source, EdgeConfig) else configuration.load(Path(source))
+            runtime = cls(config, clock or SystemClock())
+            ends.callback(runtime.log.close)  # a start that fails leaves snapshots as they were
+            runtime._bring_back(ends)
         return runtime
 
     # Events.
-
     def predict(self, family: str, event: Event) -> Prediction:
         """Answer an event, and log the answer with the feature values behind it.
 
@@ -177,7 +148,6 @@ class Runtime:
         return self._asking.label(family, prediction_id, value, time_s, final=final)
 
     # Tensors.
-
     def infer(
         self,
         family: str,
@@ -188,10 +158,9 @@ class Runtime:
     ) -> dict[str, Array]:
         """What a model answers to tensors: no features, no log. All outputs, or those named.
 
-        `release` None: the stable one. Values are not judged: a NaN goes in as it is.
+        `release` None: the stable one. A NaN goes in as it is.
         Raises: RequestError (unknown_family, no_release, unknown_release, missing_input,
-        unknown_input, unknown_output, wrong_type, wrong_shape, empty_batch), PackageError
-        (run_failed).
+        unknown_input, unknown_output, wrong_type, wrong_shape, empty_batch), PackageError.
         """
         return self._serving.infer(family, inputs, outputs or (), release)
 
@@ -235,7 +204,6 @@ class Runtime:
         return len(members) == len(names) and all(each.pipeline.slot.arms for each in members)
 
     # Releases.
-
     def swap(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         """Serve `arms`, loaded and proven, as `plan` says; no request is dropped.
 
@@ -265,28 +233,9 @@ class Runtime:
         """The plan that `family` follows; None before its first release."""
         return self._asking.family(family).plan
 
-    # What it knows of itself.
-
-    @property
-    def on_commit(self) -> Callable[[], None] | None:
-        """Called from the log's thread whenever more became durable."""
-        return self._journal.on_commit
-
-    @on_commit.setter
-    def on_commit(self, call: Callable[[], None] | None) -> None:
-        self._journal.on_commit = call
-
     def survived(self) -> list[tuple[int, str, int]]:
         """(epoch, class, last sequence number) of what restarts left of earlier epochs."""
-        return [
-            (epoch, event_class, last)
-            for event_class in ("event", "label")
-            for epoch, last in self.log.ends(event_class)
-        ]
-
-    def trim_floor(self) -> tuple[int, int]:
-        """(epoch, seq) of the newest snapshot: events after it must stay in the log."""
-        return self._journal.snapshots.floor
+        return self.journal.survived()
 
     def latencies(self) -> dict[str, Histogram]:
         """What was measured of each call, by its name, in microseconds."""
@@ -303,14 +252,9 @@ class Runtime:
 
     def statistics(self) -> dict[str, Any]:
         """Everything that is counted here, as texts, numbers, lists and maps."""
-        journal = self._journal.statistics()
-        return {
-            **standing.told(self, self._members),
-            "log": journal["log"],
-            "snapshots": journal["snapshots"] | {"replayed": self._replayed},
-            "shelf": self.shelf.statistics(),
-            "worker": self._serving.worker.statistics(),
-        }
+        told = standing.told(self, self._members) | self.journal.statistics()
+        worker = self._serving.worker.statistics()
+        return told | {"shelf": self.shelf.statistics(), "worker": worker}
 
     def close(self) -> None:
         """Make everything durable and stop; closing twice is no error.
@@ -323,11 +267,19 @@ class Runtime:
         with self._ends, self._asking.turn:
             self._serving.close()
             try:
-                self._journal.close()
+                self.journal.close()
             finally:
                 for family in self._members.values():
                     family.pipeline.swap(())
                     family.pipeline.slot.settle()
+
+    def _bring_back(self, ends: contextlib.ExitStack) -> None:
+        for family in self._members.values():
+            restart.restore_arms(family, self.shelf, self.config)
+        snapshots = self.journal.snapshots
+        self.journal.replayed = restart.restore_windows(self._members, snapshots, self.log)
+        self.journal.start()
+        self._ends = ends.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -340,9 +292,6 @@ class Runtime:
 
     async def __aexit__(self, *_error: object) -> None:
         await asyncio.to_thread(self.close)
-
-    def _states(self) -> dict[str, bytes]:
-        return {name: family.pipeline.snapshot() for name, family in self._members.items()}
 
     def _refused(self, error: HeadwaterError) -> None:
         kind = "request_errors" if isinstance(error, RequestError) else "requests_dropped"

@@ -39,10 +39,10 @@ async def cloud_side(
 
     `root` is the trusted root of signed metadata.
     """
-    config, clock = runtime.config, SystemClock()
+    config, journal, clock = runtime.config, runtime.journal, SystemClock()
     bus = await connect(config.nats, name=f"edge-runtime {config.device}")
     prover = Prover()
-    uplink = Uplink(runtime.log, bus, config.device, clock, trim_floor=runtime.trim_floor)
+    uplink = Uplink(journal.log, bus, config.device, clock, trim_floor=journal.trim_floor)
     client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
     agent = Agent(
         runtime,
@@ -53,13 +53,13 @@ async def cloud_side(
         poll_s=config.poll_s,
         prove=prover.prove,
     )
-    runtime.on_commit = uplink.wake
+    journal.on_commit = uplink.wake
     parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
     parts["prover"] = prover.statistics
     try:
         yield [uplink.run(), agent.run()]
     finally:
-        runtime.on_commit = None
+        journal.on_commit = None
         prover.close()
         await bus.close()
 

@@ -15,6 +15,7 @@ Knows nothing about logs and files: records come as an iterator.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from edge_runtime.errors import ConfigError, RequestError
@@ -110,8 +111,8 @@ class Answered:
     """
 
     def __init__(self) -> None:
-        self.entries: dict[Number, Fields] = {}
-        self.forgotten = 0
+        self.entries: dict[int, OrderedDict[int, Fields]] = {}
+        self.forgotten = self._waiting = 0
         self._wanted: frozenset[str] | None = None
 
     def serve(self, engines: Iterable[Engine]) -> None:
@@ -119,25 +120,40 @@ class Answered:
         watching = [engine.label_fields for engine in engines if engine.sees_labels]
         self._wanted = frozenset().union(*watching) if watching else None
 
+    def load(self, entries: Mapping[int, Mapping[int, Fields]]) -> None:
+        """Hold what `entries` of an earlier run say: by epoch and number, oldest first."""
+        self.entries = {epoch: OrderedDict(each) for epoch, each in entries.items()}
+        self._waiting = sum(map(len, self.entries.values()))
+
     def remember(self, number: Number, fields: Fields) -> None:
         """Prediction `number` was made of `fields`."""
         if self._wanted is None:
             return
-        self.entries[number] = {name: fields[name] for name in self._wanted if name in fields}
-        if len(self.entries) > ANSWERED_MAX:
-            del self.entries[next(iter(self.entries))]
+        epoch, seq = number
+        entries = self.entries.get(epoch)
+        if entries is None:
+            entries = self.entries[epoch] = OrderedDict()
+        entries[seq] = {name: fields[name] for name in self._wanted if name in fields}
+        self._waiting += 1
+        if self._waiting > ANSWERED_MAX:
+            oldest = min(epoch for epoch, each in self.entries.items() if each)
+            self.entries[oldest].popitem(last=False)
+            self._waiting -= 1
             self.forgotten += 1
 
     def record(self, number: Number, value: float) -> Fields | None:
         """The fields to log for the first label of prediction `number`; None for all others."""
-        fields = self.entries.get(number)
+        entries = self.entries.get(number[0])
+        fields = None if entries is None else entries.get(number[1])
         if fields is None:
             return None
         return {**fields, _VALUE: value, _EPOCH: number[0], _SEQ: number[1]}
 
     def forget(self, fields: Fields) -> None:
         """The prediction that the logged `fields` are of has its label."""
-        self.entries.pop((fields[_EPOCH], fields[_SEQ]), None)  # type: ignore[arg-type]  # as logged
+        entries = self.entries.get(int(fields[_EPOCH]))
+        if entries is not None and entries.pop(int(fields[_SEQ]), None) is not None:
+            self._waiting -= 1
 
 
 def restored(states: Iterable[tuple[str, bytes]], lateness_s: float) -> dict[str, Engine]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -47,7 +48,7 @@ class _State(msgspec.Struct, array_like=True):
     newest_s: float
     lateness_s: float
     engines: list[tuple[str, bytes]]
-    answered: list[tuple[int, int, Fields]] = []
+    answered: dict[int, dict[int, Fields]] = {}
 
 
 _decoder = msgspec.msgpack.Decoder(_State)
@@ -180,7 +181,7 @@ class Pipeline:
         """Windows and event clock, to be given to `restore` after a restart."""
         engines = [(each.spec.windows_json(), each.snapshot()) for each in self.engines.values()]
         kept = [each for each in engines if each[0]]
-        answered = [(*number, fields) for number, fields in self.answered.entries.items()]
+        answered = cast("dict[int, dict[int, Fields]]", self.answered.entries)
         return msgspec.msgpack.encode(
             _State(SNAPSHOT_VERSION, self._newest_s, self._lateness_s, kept, answered)
         )
@@ -202,7 +203,7 @@ class Pipeline:
         state = _decode(data)
         known = history.restored(state.engines, state.lateness_s)
         self._newest_s = state.newest_s
-        self.answered.entries = {(epoch, seq): fields for epoch, seq, fields in state.answered}
+        self.answered.load(state.answered)
         infos = self._infos()
         if infos:
             self.engines = history.engines_for(infos, known, rebuilt)

@@ -58,7 +58,7 @@ class Runner:
     """A model in memory, warm. `inputs` and `outputs` are what it declares; outputs that are no
     tensors, such as lists of maps, are left out.
 
-    `run_us` is the median time of one row; None where no sample row would run. `features` and
+    `run_us` is the usual time of one row; None where no sample row would run. `features` and
     `scores` are the widths of a model that maps a row of features to probabilities, else 0.
 
     Loading takes milliseconds to seconds: call it in a thread of its own.
@@ -178,7 +178,7 @@ class Runner:
         def run(feed: Mapping[str, Array]) -> list[Array]:
             return self._run(self._names, feed)
 
-        self.run_us = trial.median_us(run, self.inputs)
+        self.run_us = trial.usual_us(run, self.inputs)
         self.batchable = self.run_us is not None and trial.is_batchable(
             run, self.inputs, self.outputs
         )
@@ -186,7 +186,7 @@ class Runner:
         if threads == 1 or self.run_us is None or self.run_us < _THREADED_US_MIN:
             return
         alone, self._session = self._session, _load(path, threads)
-        together_us = trial.median_us(run, self.inputs)
+        together_us = trial.usual_us(run, self.inputs)
         if together_us is not None and together_us < _WORTH_IT * self.run_us:
             self.run_us = together_us
         else:

@@ -18,9 +18,9 @@ import pytest
 from edge_runtime import factory
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, LogConfig
+from edge_runtime.events.journal import SNAPSHOT_EVERY
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.pipeline import Pipeline
-from edge_runtime.journal import SNAPSHOT_EVERY
 from edge_runtime.runtime import Runtime
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import PredictionRecord
@@ -74,7 +74,7 @@ def say():
 def asked(time_s):
     return Event("scheduled", time_s, {"carrier": chance.choice("ABC"), "distance": 1.0})
 say()
-runtime.on_commit = say
+runtime.journal.on_commit = say
 while True:
     now_s += chance.random()
     time_s = now_s - chance.choice([0, 0, 0, 50, 8000])
@@ -156,7 +156,7 @@ def lives(config: EdgeConfig, seed: int, count: int) -> None:
             assert records >= durable, context
             assert runtime._members["toy"].pipeline.snapshot() == known, context
             replayed = runtime.statistics()["snapshots"]["replayed"]
-            snapshots += runtime.trim_floor()[1] >= SNAPSHOT_EVERY
+            snapshots += runtime.journal.trim_floor()[1] >= SNAPSHOT_EVERY
             replays += 0 < replayed < records
             now_s = runtime._members["toy"].pipeline.newest_s
             durable = records

@@ -18,10 +18,8 @@ ROOT = Path(__file__).parents[2]
 # stands apart from its room: trust and shelf judge and keep plans, the agent above drives them.
 EDGE_ORDER = (
     *("errors", "clock", "files", "metrics", "cpus", "logs", "notify", "wire", "config", "bus"),
-    *("features", "inference"),
-    *("events", "personal", "rollout.plan", "update", "rollout", "snapshots", "family", "labels"),
-    *("journal", "serving", "asking", "releases", "restart", "standing", "runtime", "factory"),
-    *("api", "doctor", "uplinked", "daemon", "local", "cli", ""),
+    *("features", "inference", "events", "personal", "rollout.plan", "update", "rollout"),
+    *("device", "runtime", "factory", "api", "doctor", "uplinked", "daemon", "local", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (

@@ -97,7 +97,7 @@ def test_what_fails_on_a_sample_is_taken_to_be_slow_and_never_batchable():
     def fails(_feed):
         raise PackageError("run_failed", "no")
 
-    assert trial.median_us(fails, [X]) is None
+    assert trial.usual_us(fails, [X]) is None
     assert not trial.is_batchable(fails, [X], [Y])
 
 
@@ -108,6 +108,6 @@ def test_a_measurement_is_of_runs_after_the_first_and_ends_in_time():
         runs.append(feed["x"].shape)
         return [feed["x"]]
 
-    assert trial.median_us(run, [X]) >= 0
+    assert trial.usual_us(run, [X]) >= 0
     assert 2 <= len(runs) <= 10
     assert set(runs) == {(1, 2)}

@@ -17,8 +17,8 @@ from edge_runtime import factory
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, LogConfig
 from edge_runtime.errors import CapacityError, ConfigError, RequestError
+from edge_runtime.events.journal import SNAPSHOT_EVERY
 from edge_runtime.inference.slot import Arm, load_arm
-from edge_runtime.journal import SNAPSHOT_EVERY
 from edge_runtime.metrics import Histogram
 from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
 from edge_runtime.runtime import Event, Runtime
@@ -259,14 +259,15 @@ def test_after_a_crash_the_windows_are_those_of_the_durable_log(
 ) -> None:
     written = threading.Event()
     with open_runtime(installed) as runtime:
-        runtime.on_commit = lambda: written.set() if runtime.trim_floor() > (0, 0) else None
+        journal = runtime.journal
+        journal.on_commit = lambda: written.set() if journal.trim_floor() > (0, 0) else None
         for step in range(SNAPSHOT_EVERY + 500):
             runtime.observe("toy", departed(NOW_S + step, math.sin(step) * 100))
         assert written.wait(4)
         settle(runtime)
         with open_runtime(crashed(runtime, tmp_path / "after")) as revived:
             replayed = revived.statistics()["snapshots"]["replayed"]
-            assert (revived.trim_floor(), replayed) == ((1, SNAPSHOT_EVERY), 500)
+            assert (revived.journal.trim_floor(), replayed) == ((1, SNAPSHOT_EVERY), 500)
             for each in (runtime, revived):
                 each.predict("toy", scheduled(NOW_S + SNAPSHOT_EVERY + 500))
             assert logged(revived)[-1] == logged(runtime)[-1]

@@ -13,19 +13,22 @@ Knows nothing about sockets, brokers or signatures.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from edge_runtime import releases
-from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import ConfigError, HeadwaterError
+from edge_runtime.config import EdgeConfig, HttpConfig, local_config
+from edge_runtime.device import releases
+from edge_runtime.device.family import Family
+from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
 from edge_runtime.events.log import EventLog
-from edge_runtime.family import Family
+from edge_runtime.events.snapshots import Snapshot, SnapshotFile
 from edge_runtime.inference import history
+from edge_runtime.inference.onnxfile import family_of
 from edge_runtime.inference.slot import load_bare_arm
 from edge_runtime.rollout.arms import load_plan_arm
 from edge_runtime.rollout.plan import Plan, arms_for
-from edge_runtime.snapshots import Snapshot, SnapshotFile
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, PredictionRecord
@@ -33,6 +36,22 @@ from edge_runtime.wire.messages import LabelRecord, PredictionRecord
 LOCAL = "local"
 
 log = logging.getLogger("edge_runtime")
+
+
+@contextmanager
+def temporary_config(
+    package: Path, *, socket: Path | None = None, http: HttpConfig | None = None
+) -> Iterator[EdgeConfig]:
+    """What serves the ONNX file `package` alone, with a state that ends with the context.
+
+    Raises: ConfigError `bad_package`.
+    """
+    try:
+        family = family_of(package)
+    except PackageError as error:
+        raise ConfigError("bad_package", error.message, error.hint) from error
+    with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
+        yield local_config(package, family, Path(folder), socket=socket, http=http)
 
 
 def restore_arms(family: Family, shelf: Shelf, config: EdgeConfig) -> None:

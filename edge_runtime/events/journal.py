@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from edge_runtime.config import EdgeConfig
-from edge_runtime.events.log import EventLog
-from edge_runtime.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFile
+from edge_runtime.events.log import CLASSES, EventLog
+from edge_runtime.events.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFile
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord
 
@@ -25,6 +25,9 @@ SNAPSHOT_EVERY = 4096
 
 class Journal:
     """The log and the snapshots of `config`'s device; `states` gives each family's snapshot.
+
+    `on_commit`, once set, is called from the log's thread whenever more became durable; `replayed`
+    is how many records the windows were brought back with.
 
     Raises: ConfigError, as the log does.
     """
@@ -39,6 +42,7 @@ class Journal:
         )
         self.snapshots = SnapshotFile(config.state_dir / "windows.snapshot")
         self.on_commit: Callable[[], None] | None = None
+        self.replayed = 0
         self._states = states
         self._nobody_reads = config.package is not None
         self._prefix = f"{config.device}.{self.log.epoch}."
@@ -88,6 +92,10 @@ class Journal:
         self.snapshots.offer(Snapshot(SNAPSHOT_VERSION, self.log.epoch, seq, self._states()))
         self._since_snapshot = self._bytes_since = 0
 
+    def trim_floor(self) -> tuple[int, int]:
+        """(epoch, seq) of the newest snapshot: events after it must stay in the log."""
+        return self.snapshots.floor
+
     def close(self) -> None:
         """Make everything durable, windows included. Raises: CapacityError `log_not_durable`."""
         self.offer_snapshot()
@@ -96,7 +104,16 @@ class Journal:
 
     def statistics(self) -> dict[str, Any]:
         """What log and snapshots count."""
-        return {"log": self.log.statistics(), "snapshots": self.snapshots.statistics()}
+        snapshots = self.snapshots.statistics() | {"replayed": self.replayed}
+        return {"log": self.log.statistics(), "snapshots": snapshots}
+
+    def survived(self) -> list[tuple[int, str, int]]:
+        """(epoch, class, last sequence number) of what restarts left of earlier epochs."""
+        return [
+            (epoch, event_class, last)
+            for event_class in CLASSES[::-1]
+            for epoch, last in self.log.ends(event_class)
+        ]
 
     def _committed(self) -> None:
         before = self.snapshots.floor

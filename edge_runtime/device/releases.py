@@ -20,14 +20,14 @@ from threading import Lock
 
 import msgspec
 
+from edge_runtime.device.family import Family
 from edge_runtime.errors import RequestError, TrustError
+from edge_runtime.events.journal import Journal
 from edge_runtime.events.log import EventLog
-from edge_runtime.family import Family
 from edge_runtime.features.engine import Engine
 from edge_runtime.inference import history
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.inference.slot import Arm
-from edge_runtime.journal import Journal
 from edge_runtime.rollout.arms import load_plan_arm
 from edge_runtime.rollout.plan import Plan, PlanArm
 from edge_runtime.update.shelf import Shelf

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from edge_runtime.config import EdgeConfig
+from edge_runtime.device.family import Family
 from edge_runtime.events.log import EventLog
-from edge_runtime.family import Family
 from edge_runtime.metrics import Histogram
 from edge_runtime.wire.messages import WIRE_VERSION, Report
 
@@ -51,6 +51,11 @@ def report(
         numbers["bytes"],
         numbers["pending"],
     )
+
+
+def states(families: Mapping[str, Family]) -> dict[str, bytes]:
+    """The windows of each family, as a snapshot keeps them."""
+    return {name: family.pipeline.snapshot() for name, family in families.items()}
 
 
 def counters(asked: Mapping[str, int], families: Collection[Family]) -> dict[str, int]:

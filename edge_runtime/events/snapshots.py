@@ -24,7 +24,7 @@ SNAPSHOT_VERSION = 1
 
 _MAGIC = b"HWSN"
 
-log = logging.getLogger("edge_runtime.snapshots")
+log = logging.getLogger("edge_runtime.events.snapshots")
 
 
 class Snapshot(msgspec.Struct, array_like=True, frozen=True):

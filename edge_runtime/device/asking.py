@@ -19,16 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from edge_runtime.clock import Clock
+from edge_runtime.device.family import Family
+from edge_runtime.device.serving import Serving
 from edge_runtime.errors import CapacityError, HeadwaterError, PackageError, RequestError
+from edge_runtime.events.journal import Journal
+from edge_runtime.events.labels import label_record
 from edge_runtime.events.log import RECORD_BYTES_MAX
-from edge_runtime.family import Family
 from edge_runtime.features.feature import LABEL
 from edge_runtime.inference.pipeline import Rows
 from edge_runtime.inference.slot import Arm
-from edge_runtime.journal import Journal
-from edge_runtime.labels import label_record
 from edge_runtime.metrics import Histogram
-from edge_runtime.serving import Serving
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Fields, ObservationRecord
 
@@ -91,13 +91,14 @@ class Asking:
     ) -> Prediction:
         """See `Runtime.predict_async`."""
         family, started_ns = self.family(name), time.perf_counter_ns()
-        pipeline, said = family.pipeline, (event.kind, event.time_s, event.fields)
+        # A copy, so that what is logged is what was asked, whatever the caller does meanwhile.
+        pipeline, said = family.pipeline, (event.kind, event.time_s, dict(event.fields))
         if all(arm.runner.inline for arm in pipeline.slot.arms):
             return self.predict(family.name, event)
         try:
             with self.turn:
                 pipeline.admitted(*said)
-                rows = pipeline.rows(event.time_s, event.fields)
+                rows = pipeline.rows(event.time_s, said[2])
                 lease = pipeline.slot.lease()
             with lease as arms:
                 outputs = await self._serving.worker.submit(

@@ -1,0 +1,1 @@
+"""What a device does with its families: answers, remembers, changes what serves, comes back."""
