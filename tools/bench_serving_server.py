@@ -67,11 +67,13 @@ class Server:
         )
 
     @contextlib.contextmanager
-    def on_core(self, core: int) -> Iterator[None]:
-        """All its threads on one core, and this process on the others; undone at the end."""
+    def on_core(self, core: int, *, shared: bool = False) -> Iterator[None]:
+        """All its threads on one core, and this process on the others, or on the same one where it
+        is `shared`; undone at the end.
+        """
         before = os.sched_getaffinity(0)
         self._pin({core})
-        os.sched_setaffinity(0, before - {core} or before)
+        os.sched_setaffinity(0, {core} if shared else before - {core} or before)
         try:
             yield
         finally:
@@ -90,8 +92,9 @@ class Server:
         self._child.wait()
 
     def _pin(self, cores: set[int]) -> None:
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            os.sched_setaffinity(int(task.name), cores)
+        for pid in self._family():
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), cores)
 
     def _family(self) -> list[int]:
         """Its process ids, its own first."""

@@ -18,9 +18,10 @@ from time import perf_counter_ns
 import msgspec
 
 from edge_runtime.config import InferenceConfig
+from edge_runtime.cpus import flush_denormals
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.inference.pipeline import no_release
-from edge_runtime.inference.runner import INLINE_US_MAX, Runner, flush_denormals
+from edge_runtime.inference.runner import INLINE_US_MAX, Runner
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.inference.tensors import Array, Tensor, fitting
 from edge_runtime.inference.worker import Worker

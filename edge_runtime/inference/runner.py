@@ -18,8 +18,6 @@ Knows nothing about features, arms or metadata keys.
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +31,17 @@ import onnxruntime as ort
 from edge_runtime import cpus
 from edge_runtime.errors import PackageError
 from edge_runtime.inference import trial
-from edge_runtime.inference.tensors import ONNX_TYPES, Array, Tensor, fitting, selected
+from edge_runtime.inference.bound import BoundRow, can_be_bound
+from edge_runtime.inference.tensors import (
+    BATCH_ROWS_MAX,
+    ONNX_TYPES,
+    Array,
+    Tensor,
+    fitting,
+    padded,
+    selected,
+    stacked,
+)
 
 INPUT = "features"
 OUTPUT = "probability"
@@ -44,12 +52,8 @@ INLINE_US_MAX = 250.0
 _THREADED_US_MIN = 2000.0
 _WARM_S, _WARM_BYTES = 0.5, 16 << 20
 _WORTH_IT = 0.8  # all CPUs for less than a fifth of the time saved would be a waste
-BATCH_ROWS_MAX = 64
 
 Matrix = npt.NDArray[np.float32]
-
-_FLUSH = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}
-"""Word of glibc's fenv_t that holds the flags, and the flags: FTZ and DAZ of MXCSR, FZ of FPCR."""
 
 _load_turn = threading.Lock()
 
@@ -79,8 +83,8 @@ class Runner:
         self._try_out(str(path))
         self._warm(rows_max)
         self.features, self.scores = _widths(self.inputs, self.outputs)
-        if self.scores:
-            self._bind()
+        self._one_row: BoundRow | None = None
+        self._bind()
         self.load_ms = (time.perf_counter() - started_s) * 1000
 
     @property
@@ -95,7 +99,16 @@ class Runner:
         Raises: RequestError (see `fitting` and `selected`), PackageError `run_failed`.
         """
         names = self._names if not outputs else selected(self.outputs, outputs)
-        return dict(zip(names, self._run(names, fitting(self.inputs, arrays)), strict=True))
+        fitting(self.inputs, arrays)
+        row = self._one_row
+        if row is None or not row.holds(arrays) or not row.lock.acquire(blocking=False):
+            return dict(zip(names, self._run(names, arrays), strict=True))
+        try:
+            return row.answers(arrays, names)
+        except Exception as error:
+            raise _failed(error) from error
+        finally:
+            row.lock.release()
 
     def infer_many(
         self, requests: Sequence[Mapping[str, Array]], outputs: Sequence[str] = ()
@@ -110,7 +123,7 @@ class Runner:
         first = self.inputs[0].name
         ends = np.cumsum([len(fitting(self.inputs, each)[first]) for each in requests]).tolist()
         feed = {
-            tensor.name: _stacked([each[tensor.name] for each in requests], ends[-1])
+            tensor.name: stacked([each[tensor.name] for each in requests], ends[-1])
             for tensor in self.inputs
         }
         answers = self._run(names, feed)
@@ -137,7 +150,7 @@ class Runner:
         """
         self._row[:] = packed
         try:
-            self._session.run_with_iobinding(self._bound)
+            self._scored.run()
         except Exception as error:
             raise _failed(error) from error
         answers: list[float] = self._answer.tolist()[0]
@@ -148,7 +161,7 @@ class Runner:
         rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(len(packed), self.features)
         if not self.batchable:
             return [self.run(rows[at : at + 1]).tolist()[0] for at in range(len(rows))]
-        answers: list[list[float]] = self.run(_padded(rows))[: len(packed)].tolist()
+        answers: list[list[float]] = self.run(padded(rows))[: len(packed)].tolist()
         return answers
 
     def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
@@ -202,28 +215,24 @@ class Runner:
             rows *= 2
 
     def _bind(self) -> None:
-        """Bind a row and its answer: a run reads the one and writes the other in place."""
-        row = np.zeros((1, self.features), dtype=np.float32)
-        self._row = row.data.cast("B")
-        self._answer = np.zeros((1, self.scores), dtype=np.float32)
-        self._bound = self._session.io_binding()
-        self._bound.bind_ortvalue_input(INPUT, ort.OrtValue.ortvalue_from_numpy(row))
-        self._bound.bind_ortvalue_output(OUTPUT, ort.OrtValue.ortvalue_from_numpy(self._answer))
+        """Bind one row, twice: for `infer` whoever calls it, and for `answer`."""
+        sized = self.batchable or not any(each.has_rows for each in (*self.inputs, *self.outputs))
+        if sized and can_be_bound((*self.inputs, *self.outputs)):
+            self._one_row = self._bound(self.inputs, self.outputs)
+        if self.scores:
+            probability = [tensor for tensor in self.outputs if tensor.name == OUTPUT]
+            self._scored = BoundRow(self._session, self.inputs, probability)
+            self._row = self._scored.inputs[INPUT].data.cast("B")
+            self._answer = self._scored.outputs[OUTPUT]
 
-
-def flush_denormals() -> None:
-    """Let the calling thread take numbers below 1.2e-38 for zero from now on: a model that meets
-    them is many times slower otherwise. The state belongs to the thread, for all that it runs.
-
-    ONNX Runtime's own setting reaches a thread only with the first session of a process.
-    """
-    if platform.machine() not in _FLUSH or platform.libc_ver()[0] != "glibc":
-        return  # it costs time, no answers
-    word, flags = _FLUSH[platform.machine()]
-    libm, environment = ctypes.CDLL("libm.so.6"), (ctypes.c_uint32 * 16)()
-    libm.fegetenv(environment)
-    environment[word] |= flags
-    libm.fesetenv(environment)
+    def _bound(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> BoundRow | None:
+        """A bound row, unless the model's answers are not of the shapes that it declares."""
+        row = BoundRow(self._session, inputs, outputs)
+        try:
+            row.run()
+        except Exception:
+            return None
+        return row
 
 
 def _load(path: str, threads: int) -> Any:
@@ -273,20 +282,6 @@ def _widths(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, i
         if tensor.datatype != "FP32" or len(tensor.shape) != 2 or tensor.shape[0] != -1:
             return 0, 0
     return (row.shape[1], answer.shape[1]) if min(row.shape[1], answer.shape[1]) > 0 else (0, 0)
-
-
-def _stacked(arrays: list[Array], rows: int) -> Array:
-    return _padded(np.concatenate(arrays), rows)
-
-
-def _padded(rows: Array, count: int | None = None) -> Array:
-    """`rows` and below them zeros up to a size of batch that was warmed, so shapes stay few."""
-    count = len(rows) if count is None else count
-    missing = (1 << (count - 1).bit_length()) - count
-    if not missing or count > BATCH_ROWS_MAX:
-        return rows
-    filler: Any = "" if rows.dtype == object else 0
-    return np.concatenate([rows, np.full((missing, *rows.shape[1:]), filler, rows.dtype)])
 
 
 def _failed(error: Exception) -> PackageError:

@@ -24,6 +24,9 @@ from edge_runtime.errors import RequestError
 
 Array = npt.NDArray[Any]
 
+BATCH_ROWS_MAX = 64
+"""Batches up to this size come in powers of two; larger ones as they are."""
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
     "UINT8": np.dtype("u1"),
@@ -133,6 +136,21 @@ def selected(declared: Collection[Tensor], wanted: Collection[str]) -> list[str]
                 "unknown_output", f"the model has no output {name!r}", _nearest(name, known)
             )
     return list(wanted) or known
+
+
+def stacked(arrays: list[Array], rows: int) -> Array:
+    """`arrays` below each other, `rows` in all, and `padded`."""
+    return padded(np.concatenate(arrays), rows)
+
+
+def padded(rows: Array, count: int | None = None) -> Array:
+    """`rows` and below them zeros up to a size of batch that was warmed, so shapes stay few."""
+    count = len(rows) if count is None else count
+    missing = (1 << (count - 1).bit_length()) - count
+    if not missing or count > BATCH_ROWS_MAX:
+        return rows
+    filler: Any = "" if rows.dtype == object else 0
+    return np.concatenate([rows, np.full((missing, *rows.shape[1:]), filler, rows.dtype)])
 
 
 def described(tensor: Tensor) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from onnx import parser
 
-from edge_runtime.inference.runner import Runner, flush_denormals
+from edge_runtime.cpus import flush_denormals
+from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.worker import Worker
 
 TINY = 1e-39
