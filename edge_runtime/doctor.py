@@ -51,11 +51,8 @@ _VOLATILE = ("tmpfs", "ramfs")
 _LOOK_AT_ORT = """
 import base64, json, os
 from edge_runtime.inference import runner
-one_node = (
-    "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgB"
-    "EgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoAEA0="
-)
-runner.ort.InferenceSession(base64.b64decode(one_node))
+one_node = "CAg6NwoQCgF4EgF5IghJZGVudGl0eRIBZ1oPCgF4EgoKCAgBEgQKAggBYg8KAXkSCgoICAESBAoCCAFCBAoA"
+runner.ort.InferenceSession(base64.b64decode(one_node + "EA0="))
 files = [name for _, _, names in os.walk(os.environ["HOME"]) for name in names]
 print(json.dumps([runner.ort.__version__, len(os.listdir("/proc/self/task")) - 1, len(files)]))
 """
