@@ -20,7 +20,7 @@ from edge_runtime.events.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFi
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord
 
-SNAPSHOT_EVERY = 4096
+SNAPSHOT_EVERY = 8192
 
 
 class Journal:

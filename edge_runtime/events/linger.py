@@ -19,7 +19,7 @@ import contextlib
 import queue
 import time
 
-GROUP = 512
+GROUP = 1024
 """Each commit holds up one or two answers for as long as its group takes to be encoded: with groups
 of this size that is well below one answer in a hundred, however fast they come."""
 
