@@ -47,12 +47,12 @@ class Family:
 
         Raises: PackageError, with what serves unchanged.
         """
-        self.pipeline.swap(arms, rebuilt)
-        self.plan = plan
-        self._salt = f"{plan.salt}|{self._device}" if plan is not None else self._device
         now_s, known = self._clock.now_s(), self._since
-        running = [(arm.name, arm.release) for arm in arms]
-        self._since = {key: known.get(key, now_s) for key in running}
+        since = {key: known.get(key, now_s) for key in ((arm.name, arm.release) for arm in arms)}
+        self._since = known | since  # before the swap, for who asks from another thread meanwhile
+        self.pipeline.swap(arms, rebuilt)
+        self.plan, self._since = plan, since
+        self._salt = f"{plan.salt}|{self._device}" if plan is not None else self._device
 
     def lacking(self, state: bytes) -> dict[str, PackageInfo] | None:
         """The packages, by spec hash, with windows that a snapshot lacks; None: it is unusable."""
@@ -107,12 +107,13 @@ class Family:
 
     def reports(self) -> list[ArmReport]:
         """The arms in memory, the stable one first."""
+        since, now_s = self._since, self._clock.now_s()
         return [
             ArmReport(
                 self.name,
                 arm.name,
                 arm.release,
-                self._since[arm.name, arm.release],
+                since.get((arm.name, arm.release), now_s),
                 arm.variant,
                 arm.runner.run_us or 0.0,
             )

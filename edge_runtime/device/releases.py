@@ -158,7 +158,7 @@ def way_back(member: Family, shelf: Shelf) -> WayBack:
     if plan is not None and plan.canary is not None and tries_canary:
         leaving, before = plan.canary, alone(plan)
     else:
-        previous = None if plan is None else shelf.load_previous(plan.family)
+        previous = None if plan is None else _before(plan, shelf)
         if plan is None or previous is None:
             raise RequestError(
                 "nothing_to_roll_back",
@@ -167,6 +167,14 @@ def way_back(member: Family, shelf: Shelf) -> WayBack:
             )
         leaving, before = plan.stable, alone(previous)
     return WayBack(leaving, before, load(shelf, before))
+
+
+def _before(plan: Plan, shelf: Shelf) -> Plan | None:
+    """What served before `plan`: until it is settled, that is what the shelf still calls current."""
+    current = shelf.load_current(plan.family)
+    if current is not None and current.stable.sha256 != plan.stable.sha256:
+        return current
+    return shelf.load_previous(plan.family)
 
 
 def load(shelf: Shelf, plan: Plan) -> list[Arm]:

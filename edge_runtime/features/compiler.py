@@ -16,8 +16,8 @@ import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 from zlib import crc32
 
 from edge_runtime.features.feature import FLOAT32_MAX, LABEL, Feature, StaticTable
@@ -51,10 +51,15 @@ class Program:
         return names
 
 
-@lru_cache(maxsize=64)
+_programs: WeakValueDictionary[str, Program] = WeakValueDictionary()
+
+
 def compiled(spec: Spec) -> Program:
-    """The program of a spec; the same one for equal specs."""
-    return Program(spec)
+    """The program of a spec; the same one for equal specs, for as long as somebody holds it."""
+    program = _programs.get(spec.hash)
+    if program is None:
+        program = _programs[spec.hash] = Program(spec)
+    return program
 
 
 class _Fields:

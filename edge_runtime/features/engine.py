@@ -47,7 +47,7 @@ class Engine:
             name: new_table(windows, lateness_s)
             for name, windows in windows_by_table(spec.features).items()
         }
-        program = compiled(spec)
+        self._program = program = compiled(spec)
         functions = program.bind(self.tables)
         self.packed = functions["packed"]
         self._observers = {kind: functions[name] for kind, name in program.observers.items()}
@@ -56,7 +56,7 @@ class Engine:
     @property
     def source(self) -> str:
         """The Python that this engine runs, for a person to read."""
-        return compiled(self.spec).source
+        return self._program.source
 
     @property
     def sees_labels(self) -> bool:
