@@ -170,7 +170,7 @@ def way_back(member: Family, shelf: Shelf) -> WayBack:
 
 
 def _before(plan: Plan, shelf: Shelf) -> Plan | None:
-    """What served before `plan`: until it is settled, that is what the shelf still calls current."""
+    """What served before `plan`: until that is settled, what the shelf still calls current."""
     current = shelf.load_current(plan.family)
     if current is not None and current.stable.sha256 != plan.stable.sha256:
         return current
