@@ -265,10 +265,10 @@ class Runtime:
             return
         self._closed = True
         with self._ends, self._asking.turn:
-            self._serving.close()
             try:
                 self.journal.close()
             finally:
+                self._serving.close()
                 for family in self._members.values():
                     family.pipeline.swap(())
                     family.pipeline.slot.settle()

@@ -40,23 +40,22 @@ async def cloud_side(
     `root` is the trusted root of signed metadata.
     """
     config, journal, clock = runtime.config, runtime.journal, SystemClock()
-    bus = await connect(config.nats, name=f"edge-runtime {config.device}")
-    prover = Prover()
-    uplink = Uplink(journal.log, bus, config.device, clock, trim_floor=journal.trim_floor)
-    client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
-    agent = Agent(
-        runtime,
-        client,
-        runtime.shelf,
-        bus,
-        attributes=config.attributes,
-        poll_s=config.poll_s,
-        prove=prover.prove,
-    )
-    journal.on_commit = uplink.wake
-    parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
-    parts["prover"] = prover.statistics
+    bus, prover = await connect(config.nats, name=f"edge-runtime {config.device}"), Prover()
     try:
+        uplink = Uplink(journal.log, bus, config.device, clock, trim_floor=journal.trim_floor)
+        client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
+        agent = Agent(
+            runtime,
+            client,
+            runtime.shelf,
+            bus,
+            attributes=config.attributes,
+            poll_s=config.poll_s,
+            prove=prover.prove,
+        )
+        journal.on_commit = uplink.wake
+        parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
+        parts["prover"] = prover.statistics
         yield [uplink.run(), agent.run()]
     finally:
         journal.on_commit = None

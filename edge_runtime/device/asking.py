@@ -19,17 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from edge_runtime.clock import Clock
-from edge_runtime.device.family import Family
+from edge_runtime.device.family import Family, Scores
 from edge_runtime.device.serving import Serving
 from edge_runtime.errors import CapacityError, HeadwaterError, PackageError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import label_record
-from edge_runtime.events.log import RECORD_BYTES_MAX
 from edge_runtime.features.feature import LABEL
 from edge_runtime.inference.pipeline import Rows
 from edge_runtime.inference.slot import Arm
 from edge_runtime.metrics import Histogram
-from edge_runtime.wire import codec
 from edge_runtime.wire.messages import Fields, ObservationRecord
 
 
@@ -77,8 +75,8 @@ class Asking:
                 pipeline, said = family.pipeline, (event.kind, event.time_s, event.fields)
                 arms = pipeline.admitted(*said)
                 rows = pipeline.rows(event.time_s, event.fields)
-                outputs = pipeline.score(arms, rows)
-                prediction = self._log_and_move(family, arms, rows, outputs, said)
+                scores = Scores(arms, rows, pipeline.score(arms, rows), family.salt)
+                prediction = self._log_and_move(family, scores, said)
                 self.counts["predictions"] += 1
                 self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
@@ -90,7 +88,7 @@ class Asking:
         self, name: str | None, event: Event, timeout_s: float | None
     ) -> Prediction:
         """See `Runtime.predict_async`."""
-        family, started_ns = self.family(name), time.perf_counter_ns()
+        family, started_ns = self._known(name), time.perf_counter_ns()
         # A copy, so that what is logged is what was asked, whatever the caller does meanwhile.
         pipeline, said = family.pipeline, (event.kind, event.time_s, dict(event.fields))
         if all(arm.runner.inline for arm in pipeline.slot.arms):
@@ -99,7 +97,7 @@ class Asking:
             with self.turn:
                 pipeline.admitted(*said)
                 rows = pipeline.rows(event.time_s, said[2])
-                lease = pipeline.slot.lease()
+                lease, salt = pipeline.slot.lease(), family.salt
             with lease as arms:
                 outputs = await self._serving.worker.submit(
                     lambda many: pipeline.score_many(arms, many),
@@ -108,7 +106,8 @@ class Asking:
                     timeout_s=self._serving.deadline_s if timeout_s is None else timeout_s,
                 )
                 with self.turn:
-                    prediction = self._log_and_move(family, arms, rows, outputs, said)
+                    scores = Scores(arms, rows, outputs, salt)
+                    prediction = self._log_and_move(family, scores, said)
                     self.counts["predictions"] += 1
                     self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
@@ -120,9 +119,9 @@ class Asking:
         self, name: str | None, events: Sequence[Event]
     ) -> list[Prediction | HeadwaterError]:
         """See `Runtime.predict_many`."""
-        family, started_ns = self.family(name), time.perf_counter_ns()
+        family, started_ns = self._known(name), time.perf_counter_ns()
         with self.turn:
-            roomy = _fits(events, family, self._journal.room())
+            roomy = family.records_fit([event.fields for event in events], self._journal.room())
             found = self._answer_together(family, events) if roomy else None
             if found is not None:
                 answered = sum(type(each) is Prediction for each in found)
@@ -190,30 +189,25 @@ class Asking:
             )
         return family
 
+    def _known(self, name: str | None) -> Family:
+        try:
+            return self.family(name)
+        except RequestError as error:
+            self._refused(error)
+            raise
+
     def _log_and_move(
-        self,
-        family: Family,
-        arms: Sequence[Arm],
-        rows: Rows,
-        outputs: Sequence[list[float]],
-        said: tuple[str, float, Fields],
+        self, family: Family, scores: Scores, said: tuple[str, float, Fields]
     ) -> Prediction:
         """Log an answer, then let the event move the windows: what the log refuses moves none."""
-        prediction = self._log(family, arms, rows, outputs, said)
+        prediction = self._log(family, scores, said)
         family.pipeline.move(*said)
         self._journal.moved()
         return prediction
 
-    def _log(
-        self,
-        family: Family,
-        arms: Sequence[Arm],
-        rows: Rows,
-        outputs: Sequence[list[float]],
-        said: tuple[str, float, Fields],
-    ) -> Prediction:
+    def _log(self, family: Family, scores: Scores, said: tuple[str, float, Fields]) -> Prediction:
         number = self._journal.log.epoch, self._journal.next_seq()
-        record = family.record(arms, rows, outputs, said, number)
+        record = family.record(scores, said, number)
         seq = self._journal.event(record)
         assert (number[0], seq) == number
         family.pipeline.answered.remember(number, said[2])
@@ -243,7 +237,7 @@ class Asking:
                 self._journal.event(ObservationRecord(family.name, *said))
                 found[index] = values
             else:
-                found[index] = self._log(family, arms, rows, values, said)
+                found[index] = self._log(family, Scores(arms, rows, values, family.salt), said)
         self._journal.moved(len(asked))
         return found
 
@@ -272,7 +266,8 @@ class Asking:
             return
         try:
             self._journal.event(ObservationRecord(family.name, LABEL, time_s, fields))
-        except CapacityError:
+        except CapacityError as error:
+            self._refused(error)
             return
         family.pipeline.move(LABEL, time_s, fields)
         self._journal.moved()
@@ -288,13 +283,3 @@ def _score_or_error(
         return family.pipeline.score(arms, rows)
     except PackageError as error:
         return error
-
-
-def _fits(events: Sequence[Event], family: Family, room: int) -> bool:
-    """Whether the log is sure to take the answers to all `events`."""
-    fixed = family.record_bytes_max
-    try:
-        sizes = [len(codec.encode(event.fields)) + fixed for event in events]
-    except (TypeError, ValueError, OverflowError):  # a value that no record can carry
-        return False
-    return sum(sizes) <= room and max(sizes, default=0) <= RECORD_BYTES_MAX

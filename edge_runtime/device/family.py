@@ -14,13 +14,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from edge_runtime.clock import Clock
 from edge_runtime.errors import HeadwaterError
+from edge_runtime.events.log import RECORD_BYTES_MAX
 from edge_runtime.features.engine import Engine
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.inference.pipeline import Pipeline, Rows
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.plan import Plan, choose, propensity
+from edge_runtime.wire import codec
 from edge_runtime.wire.messages import ArmReport, Fields, PredictionRecord, Scored
 
 FACTORY = "factory"
@@ -29,15 +33,29 @@ FACTORY = "factory"
 log = logging.getLogger("edge_runtime")
 
 
+class Scores(msgspec.Struct, frozen=True):
+    """What `arms` made of an event: of its `rows`, one for each arm, their `outputs`; `salt` was
+    the family's when they did.
+    """
+
+    arms: Sequence[Arm]
+    rows: Rows
+    outputs: Sequence[list[float]]
+    salt: str
+
+
 class Family:
-    """A family by name, on `device`; it answers nothing before it follows its first plan."""
+    """A family by name, on `device`; it answers nothing before it follows its first plan.
+
+    `salt` is the plan's and the device's, of which each prediction draws its arm.
+    """
 
     def __init__(self, name: str, device: str, clock: Clock) -> None:
         self.name = name
         self.pipeline = Pipeline(name, clock)
         self.plan: Plan | None = None
         self._device, self._clock = device, clock
-        self._salt = device
+        self.salt = device
         self._since: dict[tuple[str, str], float] = {}
 
     def follow(
@@ -52,7 +70,7 @@ class Family:
         self._since = known | since  # before the swap, for who asks from another thread meanwhile
         self.pipeline.swap(arms, rebuilt)
         self.plan, self._since = plan, since
-        self._salt = f"{plan.salt}|{self._device}" if plan is not None else self._device
+        self.salt = f"{plan.salt}|{self._device}" if plan is not None else self._device
 
     def lacking(self, state: bytes) -> dict[str, PackageInfo] | None:
         """The packages, by spec hash, with windows that a snapshot lacks; None: it is unusable."""
@@ -63,24 +81,20 @@ class Family:
             return None
 
     def record(
-        self,
-        arms: Sequence[Arm],
-        rows: Rows,
-        outputs: Sequence[list[float]],
-        said: tuple[str, float, Fields],
-        number: tuple[int, int],
+        self, scores: Scores, said: tuple[str, float, Fields], number: tuple[int, int]
     ) -> PredictionRecord:
         """What the log keeps of prediction `number`, the arm that answers standing first.
 
-        `said` is the event: kind, time and fields; `rows` and `outputs` are those of each arm.
+        `said` is the event: kind, time and fields.
         """
+        arms = scores.arms
         weights = [arm.weight for arm in arms]
-        index = choose(weights, self._salt, *number)
+        index = choose(weights, scores.salt, *number)
         arm = arms[index]
         assert arm.info is not None
         scored = [
             Scored(each.release, each.name, values)
-            for each, values in zip(arms, outputs, strict=True)
+            for each, values in zip(arms, scores.outputs, strict=True)
         ]
         if index:
             scored.insert(0, scored.pop(index))
@@ -88,17 +102,21 @@ class Family:
             self.name,
             *said,
             arm.info.spec.hash,
-            rows[index],
+            scores.rows[index],
             propensity(weights, index),
             scored,
         )
 
-    @property
-    def record_bytes_max(self) -> int:
-        """How many bytes a prediction's record can have beyond its event's fields."""
+    def records_fit(self, many: Sequence[Fields], room: int) -> bool:
+        """Whether the answers to events with such fields are sure to fit into `room` bytes."""
         arms = self.pipeline.slot.arms
         scored = sum(len(arm.release) + len(arm.name) + 9 * arm.runner.scores for arm in arms)
-        return 512 + scored + 4 * max((arm.runner.features for arm in arms), default=0)
+        beside = 512 + scored + 4 * max((arm.runner.features for arm in arms), default=0)
+        try:
+            sizes = [len(codec.encode(fields)) + beside for fields in many]
+        except (TypeError, ValueError, OverflowError):  # a value that no record can carry
+            return False
+        return sum(sizes) <= room and max(sizes, default=0) <= RECORD_BYTES_MAX
 
     @property
     def plan_seq(self) -> int:

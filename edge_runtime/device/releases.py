@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -21,7 +21,7 @@ from threading import Lock
 import msgspec
 
 from edge_runtime.device.family import Family
-from edge_runtime.errors import RequestError, TrustError
+from edge_runtime.errors import CapacityError, RequestError, TrustError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.log import EventLog
 from edge_runtime.features.engine import Engine
@@ -33,6 +33,9 @@ from edge_runtime.rollout.plan import Plan, PlanArm
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord
+
+CATCH_UP_MAX = 256
+DURABLE_S = 10.0
 
 log = logging.getLogger("edge_runtime")
 
@@ -56,7 +59,7 @@ class Releases:
         with self._turn:
             self._check_not_left(arms)
             member.follow(arms, plan)
-        self._journal.hasten_snapshot()
+            self._journal.hasten_snapshot()
 
     async def adopt(self, member: Family, arms: Sequence[Arm], plan: Plan | None) -> None:
         """See `Runtime.adopt`."""
@@ -68,17 +71,19 @@ class Releases:
             member.pipeline.gathering.append(missed)
             until = log.epoch, log.handed_out("event")
         try:
-            await log.wait_durable("event", until[1])
+            await _durable(log, until[1])
             engines = await asyncio.to_thread(rebuilt, log, member, arms, until)
+            while len(missed) > CATCH_UP_MAX:  # off the turn, as long as there is much of it
+                await asyncio.to_thread(catch_up, engines, missed)
             with self._turn:
                 self._check_not_left(arms)
                 catch_up(engines, missed)
                 member.follow(arms, plan, engines)
+                self._journal.hasten_snapshot()
         finally:
             with self._turn:  # by identity: two empty lists are equal
                 others = [each for each in member.pipeline.gathering if each is not missed]
                 member.pipeline.gathering = others
-        self._journal.hasten_snapshot()
 
     def _check_not_left(self, arms: Sequence[Arm]) -> None:
         """A roll back while the log was read must not be undone by what began before it."""
@@ -126,11 +131,26 @@ def rebuilt(
     return history.rebuild(_new_windows(family, arms), seen(events, family.name, until=until))
 
 
-def catch_up(engines: Mapping[str, Engine], missed: Iterable[history.Seen]) -> None:
-    """Let rebuilt `engines` see what happened while they were rebuilt."""
-    for kind, time_s, fields in missed:
+def catch_up(engines: Mapping[str, Engine], missed: list[history.Seen]) -> None:
+    """Let rebuilt `engines` see what happened while they were rebuilt, and empty `missed` of it."""
+    taken = len(missed)
+    for kind, time_s, fields in missed[:taken]:
         for engine in engines.values():
             history.see(engine, kind, time_s, fields)
+    del missed[:taken]
+
+
+async def _durable(log: EventLog, seq: int) -> None:
+    try:
+        async with asyncio.timeout(DURABLE_S):
+            await log.wait_durable("event", seq)
+    except TimeoutError as error:
+        raise CapacityError(
+            "log_stalled",
+            "the disk does not take what the new windows are to be rebuilt from; what serves is "
+            "unchanged",
+            f"see what the disk of {log.directory} is doing",
+        ) from error
 
 
 def _new_windows(family: Family, arms: Sequence[Arm]) -> dict[str, PackageInfo]:
@@ -171,10 +191,14 @@ def way_back(member: Family, shelf: Shelf) -> WayBack:
 
 def _before(plan: Plan, shelf: Shelf) -> Plan | None:
     """What served before `plan`: until that is settled, what the shelf still calls current."""
-    current = shelf.load_current(plan.family)
-    if current is not None and current.stable.sha256 != plan.stable.sha256:
-        return current
-    return shelf.load_previous(plan.family)
+    left = shelf.quarantined()
+    for load in (shelf.load_current, shelf.load_previous):
+        before = load(plan.family)
+        if before is None or before.stable.sha256 == plan.stable.sha256:
+            continue
+        if not all(each.sha256 in left for each in before.stable.packages):
+            return before
+    return None
 
 
 def load(shelf: Shelf, plan: Plan) -> list[Arm]:

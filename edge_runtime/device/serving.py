@@ -131,16 +131,16 @@ class Serving:
     ) -> list[Answers | HeadwaterError]:
         """See `Runtime.infer_many`."""
         started_ns = perf_counter_ns()
-        with self.slot(family).lease() as arms:
-            runner = _named(family, arms, release).runner
-            try:
-                answers: list[Answers | HeadwaterError] = [*_together(runner, requests, outputs)]
-            except HeadwaterError:
-                answers = [_tried(runner, each, outputs) for each in requests]
-        errors = [each for each in answers if isinstance(each, HeadwaterError)]
-        for error in errors:
+        try:
+            with self.slot(family).lease() as arms:
+                answers = _each(_named(family, arms, release).runner, requests, outputs)
+        except HeadwaterError as error:
             self._refused(error)
-        self._answered(started_ns, len(answers) - len(errors))
+            raise
+        refused = [each for each in answers if isinstance(each, HeadwaterError)]
+        for each in refused:
+            self._refused(each)
+        self._answered(started_ns, len(answers) - len(refused))
         return answers
 
     def close(self) -> None:
@@ -200,6 +200,15 @@ def _named(family: str, arms: tuple[Arm, ...], release: str | None) -> Arm:
         f"release {release!r} of {family} is not in memory here",
         f"in memory: {', '.join(arm.release for arm in arms)}",
     )
+
+
+def _each(
+    runner: Runner, requests: Sequence[Arrays], outputs: Sequence[str]
+) -> list[Answers | HeadwaterError]:
+    try:
+        return [*_together(runner, requests, outputs)]
+    except HeadwaterError:
+        return [_tried(runner, each, outputs) for each in requests]
 
 
 def _together(

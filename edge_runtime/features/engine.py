@@ -33,17 +33,24 @@ Fields = Mapping[str, Value]
 class Engine:
     """Windows of one spec and the functions, compiled from it, that feed and read them.
 
-    What is kept allows questions up to `lateness_s` behind the newest event. `packed(time_s,
-    fields)` gives the feature values as little-endian float32, as of `time_s`, the event itself not
-    counted; it may be kept: restoring and inheriting change the tables in place.
+    `tables` are those of an engine with the same windows and lateness, to be shared with it: then
+    one of the two observes. What is kept allows questions up to `lateness_s` behind the newest.
+    `packed(time_s, fields)` gives the feature values as little-endian float32, as of `time_s`, the
+    event itself not counted; it may be kept: restoring and inheriting change tables in place.
     """
 
     packed: Callable[[float, Fields], bytes]
 
-    def __init__(self, spec: Spec, *, lateness_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        lateness_s: float = 0.0,
+        tables: dict[TableId, AnyTable] | None = None,
+    ) -> None:
         self.spec = spec
         self.lateness_s = lateness_s
-        self.tables: dict[TableId, AnyTable] = {
+        self.tables = tables or {
             name: new_table(windows, lateness_s)
             for name, windows in windows_by_table(spec.features).items()
         }

@@ -38,15 +38,30 @@ Seen = tuple[str, float, Fields]
 def engines_for(
     infos: Iterable[PackageInfo], known: Mapping[str, Engine], rebuilt: Mapping[str, Engine]
 ) -> dict[str, Engine]:
-    """One engine for each feature spec of `infos`: the known one, or a new one that inherits."""
+    """One engine for each feature spec of `infos`: the known one, one that goes on with the tables
+    of another with the same windows, or a new one that inherits.
+    """
     engines: dict[str, Engine] = {}
     for info in infos:
-        engine = known.get(info.spec.hash)
-        if engine is None or engine.lateness_s != info.interface.lateness_s_max:
-            engine = _new(info)
-            engine.inherit([*known.values(), *rebuilt.values()])
-        engines[info.spec.hash] = engine
+        lateness_s, windows = info.interface.lateness_s_max, info.spec.windows_json()
+        alike = [
+            engine
+            for engine in (*known.values(), *engines.values())
+            if engine.lateness_s == lateness_s and engine.spec.windows_json() == windows
+        ]
+        same = next((engine for engine in alike if engine.spec.hash == info.spec.hash), None)
+        if same is None and alike:
+            same = Engine(info.spec, lateness_s=lateness_s, tables=alike[0].tables)
+        if same is None:
+            same = _new(info)
+            same.inherit([*known.values(), *rebuilt.values()])
+        engines[info.spec.hash] = same
     return engines
+
+
+def with_tables_of_their_own(engines: Iterable[Engine]) -> list[Engine]:
+    """Of engines that share their tables, the first: what it sees, all of them have seen."""
+    return list({id(engine.tables): engine for engine in reversed([*engines])}.values())[::-1]
 
 
 def with_new_windows(

@@ -13,8 +13,7 @@ windows cannot fail, so that a caller can log in between. An event is answered b
 windows, so it never counts in its own. Whether an event moves the windows depends on the events
 before it alone, so that replaying a log gives the same bits.
 
-Knows nothing about logs and plans. All calls but `score` belong to one thread at a
-time.
+Knows nothing about logs and plans. All calls but `score_many` belong to one thread at a time.
 """
 
 from __future__ import annotations
@@ -65,6 +64,7 @@ class Pipeline:
         self._clock = clock or SystemClock()
         self.engines: dict[str, Engine] = {}
         self._of_arms: list[Engine] = []
+        self._moving: list[Engine] = []
         self.answered = history.Answered()
         self.gathering: list[list[history.Seen]] = []
         self._interface: Interface | None = None
@@ -104,9 +104,14 @@ class Pipeline:
 
     def score_many(self, arms: Sequence[Arm], many: Sequence[Rows]) -> list[list[list[float]]]:
         """As `score` for each of `many`, in one run of each arm; on any thread."""
-        by_arm = [
-            arm.runner.answer_many([rows[index] for rows in many]) for index, arm in enumerate(arms)
-        ]
+        try:
+            by_arm = [
+                arm.runner.answer_many([rows[index] for rows in many])
+                for index, arm in enumerate(arms)
+            ]
+        except PackageError:
+            self._counts["run_failures"] += 1
+            raise
         return [list(answers) for answers in zip(*by_arm, strict=True)]
 
     def admit(self, kind: str, time_s: float, fields: Fields) -> Interface:
@@ -137,8 +142,8 @@ class Pipeline:
             self._counts["late_events"] += 1
             return
         for missed in self.gathering:
-            missed.append((kind, time_s, fields))
-        for engine in self.engines.values():
+            missed.append((kind, time_s, dict(fields)))  # the caller may use its dict again
+        for engine in self._moving:
             history.see(engine, kind, time_s, fields)
 
     def labelled(self, number: Number, value: float, time_s: float) -> Fields | None:
@@ -175,11 +180,12 @@ class Pipeline:
 
     def _serve(self, infos: Sequence[PackageInfo]) -> None:
         self._of_arms = [self.engines[info.spec.hash] for info in infos]
+        self._moving = history.with_tables_of_their_own(self.engines.values())
         self.answered.serve(self._of_arms)
 
     def snapshot(self) -> bytes:
         """Windows and event clock, to be given to `restore` after a restart."""
-        engines = [(each.spec.windows_json(), each.snapshot()) for each in self.engines.values()]
+        engines = [(each.spec.windows_json(), each.snapshot()) for each in self._moving]
         kept = [each for each in engines if each[0]]
         answered = cast("dict[int, dict[int, Fields]]", self.answered.entries)
         return msgspec.msgpack.encode(
@@ -210,6 +216,7 @@ class Pipeline:
             self._serve(infos)
         else:
             self.engines, self._lateness_s = known, state.lateness_s
+            self._moving = list(known.values())
 
     def _infos(self) -> list[PackageInfo]:
         return [arm.info for arm in self.slot.arms if arm.info is not None]

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from edge_runtime.errors import CapacityError
 
 QUEUE_MAX = 256
+CLOSE_S = 2.0
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -90,13 +91,15 @@ class Worker:
             ) from error
 
     def close(self) -> None:
-        """End the thread after the run that it is at; what waits fails with `closed`."""
+        """End the thread after the run that it is at; what waits fails with `closed`. A run that
+        takes longer than CLOSE_S is left behind: it ends with the process.
+        """
         with self._starting:
             self._closed = True
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and `waiting`, the pieces of work that wait now."""
