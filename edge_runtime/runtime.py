@@ -4,7 +4,8 @@ Why: one object answers, remembers and takes labels, with all that may block kep
 
 Threads: every method may be called from any thread. Predictions, observations and labels take turns
 (a turn is microseconds); `infer` runs side by side. What ends in `_async` belongs to an event loop,
-any one, and never stalls it: a model that is too heavy to run inline runs on a thread of its own.
+any one, and never stalls it: a model too heavy to run inline runs on a thread of its own. What runs
+inline takes the caller's thread as it is: `cpus.flush_denormals` may be called there.
 
 Invariants: a prediction id, `device.epoch.seq`, is handed out once, ever. What was refused left no
 trace in windows or log. After a restart the windows are, bit for bit, what the log's durable
@@ -208,7 +209,7 @@ class Runtime:
         """Serve `arms`, loaded and proven, as `plan` says; no request is dropped.
 
         Windows that are new are rebuilt from the log first, which may take long: in an event loop
-        use `adopt`. Raises: PackageError from the slot, with what serves unchanged.
+        use `adopt`. Raises: PackageError, TrustError, CapacityError, with what serves unchanged.
         """
         self._releases.swap(self._asking.family(family), arms, plan)
 

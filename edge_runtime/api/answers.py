@@ -51,6 +51,12 @@ class Model(Protocol):
     @property
     def inline(self) -> bool: ...
 
+    @property
+    def quick_rows(self) -> int: ...
+
+    @property
+    def quick_bytes(self) -> int: ...
+
 
 class Service(Protocol):
     """What the socket asks of a runtime, on the loop's thread; see `edge_runtime.runtime`."""
@@ -110,18 +116,22 @@ class Service(Protocol):
     def survived(self) -> list[tuple[int, str, int]]: ...
 
 
-def group_end(items: Sequence[Item], start: int) -> int:
-    """Where the group ends that begins at `start`: the next item that needs a run of its own."""
+def group_end(items: Sequence[Item], start: int, model: Model | None) -> int:
+    """Where the group ends that begins at `start` and asks `model`: the next item that needs a run
+    of its own, or is more than the loop's thread may be kept with.
+    """
     first, end = items[start], start + 1
-    if end == len(items):
+    if end == len(items) or model is None:
         return end
     if type(first) is Predict:
+        items = items[: start + max(model.quick_rows, 1)]
         while end < len(items) and type(item := items[end]) is Predict:
             if item.family != first.family:
                 break
             end += 1
     elif type(first) is Infer and _may_be_joined(first):
         signature = _signature(first)
+        items = items[: start + max(model.quick_bytes // max(_size(first), 1), 1)]
         while end < len(items) and type(item := items[end]) is Infer:
             if item.family != first.family or item.outputs or item.release:
                 break
@@ -143,7 +153,13 @@ def _signature(request: Infer) -> list[tuple[str, str, tuple[int, ...], int]]:
 
 def takes_long(item: Item, model: Model | None) -> bool:
     """Whether `later` must answer: the loop's thread would be kept for too long."""
-    return type(item) is Rollback or (model is not None and not model.inline)
+    if model is None:
+        return type(item) is Rollback
+    return _size(item) > model.quick_bytes if type(item) is Infer else not model.inline
+
+
+def _size(request: Infer) -> int:
+    return sum([len(each.data) for each in request.inputs])
 
 
 class Answers:

@@ -3,9 +3,10 @@
 Why: one place says what each path answers, with nothing between a request and the runtime that the
 request does not need.
 
-Invariants: each request gets exactly one reply; an error is JSON and says why. A page in a browser
-is refused, so no site that somebody visits can ask or label in passing. Models that are quick run
-at once, on the loop's thread, when the body is small; the replies of all others are awaited.
+Invariants: each request gets exactly one reply; an error is JSON and says why. A page that says
+where it comes from (`Origin`, which browsers send with every POST) is refused, so that no site that
+somebody visits can predict or label in passing. What is quick runs at once, on the loop's thread;
+the replies of all else are awaited.
 
 Knows nothing about connections. Implements proto/openapi.yaml.
 """
@@ -20,12 +21,10 @@ import msgspec
 
 from edge_runtime.api import edge_v1, oip
 from edge_runtime.api.exposition import CONTENT_TYPE, exposition
+from edge_runtime.device.serving import size_of
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError
 from edge_runtime.inference.tensors import Array
 from edge_runtime.runtime import Event, Runtime
-
-INLINE_BYTES_MAX = 64 * 1024
-"""A larger body may hold many rows: its model runs elsewhere, however quick it is with one row."""
 
 encode = msgspec.json.Encoder().encode
 
@@ -161,7 +160,7 @@ class App:
     def _infer(self, family: str, release: str, headers: Headers, body: bytes) -> Answer:
         model = self._runtime.model(family)
         asked = oip.question(body, _json_bytes(headers), model.inputs)
-        if not model.inline or len(body) > INLINE_BYTES_MAX:
+        if size_of(asked.inputs) > model.quick_bytes:
             return self._infer_elsewhere(family, release, asked)
         outputs = self._runtime.infer(
             family, asked.inputs, asked.outputs or None, release=release or None

@@ -153,8 +153,8 @@ class Connection(asyncio.Protocol):
         items, at = self._waiting, 0
         replies: list[Reply] = []
         while at < len(items):
-            end = group_end(items, at)
             model = self._answers.model(items[at])
+            end = group_end(items, at, model)
             if takes_long(items[at], model):
                 self._running.extend(self._run(item) for item in items[at:end])
             elif self._running:

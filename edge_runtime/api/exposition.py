@@ -20,18 +20,15 @@ from edge_runtime.metrics import Histogram, Page, metric_name
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
-_RISING = frozenset(
+_NOW = frozenset(
     (
-        *("bad_frames", "bad_headers", "bad_requests", "commits", "connections", "corrupt"),
-        *("cut_bytes", "damaged_segments", "deadline_exceeded", "ended", "evictions", "failed"),
-        *("failures", "frames", "half_frames", "half_requests", "infers", "jobs", "labels"),
-        *("labels_forgotten", "late_events", "late_labels", "observations", "overloaded"),
-        *("predictions", "pruned", "put", "quarantined", "refused", "replayed", "request_errors"),
-        *("requests", "requests_dropped", "run_failures", "runs", "swap_failures", "swaps"),
-        *("sync_errors", "unreadable", "written"),
+        *("bytes", "children", "draining", "entries", "entries_evicted", "epoch", "event_segments"),
+        *("failing", "held_bytes", "keys", "keys_evicted", "label_segments", "leases", "linger_ms"),
+        *("open", "p50", "p99", "p999", "pending", "pending_bytes", "plan_seq", "run_us", "seq"),
+        *("since_s", "tables", "under_way", "unlearned", "waiting"),
     )
 )
-"""What only rises while the process lives; every other number is a gauge."""
+"""Numbers of now, which may fall; every other one only rises while the process lives."""
 
 Labels = dict[str, str]
 
@@ -71,7 +68,7 @@ def _number(page: Page, path: tuple[str, ...], value: Any, labels: Labels) -> No
         _numbers(page, path, value, labels)
     elif isinstance(value, int | float):
         name = metric_name(*path)
-        (page.counter if path[-1] in _RISING else page.gauge)(name, value, labels)
+        (page.gauge if path[-1] in _NOW else page.counter)(name, value, labels)
 
 
 def _process(page: Page) -> None:

@@ -32,6 +32,9 @@ HOST = "127.0.0.1"
 HELD_BODIES_MAX = 4
 """So many bodies of the largest size may be held at once, over all connections."""
 
+CONNECTIONS_MAX = 1024
+"""So many connections may be open; each may hold the head of a request, of 64 KiB, beside that."""
+
 _BACKLOG = 1024
 _CLOSE_S = 1.0
 
@@ -102,10 +105,11 @@ class HttpServer:
         await self._emptied(_CLOSE_S)
         self._servers, self._path = [], None
 
-    def admitted(self, connection: HttpConnection) -> None:
-        """Know a connection that is open now."""
+    def admitted(self, connection: HttpConnection) -> bool:
+        """Know a connection that is open now; False: it is one too many, and is to be told so."""
         self._connections.add(connection)
         self.counts["connections"] += 1
+        return len(self._connections) <= CONNECTIONS_MAX
 
     def left(self, connection: HttpConnection) -> None:
         """Forget a connection."""

@@ -36,9 +36,7 @@ SLICE = 64
 
 _NOTHING, _HEAD, _BODY, _REFUSED = range(4)
 _LINES = {status.value: f"HTTP/1.1 {status} {status.phrase}".encode() for status in HTTPStatus}
-
 _WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
-
 log = logging.getLogger("edge_runtime")
 
 
@@ -59,11 +57,11 @@ class HttpConnection(asyncio.Protocol):
         self._moved = self._spoken = self._writes_wait = self._reads_wait = False
         self._last = self._broken = False
 
-    # What the transport calls.
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._server.admitted(self)
+        if not self._server.admitted(self):
+            self._break_off(CapacityError("too_many_connections", "too many are open"))
+            self._answer()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._transport = None
@@ -82,6 +80,8 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             self._last = True
         except httptools.HttpParserError as error:
+            if isinstance(error, httptools.HttpParserCallbackError):
+                raise  # a mistake of ours, which the loop logs
             if not self._last:  # what comes after the last request is nobody's business
                 self._break_off(RequestError("bad_request", f"this is not HTTP/1.1: {error}"))
         if self._stage != _NOTHING and not self._moved:
@@ -98,8 +98,6 @@ class HttpConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writes_wait, self._silent_sweeps = False, 0
         self._answer()
-
-    # What the parser calls.
 
     def on_message_begin(self) -> None:
         """A request begins."""

@@ -21,11 +21,16 @@ from edge_runtime.config import InferenceConfig
 from edge_runtime.cpus import flush_denormals
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.inference.pipeline import no_release
-from edge_runtime.inference.runner import INLINE_US_MAX, Runner
+from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.inference.tensors import Array, Tensor, fitting
 from edge_runtime.inference.worker import Worker
 from edge_runtime.metrics import Histogram
+
+QUICK_US = 1000.0
+"""So long an event loop may be kept by one run."""
+
+TEXT_BYTES = 64
 
 Arrays = Mapping[str, Array]
 Answers = dict[str, Array]
@@ -34,7 +39,8 @@ Answers = dict[str, Array]
 class ModelInfo(msgspec.Struct, frozen=True):
     """What a family serves: `release` answers by default, `releases` are all in memory.
 
-    `inline` says that a run is short enough for the caller's thread; `predicts`, that the model
+    `inline` says that a run of one row is short enough for the caller's thread, and so are, then,
+    `quick_rows` rows in one run, or inputs of `quick_bytes` in all. `predicts` says that the model
     answers events and not only tensors.
     """
 
@@ -45,6 +51,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     outputs: tuple[Tensor, ...]
     inline: bool
     predicts: bool
+    quick_rows: int = 0
+    quick_bytes: int = 0
 
 
 class Serving:
@@ -116,7 +124,8 @@ class Serving:
         try:
             with self.slot(family).lease() as arms:
                 runner = _named(family, arms, release).runner
-                if runner.inline and _rows(arrays) * (runner.run_us or 0.0) <= INLINE_US_MAX:
+                fitting(runner.inputs, arrays)
+                if size_of(arrays) <= self.model(family).quick_bytes:
                     answers = runner.infer(arrays, outputs)
                 else:
                     answers = await self._heavy(runner, arrays, outputs, timeout_s)
@@ -152,7 +161,7 @@ class Serving:
     ) -> Answers:
         return await self.worker.submit(
             lambda requests: _together(runner, requests, outputs),
-            fitting(runner.inputs, arrays),
+            arrays,
             group=self._group(runner, arrays, outputs),
             rows=_rows(arrays),
             timeout_s=self.deadline_s if timeout_s is None else timeout_s,
@@ -175,16 +184,34 @@ class Serving:
 def _described(family: str, arms: tuple[Arm, ...]) -> ModelInfo:
     if not arms:
         raise no_release(family)
-    runner = arms[0].runner
+    runner, rows = arms[0].runner, min(_quick_rows(arm.runner) for arm in arms)
     return ModelInfo(
         family,
         arms[0].release,
         tuple(arm.release for arm in arms),
         runner.inputs,
         runner.outputs,
-        all(arm.runner.inline for arm in arms),
+        rows > 0,
         arms[0].info is not None,
+        rows,
+        rows * size_of({tensor.name: tensor.sample(1) for tensor in runner.inputs}),
     )
+
+
+def size_of(arrays: Arrays) -> int:
+    """The bytes of `arrays`; a text counts as TEXT_BYTES at least."""
+    sizes = (
+        sum(max(TEXT_BYTES, len(str(cell))) for cell in array.flat)
+        if array.dtype.kind in "OU"
+        else array.nbytes
+        for array in arrays.values()
+    )
+    return sum(sizes)
+
+
+def _quick_rows(runner: Runner) -> int:
+    """How many rows of an inline model run in the time that a loop may be kept; else 0."""
+    return max(1, int(QUICK_US / max(runner.run_us or 0.0, 1.0))) if runner.inline else 0
 
 
 def _named(family: str, arms: tuple[Arm, ...], release: str | None) -> Arm:

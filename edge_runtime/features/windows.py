@@ -6,12 +6,12 @@ A `Series` keeps the entries of one key, sorted by time, with running totals bes
 of any span is a binary search and a subtraction; windows of different spans share their entries.
 Where a statistic asks for it, there are also totals of squares, and the peaks: the entries that no
 later one exceeds, in which the extreme of every window that ends now is the first one inside. An
-entry that comes out of order is put where it belongs.
+entry that comes out of order is put where it belongs, which costs as much as came after it.
 
 Invariants: reading changes nothing. Totals are integers (fixed point, 2**-32), hence exact: the
 answer depends on which entries are present, never on the order in which they came or left. Entries
 before `head` are forgotten and only wait for their memory to be taken back, many at once, so that
-an entry costs constant time, amortised.
+an entry that comes in order costs constant time, amortised.
 
 Knows nothing about keys, events and specs.
 """
@@ -206,9 +206,7 @@ def check_order(times: list[float], values: list[Any]) -> None:
 
 def _shift(totals: list[int], at: int, units: int) -> None:
     """Make room for an entry of `units` at position `at` of running totals."""
-    totals.insert(at, totals[at])
-    for index in range(at + 1, len(totals)):
-        totals[index] += units
+    totals[at + 1 :] = [totals[at] + units, *(total + units for total in totals[at + 1 :])]
 
 
 def to_units(value: float) -> int:

@@ -33,7 +33,9 @@ class Counter:
         self.asked = 0
 
     def model(self, family: str) -> Any:
-        return type("Model", (), {"release": "r1", "inline": True})
+        return type(
+            "Model", (), {"release": "r1", "inline": True, "quick_rows": 9, "quick_bytes": 99}
+        )
 
     def predict(self, family: str, event: Event) -> Prediction:
         return Prediction(f"EWR.1.{self.observe(family, event)}", [0.5], "r" * 1000, "stable")

@@ -39,6 +39,7 @@ class Model:
 
     def __init__(self, release: str, *, inline: bool) -> None:
         self.release, self.inline = release, inline
+        self.quick_rows, self.quick_bytes = (1000, 1 << 30) if inline else (0, 0)
 
 
 class Notebook:
