@@ -148,7 +148,8 @@ def lives(config: EdgeConfig, seed: int, count: int) -> None:
     snapshots = replays = 0
     for life in range(count):
         context = f"seed {seed}, life {life}"
-        epoch, events = run_and_kill(config, seed * 100 + life, now_s, chance.randrange(2 * SNAPSHOT_EVERY))
+        until = chance.randrange(2 * SNAPSHOT_EVERY)
+        epoch, events = run_and_kill(config, seed * 100 + life, now_s, until)
         durable += events
         with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
             assert runtime.epoch == epoch + 1, context

@@ -89,7 +89,8 @@ def fields_of(path: str, name: str) -> list[str]:
 )
 def test_every_configuration_key_is_documented(path, name):
     text = (ROOT / "docs/configuration.md").read_text()
-    sections = set(fields_of("cloud_learner/train/family.py", "FamilyConfig")) | {"log", "http", "inference", "logging"}
+    sections = set(fields_of("cloud_learner/train/family.py", "FamilyConfig"))
+    sections |= {"log", "http", "inference", "logging"}
     fields = fields_of(path, name)
 
     assert fields
