@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +30,7 @@ from edge_runtime.cpus import flush_denormals
 from edge_runtime.errors import ConfigError
 from edge_runtime.runtime import Runtime
 
+LEAVE_S = 5.0
 SWITCH_INTERVAL_S = 0.0005
 """How long another thread may keep the interpreter from an answer; by default it is ten times so
 long, which shows in the slowest thousandth of answers."""
@@ -46,6 +49,7 @@ def run(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to end in order
     _allow_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(config, on_ready))
@@ -53,10 +57,11 @@ def run(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -
 
 async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -> None:
     """Serve on the running loop until a signal comes."""
-    stop = _stop_on_signals(asyncio.get_running_loop())
     root = _read_root(config)
     flush_denormals()
     with Runtime.open(config) as runtime:
+        # Until here a signal ends the process at once, for a model may hang when it is loaded.
+        stop = _stop_on_signals(asyncio.get_running_loop())
         parts: Parts = {}
         async with _listening(runtime, parts) as where:
             log.info("%s serves %s at %s", config.device, _served(runtime), where)
@@ -67,6 +72,14 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
                 await _run_until(stop, notify.watchdog(), *works)
             notify.stopping()
     log.info("%s stopped", config.device)
+    _leave_behind()
+
+
+def _leave_behind() -> None:
+    """All is durable now: a thread that hangs in a model must not keep the process."""
+    timer = threading.Timer(LEAVE_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 @asynccontextmanager

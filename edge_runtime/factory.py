@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from edge_runtime.device.family import FACTORY
 from edge_runtime.errors import ConfigError, PackageError
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.package import PackageInfo
+from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.update.shelf import Shelf
@@ -34,7 +36,8 @@ def inspect(package: Path, *variants: Path) -> PackageInfo:
     Raises: PackageError, also for a variant (bad_variants: it takes other events or features, or
     its file is named like another's).
     """
-    info, *others = (_proven(path) for path in (package, *variants))
+    with closing(Prover()) as prover:
+        info, *others = (_proven(path, prover) for path in (package, *variants))
     if len({path.stem for path in (package, *variants)}) <= len(variants):
         raise PackageError(
             "bad_variants", "two variants have files of the same name; nothing is installed"
@@ -49,7 +52,8 @@ def inspect(package: Path, *variants: Path) -> PackageInfo:
     return info
 
 
-def _proven(package: Path) -> PackageInfo:
+def _proven(package: Path, prover: Prover) -> PackageInfo:
+    prover.prove(package)  # in a child, so that one that crashes or hangs is named
     info = load_arm(package, None, "stable", FACTORY, 1.0).info
     assert info is not None, "what has no metadata does not load as an arm"
     return info
@@ -101,7 +105,8 @@ def install(
     Where it has `variants`, named after their files, the device chooses the fastest that is right
     at its next start.
 
-    Raises: ConfigError (unknown_family; signed_release: a signed one came before), CapacityError.
+    Raises: ConfigError (unknown_family; signed_release: a signed one came before;
+    release_quarantined: it failed or was left here), CapacityError.
     """
     if info.family not in config.families:
         raise ConfigError(
@@ -110,6 +115,7 @@ def install(
             f'add "{info.family}" to families',
         )
     shelf = Shelf(config.state_dir / "shelf")
+    _refuse_left(shelf, [package, *variants])
     current = shelf.load_current(info.family)
     if current is not None and current.reason != FACTORY:
         raise ConfigError(
@@ -134,6 +140,18 @@ def _put(shelf: Shelf, package: Path) -> str:
     sha256 = hashlib.sha256(data).hexdigest()
     shelf.put(sha256, [data])
     return sha256
+
+
+def _refuse_left(shelf: Shelf, packages: Sequence[Path]) -> None:
+    left = shelf.quarantined()
+    for path in packages:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 in left:
+            raise ConfigError(
+                "release_quarantined",
+                f"{path} is in quarantine on this device ({left[sha256]}); nothing was changed",
+                "publish a mended release, or take it out of shelf/quarantine.json",
+            )
 
 
 def _pair(text: str) -> tuple[str, str]:

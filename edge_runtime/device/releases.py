@@ -214,7 +214,7 @@ def leave(shelf: Shelf, back: WayBack, reason: str) -> None:
     for package in back.leaving.packages:
         shelf.quarantine(package.sha256, "rolled_back")
     shelf.save_current(back.plan)
-    log.warning("%s is left and in quarantine: %s", back.leaving.release, reason)
+    log.warning("%s is left and in quarantine: %.200r", back.leaving.release, reason)
 
 
 def alone(plan: Plan) -> Plan:

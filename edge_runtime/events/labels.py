@@ -3,7 +3,8 @@
 Why: a label comes hours after its prediction, maybe after a restart that took the prediction; it
 must join the right one, or be refused by name.
 
-Invariants: a record that was made here names a prediction that this device logged and did not lose.
+Invariants: a record that was made here names a number that this device gave to an event and did not
+lose; whether that event asked for a prediction of the same family is the learner's to see.
 Ids read `device.epoch.seq`.
 
 Knows nothing about what was predicted.

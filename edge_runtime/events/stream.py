@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 from collections import deque
@@ -30,6 +31,8 @@ from edge_runtime.wire.messages import EventClass
 PENDING_BYTES_MAX = 32 << 20
 LENGTH_BYTES = 4
 RECENT_BYTES_MAX = 256 << 10
+
+log = logging.getLogger("edge_runtime")
 
 _Waiter = tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]
 
@@ -59,6 +62,7 @@ class Stream:
         self.appended = self.committed = sum(part.charge for part in segments)
         self.freed = 0
         self.sync_errors = self.commits = 0
+        self._is_refused = False
         self._active: Segment | None = None
         self._fd = -1
         self._waiters: list[_Waiter] = []
@@ -86,14 +90,26 @@ class Stream:
             frames = segment.encode_frames(self.durable_seq + 1, batch)
             segment.write_all(self._fd, frames)
             self._sync(self._fd)
-        except OSError:
+        except OSError as error:
             self.sync_errors += 1
+            self._tell(error)
             self.abandon()
             return False
+        self._tell(None)
         self.commits += 1
         del self.pending[: len(batch)]
         self._advance(active, batch, len(frames))
         return True
+
+    def _tell(self, error: OSError | None) -> None:
+        """Say once when the disk begins to refuse, and once when it takes records again."""
+        if (error is not None) == self._is_refused:
+            return
+        self._is_refused = error is not None
+        if error is not None:
+            log.warning("%s: the disk refuses records, which wait: %s", self._directory, error)
+        else:
+            log.info("%s: the disk takes records again", self._directory)
 
     def _opened(self) -> Segment:
         if self._active is not None and self._active.size < self._segment_bytes:

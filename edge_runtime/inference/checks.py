@@ -19,6 +19,9 @@ from typing import Any, Literal
 from edge_runtime.errors import RequestError
 
 TEXT_MAX = 1024
+TIME_MAX_S = 2.0**33
+"""Times lie within 272 years of 1970: one that is not would take the event clock with it."""
+
 _SHORT = 64  # characters that are looked at for being ASCII on the fast way
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
@@ -44,7 +47,8 @@ def compiled(kind: str, wanted: Mapping[str, FieldType]) -> Check:
 
 def _source(wanted: Mapping[str, FieldType]) -> str:
     variables = {name: f"f_{number}" for number, name in enumerate(wanted)}
-    usual = ["type(time_s) is float", "-inf < time_s < inf", f"len(fields) == {len(wanted)}"]
+    usual = ["type(time_s) is float", f"{-TIME_MAX_S} <= time_s <= {TIME_MAX_S}"]
+    usual += [f"len(fields) == {len(wanted)}"]
     usual += [_usual(variables[name], want) for name, want in wanted.items()]
     return "\n".join(
         [
@@ -74,6 +78,9 @@ def judge(
 ) -> None:
     """Judge an event field by field. Raises: RequestError, as the compiled check."""
     _check_number(kind, "time_s", time_s)
+    if not -TIME_MAX_S <= time_s <= TIME_MAX_S:  # type: ignore[operator]  # it is a number
+        what = f"{kind}.time_s {time_s} is no time of ours"
+        raise RequestError("out_of_range", what, "send seconds since the epoch, UTC")
     for name, value in fields.items():
         _check_field(kind, name, value, wanted)
     if len(fields) < len(wanted):

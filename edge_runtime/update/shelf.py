@@ -177,7 +177,7 @@ class Shelf:
             current, *before = msgspec.json.decode(data, type=_Plans).plans
         except FileNotFoundError:
             return None, None
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise TrustError("bad_plan", f"{path} cannot be read: {error}") from error
         if version != PLANS_VERSION:
             raise TrustError("bad_plan", f"{path} has version {version}; this reads 1 and 2")
@@ -208,7 +208,7 @@ class Shelf:
     def _load_choices(self) -> dict[str, str]:
         try:
             return msgspec.json.decode(self._choices_path.read_bytes(), type=dict[str, str])
-        except (OSError, msgspec.DecodeError, ValueError):
+        except (OSError, msgspec.DecodeError, ValueError, RecursionError):
             return {}
 
     def _load_quarantine(self) -> dict[str, str]:
@@ -217,7 +217,7 @@ class Shelf:
             return {}
         try:
             return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise TrustError(
                 "quarantine_unreadable",
                 f"{path} cannot be read: {error}",

@@ -206,7 +206,10 @@ def test_the_linger_grows_while_each_commit_takes_one_record(
         assert log.statistics()["linger_ms"] == expected
 
 
-def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(tmp_path: Path) -> None:
+def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "edge_runtime")
     disk = Disk()
     with opened(tmp_path, sync=disk) as log:
         append_durably(log, [b"record 1"])
@@ -218,6 +221,11 @@ def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(tmp_path
         wait_durable(log, "event", 2)
         assert log.statistics()["sync_errors"] == 1
         assert everything(log) == [(1, 1, b"record 1"), (1, 2, b"record 2")]
+    said = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert [each.partition(",")[0] for each in said] == [
+        "the disk refuses records",
+        "the disk takes records again",
+    ]
     assert len(segments(tmp_path)) == 2
     with opened(tmp_path) as log:
         assert everything(log) == [(1, 1, b"record 1"), (1, 2, b"record 2")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from edge_runtime import factory
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import PackageError
+from edge_runtime.errors import ConfigError, PackageError
 from edge_runtime.features.spec import Spec
 from edge_runtime.runtime import Runtime
 from edge_runtime.update.shelf import Shelf
@@ -80,3 +81,16 @@ def test_variants_need_names_of_their_own(named: Callable[..., Path], tmp_path: 
     same = shutil.copy(package, tmp_path / "other")
     with pytest.raises(PackageError, match="bad_variants"):
         factory.inspect(package, Path(same))
+
+
+def test_what_was_left_on_this_device_is_not_installed_again(
+    config: EdgeConfig, named: Callable[..., Path]
+) -> None:
+    package = named("int8")
+    info = factory.inspect(package)
+    Shelf(config.state_dir / "shelf").quarantine(
+        hashlib.sha256(package.read_bytes()).hexdigest(), "rolled_back"
+    )
+    with pytest.raises(ConfigError) as caught:
+        factory.install(config, package, info)
+    assert caught.value.code == "release_quarantined"

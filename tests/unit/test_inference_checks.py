@@ -52,3 +52,11 @@ def test_an_event_of_its_kind_is_taken(fields):
 def test_a_time_that_is_none_is_refused_even_without_fields(time_s):
     with pytest.raises(RequestError, match="time_s"):
         compiled("kind", {})(time_s, {})
+
+
+@pytest.mark.parametrize("time_s", [1e300, -1e300, 2.0**33 + 1])
+def test_a_time_that_is_centuries_away_is_refused(time_s):
+    event = time_s, {"word": "a", "count": 1, 'it\'s "x"\n': 0.5}
+    with pytest.raises(RequestError) as caught:
+        CHECK(*event)
+    assert caught.value.code == "out_of_range"

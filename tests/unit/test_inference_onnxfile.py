@@ -90,3 +90,14 @@ def test_whatever_is_cut_or_flipped_it_reads_or_is_named(write_package, seed):
         except PackageError as error:
             named += error.code == "unreadable_package"
     assert named > 10, f"seed {seed}"
+
+
+def test_of_a_file_far_larger_than_memory_only_the_metadata_is_read(tmp_path):
+    path = tmp_path / "large.onnx"
+    with path.open("wb") as file:
+        file.truncate(200 << 30)  # a hole: it takes no space
+
+    with pytest.raises(PackageError) as caught:
+        metadata_in(path)
+
+    assert caught.value.code == "unreadable_package"
