@@ -225,7 +225,7 @@ class Pipeline:
         """Counts of this family: events, swaps, and what the windows hold."""
         counts = self._counts | self.slot.statistics()
         counts["labels_forgotten"] = self.answered.forgotten
-        for engine in self.engines.values():
+        for engine in self._moving:
             for name, value in engine.statistics().items():
                 counts[name] = counts.get(name, 0) + value
         return counts

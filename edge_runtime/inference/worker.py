@@ -100,6 +100,7 @@ class Worker:
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
             self._thread.join(CLOSE_S)
+            self._drain()  # what a thread that hangs will not
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and `waiting`, the pieces of work that wait now."""
