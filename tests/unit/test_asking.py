@@ -182,6 +182,39 @@ def test_none_at_once_is_no_error(open_runtime, load):
         runtime.predict_many("other", [])
 
 
+def labelled(runtime, family):
+    runtime.label("EWR.1.1", 1.0, family=family)
+
+
+def predicted_async(runtime, family):
+    asyncio.run(runtime.predict_async(family, scheduled(NOW_S)))
+
+
+def inferred_async(runtime, family):
+    asyncio.run(runtime.infer_async(family, {}))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda runtime, family: runtime.predict(family, scheduled(NOW_S)),
+        lambda runtime, family: runtime.predict_many(family, [scheduled(NOW_S)] * 3),
+        predicted_async,
+        lambda runtime, family: runtime.observe(family, departed(NOW_S)),
+        labelled,
+        lambda runtime, family: runtime.infer(family, {}),
+        lambda runtime, family: runtime.infer_many(family, [{}]),
+        inferred_async,
+    ],
+)
+def test_a_family_that_is_not_served_counts_once_whatever_is_asked(open_runtime, load, ask):
+    runtime = open_runtime(load())
+    with pytest.raises(HeadwaterError, match="unknown_family"):
+        ask(runtime, "other")
+    counters = runtime.counters()
+    assert (counters["request_errors"], counters["requests_dropped"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     "strange",
     [None, {"carrier": b"x"}, {"carrier": "\ud800", "distance": 1.0}, {"distance": 1 << 70}],

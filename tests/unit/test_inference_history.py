@@ -117,6 +117,31 @@ def test_another_lateness_makes_a_new_engine_that_takes_over_what_is_known():
     assert (made.lateness_s, made.vector(NOW_S, {}).tolist()) == (500.0, [3.0])
 
 
+def test_engines_share_their_tables_where_windows_and_lateness_are_the_same():
+    one, two = info(SUM.format(600.0), LATEST.format(5)), info(SUM.format(600.0))
+    other = msgspec.structs.replace(one, spec=with_a_field(one.spec))
+    known = {one.spec.hash: engine(one, [departed(0, 3.0)])}
+    made = history.engines_for([one, other, two], known, {})
+    assert [made[each.spec.hash].spec for each in (one, other, two)] == [
+        *(one.spec, other.spec, two.spec),
+    ]
+    first, second, third = made.values()
+    assert first is known[one.spec.hash]
+    assert second.tables is first.tables
+    assert not {*map(id, third.tables.values())} & {*map(id, first.tables.values())}
+    assert history.with_tables_of_their_own(made.values()) == [first, third]
+    patient = replaced(other, lateness_s_max=500.0)
+    [apart] = history.engines_for([patient], made, {}).values()
+    assert apart.tables is not first.tables
+    assert apart.vector(NOW_S, {"carrier": "UA"}).tolist() == [3.0, 3.0, 0.0]
+
+
+def with_a_field(spec):
+    field = {"name": "carrier", "field": "carrier", "vocabulary": ["AA"]}
+    text = msgspec.json.decode(spec.to_json())
+    return Spec.from_json(msgspec.json.encode(text | {"features": [*text["features"], field]}))
+
+
 def replaced(release, **changes):
     interface = msgspec.structs.replace(release.interface, **changes)
     return msgspec.structs.replace(release, interface=interface)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import msgspec
 import pytest
@@ -119,6 +120,14 @@ def test_what_arms_hold_in_common_sees_each_event_and_label_once(config, pair):
         assert known(runtime, NOW_S + 3) == [[3.0, 3.0, 1.0]] * 2
 
 
+def test_what_arms_hold_in_common_is_told_of_once(config, pair):
+    with opened(config, *pair(TOTAL, KEYED)) as runtime:
+        for step in range(10):
+            runtime.observe("toy", departed(NOW_S + step))
+        told = runtime.statistics()["families"]["toy"]
+        assert (told["tables"], told["keys"], told["entries"]) == (2, 2, 20)
+
+
 def test_what_was_held_in_common_goes_on_whichever_arm_is_left(config, pair):
     for keep in (0, 1):
         arms = pair(TOTAL, KEYED)
@@ -126,17 +135,13 @@ def test_what_was_held_in_common_goes_on_whichever_arm_is_left(config, pair):
         with opened(own, *arms) as runtime:
             runtime.observe("toy", departed(NOW_S, 3.0))
             left = msgspec.structs.replace(plan_of(arms[keep]), seq=6)
-            alone = load_alone(arms[keep])
+            alone = dataclasses.replace(arms[keep], name="stable", weight=1.0)
             runtime.swap("toy", [alone], left)
             runtime.observe("toy", departed(NOW_S + 1, 4.0))
             assert known(runtime, NOW_S + 2) == [[7.0, 2.0]]
             runtime.swap("toy", arms, plan_of(*arms))
             runtime.observe("toy", departed(NOW_S + 2, 5.0))
             assert known(runtime, NOW_S + 3) == [[12.0, 3.0]] * 2
-
-
-def load_alone(arm):
-    return type(arm)("stable", arm.release, arm.runner, arm.info, 1.0, arm.variant, arm.sha256)
 
 
 @pytest.mark.parametrize("kept", ["snapshot", "log"])

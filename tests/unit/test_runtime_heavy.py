@@ -13,7 +13,7 @@ from onnx import helper
 
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, InferenceConfig
-from edge_runtime.errors import CapacityError, RequestError
+from edge_runtime.errors import CapacityError, PackageError, RequestError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
@@ -56,17 +56,17 @@ def runtime(config):
 
 @pytest.fixture
 def load(write_package):
-    def load(bias=0.0, name="stable", weight=1.0, *, features=OWN_FEATURES, mixes=False):
+    def load(bias=0.0, name="stable", weight=1.0, *, features=OWN_FEATURES, **options):
         path, _ = write_package(bias=bias, spec=Spec.from_toml(features))
-        make_heavy(path, mixes=mixes)
+        make_heavy(path, **options)
         return load_arm(path, None, name, f"r{bias:g}", weight)
 
     return load
 
 
-def make_heavy(path, *, mixes):
+def make_heavy(path, *, mixes=False, fails=False):
     """Give the model milliseconds of work that change no answer; one that mixes its rows answers
-    otherwise where there are three of them.
+    otherwise where there are three of them, one that fails does so where a first feature is large.
     """
     model = onnx.load(path)
     nodes, last = model.graph.node, model.graph.node[-1]
@@ -84,7 +84,14 @@ def make_heavy(path, *, mixes):
     nodes.append(helper.make_node("Add", [logit, "nothing"], ["same"]))
     nodes.append(helper.make_node("Shape", ["features"], ["rows"], start=0, end=1))
     nodes.append(helper.make_node("Gather", ["shifts", "rows"], ["shift"]))
-    nodes.append(helper.make_node("Add", ["same", "shift"], ["sum_of_all"]))
+    nodes.append(helper.make_node("Add", ["same", "shift"], ["shifted"]))
+    indices = np.zeros(1, np.int64), np.zeros(2500 if fails else 1 << 16, np.float32)
+    for name, value in zip(("first", "cells"), indices, strict=True):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    nodes.append(helper.make_node("Gather", ["features", "first"], ["feature"], axis=1))
+    nodes.append(helper.make_node("Cast", ["feature"], ["at"], to=onnx.TensorProto.INT64))
+    nodes.append(helper.make_node("Gather", ["cells", "at"], ["none"]))
+    nodes.append(helper.make_node("Add", ["shifted", "none"], ["sum_of_all"]))
     nodes.append(helper.make_node("Sigmoid", ["sum_of_all"], ["probability"]))
     path.write_bytes(model.SerializeToString())
 
@@ -208,6 +215,55 @@ def test_a_swap_lets_what_was_asked_be_answered_by_what_it_was_asked_of(runtime,
     assert after.release == "r2"
     runtime._members["toy"].pipeline.slot.settle()
     assert runtime.statistics()["families"]["toy"]["draining"] == 0
+
+
+def test_across_a_swap_the_arm_is_drawn_as_the_plan_says_that_it_was_asked_under(runtime, load):
+    arms = {
+        salt: (load(bias, weight=0.5), load(bias + 0.5, "canary", 0.5))
+        for salt, bias in (("old", 0.0), ("new", 1.0))
+    }
+    plans = {
+        salt: msgspec.structs.replace(plan_of(*pair), salt=salt) for salt, pair in arms.items()
+    }
+    runtime.swap("toy", arms["old"], plans["old"])
+
+    async def ask():
+        asks = asyncio.create_task(all_of(runtime, map(scheduled, range(40))))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        runtime.swap("toy", arms["new"], plans["new"])
+        after = all_of(runtime, map(scheduled, range(40, 60)))
+        return await asyncio.gather(asks, after)
+
+    answers = asyncio.run(ask())
+    assert runtime.log.handed_out("event") == 60
+    records = logged(runtime)
+    for salt, found in zip(("old", "new"), answers, strict=True):
+        for answer in found:
+            seq = int(answer.id.rpartition(".")[2])
+            drawn = arms[salt][choose([0.5, 0.5], f"{salt}|EWR", 1, seq)]
+            assert (answer.release, answer.arm) == (drawn.release, drawn.name)
+            assert records[seq - 1].scored[0].release == drawn.release
+        assert {each.arm for each in found} == {"stable", "canary"}
+
+
+@pytest.mark.parametrize("where", ["worker", "loop", "caller"])
+def test_an_answer_that_failed_is_counted_wherever_it_ran(runtime, load, where):
+    arm = load(fails=True)
+    runtime.swap("toy", [arm], plan_of(arm))
+    far = scheduled(300)
+    if where == "worker":
+        [error] = asyncio.run(all_of(runtime, [far]))
+    elif where == "loop":
+        [error] = runtime.predict_many("toy", [far])
+    else:
+        with pytest.raises(PackageError) as caught:
+            runtime.predict("toy", far)
+        error = caught.value
+    assert error.code == "run_failed"
+    assert runtime.statistics()["families"]["toy"]["run_failures"] >= 1
+    assert runtime.counters()["requests_dropped"] == 1
+    assert asyncio.run(all_of(runtime, [scheduled(1)]))[0].release == "r0"
 
 
 def test_beside_swaps_a_model_only_ever_gets_its_own_features(runtime, load):

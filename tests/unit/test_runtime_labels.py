@@ -192,9 +192,11 @@ def test_where_the_log_is_full_of_events_a_label_is_kept_and_not_seen(config):
         while not isinstance(runtime.predict_many("toy", [scheduled()])[0], CapacityError):
             pass
         before = pipeline(runtime).snapshot()
+        dropped = runtime.counters()["requests_dropped"]
         runtime.label(answer.id, 1.0)
         assert runtime.log.handed_out("label") == 1
         assert pipeline(runtime).snapshot() == before
+        assert runtime.counters()["requests_dropped"] == dropped + 1
 
 
 def play(runtime, steps, seed, answers):

@@ -13,6 +13,7 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import CapacityError, PackageError, RequestError
 from edge_runtime.features.spec import Spec
+from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
@@ -239,6 +240,67 @@ def test_windows_that_only_the_release_before_had_are_rebuilt(config, put, follo
         assert roll_back(runtime) == "r0"
         [engine] = runtime._members["toy"].pipeline.engines.values()
         assert engine.vector(NOW_S, {}).tolist() == [40.0]
+
+
+def brought(runtime, config, arm, seq):
+    """Let `arm` serve as a plan that is not settled yet: the shelf still calls another current."""
+    path = config.state_dir / "shelf" / "packages" / f"{arm.sha256}.onnx"
+    plan = Plan(family="toy", seq=seq, stable=arm, salt="s")
+    runtime.swap("toy", [load_arm(path, arm.sha256, "stable", arm.release, 1.0)], plan)
+
+
+@pytest.mark.parametrize("roll_back", [rolled_back, rolled_back_async])
+def test_before_the_plan_is_settled_it_goes_to_what_served_until_then(
+    config, put, follow, roll_back
+):
+    first, second, third = put(0.0), put(1.0), put(2.0)
+    follow(first)
+    follow(second)
+    with opened(config) as runtime:
+        brought(runtime, config, third, 3)
+        assert asked(runtime).release == "r2"
+        assert roll_back(runtime) == "r1"
+        assert asked(runtime).release == "r1"
+        assert runtime.shelf.quarantined() == {third.sha256: "rolled_back"}
+        assert roll_back(runtime) == "r0"
+    with opened(config) as runtime:
+        assert asked(runtime).release == "r0"
+
+
+@pytest.mark.parametrize("roll_back", [rolled_back, rolled_back_async])
+def test_the_first_plan_that_is_not_settled_is_left_for_the_one_on_the_shelf(
+    config, put, follow, roll_back
+):
+    first, second = put(0.0), put(1.0)
+    follow(first)
+    with opened(config) as runtime:
+        brought(runtime, config, second, 2)
+        assert roll_back(runtime) == "r0"
+        assert code(roll_back, runtime) == "nothing_to_roll_back"
+
+
+@pytest.mark.parametrize("roll_back", [rolled_back, rolled_back_async])
+def test_what_is_in_quarantine_by_now_is_nothing_to_go_back_to(config, put, follow, roll_back):
+    first, second = put(0.0), put(1.0)
+    follow(first)
+    follow(second)
+    with opened(config) as runtime:
+        runtime.shelf.quarantine(first.sha256, "golden_mismatch")
+        before = serving(runtime)
+        assert code(roll_back, runtime) == "nothing_to_roll_back"
+        assert serving(runtime) == before
+        assert set(runtime.shelf.quarantined()) == {first.sha256}
+
+
+def test_of_two_before_it_the_one_that_is_still_good_is_gone_back_to(config, put, follow):
+    first, second, third = put(0.0), put(1.0), put(2.0)
+    follow(first)
+    follow(second)
+    with opened(config) as runtime:
+        brought(runtime, config, third, 3)
+        runtime.shelf.quarantine(second.sha256, "golden_mismatch")
+        assert rolled_back(runtime) == "r0"
+        assert asked(runtime).release == "r0"
 
 
 def test_requests_go_on_while_it_rolls_back(config, put, follow):
