@@ -3,8 +3,9 @@
 Why: an application in any language asks the runtime beside it; who may do so is a matter of the
 file's mode and group.
 
-Invariants: nobody can connect before mode and group are set, for only then the server listens. A
-socket that another process answers at, and a file that is no socket, are left alone.
+Invariants: nobody can connect before mode and group are set, for only then the server listens. Of
+what is found at the path only a socket that nobody listens at is removed, and at the end only the
+file that was made here.
 
 Knows nothing about frames and models. Implements the section Connecting of proto/socket.md.
 """
@@ -12,7 +13,7 @@ Knows nothing about frames and models. Implements the section Connecting of prot
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import grp
 import os
 import socket
@@ -52,6 +53,7 @@ class SocketServer:
         self._bounds = Bounds(connections_max, half_frame_s)
         self._server: asyncio.Server | None = None
         self._path: Path | None = None
+        self._made = (0, 0)
 
     async def start(self, path: Path, mode: int = 0o600, group: str = "") -> None:
         """Listen at `path`, for those whom `mode` lets in; `group` owns it, empty: as it comes.
@@ -59,7 +61,7 @@ class SocketServer:
         Raises: ConfigError (socket_in_use, bad_socket, unknown_group).
         """
         listener = bind(path, mode, group)
-        self._path = path
+        self._path, self._made = path, identity(path)
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: Connection(self._answers, self._bounds), sock=listener, backlog=_BACKLOG
         )
@@ -69,8 +71,7 @@ class SocketServer:
         if self._server is None or self._path is None:
             return
         self._server.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        remove_own(self._path, self._made)
         leaving = list(self._bounds.members)
         for connection in leaving:
             connection.close()
@@ -113,6 +114,21 @@ def bind(path: Path, mode: int, group: str) -> socket.socket:
     return listener
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """Which file is at `path`: its device and inode; zeros where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def remove_own(path: Path, made: tuple[int, int]) -> None:
+    """Remove the file at `path`, unless another than the one `made` has taken its place."""
+    if made == identity(path):
+        path.unlink(missing_ok=True)
+
+
 def _group(name: str) -> int:
     try:
         return grp.getgrnam(name).gr_gid if name else -1
@@ -123,14 +139,24 @@ def _group(name: str) -> int:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket that a killed process left; refuse one that answers, or another file."""
-    if not path.exists():
+    """Remove the socket that a killed process left; refuse one that is in use, or another file."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(path.stat().st_mode):
+    if not stat.S_ISSOCK(mode):
         raise ConfigError("bad_socket", f"{path} exists and is no socket; it was left alone")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(str(path)) == 0:
-            raise ConfigError(
-                "socket_in_use", f"another process answers at {path}", "stop it, or change socket"
-            )
-    path.unlink()
+        probe.setblocking(False)
+        found = probe.connect_ex(str(path))
+    if found in (0, errno.EAGAIN):  # the latter where so many wait that no more may
+        raise ConfigError(
+            "socket_in_use", f"another process listens at {path}", "stop it, or change socket"
+        )
+    if found != errno.ECONNREFUSED:
+        raise ConfigError(
+            "bad_socket",
+            f"{path} is a socket of another kind, or not ours to ask ({os.strerror(found)}); "
+            "it was left alone",
+        )
+    path.unlink(missing_ok=True)

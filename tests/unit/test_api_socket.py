@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import grp
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import uvloop
 from edge_runtime.api import frames
 from edge_runtime.api.client import IN_FLIGHT_MAX, AsyncClient, Client
 from edge_runtime.api.connection import SLICE
-from edge_runtime.api.socket import SocketServer
+from edge_runtime.api.socket import SocketServer, bind
 from edge_runtime.errors import (
     CapacityError,
     ConfigError,
@@ -705,8 +707,6 @@ def test_a_group_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_socket_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
-    import socket
-
     stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stale.bind(str(tmp_path / "edge.sock"))
     stale.close()
@@ -729,6 +729,59 @@ def test_a_socket_that_answers_is_left_alone(tmp_path: Path) -> None:
             assert (await client.hello()).epoch == 3
 
     play(tmp_path, stage)
+
+
+def test_a_socket_whose_owner_is_stopped_is_left_alone(tmp_path: Path) -> None:
+    """As many wait there as may; to ask whether anybody listens must not wait, too."""
+    path = tmp_path / "edge.sock"
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as owner,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as refused,
+    ):
+        owner.bind(str(path))
+        owner.listen(0)
+        waiting.connect(str(path))
+        refused.setblocking(False)
+        assert refused.connect_ex(str(path)) == errno.EAGAIN
+        with pytest.raises(ConfigError, match="socket_in_use"):
+            bind(path, 0o600, "")
+        owner.accept()[0].close()
+
+
+def test_a_socket_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
+    ):
+        other.bind(str(path))
+        with pytest.raises(ConfigError, match=r"bad_socket.*another kind"):
+            bind(path, 0o600, "")
+        sender.sendto(b"still here", str(path))
+        assert other.recv(100) == b"still here"
+
+
+def test_a_link_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "edge.sock"
+    path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"bad_socket.*is no socket"):
+        bind(path, 0o600, "")
+    assert path.is_symlink()
+
+
+def test_the_end_of_one_server_leaves_the_socket_of_the_next(tmp_path: Path) -> None:
+    async def stage(notebook: Notebook, _server: SocketServer, path: Path) -> None:
+        await asyncio.to_thread(path.unlink)
+        async with serving(path, notebook) as first:
+            await asyncio.to_thread(path.unlink)
+            async with serving(path, notebook):
+                await first.close()
+                async with await AsyncClient.connect(path) as client:
+                    assert (await client.hello()).device == "EWR"
+
+    play(tmp_path, stage)
+    assert not (tmp_path / "edge.sock").exists()
 
 
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
