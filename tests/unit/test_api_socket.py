@@ -756,7 +756,7 @@ def test_a_socket_of_another_kind_is_left_alone(tmp_path: Path) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
     ):
         other.bind(str(path))
-        with pytest.raises(ConfigError, match=r"bad_socket.*another kind"):
+        with pytest.raises(ConfigError, match="another kind"):
             bind(path, 0o600, "")
         sender.sendto(b"still here", str(path))
         assert other.recv(100) == b"still here"
@@ -765,7 +765,7 @@ def test_a_socket_of_another_kind_is_left_alone(tmp_path: Path) -> None:
 def test_a_link_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "edge.sock"
     path.symlink_to(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match=r"bad_socket.*is no socket"):
+    with pytest.raises(ConfigError, match="is no socket"):
         bind(path, 0o600, "")
     assert path.is_symlink()
 
