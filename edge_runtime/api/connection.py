@@ -27,7 +27,7 @@ from edge_runtime.api import frames
 from edge_runtime.api.answers import Answers, Item, group_end, takes_long
 from edge_runtime.api.bounds import Bounds
 from edge_runtime.api.frames import Reply
-from edge_runtime.api.unreadable import UNREADABLE, why_invalid
+from edge_runtime.api.unreadable import UNREADABLE, check_large, why_invalid
 from edge_runtime.errors import HeadwaterError, RequestError
 
 SLICE = 128
@@ -132,6 +132,8 @@ class Connection(asyncio.Protocol):
         bodies, broken = self._inbox.feed(data, most)
         for body in bodies:
             try:
+                if len(body) > frames.PLAIN_BYTES_MAX:
+                    check_large(body)
                 self._waiting.append(frames.decode_request(body))
             except UNREADABLE as error:
                 self._bounds.counts["bad_frames"] += 1

@@ -7,7 +7,7 @@ array `[tag, request_id, ...]`; tags are never used twice; fields are only appen
 
 Messages are hidden from the garbage collector (`gc=False`), which thousands at once keep busy.
 
-Knows nothing about sockets and models, and loads no numpy. Implements proto/socket.md.
+Knows no sockets and no models, and loads no numpy. Implements proto/socket.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 PROTOCOL_VERSION = 1
 FRAME_BYTES_MAX = 1 << 24
 """16 MiB: an image of 1024 x 1024 x 3 floats fits."""
+PLAIN_BYTES_MAX = 512 * 1024
+"""Any request but Infer: a decoded one may take many times its bytes, and the log takes no more."""
+_Fields = dict[str, str | int | float | bool | None]  # the last two to be refused by name
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -43,7 +46,7 @@ class Predict(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     family: str
     kind: str
     time_s: float
-    fields: dict[str, Any]
+    fields: _Fields
 
 
 class Observe(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
@@ -53,7 +56,7 @@ class Observe(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     family: str
     kind: str
     time_s: float
-    fields: dict[str, Any]
+    fields: _Fields
 
 
 class Label(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
@@ -78,7 +81,7 @@ class RawTensor(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     name: str
     datatype: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=64)]
     data: bytes
 
 
@@ -87,8 +90,8 @@ class Infer(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):
 
     request_id: int
     family: str
-    inputs: tuple[RawTensor, ...]
-    outputs: tuple[str, ...] = ()
+    inputs: Annotated[tuple[RawTensor, ...], msgspec.Meta(max_length=4096)]
+    outputs: Annotated[tuple[str, ...], msgspec.Meta(max_length=4096)] = ()
     release: str = ""
 
 
@@ -208,19 +211,18 @@ def frame(request: Request | Reply) -> bytes:
 
 def frames_of(replies: Iterable[Reply]) -> bytes:
     """The bytes of replies; one that is too large becomes a Failed."""
-    parts = []
+    parts: list[bytes] = []
     for reply in replies:
         body = _encode(reply)
         if len(body) > FRAME_BYTES_MAX:
             body = _encode(failed(reply.request_id, too_large(len(body))))
-        parts.append(_LENGTH.pack(len(body)))
-        parts.append(body)
+        parts += (_LENGTH.pack(len(body)), body)
     return b"".join(parts)
 
 
 def only_body(data: bytes) -> memoryview | None:
-    """The body in `data`, when that is one whole frame and nothing else."""
-    whole = len(data) >= 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4
+    """The body in `data`, when that is one whole frame, not large, and nothing else."""
+    whole = 4 <= len(data) <= PLAIN_BYTES_MAX and _LENGTH.unpack_from(data)[0] == len(data) - 4
     return memoryview(data)[4:] if whole else None
 
 

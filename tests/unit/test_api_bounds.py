@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 import uvloop
 
@@ -16,7 +18,7 @@ from edge_runtime.api import frames
 from edge_runtime.api.bounds import HELD_BYTES_MAX
 from edge_runtime.api.client import AsyncClient, Client
 from edge_runtime.api.socket import SocketServer
-from edge_runtime.errors import CapacityError
+from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.runtime import Event, Prediction
 
 Stage = Callable[[SocketServer, Path], Awaitable[None]]
@@ -34,7 +36,7 @@ class Counter:
 
     def model(self, family: str) -> Any:
         return type(
-            "Model", (), {"release": "r1", "inline": True, "quick_rows": 9, "quick_bytes": 99}
+            "Model", (), {"release": "r1", "inline": True, "quick_rows": 9, "quick_bytes": 1 << 30}
         )
 
     def predict(self, family: str, event: Event) -> Prediction:
@@ -46,6 +48,9 @@ class Counter:
     def observe(self, family: str, event: Event) -> int:
         self.asked += 1
         return self.asked
+
+    def infer(self, family: str, inputs: Any, outputs: Any, *, release: Any) -> Any:
+        return {"size": np.array([sum(each.nbytes for each in inputs.values())])}
 
     def survived(self) -> list[tuple[int, str, int]]:
         return []
@@ -236,8 +241,63 @@ def test_half_sent_large_frames_do_not_fill_the_memory(tmp_path: Path) -> None:
 def test_a_frame_of_the_largest_size_is_taken(tmp_path: Path) -> None:
     async def stage(server: SocketServer, path: Path) -> None:
         async with await AsyncClient.connect(path) as client:
-            text = "x" * (frames.FRAME_BYTES_MAX - 100)
-            assert (await client.observe("delay", "k", 1.0, {"text": text})).seq == 1
+            pixels = np.zeros(frames.FRAME_BYTES_MAX - 100, np.uint8)
+            answer = await client.infer("delay", {"x": pixels})
+            assert answer["size"].tolist() == [len(pixels)]
         assert server.statistics()["held_bytes"] == 0
+
+    play(tmp_path, stage)
+
+
+MANY = 8_000_000
+EMPTY_MAPS = b"\xdd" + MANY.to_bytes(4, "big") + b"\x80" * MANY
+ZEROS = b"\xdd" + MANY.to_bytes(4, "big") + b"\0" * MANY
+TENSORS = b"\xdd" + (MANY // 5).to_bytes(4, "big") + b"\x94\xa0\xa0\x90\xc4\0" * (MANY // 5)
+
+
+@pytest.mark.parametrize(
+    ("body", "reply"),
+    [
+        (b"\x96\x02\x07\xa1f\xa1k\x01\x81\xa1a" + EMPTY_MAPS, [255, 7, "too_large"]),
+        (b"\xdc\0\x06\xcc\x03\x07\xa1f\xa1k\x01\x81\xa1a" + EMPTY_MAPS, [255, 7, "too_large"]),
+        (b"\x93\x05\xd1\xff\x38" + EMPTY_MAPS, [255, -200, "too_large"]),
+        (b"\x93\xcd\x03\xe7\xff" + EMPTY_MAPS, [255, -1, "unknown_op"]),
+        (b"\x93\xa1a\x07" + EMPTY_MAPS, [255, 0, "bad_frame"]),
+        (b"\x81\x07" + EMPTY_MAPS, [255, 0, "bad_frame"]),
+        (b"\x94\x06\x07\xa1f" + TENSORS, [255, 7, "bad_request"]),
+        (b"\x95\x06\x07\xa1f\x90" + ZEROS, [255, 7, "bad_request"]),
+        (b"\x94\x06\x07\xa1f\x91\x94\xa1x\xa1y" + ZEROS + b"\xc4\0", [255, 7, "bad_request"]),
+        (b"\x97\x06\x07\xa1f\x90\x90\xa0" + EMPTY_MAPS, [134, 7, "r1"]),
+    ],
+    ids=range(10),
+)
+def test_no_large_frame_takes_many_times_its_size(
+    tmp_path: Path, body: bytes, reply: list[Any]
+) -> None:
+    """Empty maps would be sixty times as large as they were sent."""
+
+    async def stage(_server: SocketServer, path: Path) -> None:
+        reader, writer = await asyncio.open_unix_connection(path)
+        tracemalloc.start()
+        writer.write(len(body).to_bytes(4, "little"))
+        writer.write(body)
+        assert (await read_frame(reader))[:3] == reply
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * len(body)
+        writer.close()
+        await writer.wait_closed()
+
+    play(tmp_path, stage)
+
+
+def test_an_event_holds_no_arrays_and_maps(tmp_path: Path) -> None:
+    async def stage(_server: SocketServer, path: Path) -> None:
+        async with await AsyncClient.connect(path) as client:
+            for value in ([], {}, b"bytes"):
+                with pytest.raises(RequestError, match=r"got .* at field fields"):
+                    await client.observe("delay", "k", 1.0, {"a": value})
+            text = "x" * (frames.PLAIN_BYTES_MAX - 100)
+            assert (await client.observe("delay", "k", 1.0, {"text": text})).seq == 1
 
     play(tmp_path, stage)

@@ -275,7 +275,7 @@ def test_a_refused_request_fails_alone(tmp_path: Path) -> None:
         ([6, 7, "delay", [["x", "FP32", [2], b"1234"]]], "bad_tensor", "4 bytes are not FP32"),
         ([6, 7, "delay", [["x", "FP32", [-1], b"1234"]]], "bad_tensor", "negative"),
         ([6, 7, "delay", [["x", "FP32", [1 << 62, 4], b""]]], "bad_tensor", "0 bytes"),
-        ([6, 7, "delay", [["x", "FP32", [1] * 70, b"1234"]]], "bad_tensor", "dimension"),
+        ([6, 7, "delay", [["x", "FP32", [1] * 65, b"1234"]]], "bad_request", "inputs[0].shape"),
         ([6, 7, "delay", [["x", "BYTES", [1], b"\xff\0\0\0a"]]], "bad_tensor", "longer"),
         ([6, 7, "delay", [["x", "BYTES", [1], b"\1\0\0\0\xff"]]], "bad_tensor", "decode"),
         ([6, 7, "delay", [["x", "FP32", [1], b"1234"]] * 2], "bad_request", "same name"),
