@@ -4,9 +4,9 @@ Why: tools that speak HTTP, and clients of other inference servers, ask a device
 wants microseconds uses the Unix socket beside it (proto/socket.md).
 
 Invariants: TCP is bound to 127.0.0.1 alone, there being no authentication. It runs in the daemon's
-own loop. Half a request, then silence, ends in a closed connection; a thousand idle ones cost
-memory only, and all bodies that are held at once are bounded together. Without the extra `http` it
-says what to install.
+own loop. Half a request ends in a closed connection, soon in silence, and in time if it dribbles;
+a thousand idle ones cost memory only; all bodies and half heads that are held at once are bounded
+together. Without the extra `http` it says what to install.
 
 Knows nothing about paths and tensors. httptools is loaded by `start`, not before.
 """
@@ -42,7 +42,8 @@ _CLOSE_S = 1.0
 class HttpServer:
     """Serves `runtime` over HTTP; `status` is what /edge/v1/status and /metrics speak of.
 
-    `silence_s` is how long half a request may wait for more.
+    `silence_s` is how long half a request may wait for more, and, but for what its bytes need at
+    the slowest rate, how long it may take from its first byte.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class HttpServer:
         self.held_bytes, self.held_bytes_max = 0, HELD_BODIES_MAX * body_bytes_max
         self._connections: set[HttpConnection] = set()
         self._empty = asyncio.Event()
-        self._sweep_s = silence_s / 2
+        self.sweep_s = silence_s / 2
         self._sweeper: asyncio.TimerHandle | None = None
         self._servers: list[asyncio.Server] = []
         self._path: Path | None = None
@@ -129,7 +130,7 @@ class HttpServer:
                 await asyncio.wait_for(self._empty.wait(), patience_s)
 
     def _sweep(self) -> None:
-        self._sweeper = asyncio.get_running_loop().call_later(self._sweep_s, self._sweep)
+        self._sweeper = asyncio.get_running_loop().call_later(self.sweep_s, self._sweep)
         for connection in list(self._connections):
             connection.sweep()
 

@@ -4,9 +4,9 @@ Why: httptools knows the grammar; what is left of a server is a queue and its bo
 server in between costs more than the answer itself, and has not these bounds.
 
 Invariants: replies leave in the order of their requests. Heads and bodies are bounded, and so is
-what waits: while it does, nothing more is read. A body that is too large is refused as soon as that
-is known; what still comes of it is thrown away, so that its sender can read why, but not for ever.
-What is not HTTP gets one error, and its connection is closed.
+what waits: while it does, nothing more is read. A request comes on, and is whole in time from its
+first byte. A body that is too large is refused as soon as that is known; what still comes of it is
+thrown away, so that its sender can read why, but not for ever. What is not HTTP gets one error.
 
 Knows nothing about paths and tensors. Loads httptools: import it late.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
 from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
@@ -23,20 +22,28 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from edge_runtime.api.app import Reply, Request
+from edge_runtime.api.encodings import inflated, too_large
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError
 
 if TYPE_CHECKING:
     from edge_runtime.api.http import HttpServer
 
 HEAD_BYTES_MAX = 64 * 1024
+HEADERS_MAX = 64
 DISCARD_BYTES_MAX = 256 << 20
 IDLE_SWEEPS = 15
+BYTES_PER_S_MIN = 32 * 1024
+"""A request may take two sweeps, and what its bytes need at this rate: 16 MiB, nine minutes."""
+
 SLICE = 64
 """So many requests that came at once are answered before the loop serves others."""
 
 _NOTHING, _HEAD, _BODY, _REFUSED = range(4)
 _LINES = {status.value: f"HTTP/1.1 {status} {status.phrase}".encode() for status in HTTPStatus}
-_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+_HEAD_TOO_LARGE = RequestError(
+    "head_too_large", f"a head is at most {HEAD_BYTES_MAX} bytes and {HEADERS_MAX} headers"
+)
+_OVERLOADED = CapacityError("overloaded", "too many large requests at once; try again")
 log = logging.getLogger("edge_runtime")
 
 
@@ -51,9 +58,10 @@ class HttpConnection(asyncio.Protocol):
         self._running: asyncio.Task[Reply] | None = None
         self._stage = _NOTHING
         self._target, self._headers = b"", dict[bytes, bytes]()
-        self._chunks: list[bytes] = []
-        self._body_bytes = self._running_bytes = self._held_bytes = self._owed_bytes = 0
-        self._silent_sweeps = 0
+        self._body: bytes | bytearray = b""
+        self._head_bytes = self._body_bytes = self._owed_bytes = 0
+        self._running_bytes = self._held_bytes = 0
+        self._silent_sweeps = self._sweeps = 0  # without a byte; since the first of a request
         self._moved = self._spoken = self._writes_wait = self._reads_wait = False
         self._last = self._broken = False
 
@@ -84,8 +92,8 @@ class HttpConnection(asyncio.Protocol):
                 raise  # a mistake of ours, which the loop logs
             if not self._last:  # what comes after the last request is nobody's business
                 self._break_off(RequestError("bad_request", f"this is not HTTP/1.1: {error}"))
-        if self._stage != _NOTHING and not self._moved:
-            self._owe(len(data))
+        if self._stage != _NOTHING and not self._last:
+            self._wait(len(data))
         self._answer()
 
     def eof_received(self) -> bool:
@@ -102,8 +110,8 @@ class HttpConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self._stage, self._moved = _HEAD, True
-        self._target, self._headers, self._chunks = b"", {}, []
-        self._body_bytes = self._owed_bytes = 0
+        self._target, self._headers, self._body = b"", {}, b""
+        self._body_bytes = self._owed_bytes = self._sweeps = 0
 
     def on_url(self, target: bytes) -> None:
         """A piece of the target."""
@@ -118,7 +126,9 @@ class HttpConnection(asyncio.Protocol):
         """The head is there."""
         self._stage, headers = _BODY, self._headers
         if int(headers.get(b"content-length", 0)) > self._bytes_max:
-            self._refuse(_too_large(self._bytes_max))
+            self._refuse(too_large(self._bytes_max))
+        elif len(headers) > HEADERS_MAX:
+            self._refuse(_HEAD_TOO_LARGE)
         elif b"expect" in headers and not (self._due or self._running):
             assert self._transport is not None
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -128,20 +138,27 @@ class HttpConnection(asyncio.Protocol):
         if self._stage == _REFUSED:
             return
         self._moved = True
-        self._chunks.append(chunk)
+        if not self._body_bytes:
+            self._body = chunk  # which is mostly all
+        elif isinstance(self._body, bytes):
+            self._body = bytearray(self._body) + chunk
+        else:
+            self._body += chunk
         self._body_bytes += len(chunk)
         self._hold(len(chunk))
         if self._body_bytes > self._bytes_max:
-            self._refuse(_too_large(self._bytes_max))
+            self._refuse(too_large(self._bytes_max))
         elif self._server.held_bytes > self._server.held_bytes_max:
-            self._refuse(CapacityError("overloaded", "too many large bodies at once; try again"))
+            self._refuse(_OVERLOADED)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
         keep_alive = self._parser.should_keep_alive()
         if self._stage != _REFUSED:
             self._due.append(self._request())
-            self._chunks = []
+            self._body = b""
+        if self._head_bytes:  # it came in pieces
+            self._drop_head()
         self._stage = _NOTHING
         self._last = self._last or not keep_alive
 
@@ -154,8 +171,9 @@ class HttpConnection(asyncio.Protocol):
             self._silent_sweeps = 0
             return
         self._silent_sweeps += 1
+        self._sweeps += 1
         owes = self._stage != _NOTHING or not self._spoken
-        if self._silent_sweeps > (1 if owes else IDLE_SWEEPS):
+        if self._silent_sweeps > (1 if owes else IDLE_SWEEPS) or (owes and self._is_late()):
             self._transport.abort()
 
     def close(self) -> None:
@@ -170,7 +188,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _request(self) -> Request | Reply:
         """The request that is whole, or why it is none."""
-        body, headers = b"".join(self._chunks), self._headers
+        body, headers = bytes(self._body), self._headers
         if b"content-encoding" in headers:
             try:
                 body = inflated(body, headers[b"content-encoding"], self._bytes_max)
@@ -239,60 +257,44 @@ class HttpConnection(asyncio.Protocol):
             # What is unread at a close would take the last reply with it: wait for the client.
             (self._transport.write_eof if self._broken else self._transport.close)()
 
-    def _owe(self, size: int) -> None:
-        """Count bytes that bring a request no further."""
-        self._owed_bytes += size
+    def _wait(self, size: int) -> None:
+        """Bound what is there of a request whose end the last `size` bytes were not."""
+        if self._stage != _REFUSED:
+            head_bytes = max(size - self._body_bytes, 0)  # all that came last, but for the body
+            self._head_bytes += head_bytes
+            self._hold(head_bytes)
+        self._owed_bytes += 0 if self._moved else size
         if self._stage == _REFUSED:
             if self._owed_bytes > DISCARD_BYTES_MAX:
                 self.abort()
-        elif self._owed_bytes > HEAD_BYTES_MAX:
-            text = f"the head of a request is at most {HEAD_BYTES_MAX} bytes"
-            self._break_off(RequestError("head_too_large", text))
+        elif self._owed_bytes > HEAD_BYTES_MAX or len(self._headers) > HEADERS_MAX:
+            self._break_off(_HEAD_TOO_LARGE)
+        elif self._stage == _HEAD and self._server.held_bytes > self._server.held_bytes_max:
+            self._break_off(_OVERLOADED)
+
+    def _is_late(self) -> bool:
+        """Whether a request should be whole by now, or more of it be here."""
+        needs_s = (self._body_bytes + self._owed_bytes) / BYTES_PER_S_MIN
+        return (self._sweeps - 2) * self._server.sweep_s > needs_s
 
     def _refuse(self, error: HeadwaterError) -> None:
-        """Answer a request whose body is not taken."""
-        self._hold(-self._body_bytes)
-        self._stage, self._chunks, self._owed_bytes = _REFUSED, [], 0
+        """Answer a request that is not taken."""
         self._due.append(self._app.failed(error, self._target))
+        self._hold(-self._body_bytes)
+        self._stage, self._body, self._owed_bytes = _REFUSED, b"", 0
+        self._drop_head()
 
     def _break_off(self, error: HeadwaterError) -> None:
         """Answer what makes no sense, and read no more."""
         self._server.counts["bad_requests"] += 1
         self._due.append(self._app.failed(error, self._target))
+        self._drop_head()
         self._last = self._broken = True
+
+    def _drop_head(self) -> None:
+        self._hold(-self._head_bytes)
+        self._target, self._headers, self._head_bytes = self._target[:64], {}, 0
 
     def _hold(self, size: int) -> None:
         self._held_bytes += size
         self._server.held_bytes += size
-
-
-def inflated(body: bytes, encoding: bytes, bytes_max: int) -> bytes:
-    """The body that `encoding` (gzip or deflate) made smaller.
-
-    Raises: RequestError (body_too_large, bad_encoding, unknown_encoding).
-    """
-    name, bits = encoding.decode("latin1"), _WINDOW_BITS.get(encoding.lower())
-    if bits is None:
-        raise RequestError(
-            "unknown_encoding",
-            f"content encoding {name!r} is not understood",
-            "send gzip or deflate, or the body as it is",
-        )
-    inflater = zlib.decompressobj(bits)
-    try:
-        data = inflater.decompress(body, bytes_max + 1)
-    except zlib.error as error:
-        raise RequestError("bad_encoding", f"the body is no {name}: {error}") from error
-    if len(data) > bytes_max:
-        raise _too_large(bytes_max)
-    if not inflater.eof or inflater.unused_data:
-        raise RequestError("bad_encoding", f"the body is not one whole {name}")
-    return data
-
-
-def _too_large(bytes_max: int) -> RequestError:
-    return RequestError(
-        "body_too_large",
-        f"the body is larger than {bytes_max} bytes; nothing was done",
-        "send fewer rows at once, or raise http.body_max_mb in the configuration",
-    )

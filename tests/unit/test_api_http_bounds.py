@@ -408,3 +408,131 @@ def test_deep_nesting_is_refused(served: Any) -> None:
         status, said = served.json("POST", INFER, body)
         assert (status, "bad_request" in said["error"]) == (400, True)
     assert still_serves(served)
+
+
+def test_a_body_in_tiny_chunks_takes_no_more_memory_than_its_bytes(served: Any) -> None:
+    assert still_serves(served)
+    before = resident_bytes()
+    size = 4 << 20
+
+    with connect(served) as client:
+        client.sendall(head("Transfer-Encoding: chunked"))
+        for _ in range(64):
+            client.sendall(b"2\r\n  \r\n" * (size // 128))
+        client.sendall(b"%x\r\n%b\r\n" % (len(BODY), BODY))
+        client.sendall(head("X: y")[:-2])  # no chunk: the body is read, and its end never comes
+        assert one_answer(client)[0] == 400
+        assert served.server.statistics()["held_bytes"] >= size
+        assert resident_bytes() - before < 5 * size
+
+
+def test_what_is_whole_of_many_chunks_is_what_was_sent(served: Any) -> None:
+    blanks = b"2\r\n  \r\n" * 100_000
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+    with connect(served) as client:
+        client.sendall(head("Transfer-Encoding: chunked") + blanks + body)
+        assert one_answer(client)[0] == 200
+
+    assert served.server.statistics()["held_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (b"POST /v2", b"a"),
+        (head("A: b")[:-2], b"X: y\r\n"),
+        (head("Content-Length: 9999"), b" "),
+        (head("Transfer-Encoding: chunked"), b"1\r\n \r\n"),
+        (head(f"Content-Length: {1 << 30}"), b" "),
+    ],
+)
+def test_a_request_that_dribbles_in_ends_in_a_closed_connection(
+    serve: Serve, write_model: WriteModel, begin: bytes, piece: bytes
+) -> None:
+    served = serve(write_model(), silence_s=0.2)
+
+    with connect(served) as client:
+        client.sendall(begin)
+        client.settimeout(0.02)  # so often comes a piece
+        pieces = dribbled(client, piece, 500)
+
+    assert pieces < 500
+    assert still_serves(served)
+    assert served.server.statistics()["held_bytes"] == 0
+
+
+def dribbled(client: socket.socket, piece: bytes, pieces_max: int) -> int:
+    """How many pieces could be sent until the server closed."""
+    for number in range(pieces_max):
+        try:
+            client.sendall(piece)
+            while client.recv(1 << 16):
+                pass
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            pass
+        return number
+    return pieces_max
+
+
+def test_a_large_body_that_comes_slowly_has_the_time_that_it_needs(
+    serve: Serve, write_model: WriteModel
+) -> None:
+    served = serve(write_model(), silence_s=0.5)
+    pieces = [b" " * (32 << 10)] * 30
+
+    with connect(served) as client:
+        client.sendall(head(f"Content-Length: {len(BODY) + (960 << 10)}"))
+        for piece in pieces:  # three times as long as a small body may take
+            client.sendall(piece)
+            assert select.select([client], [], [], 0.05)[0] == []
+        client.sendall(BODY)
+        assert one_answer(client)[0] == 200
+
+
+@pytest.mark.parametrize("ending", [b"\r\n", b""])
+def test_the_number_of_headers_is_bounded(served: Any, ending: bytes) -> None:
+    headers = b"".join(b"%x:\r\n" % number for number in range(100))
+
+    with connect(served) as client:
+        client.sendall(head("Content-Length: 0")[:-2])
+        client.sendall(headers + ending)
+        status, said = one_answer(client)
+
+    assert (status, b"head_too_large" in said) == (431, True)
+    assert still_serves(served)
+    assert served.server.statistics()["held_bytes"] == 0
+
+
+def test_heads_that_are_half_there_are_bounded_together(
+    serve: Serve, write_model: WriteModel
+) -> None:
+    served = serve(write_model(), body_bytes_max=16 << 10)
+    clients = [connect(served) for _ in range(6)]
+    try:
+        for client in clients:
+            client.sendall(head("X: " + "x" * (16 << 10))[:-2])
+        refused = select.select(clients, [], [], 10)[0]
+        assert one_answer(refused[0])[0] == 503
+        assert served.server.statistics()["held_bytes"] <= 5 * (17 << 10)
+    finally:
+        for client in clients:
+            client.close()
+    assert still_serves(served)
+
+
+def test_what_a_half_request_holds_is_given_back(serve: Serve, write_model: WriteModel) -> None:
+    served = serve(write_model())
+    begin = head("X: " + "x" * 1000, f"Content-Length: {len(BODY)}")
+
+    with connect(served) as client:
+        for _ in range(3):
+            for piece in (begin[:500], begin[500:] + BODY[:9]):
+                client.sendall(piece)
+                while served.server.statistics()["held_bytes"] < 500:
+                    assert select.select([client], [], [], 0.01)[0] == []
+            client.sendall(BODY[9:])
+            assert one_answer(client)[0] == 200
+        assert served.server.statistics()["held_bytes"] == 0
