@@ -160,3 +160,24 @@ def test_with_a_learner_nothing_is_given_back_unasked(open_journal):
         fill()
     settle(journal)
     assert len(list(journal.log.tail("event", 0, 0))) == journal.log.handed_out("event")
+
+
+def test_what_cannot_be_given_back_stays_and_the_log_goes_on(open_journal, tmp_path):
+    journal, _ = open_journal(package=tmp_path / "model.onnx")
+
+    async def fill(count):
+        async with asyncio.timeout(30):
+            for _ in range(count):
+                seq = journal.event(record(500_000))
+                journal.moved()
+                await journal.log.wait_durable("event", seq)
+
+    asyncio.run(fill(1))
+    [first] = journal.log.directory.glob("event*")
+    first.unlink()
+    (first / "in the way").mkdir(parents=True)
+    asyncio.run(fill(40))
+    settle(journal)
+    assert journal.snapshots.floor > (1, 1)  # what comes first in the log is needed no more
+    assert (first / "in the way").exists()
+    assert journal.log.durable("event")[1] == 41

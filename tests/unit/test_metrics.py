@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_runtime.api.exposition import exposition
+from edge_runtime.config import EdgeConfig
+from edge_runtime.inference.prover import Prover
 from edge_runtime.metrics import Histogram, Page, metric_name
+from edge_runtime.runtime import Runtime
 
 parser = pytest.importorskip("prometheus_client.parser")
 
@@ -124,3 +128,35 @@ def test_every_number_of_the_status_is_on_the_page() -> None:
         "release": "r1",
     }
     assert values(page["process_resident_memory_bytes"])[()] > 1 << 20
+
+
+def test_what_only_rises_is_a_counter_and_what_may_fall_is_a_gauge(tmp_path: Path) -> None:
+    config = EdgeConfig(
+        device="EWR", families=["toy"], state_dir=tmp_path / "state", socket=tmp_path / "edge.sock"
+    )
+    agent = {"checks": 3, "applied": 1, "refused_bad_plan": 1}
+    windows = {"keys": 1, "entries": 1, "keys_evicted": 0, "entries_evicted": 0}
+    with Runtime.open(config) as runtime:
+        parts = {"prover": Prover().statistics(), "agent": agent}
+        status = runtime.statistics() | parts
+        status["families"]["toy"] |= windows | {"arms": [{"run_us": 5.0, "since_s": 1.0}]}
+        page = parsed(exposition(status, {}))
+
+    kinds = {name: metric.type for name, metric in page.items()}
+    rising = {
+        *("edge_agent_applied", "edge_agent_checks", "edge_agent_refused_bad_plan"),
+        *("edge_family_labels_forgotten", "edge_family_late_events", "edge_family_run_failures"),
+        *("edge_family_swaps", "edge_infers", "edge_log_commits", "edge_log_cut_bytes"),
+        *("edge_log_event_appended", "edge_log_event_durable", "edge_log_sync_errors"),
+        *("edge_predictions", "edge_prover_proofs", "edge_prover_starts", "edge_requests_dropped"),
+        *("edge_shelf_pruned", "edge_snapshots_written", "edge_worker_overloaded"),
+    }
+    falling = {
+        *("edge_epoch", "edge_family_draining", "edge_family_entries", "edge_family_keys"),
+        *("edge_family_keys_evicted", "edge_family_leases", "edge_family_plan_seq"),
+        *("edge_log_bytes", "edge_log_event_segments", "edge_log_failing", "edge_log_linger_ms"),
+        *("edge_log_pending", "edge_log_pending_bytes", "edge_predict_us_p99"),
+        *("edge_prover_children", "edge_snapshots_seq", "edge_worker_waiting"),
+    }
+    assert {name for name in rising if kinds[name] != "counter"} == set()
+    assert {name for name in falling if kinds[name] != "gauge"} == set()

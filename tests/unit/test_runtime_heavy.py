@@ -18,6 +18,7 @@ from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
 from edge_runtime.runtime import Event, Runtime
+from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import PredictionRecord
 
@@ -337,3 +338,38 @@ def test_a_device_that_closes_says_so_to_those_who_wait(config, load):
     codes = {each.code for each in found if isinstance(each, Exception)}
     assert codes <= {"closed", "log_closed"}
     assert codes
+
+
+def test_closing_beside_a_run_that_hangs_ends_and_keeps_all_that_was_answered(config, load):
+    arm, gate, begun = load(), threading.Event(), threading.Event()
+    runtime = Runtime.open(config, clock=ManualClock(NOW_S))
+    runtime.swap("toy", [arm], plan_of(arm))
+    Shelf(config.state_dir / "shelf").save_current(plan_of(arm))
+
+    def hang(payloads):
+        begun.set()
+        gate.wait(60)
+        return payloads
+
+    async def ask():
+        answers = await all_of(runtime, map(scheduled, range(5)))
+        hung = asyncio.create_task(runtime._serving.worker.submit(hang, None))
+        await asyncio.to_thread(begun.wait, 30)
+        waits = asyncio.create_task(runtime.predict_async("toy", scheduled(9)))
+        await asyncio.sleep(0)
+        closing = threading.Thread(target=runtime.close)
+        closing.start()
+        await asyncio.to_thread(closing.join, 20)
+        ended = not closing.is_alive()
+        gate.set()
+        await asyncio.to_thread(closing.join)
+        return answers, ended, await asyncio.gather(hung, waits, return_exceptions=True)
+
+    answers, ended, (_, waited) = asyncio.run(ask())
+    assert ended
+    assert waited.code == "closed"
+    with Runtime.open(config, clock=ManualClock(NOW_S)) as again:
+        assert again.survived()[0] == (1, "event", 5)
+        records = [codec.decode_record(data) for _, _, data in again.log.tail("event", 0, 0)]
+        assert [each.scored[0].outputs for each in records] == [each.outputs for each in answers]
+        assert again.statistics()["snapshots"]["replayed"] == 0
