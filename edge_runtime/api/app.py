@@ -183,7 +183,7 @@ class App:
         if release and release not in model.releases:
             raise RequestError(
                 "unknown_release",
-                f"release {release!r} of {family} is not in memory",
+                f"release {release!r:.64} of {family} is not in memory",
                 f"these are: {', '.join(model.releases)}",
             )
         return _json(oip.model_metadata(family, model.releases, model.inputs, model.outputs))
@@ -250,7 +250,9 @@ def _json_bytes(headers: Headers) -> int | None:
     if text is None:
         return None
     if not text.isdigit() or len(text) > 12:
-        raise oip.bad(f"Inference-Header-Content-Length is {text.decode('latin1')!r}, no length")
+        raise oip.bad(
+            f"Inference-Header-Content-Length is {text.decode('latin1')!r:.64}, no length"
+        )
     return int(text)
 
 
@@ -271,9 +273,9 @@ def _no_such(path: str) -> RequestError:
             "predict and label are at /edge/v1/predict/FAMILY and /edge/v1/label",
         )
     if path.startswith("/v2") and path.rsplit("/", 1)[-1] in oip.NOT_BUILT:
-        return RequestError("unsupported", f"{path} is an extension that is not built here")
+        return RequestError("unsupported", f"{path:.64} is an extension that is not built here")
     return RequestError(
         "not_found",
-        f"there is nothing at {path!r}",
+        f"there is nothing at {path!r:.64}",
         "/v2, /v2/health/ready, /v2/models/FAMILY/infer, /edge/v1/status and /metrics are served",
     )

@@ -35,6 +35,12 @@ NOT_BUILT = frozenset(
 )
 """Last words of the paths of extensions that other servers have and this one has not."""
 
+_LARGE_BYTES = 512 << 10
+_PARTS_MAX = {b",": 1 << 20, b"{": 1 << 16, b":": 1 << 16}
+"""Two bytes of JSON may take 64 of memory in a list, and 200 in an object: so many may come."""
+
+_WHY_MAX = 200
+
 # fmt: off
 Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
@@ -114,17 +120,21 @@ def question(body: bytes, json_bytes: int | None, declared: Sequence[Tensor]) ->
         text, rest = memoryview(body)[:json_bytes], body[json_bytes:]
     else:
         raise bad(f"the header claims {json_bytes} bytes of JSON; the body has {len(body)}")
+    if len(text) > _LARGE_BYTES:
+        _check_parts(body, len(text))
     try:
         request = _decode(text)
     except _UNREADABLE as error:
         raise not_json(error) from error
-    asked = Question(_inputs(request.inputs, rest), [each.name for each in request.outputs])
+    asked = Question(_inputs(request.inputs, rest), _names(request.outputs))
     asked.id = request.id
     if request.parameters:
         _obey(asked, request.parameters)
     for each in request.outputs:
         if each.parameters:
-            _refuse(each.parameters, ("classification", "shared_memory_"), f"output {each.name!r}")
+            _refuse(
+                each.parameters, ("classification", "shared_memory_"), f"output {each.name!r:.64}"
+            )
             if "binary_data" in each.parameters:
                 asked.binary_by_name[each.name] = _flag(each.parameters, "binary_data")
     return asked
@@ -176,8 +186,28 @@ def bad(message: str, hint: str = "") -> RequestError:
 def not_json(error: Exception) -> RequestError:
     """The error about JSON that a decoder refused with `error`."""
     hint = "JSON has no NaN and no infinity; binary tensors have"
-    malformed = "malformed" in str(error)
-    return bad(f"the JSON cannot be read: {error}".replace("`", ""), hint if malformed else "")
+    why = str(error)
+    if len(why) > _WHY_MAX:  # it quotes what was sent, and ends with where that stood
+        why = f"{why[:64]} ... {why[-64:]}"
+    return bad(
+        f"the JSON cannot be read: {why}".replace("`", ""), hint if "malformed" in why else ""
+    )
+
+
+def _check_parts(body: bytes, json_bytes: int) -> None:
+    """Refuse JSON that would take much more memory than its bytes, before it does."""
+    for part, parts_max in _PARTS_MAX.items():
+        if body.count(part, 0, json_bytes) > parts_max:
+            text = f"JSON above {_LARGE_BYTES} bytes has at most {parts_max} {part.decode()!r}"
+            hint = "send binary tensors, or fewer rows at once"
+            raise RequestError("body_too_large", f"{text}; nothing was done", hint)
+
+
+def _names(outputs: list[_Wanted]) -> list[str]:
+    names = [each.name for each in outputs]
+    if len(names) > 1 and len(set(names)) < len(names):
+        raise bad("two outputs have the same name")
+    return names
 
 
 def _inputs(inputs: list[_Input], rest: bytes) -> dict[str, Array]:
@@ -196,7 +226,7 @@ def _inputs(inputs: list[_Input], rest: bytes) -> dict[str, Array]:
                 arrays[each.name] = unpacked(each.datatype, each.shape, rest[at : at + size])
                 at += size
         except _UNREADABLE as error:
-            raise bad(f"input {each.name!r}: {error}".replace("`", "")) from error
+            raise bad(f"input {each.name!r:.64}: {error}".replace("`", "")) from error
     if len(arrays) < len(inputs):
         raise bad("two inputs have the same name")
     if at != len(rest):
@@ -205,11 +235,11 @@ def _inputs(inputs: list[_Input], rest: bytes) -> dict[str, Array]:
 
 
 def _binary_size(each: _Input) -> int | None:
-    _refuse(each.parameters, ("shared_memory_",), f"input {each.name!r}")
+    _refuse(each.parameters, ("shared_memory_",), f"input {each.name!r:.64}")
     size = each.parameters.get("binary_data_size")
     if size is None or (type(size) is int and size >= 0):
         return size
-    raise bad(f"input {each.name!r}: binary_data_size is {size!r}, not a number of bytes")
+    raise bad(f"input {each.name!r:.64}: binary_data_size is {size!r:.64}, not a number of bytes")
 
 
 def _raw_question(body: bytes, declared: Sequence[Tensor]) -> Question:
@@ -239,7 +269,7 @@ def _obey(asked: Question, parameters: Parameters) -> None:
     asked.binary = _flag(parameters, "binary_data_output")
     timeout_us = parameters.get("timeout", 0)
     if type(timeout_us) is not int or timeout_us < 0:
-        raise bad(f"timeout is {timeout_us!r}, not a number of microseconds")
+        raise bad(f"timeout is {timeout_us!r:.64}, not a number of microseconds")
     asked.timeout_s = timeout_us / 1e6 or None
     _refuse(parameters, ("sequence_", "priority", "headers", "triton_"), "the request")
 
@@ -247,7 +277,7 @@ def _obey(asked: Question, parameters: Parameters) -> None:
 def _flag(parameters: Parameters, name: str) -> bool:
     value = parameters.get(name, False)
     if type(value) is not bool:
-        raise bad(f"{name} is {value!r}, neither true nor false")
+        raise bad(f"{name} is {value!r:.64}, neither true nor false")
     return value
 
 
@@ -257,6 +287,6 @@ def _refuse(parameters: Parameters, reserved: tuple[str, ...], where: str) -> No
         if value and name.startswith(reserved):
             raise RequestError(
                 "unsupported",
-                f"parameter {name!r} of {where} asks for what is not built here",
+                f"parameter {name!r:.64} of {where} asks for what is not built here",
                 f"the extensions served are: {', '.join(EXTENSIONS)}",
             )

@@ -184,7 +184,7 @@ class Asking:
         if family is None:
             raise RequestError(
                 "unknown_family",
-                f"this device does not serve {name!r}",
+                f"this device does not serve {name!r:.64}",
                 f"it serves: {', '.join(self._families)}",
             )
         return family

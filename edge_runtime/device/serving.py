@@ -84,7 +84,7 @@ class Serving:
         if slot is None:
             raise RequestError(
                 "unknown_family",
-                f"this device does not serve {family!r}",
+                f"this device does not serve {family!r:.64}",
                 f"it serves: {', '.join(self._slots)}",
             )
         return slot
@@ -224,7 +224,7 @@ def _named(family: str, arms: tuple[Arm, ...], release: str | None) -> Arm:
             return arm
     raise RequestError(
         "unknown_release",
-        f"release {release!r} of {family} is not in memory here",
+        f"release {release!r:.64} of {family} is not in memory here",
         f"in memory: {', '.join(arm.release for arm in arms)}",
     )
 

@@ -91,7 +91,7 @@ def judge(
 def _check_field(kind: str, name: str, value: object, wanted: Mapping[str, FieldType]) -> None:
     want = wanted.get(name)
     if want is None:
-        raise unknown("unknown_field", f"{kind}.{name} is not a field of {kind}", wanted)
+        raise unknown("unknown_field", f"{kind}.{name!s:.64} is not a field of {kind}", wanted)
     if want != "str":
         if want == "int" and type(value) is not int:
             raise _wrong_type(kind, name, value, want)

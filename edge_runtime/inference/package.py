@@ -67,7 +67,7 @@ class Interface(msgspec.Struct, frozen=True, dict=True):
         check = self.checks.get(kind)
         if check is None:
             raise checks.unknown(
-                "unknown_kind", f"{kind!r} is not a kind of {self.family}", self.kinds
+                "unknown_kind", f"{kind!r:.64} is not a kind of {self.family}", self.kinds
             )
         check(time_s, fields)
 

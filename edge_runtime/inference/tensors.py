@@ -133,7 +133,7 @@ def selected(declared: Collection[Tensor], wanted: Collection[str]) -> list[str]
     for name in wanted:
         if name not in known:
             raise RequestError(
-                "unknown_output", f"the model has no output {name!r}", _nearest(name, known)
+                "unknown_output", f"the model has no output {name!r:.64}", _nearest(name, known)
             )
     return list(wanted) or known
 
@@ -199,9 +199,11 @@ def _check_texts(tensor: Tensor, array: Array) -> None:
 
 def _refuse_unknown(known: list[str], arrays: Mapping[str, Array]) -> None:
     name = next(name for name in arrays if name not in known)
-    raise RequestError("unknown_input", f"the model has no input {name!r}", _nearest(name, known))
+    raise RequestError(
+        "unknown_input", f"the model has no input {name!r:.64}", _nearest(name, known)
+    )
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:64], known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -536,3 +536,87 @@ def test_what_a_half_request_holds_is_given_back(serve: Serve, write_model: Writ
             client.sendall(BODY[9:])
             assert one_answer(client)[0] == 200
         assert served.server.statistics()["held_bytes"] == 0
+
+
+MANY = 2_000_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"inputs":[' + BODY[12:-2].replace(b"1, 2, 3", b"1" + b",1" * MANY) + b"]}",
+        b'{"inputs":[' + BODY[12:-2].replace(b"1, 2, 3", b"[]" + b",[]" * MANY) + b"]}",
+        b'{"inputs":[],"parameters":{"a":[{}' + b",{}" * MANY + b"]}}",
+        b'{"inputs":[],"parameters":{"a":{"a":0' + b',"a":0' * 100_000 + b"}}}",
+        b'{"inputs":[],"outputs":[{"name":"y"}' + b',{"name":"y"}' * 100_000 + b"]}",
+    ],
+)
+def test_json_that_would_take_much_more_memory_than_its_bytes_is_refused(
+    served: Any, text: bytes
+) -> None:
+    before = resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status, said = served.json("POST", INFER, text)
+
+    assert (status, "body_too_large" in said["error"]) == (413, True)
+    assert peak_bytes() - before < 40 << 20
+
+
+def peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def test_a_large_batch_as_json_is_answered(serve: Serve, write_model: WriteModel) -> None:
+    rows = 300_000
+    data = b"1" + b",1" * (rows * 3 - 1)
+    tensor = b'{"name":"x","shape":[%d,3],"datatype":"FP32","data":[%b]}' % (rows, data)
+    text = b'{"outputs":[{"name":"y","parameters":{"binary_data":true}}],"inputs":[%b]}' % tensor
+
+    status, headers, content = serve(write_model()).ask("POST", INFER, text)
+
+    size = int(headers["inference-header-content-length"])
+    assert (status, len(content) - size) == (200, rows * 12)
+
+
+WORD = "a" * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"inputs": [TENSOR, TENSOR | {"name": WORD}]}, "unknown_input"),
+        ({"inputs": [TENSOR], "outputs": [{"name": WORD}]}, "unknown_output"),
+        ({"inputs": [TENSOR | {"datatype": WORD}]}, "bad_request"),
+        ({"inputs": [TENSOR | {"name": WORD, "data": "x"}]}, "bad_request"),
+        ({"inputs": [TENSOR | {"parameters": {"binary_data_size": WORD}}]}, "bad_request"),
+        ({"inputs": [TENSOR], "parameters": {"timeout": WORD}}, "bad_request"),
+        ({"inputs": [TENSOR], "parameters": {"binary_data_output": WORD}}, "bad_request"),
+        ({"inputs": [TENSOR], "parameters": {"sequence_" + WORD: 1}}, "unsupported"),
+    ],
+)
+def test_a_long_word_of_a_request_is_told_back_cut(served: Any, change: Any, code: str) -> None:
+    _, said = served.json("POST", INFER, change)
+
+    assert code in said["error"]
+    assert len(said["error"]) < 400
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        (f"/v2/models/{WORD[:60_000]}/infer", {}),
+        (f"/v2/models/same/versions/{WORD[:60_000]}", {}),
+        (f"/v2/models/same/versions/{WORD[:60_000]}/infer", {}),
+        (f"/{WORD[:60_000]}", {}),
+        (f"/v2/{WORD[:60_000]}/config", {}),
+        (INFER, {"Content_Encoding": WORD[:60_000]}),
+        (INFER, {"Inference_Header_Content_Length": WORD[:60_000]}),
+    ],
+)
+def test_a_long_word_of_a_head_is_told_back_cut(
+    served: Any, path: str, headers: dict[str, str]
+) -> None:
+    for method in ("GET", "POST"):
+        _, said = served.json(method, path, BODY, **headers)
+        assert len(str(said)) < 400

@@ -125,3 +125,32 @@ def test_http_is_served_on_a_unix_socket_too(
             writer.close()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("predict/toy", SCHEDULED | {"kind": "a" * 400_000}, "unknown_kind"),
+        ("observe/toy", SCHEDULED | {"fields": {"a" * 400_000: 1}}, "unknown_field"),
+        ("observe/toy", SCHEDULED | {"a" * 400_000: 1}, "bad_request"),
+        ("label", {"prediction_id": "a" * 400_000, "value": 1}, "unknown_prediction"),
+        ("label", {"prediction_id": "x.1.1", "value": 1, "family": "a" * 400_000}, "unknown_"),
+    ],
+)
+def test_a_long_word_is_told_back_cut(toy: Any, path: str, body: Any, code: str) -> None:
+    status, said = toy.json("POST", f"/edge/v1/{path}", body)
+
+    assert status in (400, 404)
+    assert said["code"].startswith(code)
+    assert len(str(said)) < 600
+
+
+@pytest.mark.parametrize("path", ["predict/toy", "observe/toy", "label"])
+def test_an_event_larger_than_the_log_takes_is_refused_before_it_is_read(
+    toy: Any, path: str
+) -> None:
+    body = json.dumps(SCHEDULED).encode() + b" " * (512 << 10)
+
+    status, said = toy.json("POST", f"/edge/v1/{path}", body)
+
+    assert (status, said["code"]) == (413, "body_too_large")
