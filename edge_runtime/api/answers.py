@@ -35,11 +35,14 @@ from edge_runtime.api.frames import (
     Welcome,
 )
 from edge_runtime.errors import HeadwaterError, RequestError
-from edge_runtime.inference.tensors import Array
+from edge_runtime.inference.tensors import Array, Tensor
 from edge_runtime.runtime import Event, Prediction
 
 Item = Request | Failed
 """A request, or what stands in the place of one that could not be read."""
+
+GROUP_BYTES = 256 * 1024
+"""What the answers to several requests in one run may take."""
 
 
 class Model(Protocol):
@@ -47,6 +50,12 @@ class Model(Protocol):
 
     @property
     def release(self) -> str: ...
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]: ...
 
     @property
     def inline(self) -> bool: ...
@@ -129,37 +138,36 @@ def group_end(items: Sequence[Item], start: int, model: Model | None) -> int:
             if item.family != first.family:
                 break
             end += 1
-    elif type(first) is Infer and _may_be_joined(first):
-        signature = _signature(first)
-        items = items[: start + max(model.quick_bytes // max(_size(first), 1), 1)]
+    elif type(first) is Infer:
+        signature = raw.signature_of(first.inputs)
+        items = items[: start + _together(first, model)]
         while end < len(items) and type(item := items[end]) is Infer:
-            if item.family != first.family or item.outputs or item.release:
-                break
-            if _signature(item) != signature:
+            asks_for_more = item.family != first.family or item.outputs or item.release
+            if asks_for_more or raw.signature_of(item.inputs) != signature:
                 break
             end += 1
     return end
 
 
-def _may_be_joined(request: Infer) -> bool:
-    """Texts have no size that would tell in which of two requests a wrong one stands."""
-    asks_for_more = request.outputs or request.release or not request.inputs
-    return not asks_for_more and all(each.datatype != "BYTES" for each in request.inputs)
+def _together(request: Infer, model: Model) -> int:
+    """How many like `request` a run may answer: quickly, and in few bytes.
 
-
-def _signature(request: Infer) -> list[tuple[str, str, tuple[int, ...], int]]:
-    return [(each.name, each.datatype, each.shape, len(each.data)) for each in request.inputs]
+    Texts have no size that would tell in which of two requests a wrong one stands. Where rows do
+    not answer rows, one value may make an answer of any size.
+    """
+    has_rows = all(each.has_rows for each in (*model.inputs, *model.outputs))
+    has_texts = any(each.datatype == "BYTES" for each in request.inputs)
+    if request.outputs or request.release or not request.inputs or has_texts or not has_rows:
+        return 1
+    sent, answer = raw.size(request.inputs), raw.answer_size(request.inputs, model.outputs)
+    return max(1, min(model.quick_bytes // max(sent, 1), GROUP_BYTES // max(answer, 1)))
 
 
 def takes_long(item: Item, model: Model | None) -> bool:
     """Whether `later` must answer: the loop's thread would be kept for too long."""
     if model is None:
         return type(item) is Rollback
-    return _size(item) > model.quick_bytes if type(item) is Infer else not model.inline
-
-
-def _size(request: Infer) -> int:
-    return sum([len(each.data) for each in request.inputs])
+    return raw.size(item.inputs) > model.quick_bytes if type(item) is Infer else not model.inline
 
 
 class Answers:
@@ -280,8 +288,8 @@ class Answers:
 
 
 def _event(request: Predict | Observe) -> Event:
-    # The family's interface refuses a bool and a None, and names their field.
-    return Event(request.kind, request.time_s, request.fields)  # type: ignore[arg-type]
+    fields: Any = request.fields  # a family's interface refuses bool and None by the field's name
+    return Event(request.kind, request.time_s, fields)
 
 
 def _predicted(request_id: int, answer: Prediction) -> Predicted:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
-from edge_runtime.api.frames import RawTensor
+from edge_runtime.api.frames import FRAME_BYTES_MAX, RawTensor, too_large
 from edge_runtime.errors import RequestError
-from edge_runtime.inference.tensors import DTYPES, Array, datatype_of
+from edge_runtime.inference.tensors import DTYPES, Array, Tensor, datatype_of
 
 _LENGTH = struct.Struct("<I")
 
@@ -57,8 +58,10 @@ def unpacked(datatype: str, shape: Sequence[int], data: bytes) -> Array:
 
 
 def raw_of(name: str, array: Array) -> RawTensor:
-    """A named array as bytes. Raises: RequestError `wrong_type`."""
+    """A named array as bytes. Raises: RequestError (wrong_type, frame_too_large)."""
     datatype = datatype_of(array)
+    if array.nbytes > FRAME_BYTES_MAX:
+        raise too_large(array.nbytes)
     if not datatype:
         raise RequestError(
             "wrong_type",
@@ -98,6 +101,29 @@ def arrays_of(tensors: Sequence[RawTensor]) -> list[Array]:
     except ValueError:  # they have as many dimensions as numpy allows
         return [array_of(tensor) for tensor in tensors]
     return [stack[row, ...] for row in range(rows)]
+
+
+def signature_of(tensors: Sequence[RawTensor]) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """What is equal in tensors that can be read together: all but their elements."""
+    return [(each.name, each.datatype, each.shape, len(each.data)) for each in tensors]
+
+
+def size(tensors: Sequence[RawTensor]) -> int:
+    """The bytes of tensors."""
+    return sum([len(each.data) for each in tensors])
+
+
+def answer_size(sent: Sequence[RawTensor], outputs: Sequence[Tensor]) -> int:
+    """About how many bytes answer the rows in `sent`, where a model declares `outputs` of as many.
+
+    A free dimension is taken to be as long as the longest of what was sent.
+    """
+    longest = max([max(each.shape, default=1) for each in sent])
+    row = sum(
+        prod([longest if length < 0 else length for length in each.shape[1:]]) * each.dtype.itemsize
+        for each in outputs
+    )
+    return row * prod(sent[0].shape[:1])
 
 
 def names_of(inputs: Sequence[RawTensor]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import msgpack
@@ -17,8 +18,11 @@ import uvloop
 from edge_runtime.api import frames
 from edge_runtime.api.bounds import HELD_BYTES_MAX
 from edge_runtime.api.client import AsyncClient, Client
+from edge_runtime.api.connection import SLICE_S
 from edge_runtime.api.socket import SocketServer
+from edge_runtime.device.serving import ModelInfo
 from edge_runtime.errors import CapacityError, RequestError
+from edge_runtime.inference.tensors import Tensor
 from edge_runtime.runtime import Event, Prediction
 
 Stage = Callable[[SocketServer, Path], Awaitable[None]]
@@ -26,7 +30,10 @@ HALF = b"\x40\x00\x00\x00half"
 
 
 class Counter:
-    """A service that counts what it is asked, and answers predictions at length."""
+    """A service that counts what it is asked, and answers predictions at length.
+
+    It infers as many zeros as asked, or the size of what came; events of kind `slow` keep it.
+    """
 
     device = "EWR"
     epoch = 1
@@ -35,9 +42,8 @@ class Counter:
         self.asked = 0
 
     def model(self, family: str) -> Any:
-        return type(
-            "Model", (), {"release": "r1", "inline": True, "quick_rows": 9, "quick_bytes": 1 << 30}
-        )
+        inputs, outputs = (Tensor("n", "INT64", (1,)),), (Tensor("zeros", "UINT8", (-1,)),)
+        return ModelInfo("f", "r1", ("r1",), inputs, outputs, True, True, 9, 1 << 30)
 
     def predict(self, family: str, event: Event) -> Prediction:
         return Prediction(f"EWR.1.{self.observe(family, event)}", [0.5], "r" * 1000, "stable")
@@ -47,18 +53,27 @@ class Counter:
 
     def observe(self, family: str, event: Event) -> int:
         self.asked += 1
+        until_s = perf_counter() + SLICE_S
+        while event.kind == "slow" and perf_counter() < until_s:
+            pass
         return self.asked
 
     def infer(self, family: str, inputs: Any, outputs: Any, *, release: Any) -> Any:
+        self.asked += 1
+        if "n" in inputs:
+            return {"zeros": np.zeros(inputs["n"], np.uint8)}
         return {"size": np.array([sum(each.nbytes for each in inputs.values())])}
+
+    def infer_many(self, family: str, requests: Any) -> Any:
+        return [self.infer(family, each, (), release=None) for each in requests]
 
     def survived(self) -> list[tuple[int, str, int]]:
         return []
 
 
-def play(tmp_path: Path, stage: Stage, **bounds: Any) -> None:
+def play(tmp_path: Path, stage: Stage, service: Any = None, **bounds: Any) -> None:
     async def scene() -> None:
-        server = SocketServer(Counter(), dict, **bounds)
+        server = SocketServer(service or Counter(), dict, **bounds)
         await server.start(tmp_path / "edge.sock")
         try:
             await asyncio.wait_for(stage(server, tmp_path / "edge.sock"), 20)
@@ -301,3 +316,51 @@ def test_an_event_holds_no_arrays_and_maps(tmp_path: Path) -> None:
             assert (await client.observe("delay", "k", 1.0, {"text": text})).seq == 1
 
     play(tmp_path, stage)
+
+
+def test_large_answers_wait_until_the_client_reads(tmp_path: Path) -> None:
+    """Sixty bytes ask for eight million; no more of them are made than are read."""
+    service, size = Counter(), 8_000_000
+
+    async def stage(_server: SocketServer, path: Path) -> None:
+        end, loop = await connected(path), asyncio.get_running_loop()
+        number = np.array([size], "<i8").tobytes()
+        ask = framed([6, 7, "f", [["n", "INT64", [1], number]]])
+        await loop.sock_sendall(end, ask * 64)
+        async with await AsyncClient.connect(path) as other:
+            while not service.asked:
+                await other.hello()
+            for _ in range(10):
+                await other.hello()
+            assert service.asked == 1
+        left, answer, most = 64 * (size + 40), 0, 0
+        while service.asked < 64 or left > 64 * 40:
+            left -= len(data := await loop.sock_recv(end, 1 << 20))
+            answer += len(data)
+            most = max(most, service.asked - answer // size)
+            assert data
+        assert most <= 2
+        end.close()
+
+    play(tmp_path, stage, service)
+
+
+def test_slow_requests_of_one_client_let_another_in(tmp_path: Path) -> None:
+    """A slice ends by the clock, however few requests it had."""
+    service = Counter()
+
+    async def stage(_server: SocketServer, path: Path) -> None:
+        end, loop = await connected(path), asyncio.get_running_loop()
+        async with await AsyncClient.connect(path) as other:
+            ask = framed([3, 7, "f", "slow", 1.0, {}])
+            await loop.sock_sendall(end, ask * 100)
+            await other.hello()
+            assert service.asked <= 10
+            expected = b"".join(framed([131, 7, number]) for number in range(1, 101))
+            replies = b""
+            while len(replies) < len(expected):
+                replies += await loop.sock_recv(end, 10_000)
+            assert replies == expected
+        end.close()
+
+    play(tmp_path, stage, service)

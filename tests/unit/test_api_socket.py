@@ -31,6 +31,7 @@ from edge_runtime.errors import (
     RequestError,
     TransportError,
 )
+from edge_runtime.inference.tensors import Tensor
 from edge_runtime.runtime import Event, Prediction
 
 FIELDS = {"carrier": "AA", "distance": 2475, "delay": -3.5}
@@ -41,6 +42,8 @@ class Model:
 
     def __init__(self, release: str, *, inline: bool) -> None:
         self.release, self.inline = release, inline
+        self.inputs = (Tensor("x", "FP64", (-1,)),)
+        self.outputs = (Tensor("y", "FP64", (-1,)), Tensor("names", "BYTES", (-1, 2)))
         self.quick_rows, self.quick_bytes = (1000, 1 << 30) if inline else (0, 0)
 
 
