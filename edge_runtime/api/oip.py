@@ -126,7 +126,9 @@ def question(body: bytes, json_bytes: int | None, declared: Sequence[Tensor]) ->
         request = _decode(text)
     except _UNREADABLE as error:
         raise not_json(error) from error
-    asked = Question(_inputs(request.inputs, rest), _names(request.outputs))
+    asked = Question(
+        _inputs(request.inputs, rest), _names(request.outputs) if request.outputs else []
+    )
     asked.id = request.id
     if request.parameters:
         _obey(asked, request.parameters)
