@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from edge_runtime.api.client import AsyncClient
 from edge_runtime.api.frames import Hello, Infer, Observe, Predict, RawTensor, Rollback
 from edge_runtime.api.socket import SocketServer
 from edge_runtime.device.serving import QUICK_US, ModelInfo
-from edge_runtime.runtime import Runtime
+from edge_runtime.runtime import Event, Prediction, Runtime
 
 Stage = Callable[[Runtime, AsyncClient], Awaitable[None]]
 
@@ -177,3 +178,45 @@ def test_bytes_of_what_is_quick_are_those_of_all_inputs(write_model: Callable[..
     with Runtime.open(package=path) as runtime:
         model = runtime.model("same")
         assert model.quick_bytes == model.quick_rows * 24
+
+
+class Busy:
+    """A service whose one-row runs keep the loop's thread for longer than a short run may."""
+
+    device = "EWR"
+    epoch = 1
+
+    def __init__(self) -> None:
+        self.turns, self.seen = 0, list[int]()
+
+    def model(self, family: str) -> ModelInfo:
+        return quick(1, 8)
+
+    def predict(self, family: str, event: Event) -> Prediction:
+        until_s = time.perf_counter() + 2 * QUICK_US / 1e6
+        while time.perf_counter() < until_s:
+            pass
+        self.seen.append(self.turns)
+        asyncio.get_running_loop().call_soon(self.turn)
+        return Prediction(f"EWR.1.{len(self.seen)}", [0.5], "r1", "stable")
+
+    def turn(self) -> None:
+        """Somebody else is served."""
+        self.turns += 1
+
+
+def test_between_the_runs_of_one_client_others_are_served(tmp_path: Path) -> None:
+    async def scene() -> None:
+        service = Busy()
+        server = SocketServer(service, dict)
+        await server.start(tmp_path / "edge.sock")
+        try:
+            async with await AsyncClient.connect(tmp_path / "edge.sock") as client:
+                asks = [client.predict("f", "k", float(step), {}) for step in range(20)]
+                answers = await asyncio.gather(*asks)
+        finally:
+            await server.close()
+        assert [each.id for each in answers] == [f"EWR.1.{seq}" for seq in range(1, 21)]
+        assert service.seen == list(range(20))
+
+    asyncio.run(scene())
