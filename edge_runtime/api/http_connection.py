@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
@@ -35,9 +36,8 @@ IDLE_SWEEPS = 15
 BYTES_PER_S_MIN = 32 * 1024
 """A request may take two sweeps, and what its bytes need at this rate: 16 MiB, nine minutes."""
 
-SLICE = 64
-"""So many requests that came at once are answered before the loop serves others."""
-
+SLICE_S = 0.002
+"""So long requests that came at once are answered before the loop serves others."""
 _NOTHING, _HEAD, _BODY, _REFUSED = range(4)
 _LINES = {status.value: f"HTTP/1.1 {status} {status.phrase}".encode() for status in HTTPStatus}
 _HEAD_TOO_LARGE = RequestError(
@@ -201,13 +201,13 @@ class HttpConnection(asyncio.Protocol):
 
     def _answer(self) -> None:
         """Answer what is due, as far as it may go now."""
-        for _ in range(SLICE):
-            if not self._due or self._running or self._writes_wait or self._transport is None:
-                break
+        until_s = time.perf_counter() + SLICE_S
+        while self._due and not self._running and not self._writes_wait and self._transport:
             item = self._due.popleft()
-            reply = item if isinstance(item, Reply) else self._ask(item)
-            if reply is not None:
+            if (reply := item if isinstance(item, Reply) else self._ask(item)) is not None:
                 self._write(reply)
+            if time.perf_counter() > until_s:
+                break
         self._pace()
 
     def _ask(self, request: Request) -> Reply | None:
