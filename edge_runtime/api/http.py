@@ -64,6 +64,7 @@ class HttpServer:
         self._sweeper: asyncio.TimerHandle | None = None
         self._servers: list[asyncio.Server] = []
         self._path: Path | None = None
+        self._made = (0, 0)
 
     async def start(
         self, port: int | None, path: Path | None = None, *, mode: int = 0o600, group: str = ""
@@ -84,7 +85,7 @@ class HttpServer:
             self._servers.append(server)
         if path is not None:
             listener = unix_socket.bind(path, mode, group)
-            self._path = path
+            self._path, self._made = path, unix_socket.identity(path)
             server = await loop.create_unix_server(admit, sock=listener, backlog=_BACKLOG)
             self._servers.append(server)
         self._sweep()
@@ -94,8 +95,7 @@ class HttpServer:
         for server in self._servers:
             server.close()
         if self._path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            unix_socket.remove_own(self._path, self._made)
         if self._sweeper is not None:
             self._sweeper.cancel()
         for connection in list(self._connections):
