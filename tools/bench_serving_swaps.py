@@ -36,7 +36,7 @@ from edge_runtime.rollout.plan import Plan, PlanArm
 from edge_runtime.runtime import Runtime
 
 SWAPS, ROUNDS, WARM_UP = 100, 5, 30
-INTERVAL_S, STEADY_S = 0.1, 1.5
+INTERVAL_S, STEADY_S = 0.5, 5.0  # a learner makes a candidate about every half second
 LEANS = {"low": -4.0, "high": 4.0}
 
 Asked = list[tuple[float, bytes]]
