@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edge_runtime.bus.base import Bus, Message
-from edge_runtime.errors import HeadwaterError, TransportError, TrustError
+from edge_runtime.errors import HeadwaterError, TransportError
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.arms import good_packages, load_plan_arm, packages_kept
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
@@ -157,7 +157,6 @@ class Agent:
 
     async def _apply(self, family: str, plan: Plan) -> None:
         arms = await self._in_thread(self._load_arms, plan)
-        self._refuse_left(arms)
         await self._host.adopt(family, arms, plan)
         self._counts["applied"] += 1
         self._changed.set()
@@ -175,12 +174,6 @@ class Agent:
 
     def _obtain(self, arm: PlanArm, package: Variant) -> Path:
         return self._client.fetch(arm, package, self._shelf)
-
-    def _refuse_left(self, arms: Sequence[Arm]) -> None:
-        """While they were loaded, the application may have rolled back from one of them."""
-        for arm in arms:
-            if arm.sha256 in self._shelf.quarantined():
-                raise TrustError("release_quarantined", f"{arm.release} was left a moment ago")
 
     def _settle(self, plan: Plan, current: Sequence[Plan]) -> None:
         """Confirm and remember `plan`; keep the packages that run, and those to go back to."""
