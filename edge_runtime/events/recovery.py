@@ -90,6 +90,8 @@ def _recover(directory: Path, device: str, sync: Callable[[int], None]) -> Found
     found = Found(0, epochs.ends, {"label": [], "event": []}, {"cut_bytes": 0, "bad_headers": 0})
     for part in _headers(directory, device, found):
         found.segments[part.event_class].append(part)
+    if not epochs.epoch and any(found.segments.values()):
+        raise _unsafe(directory / _EPOCH_FILE, "missing, though there are segments")
     last = max([epochs.epoch, *(part.epoch for name in CLASSES for part in found.segments[name])])
     for name in CLASSES:
         found.segments[name] = _proven(found.segments[name], found, sync)
@@ -172,11 +174,15 @@ def _read_epochs(path: Path) -> _Epochs:
             raise ValueError("checksum")  # noqa: TRY301
         return msgspec.json.decode(body, type=_Epochs)
     except (ValueError, msgspec.DecodeError) as error:
-        raise ConfigError(
-            "log_unusable",
-            f"{path} is damaged, so no new id is safe to hand out; nothing was changed",
-            "move the directory away and register the device under a new name",
-        ) from error
+        raise _unsafe(path, "damaged") from error
+
+
+def _unsafe(path: Path, how: str) -> ConfigError:
+    return ConfigError(
+        "log_unusable",
+        f"{path} is {how}, so no new id is safe to hand out; nothing was changed",
+        "move the directory away and register the device under a new name",
+    )
 
 
 def _write_epochs(path: Path, epochs: _Epochs) -> None:

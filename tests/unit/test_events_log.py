@@ -332,6 +332,16 @@ def test_a_damaged_epoch_file_is_refused_because_ids_could_repeat(tmp_path: Path
     assert refused.value.code == "log_unusable"
 
 
+def test_a_missing_epoch_file_is_refused_where_there_are_segments(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        append_durably(log, [b"record 1"])
+    (tmp_path / "epoch").unlink()
+    with pytest.raises(ConfigError) as refused:
+        opened(tmp_path)
+    assert refused.value.code == "log_unusable"
+    assert segments(tmp_path)
+
+
 def test_a_closed_log_refuses_and_tells_who_waits(tmp_path: Path) -> None:
     disk = Disk()
     log = opened(tmp_path, sync=disk)
