@@ -83,6 +83,12 @@ def pid_of(prover: Prover) -> int:
     return prover._child.pid
 
 
+def ticks_of(pid: int) -> int:
+    """Processor time that a process has used, in clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def await_end(pid: int) -> None:
     """Wait until a process has ended, reaped or not."""
     with contextlib.suppress(ProcessLookupError):
@@ -176,7 +182,10 @@ def peak_bytes(pid: int) -> int:
 
 def test_a_child_ended_from_outside_speaks_against_no_package(prover, write_package, write_model):
     prover.prove(write_package()[0])
+    idle_ticks = ticks_of(pid_of(prover))
     with proving(prover, write_model(LOOPS)) as errors:
+        while ticks_of(pid_of(prover)) < idle_ticks + 5:  # until it is at work on the model
+            os.sched_yield()
         os.kill(pid_of(prover), signal.SIGKILL)
     assert [(type(error), error.code) for error in errors] == [(CapacityError, "no_prover")]
     prover.prove(write_package()[0])
