@@ -1,4 +1,4 @@
-"""What the unit tests of HTTP share: a server in a thread of its own, and a plain client."""
+"""What unit tests share: HTTP on a thread of its own with a plain client, and plans of arms."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.api.http import HttpServer
+from edge_runtime.inference.slot import Arm
+from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.runtime import Runtime
 
 
@@ -131,3 +133,24 @@ def write_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def floats() -> np.ndarray[Any, Any]:
     return np.array([[1.5, -2.25, 3e-7], [0.0, 7.0, -1e9]], dtype="<f4")
+
+
+@pytest.fixture
+def plan_of() -> Callable[..., Plan]:
+    """`plan_of(stable)` or `plan_of(stable, canary)` is a plan of the family toy, of seq 5."""
+
+    def plan_of(*arms: Arm, seq: int = 5) -> Plan:
+        stable, *canaries = [
+            PlanArm(
+                arm.release,
+                model_path("toy", arm.release),
+                arm.sha256 or "0" * 64,
+                1,
+                arm.weight,
+            )
+            for arm in arms
+        ]
+        canary = canaries[0] if canaries else None
+        return Plan(family="toy", seq=seq, stable=stable, canary=canary, salt="s")
+
+    return plan_of

@@ -16,7 +16,7 @@ from edge_runtime.config import EdgeConfig, LogConfig
 from edge_runtime.errors import CapacityError, HeadwaterError, PackageError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
-from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
+from edge_runtime.rollout.plan import choose
 from edge_runtime.runtime import Event, Prediction, Runtime
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import ObservationRecord, PredictionRecord
@@ -73,7 +73,7 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def open_runtime(config, tmp_path):
+def open_runtime(config, tmp_path, plan_of):
     """`open_runtime(*arms)` opens one more device that serves them."""
     opened = []
 
@@ -82,7 +82,7 @@ def open_runtime(config, tmp_path):
         own = msgspec.structs.replace(config, state_dir=folder, **changes)
         runtime = Runtime.open(own, clock=ManualClock(NOW_S))
         opened.append(runtime)
-        runtime.swap("toy", arms, plan_of(arms))
+        runtime.swap("toy", arms, plan_of(*arms))
         return runtime
 
     yield open_runtime
@@ -117,14 +117,6 @@ def let_fail(path):
     nodes.append(helper.make_node("Add", [logit, "nothing"], ["same"]))
     nodes.append(helper.make_node("Sigmoid", ["same"], ["probability"]))
     path.write_bytes(model.SerializeToString())
-
-
-def plan_of(arms):
-    planned = [
-        PlanArm(arm.release, model_path("toy", arm.release), "0" * 64, 1, arm.weight)
-        for arm in arms
-    ]
-    return Plan(family="toy", seq=5, stable=planned[0], canary=[*planned, None][1], salt="s")
 
 
 def logged(runtime):

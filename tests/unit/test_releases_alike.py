@@ -15,7 +15,6 @@ from edge_runtime.events.snapshots import SnapshotFile
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference import pipeline
 from edge_runtime.inference.slot import load_arm
-from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
 
@@ -71,19 +70,17 @@ def pair(load):
     )
 
 
-def plan_of(*arms):
-    planned = [
-        PlanArm(arm.release, model_path("toy", arm.release), arm.sha256, 1, arm.weight)
-        for arm in arms
-    ]
-    return Plan(family="toy", seq=5, stable=planned[0], canary=[*planned, None][1], salt="s")
+@pytest.fixture
+def opened(plan_of):
+    """`opened(config, *arms)` is a device that serves them."""
 
+    def opened(config, *arms):
+        runtime = Runtime.open(config, clock=ManualClock(NOW_S))
+        if arms:
+            runtime.swap("toy", arms, plan_of(*arms))
+        return runtime
 
-def opened(config, *arms):
-    runtime = Runtime.open(config, clock=ManualClock(NOW_S))
-    if arms:
-        runtime.swap("toy", arms, plan_of(*arms))
-    return runtime
+    return opened
 
 
 def engines(runtime):
@@ -95,7 +92,9 @@ def known(runtime, time_s):
     return [each.vector(time_s, {"carrier": "UA"}).tolist()[1:] for each in engines(runtime)]
 
 
-def test_a_release_with_the_same_windows_goes_on_with_the_same_tables(config, load):
+def test_a_release_with_the_same_windows_goes_on_with_the_same_tables(
+    config, load, opened, plan_of
+):
     first, second = load(TOTAL, KEYED), load(TOTAL, KEYED, bias=1.0)
     assert first.info.spec.hash != second.info.spec.hash
     with opened(config, first) as runtime:
@@ -109,7 +108,7 @@ def test_a_release_with_the_same_windows_goes_on_with_the_same_tables(config, lo
         assert engine.vector(NOW_S + 2, {})[0] == 1.0  # the rest is its own
 
 
-def test_what_arms_hold_in_common_sees_each_event_and_label_once(config, pair):
+def test_what_arms_hold_in_common_sees_each_event_and_label_once(config, pair, opened):
     with opened(config, *pair(TOTAL, ASKED, LABELS)) as runtime:
         stable, canary = engines(runtime)
         assert stable.tables is canary.tables
@@ -120,7 +119,7 @@ def test_what_arms_hold_in_common_sees_each_event_and_label_once(config, pair):
         assert known(runtime, NOW_S + 3) == [[3.0, 3.0, 1.0]] * 2
 
 
-def test_what_arms_hold_in_common_is_told_of_once(config, pair):
+def test_what_arms_hold_in_common_is_told_of_once(config, pair, opened):
     with opened(config, *pair(TOTAL, KEYED)) as runtime:
         for step in range(10):
             runtime.observe("toy", departed(NOW_S + step))
@@ -128,7 +127,7 @@ def test_what_arms_hold_in_common_is_told_of_once(config, pair):
         assert (told["tables"], told["keys"], told["entries"]) == (2, 2, 20)
 
 
-def test_what_was_held_in_common_goes_on_whichever_arm_is_left(config, pair):
+def test_what_was_held_in_common_goes_on_whichever_arm_is_left(config, pair, opened, plan_of):
     for keep in (0, 1):
         arms = pair(TOTAL, KEYED)
         own = msgspec.structs.replace(config, state_dir=config.state_dir / str(keep))
@@ -145,7 +144,9 @@ def test_what_was_held_in_common_goes_on_whichever_arm_is_left(config, pair):
 
 
 @pytest.mark.parametrize("kept", ["snapshot", "log"])
-def test_what_arms_hold_in_common_comes_back_once_after_a_restart(config, pair, kept):
+def test_what_arms_hold_in_common_comes_back_once_after_a_restart(
+    config, pair, kept, opened, plan_of
+):
     arms = pair(TOTAL, KEYED, ASKED)
     Shelf(config.state_dir / "shelf").save_current(plan_of(*arms))
     with opened(config) as runtime:
@@ -170,7 +171,9 @@ def test_what_arms_hold_in_common_comes_back_once_after_a_restart(config, pair, 
         assert replayed == (40 if kept == "log" else 0)
 
 
-def test_a_caller_may_use_its_dict_again_while_new_windows_are_rebuilt(config, load):
+def test_a_caller_may_use_its_dict_again_while_new_windows_are_rebuilt(
+    config, load, opened, plan_of
+):
     old, new = load(TOTAL), load(TOTAL, KEYED, LATEST, bias=1.0)
 
     async def adopt_beside_one_dict(runtime):
@@ -191,7 +194,9 @@ def test_a_caller_may_use_its_dict_again_while_new_windows_are_rebuilt(config, l
         assert known(runtime, NOW_S + 4) == [[111.0, 1.0, 1.0]]
 
 
-def test_much_that_comes_while_windows_are_rebuilt_is_seen_once_and_in_order(config, load):
+def test_much_that_comes_while_windows_are_rebuilt_is_seen_once_and_in_order(
+    config, load, opened, plan_of
+):
     old, new = load(TOTAL), load(TOTAL, LATEST, bias=1.0)
 
     async def adopt_beside_much(runtime):

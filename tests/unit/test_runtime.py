@@ -18,15 +18,16 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, LogConfig
 from edge_runtime.errors import CapacityError, ConfigError, RequestError
 from edge_runtime.events.journal import SNAPSHOT_EVERY
-from edge_runtime.inference.slot import Arm, load_arm
+from edge_runtime.inference.slot import load_arm
 from edge_runtime.metrics import Histogram
-from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
+from edge_runtime.rollout.plan import Plan, choose
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Record
 
 NOW_S = 1_360_000_000.0
 WritePackage = Callable[..., tuple[Path, str]]
+PlanOf = Callable[..., Plan]
 
 
 def scheduled(time_s: float = NOW_S, carrier: str = "UA", distance: float = 998.0) -> Event:
@@ -80,14 +81,6 @@ def crashed(runtime: Runtime, folder: Path) -> EdgeConfig:
     return msgspec.structs.replace(runtime.config, state_dir=folder)
 
 
-def plan_of(*arms: Arm, seq: int = 5) -> Plan:
-    planned = [
-        PlanArm(arm.release, model_path("toy", arm.release), "0" * 64, 1, arm.weight)
-        for arm in arms
-    ]
-    return Plan(family="toy", seq=seq, stable=planned[0], canary=[*planned, None][1], salt="s")
-
-
 def test_before_its_first_release_a_device_answers_with_a_named_error(config: EdgeConfig) -> None:
     with open_runtime(config) as runtime:
         with pytest.raises(RequestError, match="no_release"):
@@ -119,7 +112,7 @@ def test_what_was_observed_counts_in_the_next_answer(installed: EdgeConfig) -> N
 
 
 def test_two_arms_both_score_and_one_answers_as_the_plan_says(
-    config: EdgeConfig, write_package: WritePackage
+    config: EdgeConfig, write_package: WritePackage, plan_of: PlanOf
 ) -> None:
     stable = load_arm(write_package(0.0)[0], None, "stable", "r1", 0.75)
     canary = load_arm(write_package(1.0)[0], None, "canary", "r2", 0.25)
@@ -138,7 +131,7 @@ def test_two_arms_both_score_and_one_answers_as_the_plan_says(
 
 
 def test_a_swap_drops_nothing_and_keeps_the_windows(
-    installed: EdgeConfig, write_package: WritePackage
+    installed: EdgeConfig, write_package: WritePackage, plan_of: PlanOf
 ) -> None:
     arm = load_arm(write_package(2.0)[0], None, "stable", "r2", 1.0)
     with open_runtime(installed) as runtime:
@@ -308,7 +301,7 @@ def test_what_a_crash_took_is_named_when_its_label_comes(
 
 
 def test_a_damaged_package_costs_the_answers_until_the_next_update(
-    installed: EdgeConfig, write_package: WritePackage
+    installed: EdgeConfig, write_package: WritePackage, plan_of: PlanOf
 ) -> None:
     with open_runtime(installed) as runtime:
         runtime.observe("toy", departed(NOW_S, 30.0))
@@ -326,7 +319,7 @@ def test_a_damaged_package_costs_the_answers_until_the_next_update(
 
 
 def test_a_report_says_what_serves_and_what_was_counted(
-    installed: EdgeConfig, write_package: WritePackage
+    installed: EdgeConfig, write_package: WritePackage, plan_of: PlanOf
 ) -> None:
     with open_runtime(installed) as runtime:
         assert runtime.report({}).plan_seq == 0

@@ -16,7 +16,7 @@ from edge_runtime.config import EdgeConfig, InferenceConfig
 from edge_runtime.errors import CapacityError, PackageError, RequestError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
-from edge_runtime.rollout.plan import Plan, PlanArm, choose, model_path
+from edge_runtime.rollout.plan import choose
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec
@@ -97,14 +97,6 @@ def make_heavy(path, *, mixes=False, fails=False):
     path.write_bytes(model.SerializeToString())
 
 
-def plan_of(*arms):
-    planned = [
-        PlanArm(arm.release, model_path("toy", arm.release), "0" * 64, 1, arm.weight)
-        for arm in arms
-    ]
-    return Plan(family="toy", seq=5, stable=planned[0], canary=[*planned, None][1], salt="s")
-
-
 def logged(runtime):
     asyncio.run(runtime.log.wait_durable("event", runtime.log.handed_out("event")))
     return [codec.decode_record(data) for _, _, data in runtime.log.tail("event", 0, 0)]
@@ -119,7 +111,7 @@ async def all_of(runtime, events, **options):
     return await asyncio.gather(*asks, return_exceptions=True)
 
 
-def test_answers_come_of_shared_runs_and_each_is_logged_once(runtime, load):
+def test_answers_come_of_shared_runs_and_each_is_logged_once(runtime, load, plan_of):
     arms = load(0.0, weight=0.6), load(1.0, "canary", 0.4)
     runtime.swap("toy", arms, plan_of(*arms))
     assert not runtime.model("toy").inline
@@ -142,7 +134,7 @@ def expected(features, bias=0.0):
     return 1 / (1 + np.exp(-(np.frombuffer(features, "<f4").sum() / 1000 + bias)))
 
 
-def test_the_windows_are_what_the_log_says_in_its_order(runtime, load, config, tmp_path):
+def test_the_windows_are_what_the_log_says_in_its_order(runtime, load, config, tmp_path, plan_of):
     arm = load()
     runtime.swap("toy", [arm], plan_of(arm))
 
@@ -163,7 +155,7 @@ def test_the_windows_are_what_the_log_says_in_its_order(runtime, load, config, t
     assert runtime.log.handed_out("event") == 25
 
 
-def test_what_is_refused_or_given_up_leaves_no_trace(runtime, load):
+def test_what_is_refused_or_given_up_leaves_no_trace(runtime, load, plan_of):
     arm = load()
     runtime.swap("toy", [arm], plan_of(arm))
     runtime.predict("toy", scheduled(0))
@@ -188,7 +180,7 @@ def test_what_is_refused_or_given_up_leaves_no_trace(runtime, load):
     assert runtime.statistics()["families"]["toy"]["leases"] == 0
 
 
-def test_a_full_queue_refuses_by_name_and_logs_nothing(config, load):
+def test_a_full_queue_refuses_by_name_and_logs_nothing(config, load, plan_of):
     tight = msgspec.structs.replace(config, inference=InferenceConfig(queue_max=1))
     arm = load()
     with Runtime.open(tight, clock=ManualClock(NOW_S)) as runtime:
@@ -199,7 +191,7 @@ def test_a_full_queue_refuses_by_name_and_logs_nothing(config, load):
         assert runtime.log.handed_out("event") == 20 - len(refused) > 0
 
 
-def test_a_swap_lets_what_was_asked_be_answered_by_what_it_was_asked_of(runtime, load):
+def test_a_swap_lets_what_was_asked_be_answered_by_what_it_was_asked_of(runtime, load, plan_of):
     first, second = load(0.0), load(2.0)
     runtime.swap("toy", [first], plan_of(first))
 
@@ -218,7 +210,9 @@ def test_a_swap_lets_what_was_asked_be_answered_by_what_it_was_asked_of(runtime,
     assert runtime.statistics()["families"]["toy"]["draining"] == 0
 
 
-def test_across_a_swap_the_arm_is_drawn_as_the_plan_says_that_it_was_asked_under(runtime, load):
+def test_across_a_swap_the_arm_is_drawn_as_the_plan_says_that_it_was_asked_under(
+    runtime, load, plan_of
+):
     arms = {
         salt: (load(bias, weight=0.5), load(bias + 0.5, "canary", 0.5))
         for salt, bias in (("old", 0.0), ("new", 1.0))
@@ -249,7 +243,7 @@ def test_across_a_swap_the_arm_is_drawn_as_the_plan_says_that_it_was_asked_under
 
 
 @pytest.mark.parametrize("where", ["worker", "loop", "caller"])
-def test_an_answer_that_failed_is_counted_wherever_it_ran(runtime, load, where):
+def test_an_answer_that_failed_is_counted_wherever_it_ran(runtime, load, where, plan_of):
     arm = load(fails=True)
     runtime.swap("toy", [arm], plan_of(arm))
     far = scheduled(300)
@@ -267,7 +261,7 @@ def test_an_answer_that_failed_is_counted_wherever_it_ran(runtime, load, where):
     assert asyncio.run(all_of(runtime, [scheduled(1)]))[0].release == "r0"
 
 
-def test_beside_swaps_a_model_only_ever_gets_its_own_features(runtime, load):
+def test_beside_swaps_a_model_only_ever_gets_its_own_features(runtime, load, plan_of):
     narrow = OWN_FEATURES[: OWN_FEATURES.rindex("[[features]]")]
     arms = [load(0.0), load(1.0, features=narrow)]
     sizes = {arm.info.spec.hash: arm.info.spec.size for arm in arms}
@@ -298,7 +292,7 @@ def test_beside_swaps_a_model_only_ever_gets_its_own_features(runtime, load):
         ]
 
 
-def test_a_model_that_mixes_its_rows_is_run_row_by_row_wherever_it_runs(runtime, load):
+def test_a_model_that_mixes_its_rows_is_run_row_by_row_wherever_it_runs(runtime, load, plan_of):
     arm = load(mixes=True)
     assert not arm.runner.batchable
     runtime.swap("toy", [arm], plan_of(arm))
@@ -322,7 +316,7 @@ def test_a_model_that_mixes_its_rows_is_run_row_by_row_wherever_it_runs(runtime,
         assert record.scored[0].outputs == [pytest.approx(expected(record.features), abs=1e-6)]
 
 
-def test_a_device_that_closes_says_so_to_those_who_wait(config, load):
+def test_a_device_that_closes_says_so_to_those_who_wait(config, load, plan_of):
     arm = load()
     runtime = Runtime.open(config, clock=ManualClock(NOW_S))
     runtime.swap("toy", [arm], plan_of(arm))
@@ -340,7 +334,9 @@ def test_a_device_that_closes_says_so_to_those_who_wait(config, load):
     assert codes
 
 
-def test_closing_beside_a_run_that_hangs_ends_and_keeps_all_that_was_answered(config, load):
+def test_closing_beside_a_run_that_hangs_ends_and_keeps_all_that_was_answered(
+    config, load, plan_of
+):
     arm, gate, begun = load(), threading.Event(), threading.Event()
     runtime = Runtime.open(config, clock=ManualClock(NOW_S))
     runtime.swap("toy", [arm], plan_of(arm))
