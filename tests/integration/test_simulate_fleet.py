@@ -207,9 +207,10 @@ def test_a_home_with_a_long_name_gets_a_socket_elsewhere(
 
 
 _PARENT = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from cloud_learner.simulate.fleet import DeviceProcess, Fleet
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 
 async def main():
     async with Fleet([DeviceProcess("EWR", Path(sys.argv[1]), families=["toy"])]) as fleet:
