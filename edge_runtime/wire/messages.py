@@ -71,10 +71,18 @@ class LabelRecord(msgspec.Struct, array_like=True, frozen=True, tag=3):
 Record = PredictionRecord | ObservationRecord | LabelRecord
 
 
+OMITTED: dict[int, str] = {1: "sampled_out", 2: "over_quota"}
+"""What stands in an envelope in the place of a record that the device keeps to itself."""
+
+
 class Envelope(msgspec.Struct, array_like=True, frozen=True):
     """Consecutive records of one device, epoch and class, as they stand in the event log.
 
-    Record i of `records` has sequence number `base_seq + i`.
+    Entry i of `records` has sequence number `base_seq + i`; it is a record, or a key of OMITTED. The
+    `skipped` sequence numbers right before `base_seq` are lost on the device, for `reason`
+    (`dropped`: the log was full; `stalled`: the disk took nothing; `damaged`; `trimmed`: the learner
+    held them once); `records` may then be empty. `prior` is the epoch before this one in the same
+    log, 0 for its first: two epochs after the same one are two logs under one name.
     """
 
     version: int
@@ -83,6 +91,9 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
     event_class: EventClass
     base_seq: int
     records: list[msgspec.Raw]
+    skipped: int = 0
+    reason: str = ""
+    prior: int = 0
 
 
 class Mark(msgspec.Struct, array_like=True, frozen=True):
@@ -117,7 +128,10 @@ class ArmReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Report(msgspec.Struct, array_like=True, frozen=True):
-    """What a device says about itself. Counters count since the start of the process `epoch`."""
+    """What a device says about itself. Counters count since the start of the process `epoch`.
+
+    `durable` is where each epoch and class ends on the device that the learner may not hold whole.
+    """
 
     version: int
     device: str
@@ -131,6 +145,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     predict_us: list[int]
     log_bytes: int
     log_pending: int
+    durable: list[Mark] = []
 
 
 class LearnerStatus(msgspec.Struct, array_like=True, frozen=True):
