@@ -46,6 +46,7 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
 HOLD_OUT_ROWS = 3000
 EVENTS_BYTES = 4 << 30
+EVENTS_PER_SUBJECT = 256
 STATE_BYTES = 64 << 20
 STATUS_S = 0.02
 STATUS_KEPT_S = 1.0
@@ -221,7 +222,11 @@ class Host:
     async def _make_streams(self) -> None:
         make = self._bus.ensure_stream
         await make(
-            subjects.EVENTS_STREAM, [subjects.EVENTS_ALL], max_bytes=EVENTS_BYTES, discard_new=True
+            subjects.EVENTS_STREAM,
+            [subjects.EVENTS_ALL],
+            max_bytes=EVENTS_BYTES,
+            per_subject=EVENTS_PER_SUBJECT,  # a device that floods fills its own subject
+            discard_new=True,
         )
         await make(
             subjects.STATE_STREAM,
