@@ -1,0 +1,131 @@
+"""The outlet: where released examples go: into micro-batches, and into files.
+
+Why: a trainer wants batches at once, an archive wants large files; both must hold each example once,
+whatever is killed in between.
+
+Invariants: released examples are numbered from 1 and kept in the ingest database until they lie in
+a file and no batch needs them. A file is written before the transaction that names it. An amended
+example goes into files only: today's training has learned its first form.
+
+Knows nothing about how examples come about.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from cloud_learner.ingest.guard import Batcher
+from cloud_learner.store.archive import Archive
+from cloud_learner.store.examples import Batch, Example
+from cloud_learner.store.ingest_db import (
+    IngestDb,
+    put_batch,
+    put_example,
+    put_files,
+    trim_batches,
+)
+from cloud_learner.store.ingest_state import Id, IngestState, Meta, number_key
+from cloud_learner.store.rocks import Transaction
+
+FILE_EXAMPLES = 20_000
+FILE_S = 60.0
+KEPT_BATCHES = 1000
+COMPACT_FILES = 16
+
+
+class Outlet:
+    """Batches and files of what is released; goes on from `state`."""
+
+    def __init__(
+        self, db: IngestDb, archive: Archive, guard: Batcher, state: IngestState, now_s: float
+    ) -> None:
+        self.counters = guard.counters
+        self._db, self._archive, self._guard = db, archive, guard
+        guard.restore(state.meta.batch, [example for _, example in state.unbatched])
+        self._numbers: dict[Id, int] = {example.id: at for at, example in state.unbatched}
+        self._unwritten = list(state.unarchived)
+        self._for_files_only: list[int] = self._superfluous(state)
+        self._files = list(state.files)
+        self._written_s = now_s
+        self._replaced: list[str] = []
+        self._uncompacted = 0
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether something was released that lies in no file yet."""
+        return bool(self._unwritten)
+
+    def put(
+        self, examples: Sequence[Example], amended: Sequence[Example], meta: Meta, change: Transaction
+    ) -> list[Batch]:
+        """Number what was released, cut batches, and keep all of it with the commit."""
+        dropped = {example.id for example in self._guard.add(examples)}
+        for example in examples:
+            for_batches = example.id not in dropped
+            number = self._keep(example, meta, change, for_batches=for_batches)
+            if for_batches:
+                self._numbers[example.id] = number
+        for example in amended:
+            self._keep(example, meta, change, for_batches=False)
+        batches = []
+        while (batch := self._guard.next()) is not None:
+            batches.append(batch)
+            numbers = [self._numbers.pop(example.id) for example in batch.examples]
+            put_batch(change, batch.number, numbers)
+        meta.batch = self._guard.number
+        return batches
+
+    def tidy(
+        self, meta: Meta, change: Transaction, now_s: float, *, learned: int, flush: bool
+    ) -> None:
+        """Write files when it is time, and forget old batches. Raises: CapacityError."""
+        if self._unwritten and (flush or self.is_due(now_s)):
+            self._write(meta, change, now_s)
+        trim_batches(self._db, change, meta, learned - KEPT_BATCHES)
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether what waits is enough for a file, or has waited long enough."""
+        waited = bool(self._unwritten) and now_s - self._written_s >= FILE_S
+        return waited or len(self._unwritten) >= FILE_EXAMPLES
+
+    def settle(self) -> None:
+        """The transaction is committed: what it no longer names may go."""
+        if self._replaced:
+            self._archive.settle(self._replaced)
+            self._replaced = []
+
+    def waiting(self) -> dict[str, int]:
+        """How many examples wait for a batch, and how many for a file."""
+        return {
+            "unbatched": self._guard.statistics()["unbatched"],
+            "unwritten": len(self._unwritten),
+        }
+
+    def _keep(
+        self, example: Example, meta: Meta, change: Transaction, *, for_batches: bool
+    ) -> int:
+        if not self._unwritten:
+            pass
+        meta.released += 1
+        put_example(change, meta.released, example, for_batches=for_batches)
+        self._unwritten.append((meta.released, example))
+        if not for_batches:
+            self._for_files_only.append(meta.released)
+        return meta.released
+
+    def _write(self, meta: Meta, change: Transaction, now_s: float) -> None:
+        """One file for each family and day; then what no batch needs is kept no longer."""
+        meta.file += 1
+        names = self._archive.write([example for _, example in self._unwritten], meta.file)
+        put_files(change, names)
+        self._files += names
+        meta.archived = self._unwritten[-1][0]
+        for number in self._for_files_only:
+            change.delete("examples", number_key(number))
+        self._unwritten, self._for_files_only, self._written_s = [], [], now_s
+        self._compact(meta, change)
+
+    def _superfluous(self, state: IngestState) -> list[int]:
+        """Those that wait for a file and are for no batch."""
+        return [number for number, _ in state.unarchived if number in state.archive_only]
