@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.wire.messages import Scored
+from edge_runtime.wire.messages import Scored, Value
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -38,6 +38,10 @@ class Example(msgspec.Struct, frozen=True):
     scored: list[Scored]
     arrived_s: float
     matured_s: float
+    kind: str = ""
+    fields: dict[str, Value] = {}
+    final: bool = True
+    revision: int = 0
 
     @property
     def id(self) -> tuple[str, int, int]:
