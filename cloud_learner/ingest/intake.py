@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from cloud_learner.ingest.guard import NUMBER_MAX, Batcher, refusal
-from cloud_learner.ingest.joiner import Joiner
+from cloud_learner.ingest.joiner import ArchivedRecord, Joiner
 from cloud_learner.ingest.sequencer import Arrival, Sequencer
-from cloud_learner.store.archive import Archive, ArchivedRecord
+from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import DROPPED, Changes
@@ -109,9 +109,8 @@ class Intake:
             for part in self._sequencer.accept(arrival):
                 records += self._read(part, changes)
         examples, batches = self._learn(records, changes)
-        if records:
-            changes.file = self._archive.write(records, self._number)
-            changes.rows = len(records)
+        if archived := changes.covered + examples:
+            changes.files = self._archive.write(archived, self._number)
         changes.counters = self.counters()
         self._db.apply(changes)
         return Commit(

@@ -20,8 +20,9 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from cloud_learner.ingest.joint_clock import JointClock
-from cloud_learner.store.archive import ArchivedRecord
 from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_state import (
     COVERED,
@@ -34,11 +35,23 @@ from cloud_learner.store.ingest_state import (
     Pending,
     example,
 )
-from edge_runtime.wire.messages import LabelRecord, PredictionRecord
+from edge_runtime.wire.messages import EventClass, LabelRecord, PredictionRecord, Record
 
 EARLY_LABELS_MAX = 50_000
 Order = tuple[float, str, int, int]
 StateOf = Callable[[Id], int | None]
+
+
+class ArchivedRecord(msgspec.Struct, frozen=True, gc=False):
+    """A record with its identity; `raw` is `record` as it stood in the log of the device."""
+
+    device: str
+    epoch: int
+    event_class: EventClass
+    seq: int
+    record: Record
+    raw: bytes
+    arrived_s: float
 
 
 class Joiner:
@@ -111,6 +124,7 @@ class Joiner:
             elif pending.record.time_s < self._learn_from_s:
                 self._close(order, COVERED, changes)
                 self.counters["covered_by_bootstrap"] += 1
+                changes.covered.append(example(pending, wall_s))
             else:
                 examples.append(self._release(order, pending, changes, wall_s))
         changes.released = self._released

@@ -31,8 +31,8 @@ from urllib.parse import quote
 
 import duckdb
 
-from cloud_learner.store import compaction, parquet
-from cloud_learner.store.compaction import Compaction
+from cloud_learner.store import parquet
+from cloud_learner.store.compaction import Compaction, Compactor, exchange, fsync, make_durable
 from cloud_learner.store.examples import Example
 from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import fsync_directory
@@ -46,13 +46,29 @@ def _no_step(_name: str) -> None:
 
 
 class Archive:
-    """Parquet files in `directory`; `at` is called with the name of each step that was done."""
+    """Parquet files in `directory`; `at` is called with the name of each step that was done.
 
-    def __init__(self, directory: Path, at: Callable[[str], None] = _no_step) -> None:
-        self._directory, self._at = directory, at
+    Raises: ConfigError `archive_apart` when the folder beside it is on another file system.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        at: Callable[[str], None] = _no_step,
+        swap: Callable[[Path, Path], None] = exchange,
+    ) -> None:
+        self._directory, self._at = directory.resolve(), at
+        directory = self._directory
         self._unfinished = directory.with_name(f".{directory.name}.unfinished")
         for folder in (directory, self._unfinished):
             folder.mkdir(parents=True, exist_ok=True)
+        if directory.stat().st_dev != self._unfinished.stat().st_dev:
+            raise ConfigError(
+                "archive_apart",
+                f"{directory} and {self._unfinished} are on two file systems; nothing was written",
+                "mount the folder that holds both of them",
+            )
+        self._compactor = Compactor(directory, self._unfinished, at, swap)
         self._lock = threading.Lock()  # a file enters a day, or a day is exchanged
         self._writer = parquet.connect()
         self._known: set[Path] = set()  # folders whose names are durable
@@ -87,11 +103,11 @@ class Archive:
         try:
             parquet.copy(self._writer, examples, temporary)
             self._at("written")
-            compaction.fsync(temporary)
+            fsync(temporary)
             self._at("synced")
             with self._lock:
                 if path.parent not in self._known:
-                    compaction.make_durable(path.parent)
+                    make_durable(path.parent)
                     self._known.add(path.parent)
                 self._at("folder made")
                 os.replace(temporary, path)
@@ -147,11 +163,11 @@ class Archive:
         Raises: CapacityError `disk_full`, with nothing changed.
         """
         try:
-            gone = compaction.choose(self._directory, names) if self._can_compact() else []
+            gone = self._compactor.choose(names) if self._can_compact() else []
             if not gone:
                 return None
             new = f"{os.path.dirname(gone[0])}/{number:012d}-day.parquet"
-            rows = compaction.prepare(self._directory, self._unfinished, new, gone, self._at)
+            rows = self._compactor.prepare(new, gone)
         except (OSError, duckdb.Error) as error:
             raise CapacityError(
                 "disk_full", f"{self._directory}: a day was not compacted: {error}"
@@ -175,7 +191,7 @@ class Archive:
             present = [n for n in self._files(self._directory) if os.path.dirname(n) == folder]
             kept = list(filter(is_kept, present))
             try:
-                compaction.settle(self._directory, self._unfinished, new, kept, self._at)
+                self._compactor.settle(new, kept)
             except OSError as error:
                 raise CapacityError(
                     "disk_full", f"{self._directory}/{folder} was not settled: {error}"
@@ -184,7 +200,7 @@ class Archive:
     def _can_compact(self) -> bool:
         """Whether this file system can exchange two folders; looked at once."""
         if self._compacts is None:
-            self._compacts = compaction.supported(self._directory, self._unfinished)
+            self._compacts = self._compactor.is_possible()
             self._counts["archive_compaction_refused"] = int(not self._compacts)
         return self._compacts
 

@@ -45,7 +45,7 @@ QUARANTINE_ROWS, QUARANTINE_BYTES = 1000, 4096
 
 _SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE files (number INTEGER PRIMARY KEY, name TEXT NOT NULL, rows INTEGER NOT NULL);
+CREATE TABLE files (name TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE marks (device TEXT, epoch INTEGER, event_class TEXT, seq INTEGER, newest_s REAL,
   PRIMARY KEY (device, epoch, event_class)) WITHOUT ROWID;
 CREATE TABLE predictions (device TEXT, epoch INTEGER, seq INTEGER, record BLOB NOT NULL,
@@ -129,9 +129,7 @@ class IngestDb:
 
     def _write(self, changes: Changes) -> None:
         write = self._writer.executemany
-        if changes.file is not None:
-            row = (changes.commit, changes.file, changes.rows)
-            self._writer.execute("INSERT INTO files VALUES (?, ?, ?)", row)
+        write("INSERT INTO files VALUES (?)", [(name,) for name in changes.files])
         write(_MARK, [(*lane, *mark) for lane, mark in changes.marks.items()])
         write(_PREDICTION, changes.predictions)
         write(_LABEL, changes.labels)
@@ -158,7 +156,7 @@ class IngestDb:
 
     def files(self) -> list[str]:
         """Names of the archive files of all commits, in order."""
-        return [name for (name,) in self._read("SELECT name FROM files ORDER BY number")]
+        return [name for (name,) in self._read("SELECT name FROM files ORDER BY name")]
 
     def examples_of(self, batch: int) -> list[Example]:
         """The examples of one batch, in release order."""

@@ -67,8 +67,8 @@ class Changes(msgspec.Struct):
     clock_s: float = float("-inf")
     batch: int = 0
     released: int = 0
-    file: str | None = None
-    rows: int = 0
+    files: list[str] = []
+    covered: list[Example] = []
     marks: dict[Lane, tuple[int, float]] = {}
     predictions: list[tuple[str, int, int, bytes]] = []
     labels: list[tuple[float, float, bool, float, str, int, int]] = []
@@ -98,4 +98,7 @@ def example(pending: Pending, matured_s: float) -> Example:
         scored=record.scored,
         arrived_s=label.arrived_s,
         matured_s=matured_s,
+        kind=record.kind,
+        fields=record.fields,
+        final=label.final,
     )
