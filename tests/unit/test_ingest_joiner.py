@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_learner.ingest.joiner import Joiner
-from cloud_learner.store.archive import ArchivedRecord
+from cloud_learner.ingest.joiner import ArchivedRecord, Joiner
 from cloud_learner.store.ingest_state import Changes, IngestState
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord, Scored
 
