@@ -69,7 +69,7 @@ def all_fine(
         return True
     times = [record.time_s for record in whole]
     # A sum shows a NaN, which the comparisons of min and max may pass over.
-    if not (math.isfinite(sum(times)) and TIME_S_MIN <= min(times) and max(times) < TIME_S_MAX):
+    if not (math.isfinite(sum(times)) and min(times) >= TIME_S_MIN and max(times) < TIME_S_MAX):
         return False
     kinds = set(map(type, whole))
     if event_class == "label":
@@ -81,11 +81,11 @@ def all_fine(
 
 
 def _labels_fine(labels: list[LabelRecord]) -> bool:
-    seqs, epochs = [label.seq for label in labels], {label.epoch for label in labels}
+    numbers = [label.seq for label in labels] + [label.epoch for label in labels]
     return (
         math.isfinite(sum([label.value for label in labels]))
-        and min(*epochs, min(seqs)) > 0
-        and max(*epochs, max(seqs)) <= NUMBER_MAX
+        and min(numbers) > 0
+        and max(numbers) <= NUMBER_MAX
     )
 
 
@@ -99,7 +99,7 @@ def _predictions_fine(asked: list[PredictionRecord], widths: Mapping[str, int]) 
     chances = [record.propensity for record in asked]
     if not (min(chances) > 0 and max(chances) <= 1 and math.isfinite(sum(chances))):
         return False
-    if not all([record.scored for record in asked]):
+    if not all(record.scored for record in asked):
         return False
     outputs = [scored.outputs for record in asked for scored in record.scored]
     return all(outputs) and math.isfinite(sum(map(sum, outputs)))

@@ -15,7 +15,7 @@ Knows nothing about the broker: a message's subject, headers and bytes, and an o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -29,7 +29,6 @@ from cloud_learner.ingest.sequencer import Accepted, Sequencer
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb, put_quarantined
-from cloud_learner.store.ingest_state import Lane
 from cloud_learner.store.raw import Position, RawLog, RawMessage
 from cloud_learner.store.rocks import Transaction
 from edge_runtime.clock import Clock
@@ -44,13 +43,16 @@ from edge_runtime.wire.messages import (
     Watermark,
 )
 
+EXPIRE_S = 600.0
+
 
 class Commit(msgspec.Struct):
     """What one commit made true.
 
     `clock_s` is the joint event time up to which all mature examples are released; `batches` are
     new ones, `examples` all that were released, batched or not, and `amended` those that came out
-    once more; `counters` count since the learner's first start, and also hold what waits now.
+    once more; `counters` count since the learner's first start, and also hold what waits now;
+    `totals` are sums over the accounts.
     """
 
     number: int
@@ -60,6 +62,7 @@ class Commit(msgspec.Struct):
     amended: list[Example]
     batches: list[Batch]
     counters: dict[str, int]
+    totals: dict[str, int]
     watermarks: list[Watermark]
     done: list[Any]
 
@@ -91,16 +94,17 @@ class Intake:
         )
         self._outlet = Outlet(db, archive, guard, state, clock.monotonic_s())
         self._counters: Counter[str] = Counter()
+        self._expire_at_s = float("-inf")
 
     @property
-    def number(self) -> int:
-        """The number of the last commit."""
-        return self._meta.commit
+    def clock_s(self) -> float:
+        """The joint event time of the last commit."""
+        return self._meta.clock_s
 
     @property
-    def batch(self) -> int:
-        """The number of the last committed batch."""
-        return self._meta.batch
+    def reached(self) -> tuple[int, int]:
+        """The numbers of the last committed batch, and of what was released last."""
+        return self._meta.batch, self._meta.released
 
     def commit(
         self,
@@ -124,24 +128,26 @@ class Intake:
             self.ledger.hear(device, marks)
         self.joiner.join(portions, self.ledger.moved, change, now_s)
         examples = self.joiner.settle(wall_s, now_s)
-        amended = self.joiner.amended
         if kept:
             self._meta.raw = self._raw.append(kept)
-        batches = self._outlet.put(examples, amended, self._meta, change)
+        others = self.joiner.for_files_only
+        batches = self._outlet.put(examples, others, self._meta, change, now_s)
         self._outlet.tidy(self._meta, change, now_s, learned=learned, flush=flush)
         self._meta.clock_s = self.joiner.clock.now_s
         self.ledger.write(change)
         counters = self.counters()
         self._db.commit(change, self._meta, counters)
         self._outlet.settle()
+        self._expire_raw(now_s, wall_s)
         return Commit(
             number=self._meta.commit,
             clock_s=self._meta.clock_s,
             records=sum(len(portion.records) for portion in portions),
             examples=examples,
-            amended=amended,
+            amended=self.joiner.amended,
             batches=batches,
             counters=counters | self.waiting(),
+            totals=self.ledger.totals(),
             watermarks=[self.ledger.watermark(device) for device in sorted(devices)],
             done=self._sequencer.done(),
         )
@@ -150,9 +156,13 @@ class Intake:
         """Whether something waits that a commit without messages would write to a file."""
         return self._outlet.is_due(self._clock.monotonic_s())
 
-    def expire(self) -> None:
-        """Let go of raw messages that were kept long enough."""
-        self._raw.expire(self._clock.now_s())
+    def caught_up(self, batch: int, released: int) -> tuple[list[Batch], list[Example]]:
+        """The committed batches, and the examples for batches, above what was `reached` once."""
+        return list(self._db.batches_after(batch)), self._db.examples_after(released)
+
+    def batches_after(self, number: int) -> Iterator[Batch]:
+        """The committed batches above `number`, in order."""
+        return self._db.batches_after(number)
 
     def close(self) -> None:
         """Write to files what was released, and close everything. Raises: CapacityError."""
@@ -164,6 +174,7 @@ class Intake:
 
     def abandon(self) -> None:
         """Close everything as it is: what was committed is kept."""
+        self._outlet.close()
         self._raw.close()
         self._archive.close()
         self._db.close()
@@ -188,6 +199,12 @@ class Intake:
             "beyond_gap": self._sequencer.statistics()["beyond_gap"],
         }
 
+    def _expire_raw(self, now_s: float, wall_s: float) -> None:
+        """Let go of raw messages that were kept long enough."""
+        if now_s >= self._expire_at_s:
+            self._expire_at_s = now_s + EXPIRE_S
+            self._raw.expire(wall_s)
+
     def _accepted(
         self, messages: Iterable[Incoming], change: Transaction
     ) -> tuple[list[Portion], list[RawMessage], set[str]]:
@@ -199,7 +216,9 @@ class Intake:
             try:
                 arrival = opened(message, self._widths)
             except (RequestError, ConfigError) as error:
-                self._quarantine(message.arrived_s, message.subject, error.code, message.data, change)
+                self._quarantine(
+                    message.arrived_s, message.subject, error.code, message.data, change
+                )
                 self._sequencer.skip(message.token)
                 continue
             devices.add(arrival.lane[0])
@@ -219,8 +238,9 @@ class Intake:
                 place = f"{subjects.events(device, event_class)}#{epoch}/{arrival.base_seq + index}"
                 arrived_s = what.message.arrived_s
                 self._quarantine(arrived_s, place, refused.reason, refused.data, change)
-        for kind, name in _COUNTED.items():
-            self._counters[name] += sum([type(record) is kind for record in records])
+        for kind, number in Counter(map(type, records)).items():
+            if kind is not int:
+                self._counters[_COUNTED[kind]] += number
         self.ledger.enter(arrival.lane, part.lost, what.reason, records, what.prior)
         return Portion(arrival.lane, first_seq, records, what.data, what.message.arrived_s)
 

@@ -26,9 +26,9 @@ from cloud_learner.ingest.settling import Settling, example
 from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import (
-    COVERED,
     EXPIRED,
     PENDING,
+    RELEASED,
     Account,
     Label,
     Lane,
@@ -43,6 +43,7 @@ from cloud_learner.store.runs import SETTLE, Waiting
 from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Record
 
 EARLY_LABELS_MAX = 1_000_000
+KEPT_WINDOWS = 3  # how long what is settled is known as settled, not as unknown
 _NEVER_S = float("-inf")
 
 
@@ -80,7 +81,12 @@ class Joiner:
     """Joins the predictions of one family, over the state in `db`."""
 
     def __init__(
-        self, rules: Rules, db: IngestDb, accounts: dict[Lane, Account], clock_s: float, now_s: float
+        self,
+        rules: Rules,
+        db: IngestDb,
+        accounts: dict[Lane, Account],
+        clock_s: float,
+        now_s: float,
     ) -> None:
         """`accounts` are shared with the caller, who moves them first; `now_s` is monotonic."""
         self.counters: Counter[str] = Counter()
@@ -93,7 +99,7 @@ class Joiner:
             self.clock,
             self.counters,
             window_s=rules.label_window_s,
-            keep_s=max(rules.label_window_s, rules.amend_s),
+            keep_s=max(KEPT_WINDOWS * rules.label_window_s, rules.amend_s),
             keeps_records=rules.amend_s > 0,
             is_negative=rules.expiry == "negative",
             learn_from_s=rules.learn_from_s,
@@ -134,9 +140,14 @@ class Joiner:
         self._waiting.finish()
         return examples
 
-    def statistics(self) -> dict[str, int]:
-        """Counters, and how many predictions and early labels wait."""
-        return {**self.counters, "labels_waiting": sum(self._early.values())}
+    @property
+    def for_files_only(self) -> list[Example]:
+        """What the last commit brought out that nobody should learn now: amended, or covered."""
+        return self._settling.covered + self.amended
+
+    def waiting(self) -> dict[str, int]:
+        """How many labels wait for a prediction; `pending` is a counter that goes down as well."""
+        return {"labels_waiting": sum(self._early.values())}
 
     def _predict(self, portion: Portion) -> None:
         device, epoch, _ = portion.lane
@@ -149,8 +160,7 @@ class Joiner:
             if record.family != family:
                 self.counters["other_family"] += 1
                 continue
-            if record.time_s < earliest_s:
-                earliest_s = record.time_s
+            earliest_s = min(earliest_s, record.time_s)
             rows[prefix + (first + place).to_bytes(8, "big")] = pending_row(record.time_s, place)
         if not rows:
             return
@@ -225,12 +235,13 @@ class Joiner:
         last_s = row.time_s + rules.label_window_s + rules.amend_s
         if row.state == EXPIRED:
             self.counters["labels_late"] += 1
-        elif row.state == COVERED or max(label.time_s, self.clock.now_s) > last_s:
-            self.counters["labels_after_release"] += 1
-        elif not rules.amend_s or _stands(row.label, label) or _same(row.label, label):
-            self.counters["labels_after_release"] += 1
-        else:
+            return
+        may_amend = row.state == RELEASED and rules.amend_s > 0
+        in_time = max(label.time_s, self.clock.now_s) <= last_s
+        if may_amend and in_time and not _stands(row.label, label) and not _same(row.label, label):
             self._amend(key, row, label)
+        else:
+            self.counters["labels_after_release"] += 1
 
     def _amend(self, key: bytes, row: Row, label: Label) -> None:
         stored = self._waiting.run(run_of(key, row))

@@ -45,9 +45,7 @@ class JointClock:
         self._awaited = tuple(awaited)
         self._devices: dict[str, _Device] = {}
 
-    def restore(
-        self, now_s: float, accounts: Mapping[Lane, Account], monotonic_s: float
-    ) -> None:
+    def restore(self, now_s: float, accounts: Mapping[Lane, Account], monotonic_s: float) -> None:
         """Go on at `now_s`; devices that were heard before count as heard right now."""
         self.now_s = now_s
         for device in self._awaited:

@@ -34,7 +34,9 @@ class Ledger:
         self._changed: set[Lane] = set()
         self._lanes: dict[str, list[Lane]] = {}
         self._after: dict[tuple[str, int], int] = {}
+        self._totals: Counter[str] = Counter(_parts(Account()))
         for lane, account in self.accounts.items():
+            self._totals.update(_parts(account))
             self._lanes.setdefault(lane[0], []).append(lane)
             self._note_prior(lane, account.prior)
         self.counters.clear()  # they were counted when they were noticed
@@ -44,6 +46,7 @@ class Ledger:
     ) -> None:
         """Account for `lost` numbers and then for `records`, which follow the mark."""
         account = self._account(lane)
+        self._totals.subtract(_parts(account))
         if prior and not account.prior:
             account.prior = prior
             self._note_prior(lane, prior)
@@ -56,6 +59,7 @@ class Ledger:
         account.newest_s = max(account.newest_s, max(whole, default=account.newest_s))
         account.seq += lost + len(records)
         assert account.is_balanced, f"{lane}: {account}"
+        self._totals.update(_parts(account))
         self._changed.add(lane)
         self.moved.add(lane)
 
@@ -65,7 +69,9 @@ class Ledger:
             lane = (device, mark.epoch, mark.event_class)
             account = self._account(lane)
             if account.durable != mark.seq:
+                self._totals.subtract(_parts(account))
                 account.durable = mark.seq
+                self._totals.update(_parts(account))
                 self._changed.add(lane)
 
     def write(self, change: Transaction) -> None:
@@ -89,8 +95,10 @@ class Ledger:
         return Watermark(WIRE_VERSION, device, [Mark(e, c, seq) for (_, e, c), seq in held if seq])
 
     def totals(self) -> dict[str, int]:
-        """Sums over all lanes, and whether each of them is balanced (1) or not (0)."""
-        return totals(self.accounts)
+        """Sums over all lanes, and whether they are balanced (1) or not (0)."""
+        totals = dict(self._totals)
+        accounted = totals["archived"] + totals["quarantined"] + totals["dropped"]
+        return {**totals, "balanced": int(accounted == totals["held"])}
 
     def _account(self, lane: Lane) -> Account:
         account = self.accounts.get(lane)
@@ -119,14 +127,12 @@ class Ledger:
             self.counters["duplicate_identity"] += 1
 
 
-def totals(accounts: Mapping[Lane, Account]) -> dict[str, int]:
-    """Sums over lanes, and whether each of them is balanced (1) or not (0)."""
-    every = accounts.values()
+def _parts(account: Account) -> dict[str, int]:
+    """What a lane adds to the totals."""
     return {
-        "held": sum(account.seq for account in every),
-        "archived": sum(account.archived for account in every),
-        "quarantined": sum(account.quarantined for account in every),
-        "dropped": sum(sum(account.dropped.values()) for account in every),
-        "under_way": sum(max(0, account.durable - account.seq) for account in every),
-        "balanced": int(all(account.is_balanced for account in every)),
+        "held": account.seq,
+        "archived": account.archived,
+        "quarantined": account.quarantined,
+        "dropped": sum(account.dropped.values()),
+        "under_way": max(0, account.durable - account.seq),
     }

@@ -69,9 +69,14 @@ class Settling:
         self._is_negative, self._learn_from_s = is_negative, learn_from_s
         self._devices = dict.fromkeys(waiting.devices_waited_for(), _NEVER_S)
         self._newest: Order = (_NEVER_S, "", 0, 0)
+        self.covered: list[Example] = []
 
     def settle(self, touched: set[bytes], wall_s: float, now_s: float) -> list[Example]:
-        """Advance the clock and settle what has matured; `touched` are runs with a late label."""
+        """Advance the clock and settle what has matured; `touched` are runs with a late label.
+
+        What the bootstrap has learned comes out as well, apart: in `covered`.
+        """
+        self.covered = []
         mature_s = self._clock.advance(now_s) - self._window_s
         runs = touched | {run for run, _ in self._waiting.take(SETTLE, mature_s)}
         for device, seen_s in list(self._devices.items()):
@@ -128,6 +133,8 @@ class Settling:
             row.state = RELEASED
             self._counters["examples"] += 1
         self._waiting.set_row(key, row)
+        if row.state == COVERED:
+            self.covered.append(example(key, stored, row, wall_s))
         return [example(key, stored, row, wall_s)] if row.state == RELEASED else []
 
     def _file_again(self, run: bytes, left: _Left) -> None:

@@ -27,6 +27,7 @@ Knows nothing about how records are accepted, joined or batched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -47,6 +48,7 @@ from edge_runtime.errors import ConfigError
 
 VERSION = 2
 QUARANTINE_ROWS, QUARANTINE_BYTES = 1000, 4096
+TRIMMED_AT_ONCE = 20
 DAMAGED = "ingest_db_damaged"
 
 TABLES = {
@@ -62,7 +64,7 @@ TABLES = {
     "files": Table(),
 }
 _META, _COUNTERS, _END = b"meta", b"counters", b"\xff" * 96
-_ARCHIVE_ONLY, _FOR_BATCHES = b"\0", b"\1"
+_FOR_FILES, _FOR_BATCHES = b"\0", b"\1"
 
 Quarantined = tuple[float, str, str, bytes]
 
@@ -105,11 +107,13 @@ class IngestDb:
         """What was committed so far."""
         meta = self.meta()
         data = self.rocks.get("meta", _COUNTERS)
-        batched = {number for _, numbers in self._batches(meta.trimmed) for number in numbers}
-        unbatched, unarchived = [], []
+        batched = {number for _, numbers in self.batches(meta.trimmed) for number in numbers}
+        unbatched, unarchived, for_files_only = [], [], []
         for key, value in self.rocks.scan("examples", b"", _END):
             number, example = int.from_bytes(key, "big"), _example(value[1:])
-            if value[:1] == _FOR_BATCHES and number not in batched:
+            if value[:1] == _FOR_FILES:
+                for_files_only.append(number)
+            elif number not in batched:
                 unbatched.append((number, example))
             if number > meta.archived:
                 unarchived.append((number, example))
@@ -119,6 +123,7 @@ class IngestDb:
             counters=_counters(data) if data else {},
             unbatched=unbatched,
             unarchived=unarchived,
+            for_files_only=for_files_only,
             files=self.files(),
         )
 
@@ -155,11 +160,17 @@ class IngestDb:
         for following in range(number + 1, self.meta().batch + 1):
             yield Batch(following, self.examples_of(following))
 
+    def examples_after(self, number: int) -> list[Example]:
+        """The examples that were released after `number` and are for batches, in order."""
+        entries = self.rocks.scan("examples", number_key(number + 1), _END)
+        return [_example(value[1:]) for _, value in entries if value[:1] == _FOR_BATCHES]
+
     def quarantined(self) -> list[Quarantined]:
         """The newest refused messages and records: arrival, subject, reason, first bytes."""
         return [_quarantined(value) for _, value in self.rocks.scan("quarantine", b"", _END)]
 
-    def _batches(self, after: int) -> Iterator[tuple[int, list[int]]]:
+    def batches(self, after: int) -> Iterator[tuple[int, list[int]]]:
+        """The batches above a number that are kept, and the numbers of their examples."""
         for key, value in self.rocks.scan("batches", number_key(after + 1), _END):
             yield int.from_bytes(key, "big"), _numbers(value)
 
@@ -181,7 +192,7 @@ def put_quarantined(change: Transaction, number: int, what: Quarantined) -> None
 
 def put_example(change: Transaction, number: int, example: Example, *, for_batches: bool) -> None:
     """Keep a released example; one that is for no batch goes when it lies in a file."""
-    mark = _FOR_BATCHES if for_batches else _ARCHIVE_ONLY
+    mark = _FOR_BATCHES if for_batches else _FOR_FILES
     change.put("examples", number_key(number), mark + _encode(example))
 
 
@@ -192,8 +203,8 @@ def put_batch(change: Transaction, number: int, examples: Sequence[int]) -> None
 
 
 def trim_batches(db: IngestDb, change: Transaction, meta: Meta, through: int) -> None:
-    """Forget batches up to `through` whose examples lie in files, some at each commit."""
-    for number, examples in db._batches(meta.trimmed):
+    """Forget batches up to `through` whose examples lie in files, a few at each commit."""
+    for number, examples in islice(db.batches(meta.trimmed), TRIMMED_AT_ONCE):
         if number > through or max(examples) > meta.archived:
             break
         for example in examples:
@@ -231,9 +242,7 @@ def read_accounts(path: Path) -> dict[Lane, Account]:
 def check_version(path: Path, meta: Meta) -> None:
     """Raises: ConfigError `bad_version`."""
     if meta.version != VERSION:
-        raise ConfigError(
-            "bad_version", f"{path} has version {meta.version}; this reads {VERSION}"
-        )
+        raise ConfigError("bad_version", f"{path} has version {meta.version}; this reads {VERSION}")
 
 
 def _numbers(packed: bytes) -> list[int]:

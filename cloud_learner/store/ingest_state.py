@@ -98,8 +98,9 @@ class Row(msgspec.Struct, gc=False):
         """A stored row."""
         if len(data) == _ROW.size:
             return cls(*_ROW.unpack(data))
-        label, (revision,) = Label.unpacked(data, _ROW.size), _REVISION.unpack(data[-4:])
-        return cls(*_ROW.unpack_from(data), label, revision)
+        time_s, state, place = _ROW.unpack_from(data)
+        (revision,) = _REVISION.unpack_from(data, len(data) - _REVISION.size)
+        return cls(time_s, state, place, Label.unpacked(data, _ROW.size), revision)
 
 
 def pending_row(time_s: float, place: int) -> bytes:
@@ -127,18 +128,16 @@ class Meta(msgspec.Struct, array_like=True):
 
 
 class IngestState(msgspec.Struct):
-    """What a start reads back. `unbatched` and `unarchived` are numbered, in release order;
-    `early` counts the labels that wait for a prediction, by device and epoch; `waiting` names the
-    devices with predictions that wait for the device's own time.
+    """What a start reads back. `unbatched` and `unarchived` are numbered, in release order; no
+    batch will hold the numbers in `for_files_only`.
     """
 
     meta: Meta
     accounts: dict[Lane, Account] = {}
     counters: dict[str, int] = {}
-    early: dict[tuple[str, int], int] = {}
-    waiting: set[str] = set()
     unbatched: list[tuple[int, Example]] = []
     unarchived: list[tuple[int, Example]] = []
+    for_files_only: list[int] = []
     files: list[str] = []
 
 

@@ -26,8 +26,8 @@ from rocksdict import (
     Cache,
     DBCompressionType,
     Options,
-    ReadOptions,
     Rdict,
+    ReadOptions,
     WriteBatch,
     WriteOptions,
 )
@@ -44,7 +44,8 @@ _CONFIG = "rocksdict-config.json"
 
 class Table:
     """How a table is used: `buffer_bytes` of new entries stay in memory; `has_blobs` keeps large
-    values out of the tree, where they would be written again and again."""
+    values out of the tree, where they would be written again and again.
+    """
 
     def __init__(self, *, buffer_bytes: int = _BUFFER_BYTES, has_blobs: bool = False) -> None:
         self.buffer_bytes, self.has_blobs = buffer_bytes, has_blobs
@@ -131,8 +132,9 @@ class Rocks:
         options = ReadOptions()
         options.set_iterate_upper_bound(end)
         with self._fenced():
-            for key, value in self._tables[table].items(from_key=start, read_opt=options):
-                yield key, value  # type: ignore[misc]
+            entries: Iterator[tuple[bytes, bytes]]
+            entries = self._tables[table].items(from_key=start, read_opt=options)  # type: ignore[assignment]
+            yield from entries
 
     def close(self) -> None:
         """Close, and let another process in."""
