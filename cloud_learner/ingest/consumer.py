@@ -155,9 +155,9 @@ class Ingest:
                 work = partial(intake.commit, messages, marks, learned=self.learned)
                 commit = await loop.run_in_executor(thread, work)
                 break
-            except CapacityError as error:
+            except (CapacityError, OSError) as error:
                 self.paused = str(error)
-                self._counters[f"paused_{error.code}"] += 1
+                self._counters[f"paused_{getattr(error, 'code', 'disk_error')}"] += 1
                 await loop.run_in_executor(thread, self._abandon)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_S_MAX)
