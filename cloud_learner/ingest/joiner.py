@@ -35,7 +35,7 @@ from cloud_learner.store.ingest_state import (
     Row,
     id_of,
     lane_prefix,
-    pending_row,
+    pending_rows,
     prediction_key,
 )
 from cloud_learner.store.rocks import Transaction
@@ -151,24 +151,23 @@ class Joiner:
 
     def _predict(self, portion: Portion) -> None:
         device, epoch, _ = portion.lane
-        prefix, first = lane_prefix(device, epoch), portion.first_seq
-        family, rows = self._rules.family, {}
-        earliest_s = float("inf")
-        for place, record in enumerate(portion.records):
-            if type(record) is not PredictionRecord:
-                continue
-            if record.family != family:
-                self.counters["other_family"] += 1
-                continue
-            earliest_s = min(earliest_s, record.time_s)
-            rows[prefix + (first + place).to_bytes(8, "big")] = pending_row(record.time_s, place)
-        if not rows:
+        family = self._rules.family
+        places = [
+            place
+            for place, record in enumerate(portion.records)
+            if type(record) is PredictionRecord and record.family == family
+        ]
+        asked = sum([type(record) is PredictionRecord for record in portion.records])
+        self.counters["other_family"] += asked - len(places)
+        if not places:
             return
-        self.counters["pending"] += len(rows)
-        self._waiting.fresh.update(rows)
+        prefix, first = lane_prefix(device, epoch), portion.first_seq
+        times_s = [portion.records[place].time_s for place in places]  # type: ignore[union-attr]
+        self._waiting.fresh.update(pending_rows(prefix, first, places, times_s))
+        self.counters["pending"] += len(places)
         run = prediction_key(prefix, first)
         self._waiting.add_run(run, first + len(portion.records) - 1, portion.envelope)
-        self._waiting.file(SETTLE, earliest_s, run)
+        self._waiting.file(SETTLE, min(times_s), run)
 
     def _move(self, lane: Lane, now_s: float) -> None:
         """Note how far a lane is; early labels up to there join, or will meet no prediction."""
