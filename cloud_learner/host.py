@@ -200,7 +200,12 @@ class Host:
         )
 
     def _detail(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        return {"rollout": rollout, "weights": self.learner.cycle.replicas.weights}
+        return {
+            "rollout": rollout,
+            "weights": self.learner.cycle.replicas.weights,
+            "duplicate_identities": self.learner.ingest.duplicates,
+            "paused": self.learner.ingest.paused,
+        }
 
     async def _on_examples(self, examples: list[Example]) -> None:
         if examples:
@@ -217,6 +222,7 @@ class Host:
         if report.device != subjects.device_of(message.subject):
             self._quarantined_reports += 1
             return
+        self.learner.ingest.hear(report)
         await self.controller.report(report)
 
     async def _make_streams(self) -> None:
