@@ -109,7 +109,7 @@ class Archive:
                 if path.parent not in self._known:
                     make_durable(path.parent)
                     self._known.add(path.parent)
-                self._at("folder made")
+                self._at("place made")
                 os.replace(temporary, path)
                 self._at("renamed")
                 fsync_directory(path.parent)
@@ -119,8 +119,8 @@ class Archive:
             raise
 
     def adopt(self, names: Collection[str]) -> list[str]:
-        """Remove the files that no transaction names, and return what was removed; finish a
-        compaction whose transaction was committed, and forget one whose was not.
+        """Finish a compaction whose transaction was committed, and forget one whose was not; then
+        remove the files that no transaction names, and return which those were.
 
         Raises: ConfigError `archive_incomplete` when a named file is absent; then nothing was
         changed. CapacityError `disk_full` when a compaction cannot be finished.
