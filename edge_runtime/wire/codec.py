@@ -1,15 +1,19 @@
 """Bytes to messages and back: MessagePack through msgspec, validated on the way in.
 
-Why: a decoder that validates is the border at which garbage stops.
+Why: a decoder that validates is the border at which garbage stops. Envelopes are many records that
+look alike, so on the wire they are deflated where that pays.
 
-Invariants: decoding never raises anything but RequestError (code `bad_message`); what the
-independent `msgpack` library writes is read here, and the other way round.
+Invariants: decoding never raises anything but RequestError (codes `bad_message`, `bad_version`,
+`bad_encoding`); what the independent `msgpack` library writes is read here, and the other way
+round. However little a sender sends, to inflate it never costs more than INFLATED_BYTES_MAX.
 
-Implements proto/asyncapi.yaml (payloads).
+Implements proto/asyncapi.yaml (payloads, Content-Encoding).
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -25,6 +29,14 @@ from edge_runtime.wire.messages import (
 )
 
 T = TypeVar("T")
+
+INFLATED_BYTES_MAX = 1 << 20
+"""The largest envelope that is inflated; no more fits into a message that is not deflated."""
+
+ENCODING_HEADER, ENCODING = "Content-Encoding", "deflate"
+_LEVEL = 1  # 62 bytes of a 187 byte event at 240 MB/s; level 6 saves a tenth more at a third of it
+_PAYS = 0.9
+_PAYS_FROM_BYTES = 256
 
 _encoder = msgspec.msgpack.Encoder()
 _record: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
@@ -74,3 +86,45 @@ def decode_report(data: bytes) -> Report:
 def decode_status(data: bytes) -> LearnerStatus:
     """A learner status. Raises: RequestError."""
     return _decode(_status, data, "status")
+
+
+def pack_envelope(envelope: Envelope) -> tuple[bytes, dict[str, str]]:
+    """An envelope as it travels: its bytes, and the headers that say how to read them.
+
+    It is deflated (zlib's format, RFC 1950) where that saves a tenth or more.
+    """
+    data = encode(envelope)
+    if len(data) >= _PAYS_FROM_BYTES:
+        packed = zlib.compress(data, _LEVEL)
+        if len(packed) + len(ENCODING_HEADER) + len(ENCODING) <= _PAYS * len(data):
+            return packed, {ENCODING_HEADER: ENCODING}
+    return data, {}
+
+
+def unpack_envelope(data: bytes, headers: Mapping[str, str]) -> bytes:
+    """What `decode_envelope` reads, of an envelope as it came with `headers`.
+
+    Raises: RequestError `bad_encoding` for an encoding that is not known, for bytes that are not
+    of that encoding, and for more than INFLATED_BYTES_MAX.
+    """
+    encoding = headers.get(ENCODING_HEADER)
+    if encoding is None:
+        return data
+    if encoding != ENCODING:
+        raise _bad_encoding(data, f"{encoding[:64]!r} is not known; this reads {ENCODING}")
+    inflater = zlib.decompressobj()
+    try:
+        plain = inflater.decompress(data, INFLATED_BYTES_MAX + 1)
+    except zlib.error as error:
+        raise _bad_encoding(data, str(error)) from error
+    if len(plain) > INFLATED_BYTES_MAX:
+        raise _bad_encoding(data, f"it inflates to more than {INFLATED_BYTES_MAX} bytes")
+    if not inflater.eof or inflater.unused_data:
+        raise _bad_encoding(data, "it is cut short, or goes on behind its end")
+    return plain
+
+
+def _bad_encoding(data: bytes, why: str) -> RequestError:
+    return RequestError(
+        "bad_encoding", f"envelope of {len(data)} bytes is not valid {ENCODING_HEADER}: {why}"
+    )
