@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from datetime import date
 from pathlib import Path
@@ -240,12 +240,15 @@ class Archive:
 
 def _by_day(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """The examples by the folder that they belong to, each in its order."""
-    folders: dict[str, list[Example]] = {}
+    parts: dict[tuple[int, str], list[Example]] = defaultdict(list)
     for day, example in zip(parquet.days_of(examples).tolist(), examples, strict=True):
-        family = quote(example.family, safe="")
-        folder = f"family={family}/day={date.fromordinal(day + _EPOCH).isoformat()}"
-        folders.setdefault(folder, []).append(example)
-    return folders
+        parts[day, example.family].append(example)
+    return {_folder(*key): part for key, part in parts.items()}
+
+
+def _folder(day: int, family: str) -> str:
+    name = quote(family, safe="")
+    return f"family={name}/day={date.fromordinal(day + _EPOCH).isoformat()}"
 
 
 def _by_number(name: str) -> str:

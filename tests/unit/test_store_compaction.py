@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
 import pytest
@@ -289,3 +291,27 @@ def test_a_damaged_file_is_not_merged_and_nothing_is_lost_of_the_others(tmp_path
         learner.compact()
     assert below(tmp_path / "archive") == before
     assert below(tmp_path / ".archive.unfinished") == []
+
+
+def test_an_exchange_is_never_seen_half_done(tmp_path):
+    shown, hidden = tmp_path / "shown", tmp_path / "hidden"
+    for folder in (shown, hidden):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    seen = []
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(lambda: [compaction.exchange(shown, hidden) for _ in range(4000)])
+        while not work.done():
+            seen += [os.listdir(shown), os.listdir(hidden)]
+        work.result()
+    assert all(len(names) == 1 for names in seen)
+    assert {name for names in seen for name in names} == {"shown", "hidden"}
+
+
+def test_an_exchange_that_is_refused_changes_nothing(tmp_path):
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        compaction.exchange(shown, tmp_path / "absent")
+    assert caught.value.filename == str(shown)
+    assert os.listdir(tmp_path) == ["shown"]
