@@ -1,14 +1,18 @@
 """SIGKILL at seeded random points of what the learner stores: examples and raw envelopes.
 
 The child commits, compacts and says each step; the parent reads the folder as it is while the child
-works, kills it after a random number of steps, and looks at what is left.
+works, kills it after a random number of steps, and looks at what is left. Or strace kills it as it
+enters the n-th of the system calls that change the disk.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +60,7 @@ state = json.loads(path.read_text()) if path.exists() else dict(commits=0, names
 archive.adopt(state["names"])
 raw.adopt(Position(*state["raw"]) if state["raw"] else None)
 say("open")
-while True:
+while state["commits"] < int(sys.argv[2]):
     commit = state["commits"]
     messages = [RawMessage("s", "", b"%d" % (2 * commit + at) * 50, commit) for at in range(2)]
     state["raw"] = raw.append(messages)
@@ -101,12 +105,17 @@ def check_seen(home: Path) -> None:
     assert set(range(committed)) <= set(found)
 
 
+def _command(home: Path, commits: int) -> list[str]:
+    return [sys.executable, "-c", _CHILD, str(home), str(commits)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def run_and_kill(home: Path, words: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(home)], stdout=subprocess.PIPE, env=environment
-    )
-    with child:
+    command = [*_command(home, commits=1_000_000)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=_environment()) as child:
         assert child.stdout is not None
         for word in range(words):
             assert child.stdout.readline(), "the child ended by itself"
@@ -153,3 +162,115 @@ def test_a_kill_anywhere_leaves_each_committed_example_and_message_once(tmp_path
 @pytest.mark.parametrize("seed", range(20))
 def test_many_kills_leave_each_committed_example_and_message_once(tmp_path, seed):
     kill_often(tmp_path, seed, lives=25)
+
+
+_CALLS = (
+    *("mkdir", "rename", "renameat2", "link", "unlink", "unlinkat", "rmdir"),
+    *("fsync", "fdatasync", "ftruncate", "pwrite64"),
+)
+_COMMITS = 8
+
+
+def run_traced(home: Path, call: str, kill_at: int) -> bool:
+    """Run a few commits under strace; True when it was killed, False when it came to its end."""
+    strace = ["strace", "-f", "-y", "-s", "0", "-o", str(home.with_suffix(".calls"))]
+    strace += ["-e", f"trace=write,{','.join(_CALLS)}"]
+    strace += ["-e", f"inject={call}:signal=KILL:when={kill_at}"]
+    command = [*strace, *_command(home, _COMMITS)]
+    done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, check=False)
+    assert done.returncode in {0, -9, 137}, done
+    return done.returncode != 0
+
+
+def can_trace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    probe = ["strace", "-f", "-o", os.devnull, "-e", "trace=fsync", "true"]
+    return subprocess.run(probe, check=False, capture_output=True).returncode == 0
+
+
+def kill_at_every(home: Path, call: str, step: int) -> int:
+    """Kill at every `step`-th `call`; returns how many kills there were."""
+    for kills in itertools.count():
+        kill_at = 1 + kills * step
+        folder = home / f"{kill_at}"
+        folder.mkdir()
+        is_killed = run_traced(folder, call, kill_at)
+        try:
+            commits = check(folder)
+        except BaseException as error:
+            error.add_note(f"killed at {call} {kill_at}: see {folder.with_suffix('.calls')}")
+            raise
+        if not is_killed:
+            assert commits == _COMMITS
+            break
+    return kills
+
+
+needs_strace = pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+
+
+@needs_strace
+@pytest.mark.parametrize("call", ["renameat2", "rename", "fdatasync"])
+def test_a_kill_at_a_call_that_changes_the_disk_loses_and_doubles_nothing(tmp_path, call):
+    assert kill_at_every(tmp_path, call, step=7) >= 1
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.parametrize("call", _CALLS)
+def test_a_kill_at_every_call_that_changes_the_disk_loses_and_doubles_nothing(tmp_path, call):
+    assert kill_at_every(tmp_path, call, step=1) >= (0 if call in {"ftruncate", "rmdir"} else 1)
+
+
+_CALL = re.compile(r"\d+ +(\w+)\((?:\d+<([^>]*)>)?(.*)")
+
+
+class Disk:
+    """What a power cut may take, by the calls so far: files with bytes, folders with names."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.exchanges = str(home), 0
+        self.unsynced: set[str] = set()
+        self.known: set[str] = set()
+
+    def call(self, line: str) -> None:
+        found = _CALL.fullmatch(line)
+        assert found, line
+        name, path, rest = found.groups()
+        if name in {"write", "pwrite64", "ftruncate"} and (path or "").startswith(self.home):
+            if path not in self.known:
+                self.unsynced.add(os.path.dirname(path))
+            self.known.add(path)
+            self.unsynced.add(path)
+        elif name in {"fsync", "fdatasync"}:
+            self.unsynced.discard(path)
+        elif name == "rename":
+            old, new = re.findall(r'"([^"]*)"', rest)
+            if new.endswith("state.json"):  # the commit point
+                assert self.unsynced == {os.path.dirname(old)}, line
+            assert old not in self.unsynced, line
+            self.known.discard(old)
+            self.unsynced.discard(os.path.dirname(old))  # a name that comes back does no harm
+            self.unsynced.add(os.path.dirname(new))
+        elif name == "renameat2":
+            assert self.unsynced == set(), line
+            self.unsynced |= {os.path.dirname(each) for each in re.findall(r'"([^"]*)"', rest)}
+            self.exchanges += 1
+        elif name in {"unlink", "unlinkat"}:
+            assert self.unsynced == set(), line
+        elif name == "mkdir" and rest.endswith("= 0"):
+            self.unsynced.add(os.path.dirname(re.findall(r'"([^"]*)"', rest)[0]))
+
+
+@needs_strace
+def test_all_is_synced_before_it_is_named_exchanged_or_removed(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    assert not run_traced(home, "rename", 60_000)
+    disk = Disk(home)
+    for line in home.with_suffix(".calls").read_text().splitlines():
+        if str(home) in line and "resumed>" not in line and "/.exchange" not in line:
+            disk.call(line)
+    assert disk.exchanges >= 2
+    assert disk.unsynced == set()
