@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
 
 from cloud_learner.store.examples import Batch, Example
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.messages import (
+    OMITTED,
     EventClass,
     LabelRecord,
     ObservationRecord,
@@ -28,7 +32,8 @@ from edge_runtime.wire.messages import (
 )
 
 NUMBER_MAX = (1 << 53) - 1
-"""The largest epoch or sequence number: what every language's numbers and SQLite hold exactly."""
+"""The largest epoch or sequence number: what every language's numbers hold exactly."""
+TIME_S_MIN, TIME_S_MAX = -62_135_596_800.0, 253_402_300_800.0  # the years 1 to 9999
 WAITING_BATCHES = 40
 
 
@@ -39,13 +44,65 @@ def refusal(record: Record, event_class: EventClass, widths: Mapping[str, int]) 
     """
     if isinstance(record, LabelRecord) != (event_class == "label"):
         return "wrong_class"
-    if not math.isfinite(record.time_s):
+    if not TIME_S_MIN <= record.time_s < TIME_S_MAX:
         return "bad_time"
     if isinstance(record, LabelRecord):
         return _label_refusal(record)
     if isinstance(record, ObservationRecord):
         return ""
     return _prediction_refusal(record, widths)
+
+
+def all_fine(
+    records: Sequence[Record | int], event_class: EventClass, widths: Mapping[str, int]
+) -> bool:
+    """Whether `refusal` would refuse none of these; False may also mean that it is not sure.
+
+    An omitted record is fine when its key is known.
+    """
+    whole = [record for record in records if not isinstance(record, int)]
+    if len(whole) < len(records) and not OMITTED.keys() >= {
+        record for record in records if isinstance(record, int)
+    }:
+        return False
+    if not whole:
+        return True
+    times = [record.time_s for record in whole]
+    # A sum shows a NaN, which the comparisons of min and max may pass over.
+    if not (math.isfinite(sum(times)) and min(times) >= TIME_S_MIN and max(times) < TIME_S_MAX):
+        return False
+    kinds = set(map(type, whole))
+    if event_class == "label":
+        return kinds == {LabelRecord} and _labels_fine(cast("list[LabelRecord]", whole))
+    if LabelRecord in kinds:
+        return False
+    asked = [record for record in whole if isinstance(record, PredictionRecord)]
+    return not asked or _predictions_fine(asked, widths)
+
+
+def _labels_fine(labels: list[LabelRecord]) -> bool:
+    numbers = [label.seq for label in labels] + [label.epoch for label in labels]
+    return (
+        math.isfinite(sum([label.value for label in labels]))
+        and min(numbers) > 0
+        and max(numbers) <= NUMBER_MAX
+    )
+
+
+def _predictions_fine(asked: list[PredictionRecord], widths: Mapping[str, int]) -> bool:
+    features = [record.features for record in asked]
+    for spec, size in {(record.spec, len(record.features)) for record in asked}:
+        if size % 4 or size != 4 * widths.get(spec, size // 4):
+            return False
+    if not np.isfinite(np.frombuffer(b"".join(features), "<f4")).all():
+        return False
+    chances = [record.propensity for record in asked]
+    if not (min(chances) > 0 and max(chances) <= 1 and math.isfinite(sum(chances))):
+        return False
+    if not all(record.scored for record in asked):
+        return False
+    outputs = [scored.outputs for record in asked for scored in record.scored]
+    return all(outputs) and math.isfinite(sum(map(sum, outputs)))
 
 
 def _label_refusal(record: LabelRecord) -> str:

@@ -22,7 +22,7 @@ Value = str | int | float
 Fields = dict[str, Value]
 
 
-class Scored(msgspec.Struct, array_like=True, frozen=True):
+class Scored(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What one resident arm answered to an event: its release and its output values."""
 
     release: str
@@ -30,7 +30,7 @@ class Scored(msgspec.Struct, array_like=True, frozen=True):
     outputs: list[float]
 
 
-class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1):
+class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     """An event that asked for a prediction, with the answer and the feature values behind it.
 
     `features` is float32, little-endian, in the order of the feature spec whose hash is `spec`.
@@ -48,7 +48,7 @@ class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1):
     scored: list[Scored]
 
 
-class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2):
+class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     """An event that was observed and asked for no answer."""
 
     family: str
@@ -57,7 +57,7 @@ class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2):
     fields: Fields
 
 
-class LabelRecord(msgspec.Struct, array_like=True, frozen=True, tag=3):
+class LabelRecord(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     """What turned out to be true of the prediction (`epoch`, `seq`) of the same device."""
 
     family: str
