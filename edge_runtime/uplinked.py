@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError
 from edge_runtime.events.uplink import Uplink
+from edge_runtime.events.watermarks import ends
 from edge_runtime.events.withhold import Withhold
 from edge_runtime.inference.prover import Prover
 from edge_runtime.rollout.agent import Agent, Updates
@@ -61,7 +63,7 @@ async def cloud_side(
             attributes=config.attributes,
             poll_s=config.poll_s,
             prove=prover.prove,
-            durable=uplink.durable,
+            durable=partial(ends, journal.log),
         )
         journal.on_commit = uplink.wake
         parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}

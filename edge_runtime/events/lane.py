@@ -15,7 +15,6 @@ Knows nothing about buses, files or what an envelope holds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 
 from edge_runtime.events.log import Piece
 from edge_runtime.events.packing import Packed
@@ -28,8 +27,9 @@ _PATIENCE_S, _PATIENCE_MAX_S = 5.0, 300.0
 class Lane:
     """One class on its way: by epoch, what was read, acknowledged by the broker, and learned.
 
-    `ahead` is read and waits for its turn; `full_records` is how many records filled the last full
-    envelope, a first guess until then. `turn` rises whenever what was read ahead is void.
+    `earlier` is where epochs before the running one end that the learner may not hold whole, oldest
+    first. `ahead` is read and waits for its turn; `full_records` is how many records filled the
+    last full envelope, a first guess until then. `turn` rises whenever what was read ahead is void.
     """
 
     def __init__(self, event_class: EventClass) -> None:
@@ -37,6 +37,7 @@ class Lane:
         self.learned: dict[int, int] = {}
         self.read: dict[int, int] = {}
         self.stored: dict[int, int] = {}
+        self.earlier: list[tuple[int, int]] = []
         self.ahead: deque[Packed] = deque()
         self.reading = False
         self.turn = 0
@@ -58,12 +59,14 @@ class Lane:
         self._refused = None
         self._void()
 
-    def behind(self, owed: Iterable[tuple[int, int]]) -> tuple[int, int, int] | None:
-        """(epoch, last read, last durable) of the first epoch that has more to read."""
-        for epoch, last_seq in owed:
-            after_seq = self.read.get(epoch, 0)
+    def behind(self, epoch: int, durable_seq: int) -> tuple[int, int, int] | None:
+        """(epoch, last read, last durable) of the first epoch that has more to read; the arguments
+        are where the running one stands.
+        """
+        for owed, last_seq in (*self.earlier, (epoch, durable_seq)):
+            after_seq = self.read.get(owed, 0)
             if after_seq < last_seq:
-                return epoch, after_seq, last_seq
+                return owed, after_seq, last_seq
         return None
 
     def to_send(self) -> int:
@@ -75,7 +78,7 @@ class Lane:
         self.reading = False
         self._packing += len(pieces)
         ends = [piece.base_seq + len(piece.records) - 1 for piece in pieces]
-        self.read[epoch] = ends[-1] if ends else last_seq
+        self.read[epoch] = max(ends[-1] if ends else last_seq, self.read.get(epoch, 0))
         if ends and ends[0] < last_seq:
             self.full_records = max(1, len(pieces[0].records))
 

@@ -104,6 +104,10 @@ class Quotas:
         self.unsaved, self._is_changed, self._since_saved = False, False, 0.0
         return msgspec.json.encode(self._counts)
 
+    def not_saved(self) -> None:
+        """What `to_save` gave could not be written: the next time it goes into the file."""
+        self._is_changed = True
+
     def _turn_day(self) -> None:
         if (today := self._today()) != self._counts.day:
             self._counts.day, self.unsaved = today, True

@@ -34,7 +34,6 @@ from edge_runtime.events.packing import Packed, Packer
 from edge_runtime.events.watermarks import Watermarks
 from edge_runtime.events.withhold import Withhold
 from edge_runtime.wire import subjects
-from edge_runtime.wire.messages import Mark
 
 _LINGER_S = 0.015
 _AHEAD, _READ_AT_ONCE = 8, 4  # envelopes
@@ -80,8 +79,8 @@ class Uplink:
     async def run(self) -> None:
         """Drain the log until cancelled; the network's errors are counted and waited out."""
         self._loop = asyncio.get_running_loop()
-        subject = subjects.watermark(self._device)
-        subscription = await self._bus.subscribe(subject, self._on_watermark)
+        where = subjects.watermark(self._device)
+        subscription = await self._bus.subscribe(where, self._on_watermark)
         try:
             while True:
                 await self._drain_or_wait()
@@ -117,14 +116,6 @@ class Uplink:
         )
         return numbers
 
-    def durable(self) -> list[Mark]:
-        """Where each epoch and class ends that the learner may not hold whole."""
-        return [
-            Mark(epoch, name, last_seq)
-            for name in CLASSES
-            for epoch, last_seq in self._log.owed(name)
-        ]
-
     async def _drain_or_wait(self) -> None:
         refused: list[HeadwaterError] = []
         started_s = self._clock.monotonic_s()
@@ -153,6 +144,7 @@ class Uplink:
             lane.learned, lane.stored = {}, {}
         if message is not None:
             await self._on_watermark(message)
+        self._look_back()
         self._attempt += 1
         self._start_over = False
         for lane in self._lanes.values():
@@ -206,7 +198,7 @@ class Uplink:
     def _read(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
         if lane.reading or lane.to_send() > _AHEAD - _READ_AT_ONCE:
             return
-        found = lane.behind(self._log.owed(lane.event_class))
+        found = lane.behind(*self._log.durable(lane.event_class))
         if found is None:
             return
         epoch, after_seq, last_seq = found
@@ -286,6 +278,13 @@ class Uplink:
             await asyncio.get_running_loop().run_in_executor(
                 self._disk, self._watermarks.give_back, floors
             )
+        self._look_back()
+
+    def _look_back(self) -> None:
+        """Ask the log which earlier epochs it owes; that changes only with a watermark."""
+        for lane in self._lanes.values():
+            owed = self._log.owed(lane.event_class)
+            lane.earlier = [(epoch, last) for epoch, last in owed if epoch != self._log.epoch]
 
 
 def _jitter(low: float, high: float) -> float:

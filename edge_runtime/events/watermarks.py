@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from edge_runtime.errors import RequestError
-from edge_runtime.events.log import EventLog
+from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import EventClass, Mark
 
@@ -93,6 +93,11 @@ class Watermarks:
                 self._device,
                 epoch,
             )
+
+
+def ends(log: EventLog) -> list[Mark]:
+    """Where each epoch and class ends on the device that the learner may not hold whole."""
+    return [Mark(epoch, name, last_seq) for name in CLASSES for epoch, last_seq in log.owed(name)]
 
 
 def _epochs_of(log: EventLog) -> set[int]:

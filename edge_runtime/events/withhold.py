@@ -135,7 +135,7 @@ class Withhold:
             data = self._quotas.to_save()
         if data is not None and not _write(self._path, data):
             with self._lock:
-                self._quotas.unsaved = True
+                self._quotas.not_saved()
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """By family: records sent, sampled_out, redacted, over_quota since the start, each counted

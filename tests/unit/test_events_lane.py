@@ -86,10 +86,11 @@ def sending(*ends: int) -> Lane:
 
 def test_the_oldest_epoch_with_something_to_read_comes_first() -> None:
     lane = lane_with(learned=7, stored=7)
-    assert lane.behind([(1, 7), (3, 5), (4, 9)]) == (3, 0, 5)
+    lane.earlier = [(1, 7), (3, 5)]
+    assert lane.behind(4, 9) == (3, 0, 5)
     lane.took(3, [Piece(5, "dropped", 6, [])], 5)
-    assert lane.behind([(1, 7), (3, 5), (4, 9)]) == (4, 0, 9)
-    assert lane.behind([(1, 7), (3, 5)]) is None
+    assert lane.behind(4, 9) == (4, 0, 9)
+    assert lane.behind(4, 0) is None
 
 
 def test_what_is_refused_goes_again_from_the_first_refused_once_nothing_is_under_way() -> None:
@@ -102,7 +103,7 @@ def test_what_is_refused_goes_again_from_the_first_refused_once_nothing_is_under
     assert not lane.settle()
     lane.under_way -= 2
     assert lane.settle()
-    assert lane.behind([(1, 40)]) == (1, 10, 40)
+    assert lane.behind(1, 40) == (1, 10, 40)
     assert not lane.settle()
 
 
@@ -112,7 +113,7 @@ def test_what_the_learner_took_meanwhile_does_not_go_again() -> None:
     lane.learn({1: 20}, 0.0)
     lane.under_way = 0
     assert lane.settle()
-    assert lane.behind([(1, 30)]) == (1, 20, 30)
+    assert lane.behind(1, 30) == (1, 20, 30)
 
 
 def test_a_lane_that_is_held_sends_one_and_then_more_and_more() -> None:
