@@ -15,12 +15,14 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.subjects import checked_name
+
+T = TypeVar("T")
 
 LOCAL_DEVICE = "local"
 SOCKET_BYTES_MAX = 107  # sun_path of Linux, without its closing zero
@@ -64,13 +66,23 @@ class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class UplinkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of a family leaves the device: a share of its events, all fields but those of `redact`,
+    and at most so many bytes of events a day, UTC. The log on the device keeps everything.
+    """
+
+    sample: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    redact: list[Annotated[str, msgspec.Meta(min_length=1)]] = []
+    bytes_per_day: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `edge.toml` says. See the defaults here for what may be left out.
 
     `nats` is the broker's URL; empty: the device answers from its shelf and sends nothing.
     `root` is the trusted root of signed metadata, needed as soon as there is a broker. The agent
     asks for updates when nudged, and every `poll_s` seconds. `socket_mode` and `socket_group` are
-    those of both Unix sockets.
+    those of both Unix sockets. `uplink` holds rules by family; a family without sends everything.
 
     `package` is no key of the file: with it, the device serves that one ONNX file and no shelf.
     """
@@ -88,6 +100,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     http: HttpConfig = HttpConfig()
     inference: InferenceConfig = InferenceConfig()
     logging: LoggingConfig = LoggingConfig()
+    uplink: dict[str, UplinkConfig] = {}
     poll_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     package: Path | None = None
 
@@ -121,10 +134,8 @@ def parse(text: str, path: Path) -> EdgeConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("bad_toml", f"{path}: {error}") from error
     _check_keys(table, EdgeConfig, path, "")
-    try:
-        config = msgspec.convert(table, EdgeConfig, dec_hook=_path_hook)
-    except msgspec.ValidationError as error:
-        raise ConfigError("bad_value", f"{path}: {_explain(str(error))}") from error
+    _check_uplink(table, path)
+    config = _converted(table, EdgeConfig, path, "")
     return _checked(_resolved(config, path.absolute().parent), path)
 
 
@@ -165,6 +176,30 @@ def _check_keys(table: dict[str, Any], struct: type, path: Path, prefix: str) ->
             _check_keys(value, inner, path, f"{prefix}{key}.")
 
 
+def _check_uplink(table: dict[str, Any], path: Path) -> None:
+    """Name the family of a wrong rule, which msgspec does not."""
+    rules, families = table.get("uplink"), table.get("families")
+    if not isinstance(rules, dict) or not isinstance(families, list):
+        return  # said by who reads the whole
+    for family, rule in rules.items():
+        if family not in families:
+            raise ConfigError(
+                "unknown_family",
+                f"{path}: uplink.{family}: this device serves no family of that name",
+                f"write [uplink.<family>], where family is one of: {', '.join(map(str, families))}",
+            )
+        if isinstance(rule, dict):
+            _check_keys(rule, UplinkConfig, path, f"uplink.{family}.")
+        _converted(rule, UplinkConfig, path, f"uplink.{family}")
+
+
+def _converted(value: Any, wanted: type[T], path: Path, prefix: str) -> T:
+    try:
+        return msgspec.convert(value, wanted, dec_hook=_path_hook)
+    except msgspec.ValidationError as error:
+        raise ConfigError("bad_value", f"{path}: {_explain(str(error), prefix)}") from error
+
+
 def _path_hook(wanted: type, value: Any) -> Any:
     if wanted is Path or _is_optional_path(wanted):
         if not isinstance(value, str) or not value:
@@ -177,9 +212,10 @@ def _is_optional_path(wanted: Any) -> bool:
     return isinstance(wanted, types.UnionType) and Path in typing.get_args(wanted)
 
 
-def _explain(text: str) -> str:
+def _explain(text: str, prefix: str) -> str:
     match = _AT.fullmatch(text)
     what, key = (match["what"], match["key"]) if match else (text, "")
+    key = ".".join(filter(None, (prefix, key)))
     what = what.replace("`", "")
     return f"{key}: {what[0].lower()}{what[1:]}" if key else what
 

@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ SWITCH_INTERVAL_S = 0.0005
 """How long another thread may keep the interpreter from an answer; by default it is ten times so
 long, which shows in the slowest thousandth of answers."""
 
-Parts = dict[str, Callable[[], dict[str, int]]]
+Parts = dict[str, Callable[[], Mapping[str, Any]]]
 """The rooms that are at work, by name, each with its counts."""
 
 log = logging.getLogger("edge_runtime.daemon")

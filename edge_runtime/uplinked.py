@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.bus.nats import connect
-from edge_runtime.clock import SystemClock
+from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError
 from edge_runtime.events.uplink import Uplink
+from edge_runtime.events.watermarks import ends
+from edge_runtime.events.withhold import Withhold
 from edge_runtime.inference.prover import Prover
 from edge_runtime.rollout.agent import Agent, Updates
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant
@@ -33,7 +36,7 @@ log = logging.getLogger("edge_runtime.daemon")
 
 @asynccontextmanager
 async def cloud_side(
-    runtime: Runtime, root: bytes, parts: dict[str, Callable[[], dict[str, int]]]
+    runtime: Runtime, root: bytes, parts: dict[str, Callable[[], Mapping[str, Any]]]
 ) -> AsyncIterator[list[Coroutine[Any, Any, None]]]:
     """What has to run while `runtime` serves, connected to its broker; its counts go to `parts`.
 
@@ -42,7 +45,15 @@ async def cloud_side(
     config, journal, clock = runtime.config, runtime.journal, SystemClock()
     bus, prover = await connect(config.nats, name=f"edge-runtime {config.device}"), Prover()
     try:
-        uplink = Uplink(journal.log, bus, config.device, clock, trim_floor=journal.trim_floor)
+        withhold = _withhold(config, journal.log.epoch, clock)
+        uplink = Uplink(
+            journal.log,
+            bus,
+            config.device,
+            clock,
+            trim_floor=journal.trim_floor,
+            withhold=withhold,
+        )
         client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
         agent = Agent(
             runtime,
@@ -52,15 +63,24 @@ async def cloud_side(
             attributes=config.attributes,
             poll_s=config.poll_s,
             prove=prover.prove,
+            durable=partial(ends, journal.log),
         )
         journal.on_commit = uplink.wake
         parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
         parts["prover"] = prover.statistics
+        if withhold is not None:
+            parts["withheld"] = withhold.statistics
         yield [uplink.run(), agent.run()]
     finally:
         journal.on_commit = None
         prover.close()
         await bus.close()
+
+
+def _withhold(config: EdgeConfig, epoch: int, clock: Clock) -> Withhold | None:
+    if not config.uplink:
+        return None
+    return Withhold(config.uplink, config.state_dir / "uplink.quota", clock, epoch)
 
 
 class _Refusing:

@@ -22,7 +22,17 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 _NOW = frozenset(
     (
-        *("bytes", "children", "draining", "entries", "entries_evicted", "epoch", "event_segments"),
+        *(
+            "bytes",
+            "bytes_today",
+            "children",
+            "held",
+            "draining",
+            "entries",
+            "entries_evicted",
+            "epoch",
+            "event_segments",
+        ),
         *("failing", "held_bytes", "keys", "keys_evicted", "label_segments", "leases", "linger_ms"),
         *("open", "p50", "p99", "p999", "pending", "pending_bytes", "plan_seq", "run_us", "seq"),
         *("since_s", "tables", "under_way", "unlearned", "waiting"),
@@ -42,6 +52,9 @@ def exposition(status: Mapping[str, Any], latencies: Mapping[str, Histogram]) ->
         if name == "families":
             for family, numbers in value.items():
                 _family(page, family, numbers)
+        elif name == "withheld":
+            for family, numbers in value.items():
+                _numbers(page, ("edge", name), numbers, {"family": family})
         elif name == "counters":
             _numbers(page, ("edge",), value, {})
         else:

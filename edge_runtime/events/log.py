@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.events import recovery, segment
@@ -39,6 +39,15 @@ CLASSES = recovery.CLASSES
 RECORD_BYTES_MAX = 512 * 1024
 _LABEL_SHARE = 8
 _RETRY_S = 0.25
+
+
+class Piece(NamedTuple):
+    """SHIM."""
+
+    skipped: int
+    reason: str
+    base_seq: int
+    records: list[bytes]
 
 
 class EventLog:
@@ -191,6 +200,26 @@ class EventLog:
         """As `read`, of the running epoch and from memory; None when it has to be read."""
         records = self._streams[event_class].recent_after(after_seq)
         return None if records is None else within(records, max_bytes, max_records)
+
+    def piece(
+        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
+    ) -> Piece | None:
+        found = self.read(event_class, epoch, after_seq, max_bytes, max_records)
+        if not found:
+            return None
+        first = found[0][0]
+        records = [data for at, (seq, data) in enumerate(found) if seq == first + at]
+        skipped = first - after_seq - 1
+        return Piece(skipped, "damaged" if skipped else "", first, records)
+
+    def owed(self, event_class: EventClass) -> list[tuple[int, int]]:
+        return [(epoch, last) for epoch, _, last in self.epochs(event_class)]
+
+    def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
+        self.trim(event_class, epoch, seq)
+
+    def prior(self, epoch: int) -> int:
+        return max(epoch - 1, 0)
 
     def tail(
         self, event_class: EventClass, epoch: int, seq: int

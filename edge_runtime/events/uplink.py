@@ -7,10 +7,10 @@ Invariants: the learner's watermark is the only truth about what may be trimmed 
 every start, reconnect and failure begins again there. Envelopes of a class are published in the
 order of their sequence numbers. A message id is never used for a second attempt: when envelope A
 failed and B behind it was stored, B has to be stored again behind A, which the broker's dedupe
-would swallow; the learner cuts by watermark what comes twice. Labels go first. An envelope that is
-not full goes only when nothing of its class is under way, nor was within the last linger, so
-under load envelopes grow by themselves. What was just committed goes out from memory; disk is
-touched in a thread of its own.
+would swallow; the learner cuts by watermark what comes twice. Labels go first. An envelope that may
+still grow goes only when nothing of its class is under way, nor was within the last linger, so
+under load envelopes grow by themselves. A class that the broker has no room for is held: about
+once a second one envelope of what is held is tried, and the other class goes on.
 
 Knows nothing about what a record means, nor about how a bus does what it does.
 Implements proto/asyncapi.yaml (channel events, device side).
@@ -24,27 +24,24 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-
-import msgspec
 
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
-from edge_runtime.events.lane import Lane
+from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
+from edge_runtime.events.lane import WINDOW, Lane
 from edge_runtime.events.log import CLASSES, EventLog
-from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import WIRE_VERSION, Envelope, EventClass, Watermark
+from edge_runtime.events.packing import Packed, Packer
+from edge_runtime.events.watermarks import Watermarks
+from edge_runtime.events.withhold import Withhold
+from edge_runtime.wire import subjects
 
-ENVELOPE_BYTES = 64 * 1024
-CE_TYPE = "headwater.records.v1"
-_OVERHEAD_BYTES = 256
-_RECORDS_MAX = 2048
-_LINGER_S = 0.06
-_WINDOW = 8
+_LINGER_S = 0.015
+_AHEAD, _READ_AT_ONCE = 8, 4  # envelopes
 _DEADLINE_S = 5.0
 _POLL_S = 1.0
-_BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
+_PROBE_S = 1.0
+_BACKOFF_S, _BACKOFF_MAX_S, _CALM_S = 0.05, 2.0, 10.0
+_ALWAYS = ("envelopes", "records", "bytes", "skipped", "rewinds", "duplicate_identity")
 
 
 class Uplink:
@@ -52,6 +49,7 @@ class Uplink:
 
     `trim_floor` tells the (epoch, seq) of class event that the last window snapshot covers: what
     lies behind it is needed for the next restart, and stays even when the learner holds it.
+    `withhold` decides what does not leave the device; it is saved here.
     """
 
     def __init__(
@@ -62,22 +60,27 @@ class Uplink:
         clock: Clock,
         *,
         trim_floor: Callable[[], tuple[int, int]] | None = None,
+        withhold: Withhold | None = None,
     ) -> None:
         self._log, self._bus, self._device, self._clock = log, bus, device, clock
-        self._trim_floor = trim_floor
+        self._withhold = withhold
+        self._packer = Packer(log, device, clock, withhold.kept if withhold else None)
         self._lanes = {name: Lane(name) for name in CLASSES}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="uplink-disk")
+        self._pack = ThreadPoolExecutor(1, thread_name_prefix="uplink-pack")
         self._counters: Counter[str] = Counter()
+        self._watermarks = Watermarks(log, device, trim_floor, self._counters)
         self._attempt = self._reconnects = self._failures = 0
+        self._probe_s = 0.0
         self._start_over = False
 
     async def run(self) -> None:
         """Drain the log until cancelled; the network's errors are counted and waited out."""
         self._loop = asyncio.get_running_loop()
-        subject = subjects.watermark(self._device)
-        subscription = await self._bus.subscribe(subject, self._on_watermark)
+        where = subjects.watermark(self._device)
+        subscription = await self._bus.subscribe(where, self._on_watermark)
         try:
             while True:
                 await self._drain_or_wait()
@@ -85,6 +88,9 @@ class Uplink:
             self._loop = None
             await subscription.close()
             self._disk.shutdown()
+            self._pack.shutdown()
+            if self._withhold is not None:
+                self._withhold.save()
 
     def wake(self) -> None:
         """Tell the uplink, from any thread, that more has become durable.
@@ -97,22 +103,22 @@ class Uplink:
                 loop.call_soon_threadsafe(self._work.set)
 
     def statistics(self) -> dict[str, int]:
-        """Counters since the start; `unlearned` counts durable records the learner lacks."""
-        numbers = {
-            name: self._counters[name] for name in ("envelopes", "records", "missing", "rewinds")
-        }
+        """Counters since the start; `unlearned` counts durable numbers that the learner lacks."""
+        numbers = {name: self._counters[name] for name in _ALWAYS}
         numbers |= {name: count for name, count in self._counters.items() if name not in numbers}
         numbers["attempts"] = self._attempt
         numbers["under_way"] = self._under_way()
+        numbers["held"] = sum(lane.held for lane in self._lanes.values())
         numbers["unlearned"] = sum(
-            max(0, last - max(first - 1, lane.learned.get(epoch, 0)))
+            max(0, last_seq - lane.learned.get(epoch, 0))
             for lane in self._lanes.values()
-            for epoch, first, last in self._log.epochs(lane.event_class)
+            for epoch, last_seq in self._log.owed(lane.event_class)
         )
         return numbers
 
     async def _drain_or_wait(self) -> None:
         refused: list[HeadwaterError] = []
+        started_s = self._clock.monotonic_s()
         try:
             await self._resume()
             await self._drain()
@@ -120,12 +126,14 @@ class Uplink:
             refused = list(_each(errors))
         if refused:
             self._counters.update(f"failed_{error.code}" for error in refused)
+            if self._clock.monotonic_s() - started_s > _CALM_S:
+                self._failures = 0
             await asyncio.sleep(self._backoff_s())
 
     def _backoff_s(self) -> float:
         self._failures += 1
-        ceiling = min(_BACKOFF_MAX_S, _BACKOFF_S * 2.0**self._failures)
-        return ceiling * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+        ceiling = min(_BACKOFF_MAX_S, _BACKOFF_S * 2.0 ** min(self._failures, 16))
+        return ceiling * _jitter(0.5, 1.0)
 
     async def _resume(self) -> None:
         """Ask the learner's watermark, and go on from there."""
@@ -136,156 +144,151 @@ class Uplink:
             lane.learned, lane.stored = {}, {}
         if message is not None:
             await self._on_watermark(message)
+        self._look_back()
         self._attempt += 1
         self._start_over = False
         for lane in self._lanes.values():
             lane.start_over(self._clock.monotonic_s())
 
     async def _drain(self) -> None:
-        async with asyncio.TaskGroup() as publishers:
+        async with asyncio.TaskGroup() as tasks:
             while not self._is_stale():
                 self._work.clear()
-                envelope = await self._next()
-                if envelope is None:
-                    await self._wait()
-                else:
-                    publishers.create_task(self._publish(envelope))
+                for lane in sorted(self._lanes.values(), key=lambda lane: lane.probed_s):
+                    self._advance(lane, tasks)
+                await self._wait()
 
     def _is_stale(self) -> bool:
         # A broker that comes back may have lost what it had acknowledged.
         return self._start_over or self._bus.statistics()["reconnects"] != self._reconnects
 
     async def _wait(self) -> None:
+        wait_s = _POLL_S
+        if any(lane.held for lane in self._lanes.values()):
+            wait_s = min(wait_s, max(0.0, self._probe_s - self._clock.monotonic_s()) + 0.001)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_POLL_S):
+            async with asyncio.timeout(wait_s):
                 await self._work.wait()
 
-    async def _next(self) -> Envelope | None:
-        """The next envelope to publish, counted as under way; None when nothing may go now."""
-        for lane in self._lanes.values():
-            if self._under_way() < _WINDOW and (found := self._behind(lane)) is not None:
-                epoch, after_seq, last_seq = found
-                if lane.under_way == 0 or last_seq - after_seq >= lane.full_records:
-                    envelope = await self._read(lane, epoch, after_seq, last_seq)
-                    if envelope is not None:
-                        return envelope
-        return None
+    def _advance(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
+        """Start all that this class may do now: send what is read, and read what comes next."""
+        if lane.settle():
+            self._attempt += 1
+        if lane.held and self._clock.monotonic_s() < self._probe_s:
+            return
+        self._send(lane, tasks)
+        self._read(lane, tasks)
+        self._send(lane, tasks)
+
+    def _send(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
+        while lane.may_send() and self._under_way() < WINDOW:
+            if lane.held:
+                lane.probed_s = self._clock.monotonic_s()
+                self._hold()
+            lane.under_way += 1
+            tasks.create_task(self._publish(lane, lane.ahead.popleft()))
+
+    def _hold(self) -> None:
+        """Let nothing that is held be tried before a second has passed."""
+        self._probe_s = self._clock.monotonic_s() + _PROBE_S * _jitter(1.0, 1.5)
 
     def _under_way(self) -> int:
         return sum(lane.under_way for lane in self._lanes.values())
 
-    def _behind(self, lane: Lane) -> tuple[int, int, int] | None:
-        """(epoch, last sent, last durable) of the first epoch that has more to send."""
-        for epoch, _, last_seq in self._log.epochs(lane.event_class):
-            after_seq = lane.sent.get(epoch, 0)
-            if after_seq < last_seq:
-                return epoch, after_seq, last_seq
-        return None
+    def _read(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
+        if lane.reading or lane.to_send() > _AHEAD - _READ_AT_ONCE:
+            return
+        found = lane.behind(*self._log.durable(lane.event_class))
+        if found is None:
+            return
+        epoch, after_seq, last_seq = found
+        if epoch == self._log.epoch and last_seq - after_seq < lane.full_records:
+            if lane.under_way or lane.to_send():
+                return  # it may grow until they are through
+            packed = self._packer.at_once(lane.event_class, *found)
+            if packed is not None:
+                lane.read[epoch] = last_seq
+                lane.ahead.append(packed)
+                self._save_counts()
+                return
+        lane.reading = True
+        tasks.create_task(self._read_ahead(lane, *found))
 
-    async def _read(self, lane: Lane, epoch: int, after_seq: int, last_seq: int) -> Envelope | None:
-        found = await self._records(lane.event_class, epoch, after_seq)
-        first_seq = found[0][0] if found else last_seq + 1
-        self._counters["missing"] += first_seq - after_seq - 1
-        records = [
-            msgspec.Raw(data) for at, (seq, data) in enumerate(found) if seq == first_seq + at
-        ]
-        lane.sent[epoch] = first_seq + len(records) - 1
-        if not records:
-            return None
-        if lane.sent[epoch] < last_seq:
-            lane.full_records = len(records)
-        lane.under_way += 1
-        return Envelope(WIRE_VERSION, self._device, epoch, lane.event_class, first_seq, records)
+    async def _read_ahead(self, lane: Lane, epoch: int, after_seq: int, last_seq: int) -> None:
+        """Read on one thread and pack on another, so that both work at a drain."""
+        turn, count = lane.turn, 1 if lane.held else _READ_AT_ONCE
+        where = lane.event_class, epoch
+        in_thread = asyncio.get_running_loop().run_in_executor
+        pieces = await in_thread(self._disk, self._packer.read, *where, after_seq, last_seq, count)
+        if turn != lane.turn:
+            return  # what was refused or learned meanwhile made it void
+        if not pieces:  # not there any more; the learner will ask for it by standing still
+            self._counters["unreadable"] += last_seq - after_seq
+        lane.took(epoch, pieces, last_seq)
+        self._work.set()
+        packed = await in_thread(self._pack, self._packer.pack, *where, pieces, last_seq)
+        if turn == lane.turn:
+            lane.packed(packed)
+        self._save_counts()
+        self._work.set()
 
-    async def _records(
-        self, event_class: EventClass, epoch: int, after_seq: int
-    ) -> list[tuple[int, bytes]]:
-        """What an envelope has room for: from memory, or from disk what is not there any more."""
-        bounds = ENVELOPE_BYTES - _OVERHEAD_BYTES, _RECORDS_MAX
-        if epoch == self._log.epoch:
-            found = self._log.recent(event_class, after_seq, *bounds)
-            if found is not None:
-                return found
-        return await asyncio.get_running_loop().run_in_executor(
-            self._disk, self._log.read, event_class, epoch, after_seq, *bounds
-        )
+    def _save_counts(self) -> None:
+        if self._withhold is not None and self._withhold.unsaved:
+            self._disk.submit(self._withhold.save)
 
-    async def _publish(self, envelope: Envelope) -> None:
-        lane = self._lanes[envelope.event_class]
-        last_seq = envelope.base_seq + len(envelope.records) - 1
-        name = f"{self._device}/{envelope.epoch}/{lane.event_class}/{envelope.base_seq}-{last_seq}"
+    async def _publish(self, lane: Lane, packed: Packed) -> None:
         try:
             await self._bus.publish(
                 subjects.events(self._device, lane.event_class),
-                codec.encode(envelope),
-                headers=self._headers(name),
-                message_id=f"{name}/{self._log.epoch}.{self._attempt}",
+                packed.data,
+                headers=packed.headers,
+                message_id=f"{packed.name}/{self._log.epoch}.{self._attempt}",
                 timeout_s=_DEADLINE_S,
             )
-            self._count_stored(lane, envelope.epoch, last_seq, len(envelope.records))
-            if len(envelope.records) < lane.full_records:
+            self._count_stored(lane, packed)
+            if packed.epoch == self._log.epoch and not packed.is_full:
                 await asyncio.sleep(_LINGER_S)  # holds the lane, so that the next grows
+        except CapacityError as error:
+            self._counters[f"failed_{error.code}"] += 1
+            lane.refused(packed.epoch, packed.after_seq)
+            self._hold()
         finally:
             lane.under_way -= 1
             self._work.set()
 
-    def _count_stored(self, lane: Lane, epoch: int, last_seq: int, count: int) -> None:
-        lane.acknowledged(epoch, last_seq, self._clock.monotonic_s())
-        self._failures = 0
+    def _count_stored(self, lane: Lane, packed: Packed) -> None:
+        lane.acknowledged(packed.epoch, packed.last_seq, self._clock.monotonic_s())
         self._counters["envelopes"] += 1
-        self._counters["records"] += count
-
-    def _headers(self, name: str) -> dict[str, str]:
-        """The CloudEvents attributes of an envelope, in the NATS binding's binary mode."""
-        return {
-            "ce-id": name,
-            "ce-source": f"/headwater/{self._device}",
-            "ce-type": CE_TYPE,
-            "ce-specversion": "1.0",
-            "ce-time": datetime.fromtimestamp(self._clock.now_s(), UTC).isoformat(),
-        }
+        self._counters["records"] += packed.records
+        self._counters["skipped"] += packed.skipped
+        self._counters["bytes"] += len(packed.data)
 
     async def _on_watermark(self, message: Message) -> None:
-        try:
-            watermark = codec.decode_watermark(message.data)
-        except RequestError:
-            self._counters["bad_watermarks"] += 1
+        marks = self._watermarks.read(message.data)
+        if marks is None:
             return
-        if watermark.device != self._device:
-            self._counters["bad_watermarks"] += 1
-            return
-        self._learn(watermark)
-        floors = self._floors(watermark)
-        await asyncio.get_running_loop().run_in_executor(self._disk, self._trim, floors)
-
-    def _learn(self, watermark: Watermark) -> None:
         now_s = self._clock.monotonic_s()
         for lane in self._lanes.values():
-            marks = {m.epoch: m.seq for m in watermark.marks if m.event_class == lane.event_class}
-            if not lane.learn(marks, now_s):
+            own = {mark.epoch: mark.seq for mark in marks if mark.event_class == lane.event_class}
+            if not lane.learn(own, now_s):
                 self._counters["rewinds"] += 1
                 self._start_over = True
         self._work.set()
+        if floors := self._watermarks.floors(marks):
+            await asyncio.get_running_loop().run_in_executor(
+                self._disk, self._watermarks.give_back, floors
+            )
+        self._look_back()
 
-    def _floors(self, watermark: Watermark) -> list[tuple[EventClass, int, int]]:
-        """What may be trimmed: all that the learner holds, events only below the snapshot."""
-        floor = self._trim_floor() if self._trim_floor else None
-        return [
-            (mark.event_class, mark.epoch, _below(floor, mark.epoch, mark.seq))
-            if mark.event_class == "event" and floor
-            else (mark.event_class, mark.epoch, mark.seq)
-            for mark in watermark.marks
-        ]
-
-    def _trim(self, floors: list[tuple[EventClass, int, int]]) -> None:
-        for event_class, epoch, seq in floors:
-            self._log.trim(event_class, epoch, seq)
+    def _look_back(self) -> None:
+        """Ask the log which earlier epochs it owes; that changes only with a watermark."""
+        for lane in self._lanes.values():
+            owed = self._log.owed(lane.event_class)
+            lane.earlier = [(epoch, last) for epoch, last in owed if epoch != self._log.epoch]
 
 
-def _below(floor: tuple[int, int], epoch: int, seq: int) -> int:
-    if epoch == floor[0]:
-        return min(seq, floor[1])
-    return seq if epoch < floor[0] else 0
+def _jitter(low: float, high: float) -> float:
+    return random.uniform(low, high)  # noqa: S311 - no secret
 
 
 def _each(errors: BaseExceptionGroup[HeadwaterError]) -> Iterator[HeadwaterError]:

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.errors import HeadwaterError, TransportError
 from edge_runtime.inference.slot import Arm
@@ -31,7 +33,7 @@ from edge_runtime.rollout.arms import good_packages, load_plan_arm, packages_kep
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import Report
+from edge_runtime.wire.messages import Mark, Report
 
 REPORT_EVERY_S = 1.0
 RETRY_FIRST_S = 0.25
@@ -73,7 +75,8 @@ class Agent:
     """Follows the plans of `host`'s families; asks when nudged and every `poll_s` seconds.
 
     `attributes` decide whether this device is one of a plan's canaries. `prove` tries a package
-    where it can do no harm, before it is loaded here; it raises PackageError.
+    where it can do no harm, before it is loaded here; it raises PackageError. `durable` tells where
+    the log ends, for the report.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class Agent:
         attributes: dict[str, str],
         poll_s: float,
         prove: Callable[[Path], None] | None = None,
+        durable: Callable[[], list[Mark]] | None = None,
     ) -> None:
         self._host, self._client, self._shelf, self._bus = host, client, shelf, bus
         self._attributes, self._poll_s, self._prove = attributes, poll_s, prove
+        self._durable = durable or list
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update")
         self._nudged, self._changed = asyncio.Event(), asyncio.Event()
         self._settled: dict[str, Plan] = {}
@@ -205,7 +210,8 @@ class Agent:
         subject = subjects.report(self._host.device)
         while True:
             self._changed.clear()
-            data = codec.encode(self._host.report(dict(self._refused)))
+            told = self._host.report(dict(self._refused))
+            data = codec.encode(msgspec.structs.replace(told, durable=self._durable()))
             try:
                 await self._bus.publish(subject, data)
                 self._counts["reports"] += 1

@@ -35,6 +35,7 @@ INFLATED_BYTES_MAX = 1 << 20
 
 ENCODING_HEADER, ENCODING = "Content-Encoding", "deflate"
 _LEVEL = 1  # 62 bytes of a 187 byte event at 240 MB/s; level 6 saves a tenth more at a third of it
+_MEMORY_LEVEL = 9  # 400 KB while it runs; a tenth faster than the default of 8
 _PAYS = 0.9
 _PAYS_FROM_BYTES = 256
 
@@ -95,7 +96,8 @@ def pack_envelope(envelope: Envelope) -> tuple[bytes, dict[str, str]]:
     """
     data = encode(envelope)
     if len(data) >= _PAYS_FROM_BYTES:
-        packed = zlib.compress(data, _LEVEL)
+        packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, _MEMORY_LEVEL)
+        packed = packer.compress(data) + packer.flush()
         if len(packed) + len(ENCODING_HEADER) + len(ENCODING) <= _PAYS * len(data):
             return packed, {ENCODING_HEADER: ENCODING}
     return data, {}

@@ -17,7 +17,14 @@ DOCUMENTS = sorted(
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 CONFIGURED = {
     "edge_runtime/config.py": (
-        *("LogConfig", "HttpConfig", "InferenceConfig", "LoggingConfig", "EdgeConfig"),
+        *(
+            "LogConfig",
+            "HttpConfig",
+            "InferenceConfig",
+            "LoggingConfig",
+            "UplinkConfig",
+            "EdgeConfig",
+        ),
     ),
     "edge_runtime/features/feature.py": (
         *("Feature", "Window", "Lookup", "Cycle", "Standardise", "StaticTable"),
@@ -90,7 +97,7 @@ def fields_of(path: str, name: str) -> list[str]:
 def test_every_configuration_key_is_documented(path, name):
     text = (ROOT / "docs/configuration.md").read_text()
     sections = set(fields_of("cloud_learner/train/family.py", "FamilyConfig"))
-    sections |= {"log", "http", "inference", "logging"}
+    sections |= {"log", "http", "inference", "logging", "uplink"}
     fields = fields_of(path, name)
 
     assert fields

@@ -48,6 +48,8 @@ def test_all_keys_are_read() -> None:
         + '[http]\nport = 8080\nsocket = "http.sock"\nbody_max_mb = 1\n'
         + "[inference]\nqueue_max = 8\nbatch_rows_max = 4\nbatch_delay_us = 500\ndeadline_ms = 90\n"
         + '[logging]\nformat = "json"\nlevel = "debug"\n'
+        + "[uplink.flight_delay]\nsample = 0.25\nbytes_per_day = 1000000\n"
+        + 'redact = ["carrier"]\n'
     )
     assert found.attributes == {"airport": "EWR"}
     assert (found.socket_bits, found.socket_group) == (0o660, "video")
@@ -55,6 +57,7 @@ def test_all_keys_are_read() -> None:
     assert found.http == config.HttpConfig(8080, Path("/etc/edge/http.sock"), 1)
     assert found.inference == config.InferenceConfig(8, 4, 500, 90)
     assert found.logging == config.LoggingConfig("json", "debug")
+    assert found.uplink == {"flight_delay": config.UplinkConfig(0.25, ["carrier"], 1_000_000)}
     assert found.root == Path("/etc/edge/root.json")
     assert found.poll_s == 5.0
 
@@ -172,3 +175,28 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "edge.toml")
     assert caught.value.code == "unreadable_config"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("sample = 1.5", "bad_value", "uplink.flight_delay.sample: expected float <= 1.0"),
+        ("sample = -1", "bad_value", "uplink.flight_delay.sample: expected float >= 0.0"),
+        ("bytes_per_day = 0", "bad_value", "uplink.flight_delay.bytes_per_day: expected int >= 1"),
+        ('redact = "name"', "bad_value", "uplink.flight_delay.redact: expected array, got str"),
+        ("sampel = 0.5", "unknown_key", "did you mean uplink.flight_delay.sample?"),
+    ],
+)
+def test_a_mistake_in_an_uplink_rule_names_family_and_key(text: str, code: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD + f"[uplink.flight_delay]\n{text}\n")
+    assert caught.value.code == code
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[uplink.flights]\nsample = 1.0\n", "[uplink]\nsample = 1.0\n"])
+def test_an_uplink_rule_for_no_family_of_this_device_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD + text)
+    assert caught.value.code == "unknown_family"
+    assert "one of: flight_delay" in caught.value.hint

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from edge_runtime.events.lane import Lane
+from edge_runtime.events.lane import WINDOW, Lane
+from edge_runtime.events.log import Piece
+from edge_runtime.events.packing import Packed
 
 
 def lane_with(*, learned: int, stored: int, at_s: float = 0.0) -> Lane:
@@ -10,14 +12,14 @@ def lane_with(*, learned: int, stored: int, at_s: float = 0.0) -> Lane:
     lane.learn({1: learned}, at_s)
     lane.start_over(at_s)
     lane.acknowledged(1, stored, at_s)
-    lane.sent[1] = stored
+    lane.read[1] = stored
     return lane
 
 
 def test_a_lane_starts_from_what_is_learned() -> None:
     lane = lane_with(learned=7, stored=20)
     lane.start_over(1.0)
-    assert lane.sent == {1: 7}
+    assert lane.read == {1: 7}
     assert not lane.waits_for_learner()
 
 
@@ -31,7 +33,7 @@ def test_what_is_learned_already_is_not_sent_again() -> None:
     lane = lane_with(learned=7, stored=20)
     lane.start_over(1.0)
     assert lane.learn({1: 15}, 2.0)
-    assert lane.sent == {1: 15}
+    assert lane.read == {1: 15}
 
 
 def test_a_learner_that_stands_still_is_sent_it_again_with_growing_patience() -> None:
@@ -57,4 +59,78 @@ def test_a_learner_that_was_put_back_is_sent_it_again_at_once() -> None:
     lane = lane_with(learned=7, stored=7)
     assert not lane.learn({1: 3}, 0.0)
     lane.start_over(0.0)
-    assert lane.sent == {1: 3}
+    assert lane.read == {1: 3}
+
+
+def packed(first: int, last: int, epoch: int = 1) -> Packed:
+    count = last - first + 1
+    return Packed("event", epoch, first - 1, last, count, 0, True, f"{first}-{last}", b"", {})
+
+
+def sending(*ends: int) -> Lane:
+    """A lane with an envelope under way up to each of `ends`, and one more that waits."""
+    lane = Lane("event")
+    lane.start_over(0.0)
+    starts = [1, *(end + 1 for end in ends)]
+    pieces = [
+        Piece(0, "", at, [b""] * (end + 1 - at)) for at, end in zip(starts, ends, strict=False)
+    ]
+    pieces.append(Piece(0, "", starts[-1], [b""] * 10))
+    lane.took(1, pieces, starts[-1] + 9)
+    lane.packed([packed(at, end) for at, end in zip(starts, (*ends, ends[-1] + 10), strict=True)])
+    for _ in ends:
+        lane.ahead.popleft()
+        lane.under_way += 1
+    return lane
+
+
+def test_the_oldest_epoch_with_something_to_read_comes_first() -> None:
+    lane = lane_with(learned=7, stored=7)
+    lane.earlier = [(1, 7), (3, 5)]
+    assert lane.behind(4, 9) == (3, 0, 5)
+    lane.took(3, [Piece(5, "dropped", 6, [])], 5)
+    assert lane.behind(4, 9) == (4, 0, 9)
+    assert lane.behind(4, 0) is None
+
+
+def test_what_is_refused_goes_again_from_the_first_refused_once_nothing_is_under_way() -> None:
+    lane = sending(10, 20, 30)
+    lane.acknowledged(1, 10, 0.0)
+    lane.under_way -= 1
+    lane.refused(1, 20)
+    lane.refused(1, 10)
+    assert not lane.may_send()
+    assert not lane.settle()
+    lane.under_way -= 2
+    assert lane.settle()
+    assert lane.behind(1, 40) == (1, 10, 40)
+    assert not lane.settle()
+
+
+def test_what_the_learner_took_meanwhile_does_not_go_again() -> None:
+    lane = sending(10, 20)
+    lane.refused(1, 0)
+    lane.learn({1: 20}, 0.0)
+    lane.under_way = 0
+    assert lane.settle()
+    assert lane.behind(1, 30) == (1, 20, 30)
+
+
+def test_a_lane_that_is_held_sends_one_and_then_more_and_more() -> None:
+    lane = sending(10)
+    lane.refused(1, 0)
+    lane.under_way = 0
+    lane.settle()
+    windows = []
+    for end in range(10, 60, 10):
+        windows.append((lane.held, lane.window))
+        lane.acknowledged(1, end, 0.0)
+    assert windows == [(True, 1), (False, 2), (False, 4), (False, WINDOW), (False, WINDOW)]
+
+
+def test_what_was_read_before_a_start_over_is_void() -> None:
+    lane = sending(10)
+    turn = lane.turn
+    lane.start_over(1.0)
+    assert lane.turn != turn
+    assert (lane.to_send(), lane.under_way, lane.read) == (0, 0, {})

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import random
+import re
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from edge_runtime.bus.base import Message
 from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
-from edge_runtime.errors import CapacityError, TransportError
-from edge_runtime.events.log import EventLog
-from edge_runtime.events.uplink import ENVELOPE_BYTES, Uplink
+from edge_runtime.config import UplinkConfig
+from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
+from edge_runtime.events.log import EventLog, Piece
+from edge_runtime.events.packing import ENVELOPE_BYTES
+from edge_runtime.events.uplink import Uplink
+from edge_runtime.events.watermarks import ends
+from edge_runtime.events.withhold import Withhold, in_sample
 from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import Envelope, EventClass, Mark, ObservationRecord, Watermark
+from edge_runtime.wire.messages import (
+    OMITTED,
+    Envelope,
+    EventClass,
+    Mark,
+    ObservationRecord,
+    PredictionRecord,
+    Scored,
+    Watermark,
+)
 
 DEVICE = "EWR"
 Learned = dict[tuple[int, EventClass], int]
@@ -42,6 +61,83 @@ class RefusingBus(MemoryBus):
         return seq
 
 
+class AckLosingBus(MemoryBus):
+    """A bus that stores the first envelope, and loses its acknowledgement."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker, "losing", None)
+        self.lost = 0
+        self.message_ids: list[str | None] = []
+
+    async def publish(self, subject: str, *arguments: object, **named: object) -> int:
+        seq = await super().publish(subject, *arguments, **named)  # type: ignore[arg-type]
+        if subject.startswith("hw.ev."):
+            self.message_ids.append(named["message_id"])  # type: ignore[arg-type]
+            if not self.lost:
+                self.lost += 1
+                raise TransportError("timeout", "no answer within 5 s")
+        return seq
+
+
+class PickyBus(MemoryBus):
+    """A bus that refuses class event while `error` is set, and notes when it was asked."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker, "picky", None)
+        self.error: HeadwaterError | None = None
+        self.asked_s: list[float] = []
+        self.clock: ManualClock | None = None
+
+    async def publish(self, subject: str, *arguments: object, **named: object) -> int:
+        if subject == subjects.events(DEVICE, "event") and self.error is not None:
+            now_s = self.clock.monotonic_s() if self.clock else asyncio.get_running_loop().time()
+            self.asked_s.append(now_s)
+            await asyncio.sleep(0)
+            raise self.error
+        return await super().publish(subject, *arguments, **named)  # type: ignore[arg-type]
+
+
+class ScriptedLog:
+    """What the uplink asks of a log, from a table: each number is a record, or why it is lost."""
+
+    def __init__(self, epoch: int, priors: dict[int, int] | None = None) -> None:
+        self.epoch, self._priors = epoch, priors or {}
+        self.numbers: dict[tuple[EventClass, int], list[bytes | str]] = {}
+        self.told: list[tuple[EventClass, int, int]] = []
+
+    def add(self, event_class: EventClass, epoch: int, *numbers: bytes | str) -> None:
+        self.numbers.setdefault((event_class, epoch), []).extend(numbers)
+
+    def owed(self, event_class: EventClass) -> list[tuple[int, int]]:
+        return sorted(
+            (epoch, len(numbers))
+            for (name, epoch), numbers in self.numbers.items()
+            if name == event_class
+        )
+
+    def piece(
+        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
+    ) -> Piece | None:
+        assert max_bytes > 0 < max_records
+        left = self.numbers[event_class, epoch][after_seq:]
+        reason = left[0] if left and isinstance(left[0], str) else ""
+        skipped = len(list(itertools.takewhile(lambda number: number == reason, left)))
+        records = list(itertools.takewhile(lambda n: isinstance(n, bytes), left[skipped:]))
+        return Piece(skipped, reason, after_seq + skipped + 1, records) if left else None
+
+    def recent(self, *_: object) -> None:
+        return None
+
+    def durable(self, event_class: EventClass) -> tuple[int, int]:
+        return self.epoch, len(self.numbers.get((event_class, self.epoch), ()))
+
+    def prior(self, epoch: int) -> int:
+        return self._priors.get(epoch, 0)
+
+    def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
+        self.told.append((event_class, epoch, seq))
+
+
 class Learner:
     """Accepts envelopes as the learner does: no gap, nothing twice; tells what it holds."""
 
@@ -49,6 +145,7 @@ class Learner:
         self._bus = bus
         self.learned: Learned = {}
         self.records: list[tuple[int, EventClass, int, object]] = []
+        self.dropped: list[tuple[int, EventClass, int, str]] = []
         self.envelopes: list[tuple[Envelope, Message]] = []
 
     async def run(self) -> None:
@@ -61,17 +158,25 @@ class Learner:
                     await self.tell()
 
     def take(self, message: Message) -> None:
-        envelope = codec.decode_envelope(message.data)
+        data = codec.unpack_envelope(message.data, message.headers)
+        envelope = codec.decode_envelope(data)
         assert message.subject == subjects.events(DEVICE, envelope.event_class)
         self.envelopes.append((envelope, message))
         key = (envelope.epoch, envelope.event_class)
         held = self.learned.get(key, 0)
-        if envelope.base_seq > held + 1:
+        if envelope.base_seq - envelope.skipped > held + 1:
             return
-        for seq, data in enumerate(envelope.records, envelope.base_seq):
-            if seq > held:
-                self.records.append((*key, seq, codec.decode_record(bytes(data))))
-                self.learned[key] = seq
+        for seq in range(max(held + 1, envelope.base_seq - envelope.skipped), envelope.base_seq):
+            self.dropped.append((*key, seq, envelope.reason))
+            self.learned[key] = seq
+        for seq, raw in enumerate(map(bytes, envelope.records), envelope.base_seq):
+            if seq <= held:
+                continue
+            self.learned[key] = seq
+            if len(raw) == 1:
+                self.dropped.append((*key, seq, OMITTED[raw[0]]))
+            else:
+                self.records.append((*key, seq, codec.decode_record(raw)))
 
     async def tell(self) -> None:
         marks = [Mark(epoch, name, seq) for (epoch, name), seq in self.learned.items()]
@@ -108,9 +213,12 @@ class World:
 
     @asynccontextmanager
     async def uplink(
-        self, log: EventLog, trim_floor: Callable[[], tuple[int, int]] | None = None
+        self,
+        log: EventLog | ScriptedLog,
+        trim_floor: Callable[[], tuple[int, int]] | None = None,
+        withhold: Withhold | None = None,
     ) -> AsyncIterator[Uplink]:
-        uplink = Uplink(log, self.bus, DEVICE, self.clock, trim_floor=trim_floor)
+        uplink = Uplink(log, self.bus, DEVICE, self.clock, trim_floor=trim_floor, withhold=withhold)
         log.on_commit = uplink.wake
         async with running(uplink.run()):
             yield uplink
@@ -137,11 +245,11 @@ async def until(condition: Callable[[], bool]) -> None:
 def play(
     directory: Path,
     story: Callable[[World], Coroutine[object, object, None]],
-    bus_of: type[RefusingBus] | None = None,
+    bus_of: type[MemoryBus] | None = None,
 ) -> None:
     async def main() -> None:
         broker = MemoryBroker()
-        bus = bus_of(broker) if bus_of else await broker.connect()
+        bus = bus_of(broker) if bus_of else await broker.connect()  # type: ignore[call-arg]
         await ensure_streams(bus)
         await story(World(directory, broker, bus))
         await bus.close()
@@ -183,7 +291,7 @@ def test_a_backlog_goes_in_large_envelopes_labels_first(tmp_path: Path) -> None:
             await world.log(log, "label", 10)
             async with running(world.learner.run()), world.uplink(log):
                 await until(world.all_learned)
-        sizes = [len(message.data) for _, message in world.learner.envelopes]
+        sizes = [len(codec.encode(envelope)) for envelope, _ in world.learner.envelopes]
         classes = [envelope.event_class for envelope, _ in world.learner.envelopes]
         assert classes == ["label"] + ["event"] * 8
         assert max(sizes) <= ENVELOPE_BYTES
@@ -198,12 +306,16 @@ def test_an_envelope_carries_cloudevents_attributes(tmp_path: Path) -> None:
             await world.log(log, "event", 3)
             async with running(world.learner.run()), world.uplink(log):
                 await until(world.all_learned)
-        assert world.learner.envelopes[0][1].headers == {
+        headers = dict(world.learner.envelopes[0][1].headers)
+        assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", headers.pop("traceparent"))
+        assert headers == {
             "ce-id": "EWR/1/event/1-3",
             "ce-source": "/headwater/EWR",
             "ce-type": "headwater.records.v1",
             "ce-specversion": "1.0",
             "ce-time": "2023-11-14T22:13:20+00:00",
+            "ce-dataschema": "urn:headwater:schema:envelope:1",
+            "ce-datacontenttype": "application/msgpack",
         }
 
     play(tmp_path, story)
@@ -261,7 +373,9 @@ def test_an_envelope_refused_before_one_that_was_stored_reaches_the_learner(
         with world.open_log() as log:
             await world.log(log, "event", 2000, size=200)
             async with world.uplink(log) as uplink:
-                await until(lambda: uplink.statistics().get("failed_stream_full") == 1)
+                await until(lambda: uplink.statistics()["held"] == 1)
+                world.clock.advance(1.5)
+                uplink.wake()
                 async with running(world.learner.run()):
                     await until(world.all_learned)
         bases = [envelope.base_seq for envelope, _ in world.learner.envelopes]
@@ -337,5 +451,312 @@ def test_a_watermark_that_is_garbage_or_of_another_device_is_counted(tmp_path: P
                 await until(lambda: uplink.statistics().get("bad_watermarks") == 2)
                 await world.log(log, "event", 10)
                 await until(world.all_learned)
+
+    play(tmp_path, story)
+
+
+def records(epoch: int, count: int, start: int = 1) -> list[bytes]:
+    return [codec.encode(record(epoch, seq, 8)) for seq in range(start, start + count)]
+
+
+def test_an_envelope_whose_acknowledgement_was_lost_is_stored_twice_and_learned_once(
+    tmp_path: Path,
+) -> None:
+    async def story(world: World) -> None:
+        with world.open_log() as log:
+            await world.log(log, "event", 5)
+            async with world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["records"] == 5)
+                assert uplink.statistics()["failed_timeout"] == 1
+                async with running(world.learner.run()):
+                    await until(world.all_learned)
+        bus = world.bus
+        assert isinstance(bus, AckLosingBus)
+        assert len(set(bus.message_ids)) == 2, "dedupe would have swallowed the second"
+        assert [envelope.base_seq for envelope, _ in world.learner.envelopes] == [1, 1]
+        assert [seq for _, _, seq, _ in world.learner.records] == [1, 2, 3, 4, 5]
+
+    play(tmp_path, story, AckLosingBus)
+
+
+def test_after_an_outage_labels_go_first(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        with world.open_log() as log:
+            async with running(world.learner.run()), world.uplink(log) as uplink:
+                await world.log(log, "event", 1)
+                await until(world.all_learned)
+                world.broker.down()
+                await world.log(log, "event", 2000, size=200)
+                await world.log(log, "label", 3)
+                await until(lambda: uplink.statistics().get("failed_unreachable", 0) > 0)
+                world.broker.up()
+                await until(world.all_learned)
+        later = [envelope.event_class for envelope, _ in world.learner.envelopes[1:]]
+        assert later[0] == "label"
+        assert later.count("event") > 5
+
+    play(tmp_path, story)
+
+
+def test_a_loss_is_told_with_its_reason_and_what_follows_it(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        log = ScriptedLog(9, {9: 4})
+        log.add("event", 9, *["dropped"] * 3, *records(9, 2, 4), "damaged", *records(9, 1, 7))
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: world.learner.learned == {(9, "event"): 7})
+        found = [envelope for envelope, _ in world.learner.envelopes]
+        assert [(e.skipped, e.reason, e.base_seq, len(e.records), e.prior) for e in found] == [
+            (3, "dropped", 4, 2, 4),
+            (1, "damaged", 7, 1, 4),
+        ]
+        assert [message.headers["ce-id"] for _, message in world.learner.envelopes] == [
+            "EWR/9/event/1-5",
+            "EWR/9/event/6-7",
+        ]
+        assert uplink.statistics()["skipped"] == 4
+        assert uplink.statistics()["records"] == 3
+
+    play(tmp_path, story)
+
+
+def test_an_epoch_of_which_nothing_is_left_is_told_as_lost(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        log = ScriptedLog(9, {9: 4, 4: 2})
+        log.add("event", 2, *["dropped"] * 40)
+        log.add("event", 4, *["stalled"] * 2)
+        log.add("label", 4, *["dropped"] * 5)
+        log.add("event", 9, *records(9, 1))
+        async with running(world.learner.run()), world.uplink(log):
+            await until(lambda: len(world.learner.learned) == 4)
+        found = [envelope for envelope, _ in world.learner.envelopes]
+        assert [
+            (e.event_class, e.epoch, e.skipped, e.reason, e.base_seq, e.prior) for e in found
+        ] == [
+            ("label", 4, 5, "dropped", 6, 2),
+            ("event", 2, 40, "dropped", 41, 0),
+            ("event", 4, 2, "stalled", 3, 2),
+            ("event", 9, 0, "", 1, 4),
+        ]
+        assert [e.records for e in found[:3]] == [[], [], []]
+
+    play(tmp_path, story)
+
+
+def test_a_learner_that_was_put_back_gets_what_is_there_and_hears_what_is_not(
+    tmp_path: Path,
+) -> None:
+    async def story(world: World) -> None:
+        log = ScriptedLog(9)
+        log.add("event", 9, *records(9, 6))
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: world.learner.learned == {(9, "event"): 6})
+            await until(lambda: log.told == [("event", 9, 6)])
+            log.numbers["event", 9][:4] = ["trimmed"] * 4
+            world.learner.learned = {(9, "event"): 2}
+            world.learner.records.clear()
+            await world.learner.tell()
+            await until(lambda: world.learner.learned == {(9, "event"): 6})
+            assert uplink.statistics()["rewinds"] == 1
+        assert world.learner.dropped == [(9, "event", 3, "trimmed"), (9, "event", 4, "trimmed")]
+        assert [seq for _, _, seq, _ in world.learner.records] == [5, 6]
+
+    play(tmp_path, story)
+
+
+def test_the_report_says_where_the_log_ends_that_the_learner_may_not_hold_whole() -> None:
+    log = ScriptedLog(9, {9: 4})
+    log.add("event", 4, *["dropped"] * 40)
+    log.add("event", 9, *records(9, 6))
+    log.add("label", 9, *records(9, 2))
+    assert ends(log) == [Mark(9, "label", 2), Mark(4, "event", 40), Mark(9, "event", 6)]  # type: ignore[arg-type]
+
+
+def test_an_epoch_that_this_log_never_had_raises_the_alarm_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        log = ScriptedLog(90, {90: 40, 40: 20})
+        log.add("event", 90, *records(90, 3))
+        world.learner.learned = {(10, "event"): 5, (40, "event"): 2, (77, "event"): 8}
+        await world.learner.tell()
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: world.learner.learned.get((90, "event")) == 3)
+            await until(lambda: ("event", 90, 3) in log.told)
+            assert uplink.statistics()["duplicate_identity"] == 1
+            world.learner.learned[99, "label"] = 1
+            await world.learner.tell()
+            await until(lambda: uplink.statistics()["duplicate_identity"] == 2)
+        assert [message for message in caplog.messages if "never had" in message] == [
+            f"EWR: the learner holds epoch {epoch}, which this log never had: another device has"
+            " this name, or an older copy of this disk was put back"
+            for epoch in (77, 99)
+        ]
+
+    play(tmp_path, story)
+
+
+def test_the_epochs_of_an_older_part_of_this_log_are_no_alarm(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        for _ in range(3):
+            with world.open_log() as log:
+                await world.log(log, "event", 2)
+        with world.open_log() as log:
+            world.learner.learned = {(epoch, "event"): 2 for epoch in (1, 2, 3)}
+            await world.learner.tell()
+            async with running(world.learner.run()), world.uplink(log) as uplink:
+                await world.log(log, "event", 2)
+                await until(world.all_learned)
+                assert uplink.statistics()["duplicate_identity"] == 0
+
+    play(tmp_path, story)
+
+
+def test_a_full_stream_is_tried_once_a_second_and_drains_by_itself(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        bus = world.bus
+        assert isinstance(bus, PickyBus)
+        bus.clock, bus.error = world.clock, CapacityError("stream_full", "full")
+        with world.open_log() as log:
+            await world.log(log, "event", 3_000, size=200)
+            async with running(world.learner.run()), world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["held"] == 1)
+                await until(lambda: uplink.statistics()["under_way"] == 0)
+                for _ in range(5):
+                    tried = len(bus.asked_s)
+                    world.clock.advance(0.95)
+                    uplink.wake()
+                    for _ in range(50):
+                        await asyncio.sleep(0)
+                    assert len(bus.asked_s) == tried
+                    world.clock.advance(0.6)
+                    uplink.wake()
+                    await until(lambda: len(bus.asked_s) == tried + 1)  # noqa: B023
+                    await until(lambda: uplink.statistics()["under_way"] == 0)
+                assert uplink.statistics()["failed_stream_full"] == len(bus.asked_s)
+                bus.error = None
+                world.clock.advance(1.6)
+                uplink.wake()
+                await until(world.all_learned)
+                assert uplink.statistics()["held"] == 0
+        assert [seq for _, _, seq, _ in world.learner.records] == list(range(1, 3_001))
+
+    play(tmp_path, story, PickyBus)
+
+
+def test_while_events_are_held_labels_go_on(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        bus = world.bus
+        assert isinstance(bus, PickyBus)
+        bus.clock, bus.error = world.clock, CapacityError("stream_full", "full")
+        with world.open_log() as log:
+            await world.log(log, "event", 500)
+            async with running(world.learner.run()), world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["held"] == 1)
+                for count in range(1, 4):
+                    await world.log(log, "label", 1)
+                    await until(lambda: world.learner.learned == {(1, "label"): count})  # noqa: B023
+                assert uplink.statistics()["held"] == 1
+                assert uplink.statistics()["attempts"] == 2  # only the events began again
+
+    play(tmp_path, story, PickyBus)
+
+
+def test_a_class_that_is_always_refused_makes_no_hot_loop_of_the_other(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        bus = world.bus
+        assert isinstance(bus, PickyBus)
+        bus.error = TransportError("refused", "no permission")
+        with world.open_log() as log:
+            await world.log(log, "event", 5)
+            await world.log(log, "label", 5)
+            async with world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics().get("failed_refused", 0) == 4)
+        assert bus.asked_s[3] - bus.asked_s[0] >= 0.35  # 50, 100 and 200 ms at least
+
+    play(tmp_path, story, PickyBus)
+
+
+def test_what_cannot_be_read_any_more_is_counted_and_does_not_stop_the_rest(
+    tmp_path: Path,
+) -> None:
+    class Forgetful(ScriptedLog):
+        def piece(self, event_class: EventClass, epoch: int, *bounds: int) -> Piece | None:
+            return None if epoch == 4 else super().piece(event_class, epoch, *bounds)
+
+    async def story(world: World) -> None:
+        log = Forgetful(9, {9: 4})
+        log.add("event", 4, *records(4, 3))
+        log.add("event", 9, *records(9, 2))
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: world.learner.learned == {(9, "event"): 2})
+            assert uplink.statistics()["unreadable"] == 3
+            await until(lambda: uplink.statistics()["unlearned"] == 3)
+
+    play(tmp_path, story)
+
+
+def test_events_of_200_bytes_cost_less_than_100_on_the_wire(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rng = random.Random(11)
+        with world.open_log() as log:
+            for _ in range(5000):
+                log.append("event", telling_record(rng))
+            await log.wait_durable("event", 5000)
+            async with world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["records"] == 5000)
+        messages = world.broker.streams[subjects.EVENTS_STREAM].messages.values()
+        size = sum(
+            len(message.data) + sum(len(k) + len(v) + 4 for k, v in message.headers.items())
+            for message in messages
+        )
+        assert size / 5000 < 100, "seed 11"
+
+    play(tmp_path, story)
+
+
+def telling_record(rng: random.Random) -> bytes:
+    """A prediction of about 200 bytes, half of its features noise."""
+    noise = [rng.gauss(0, 1) if n % 2 else float(rng.randint(0, 20)) for n in range(16)]
+    fields = {"carrier": rng.choice(["UA", "AA", "DL"]), "flight": rng.randint(1, 9999)}
+    scored = [Scored("r2", "stable", [rng.random()]), Scored("r1", "canary", [rng.random()])]
+    features = struct.pack("<16f", *noise)
+    return codec.encode(
+        PredictionRecord(
+            "flight_delay", "scheduled", 1.5e9, fields, "ab" * 8, features, 0.9, scored
+        )
+    )
+
+
+def test_what_is_kept_back_keeps_its_number_and_is_decided_alike_when_it_goes_again(
+    tmp_path: Path,
+) -> None:
+    async def story(world: World) -> None:
+        rules = {"flight_delay": UplinkConfig(sample=0.5, redact=["n"])}
+        with world.open_log() as log:
+            withhold = Withhold(rules, tmp_path / "quota", world.clock, log.epoch)
+            await world.log(log, "event", 40)
+            async with world.uplink(log, withhold=withhold) as uplink:
+                await until(lambda: uplink.statistics()["records"] == 40)
+                async with running(world.learner.run()):
+                    await until(world.all_learned)
+                    first = list(world.learner.records), list(world.learner.dropped)
+                    world.learner.learned = {(1, "event"): 0}
+                    world.learner.records, world.learner.dropped = [], []
+                    await world.learner.tell()
+                    await until(world.all_learned)
+                    assert uplink.statistics()["rewinds"] == 1
+        assert (world.learner.records, world.learner.dropped) == first
+        kept = [seq for seq in range(1, 41) if in_sample(1, seq, 0.5)]
+        assert [seq for _, _, seq, _ in world.learner.records] == kept
+        assert {reason for *_, reason in world.learner.dropped} == {"sampled_out"}
+        assert all(set(data.fields) == {"e"} for *_, data in world.learner.records)
+        assert withhold.statistics() == {
+            "flight_delay": {
+                "sent": len(kept),
+                "sampled_out": 40 - len(kept),
+                "redacted": len(kept),
+                "over_quota": 0,
+            }
+        }
 
     play(tmp_path, story)

@@ -137,7 +137,8 @@ def test_what_only_rises_is_a_counter_and_what_may_fall_is_a_gauge(tmp_path: Pat
     agent = {"checks": 3, "applied": 1, "refused_bad_plan": 1}
     windows = {"keys": 1, "entries": 1, "keys_evicted": 0, "entries_evicted": 0}
     with Runtime.open(config) as runtime:
-        parts = {"prover": Prover().statistics(), "agent": agent}
+        withheld = {"toy": {"sent": 3, "sampled_out": 1, "bytes_today": 900}}
+        parts = {"prover": Prover().statistics(), "agent": agent, "withheld": withheld}
         status = runtime.statistics() | parts
         status["families"]["toy"] |= windows | {"arms": [{"run_us": 5.0, "since_s": 1.0}]}
         page = parsed(exposition(status, {}))
@@ -150,6 +151,7 @@ def test_what_only_rises_is_a_counter_and_what_may_fall_is_a_gauge(tmp_path: Pat
         *("edge_log_event_appended", "edge_log_event_durable", "edge_log_sync_errors"),
         *("edge_predictions", "edge_prover_proofs", "edge_prover_starts", "edge_requests_dropped"),
         *("edge_shelf_pruned", "edge_snapshots_written", "edge_worker_overloaded"),
+        *("edge_withheld_sampled_out", "edge_withheld_sent"),
     }
     falling = {
         *("edge_epoch", "edge_family_draining", "edge_family_entries", "edge_family_keys"),
@@ -157,6 +159,8 @@ def test_what_only_rises_is_a_counter_and_what_may_fall_is_a_gauge(tmp_path: Pat
         *("edge_log_bytes", "edge_log_event_segments", "edge_log_failing", "edge_log_linger_ms"),
         *("edge_log_pending", "edge_log_pending_bytes", "edge_predict_us_p99"),
         *("edge_prover_children", "edge_snapshots_seq", "edge_worker_waiting"),
+        "edge_withheld_bytes_today",
     }
     assert {name for name in rising if kinds[name] != "counter"} == set()
     assert {name for name in falling if kinds[name] != "gauge"} == set()
+    assert [sample.labels for sample in page["edge_withheld_sent"].samples] == [{"family": "toy"}]

@@ -20,7 +20,7 @@ from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import Report
+from edge_runtime.wire.messages import Mark, Report
 
 SCHEDULED = Event("scheduled", 1.36e9, {"carrier": "UA", "distance": 998.0})
 WritePackage = Callable[..., tuple[Path, str]]
@@ -122,6 +122,9 @@ def play(tmp_path: Path, write_package: WritePackage) -> Callable[..., None]:
                     bus,
                     attributes=config.attributes,
                     poll_s=1000.0,
+                    durable=lambda: [
+                        Mark(runtime.log.epoch, "event", runtime.log.durable("event")[1])
+                    ],
                 )
                 device = Device(runtime, orders, agent, bus, broker, write_package)
                 await asyncio.wait_for(stage(device), 4)
@@ -407,6 +410,7 @@ def test_a_running_agent_checks_at_once_and_reports_what_serves(play: Callable[.
         report = await with_agent(device, next_report(device, lambda report: report.plan_seq == 9))
         assert [(arm.arm, arm.release) for arm in report.arms] == [("stable", "r1")]
         assert report.counters["swaps"] == 1
+        assert report.durable == [Mark(device.runtime.log.epoch, "event", 0)]
 
     play(stage)
 
