@@ -16,16 +16,18 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bench_events_learner import learning
 from bench_events_model import POOL, Row, encoded, quantiles
 
 from cloud_learner.broker import Broker
+from cloud_learner.simulate.rig import Cloud
 from edge_runtime.bus.base import Bus
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
+from edge_runtime.config import LogConfig
 from edge_runtime.events.log import EventLog
 from edge_runtime.events.uplink import Uplink
 from edge_runtime.wire import subjects
@@ -42,6 +44,14 @@ async def make_streams(bus: Bus) -> None:
     events, state = subjects.EVENTS_STREAM, subjects.STATE_STREAM
     await make(events, [subjects.EVENTS_ALL], max_bytes=STREAM_BYTES, discard_new=True)
     await make(state, subjects.STATE_ALL, max_bytes=1 << 26, per_subject=1, discard_new=False)
+
+
+def logged(folder: Path) -> EventLog:
+    """A log that lingers as a daemon's does by default."""
+    usual = LogConfig()
+    return EventLog(
+        folder, device=DEVICE, linger_ms=usual.linger_ms, linger_max_ms=usual.linger_max_ms
+    )
 
 
 def filled(folder: Path, count: int) -> EventLog:
@@ -105,6 +115,10 @@ async def drained_directly(url: str, log: EventLog, count: int) -> float:
     return count / took_s
 
 
+async def _named(url: str, name: str) -> Bus:
+    return await connect(url, name=name)
+
+
 @asynccontextmanager
 async def relay(url: str) -> AsyncIterator[tuple[str, list[int]]]:
     """A relay before the server at `url`: its own url, and the bytes that it passed on so far."""
@@ -137,26 +151,26 @@ async def online(home: Path, seconds: float) -> list[Row]:
     """From an append on the device to the commit at the learner, while events trickle in."""
     pool, count = encoded(POOL, 3), int(seconds * ONLINE_HZ)
     appended, learned = np.zeros(count + 1), np.zeros(count + 1)
-    with Broker.start(home / "broker") as broker, EventLog(home / "log", device=DEVICE) as log:
-        bus, cloud = await connect(broker.url, name="bench"), await connect(broker.url, name="cloud")
-        await make_streams(cloud)
-        reached = [0]
+    with Broker.start(home / "broker") as broker, logged(home / "log") as log:
+        lane, reached = (DEVICE, log.epoch, "event"), 0
 
-        def note(seq: int) -> None:
-            learned[reached[0] + 1 : seq + 1] = time.perf_counter()
-            reached[0] = seq
+        def note(_commit: object) -> None:
+            nonlocal reached
+            seq = cloud.mark(lane)
+            learned[reached + 1 : seq + 1] = time.perf_counter()
+            reached = seq
 
-        async with learning(home / "learner", cloud, note), uplinked(log, bus):
+        cloud = await Cloud.start(home / "learner", partial(_named, broker.url), note)
+        bus = await connect(broker.url, name=DEVICE)
+        async with uplinked(log, bus):
             start_s = time.perf_counter()
             for at in range(count):
                 await asyncio.sleep(max(0.0, start_s + at / ONLINE_HZ - time.perf_counter()))
                 seq = log.append("event", pool[at])
                 appended[seq] = time.perf_counter()
-            async with asyncio.timeout(WAIT_S):
-                while reached[0] < count:
-                    await asyncio.sleep(0.01)
+            await cloud.until(lambda: reached >= count)
         await bus.close()
-        await cloud.close()
+        await cloud.stop()
     p50, p99 = quantiles(1000 * (learned - appended)[ONLINE_HZ:])
     what = f"append to learner, online, {ONLINE_HZ} events/s"
     return [Row(f"{what}, p50", p50, "ms", 40.0), Row(f"{what}, p99", p99, "ms", 120.0)]

@@ -31,7 +31,7 @@ from cloud_learner.store.ingest_state import Account, Lane
 from cloud_learner.store.raw import RawLog
 from cloud_learner.streams import make_streams
 from edge_runtime.bus.base import Bus
-from edge_runtime.clock import SystemClock
+from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import HeadwaterError
 from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.events.uplink import Uplink
@@ -125,34 +125,44 @@ class Cloud:
 class Device:
     """A device's log and uplink; `predicted` holds the ids of all that it predicted.
 
-    `options` are those of the log.
+    Event time begins at `start_s`; `options` are those of the log.
     """
 
-    def __init__(self, home: Path, name: str, connect: Connect, **options: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        name: str,
+        connect: Connect,
+        *,
+        start_s: float = 0.0,
+        clock: Clock | None = None,
+        **options: Any,
+    ) -> None:
         self.name, self._home, self._connect, self._options = name, home, connect, options
+        self._clock = clock or SystemClock()
         self.predicted: list[Id] = []
-        self._time_s = 0.0
+        self.time_s = start_s
         self._online: tuple[Bus, asyncio.Task[None]] | None = None
         self.log = self._opened()
 
     def predict(self, count: int = 1) -> None:
         """Predict so many events, a tenth of a second of event time apart, and label each."""
         for _ in range(count):
-            self._time_s += 0.1
-            seq = self.log.append("event", codec.encode(prediction(self._time_s)))
+            self.time_s += 0.1
+            seq = self.log.append("event", codec.encode(prediction(self.time_s)))
             self.predicted.append((self.name, self.log.epoch, seq))
-            what = LabelRecord(FAMILY, self.log.epoch, seq, float(seq % 2), self._time_s + 1.0)
+            what = LabelRecord(FAMILY, self.log.epoch, seq, float(seq % 2), self.time_s + 1.0)
             self.log.append("label", codec.encode(what))
 
     def sweep(self) -> None:
         """Move event time far on, so that all that was predicted matures."""
-        self._time_s += _FAR_S
-        self.log.append("event", codec.encode(ObservationRecord(FAMILY, "swept", self._time_s, {})))
+        self.time_s += _FAR_S
+        self.log.append("event", codec.encode(ObservationRecord(FAMILY, "swept", self.time_s, {})))
 
     async def connect(self) -> Uplink:
         """Begin to send what is logged."""
         bus = await self._connect(self.name)
-        uplink = Uplink(self.log, bus, self.name, SystemClock())
+        uplink = Uplink(self.log, bus, self.name, self._clock)
         self.log.on_commit = uplink.wake
         self._online = bus, asyncio.create_task(uplink.run())
         return uplink
