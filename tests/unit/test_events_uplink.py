@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import random
 import re
@@ -674,6 +675,27 @@ def test_a_class_that_is_always_refused_makes_no_hot_loop_of_the_other(tmp_path:
         assert bus.asked_s[3] - bus.asked_s[0] >= 0.35  # 50, 100 and 200 ms at least
 
     play(tmp_path, story, PickyBus)
+
+
+def test_a_disk_that_gives_nothing_back_stops_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    class Stuck(ScriptedLog):
+        is_stuck = True
+
+        def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
+            if self.is_stuck:
+                raise OSError(errno.ENOSPC, "no space left")
+            super().learned(event_class, epoch, seq)
+
+    async def story(world: World) -> None:
+        log = Stuck(9)
+        log.add("event", 9, *records(9, 2))
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: uplink.statistics().get("give_back_errors", 0) > 0)
+            log.is_stuck = False
+            await world.learner.tell()
+            await until(lambda: log.told == [("event", 9, 2)])
+
+    play(tmp_path, story)
 
 
 def test_what_cannot_be_read_any_more_is_counted_and_does_not_stop_the_rest(
