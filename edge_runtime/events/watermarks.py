@@ -70,17 +70,18 @@ class Watermarks:
             else (mark.event_class, mark.epoch, mark.seq)
             for mark in marks
         ]
-        news = [(name, epoch, seq) for name, epoch, seq in found if self._is_news(name, epoch, seq)]
-        self._given |= {(name, epoch): seq for name, epoch, seq in news}
-        return news
+        return [floor for floor in found if self._given.get(floor[:2]) != floor[2]]
 
     def give_back(self, floors: list[Floor]) -> None:
-        """Tell the log what the learner holds; touches the disk."""
+        """Tell the log what the learner holds; what the disk refuses is told again next time."""
         for event_class, epoch, seq in floors:
-            self._log.learned(event_class, epoch, seq)
-
-    def _is_news(self, event_class: EventClass, epoch: int, seq: int) -> bool:
-        return self._given.get((event_class, epoch)) != seq
+            try:
+                self._log.learned(event_class, epoch, seq)
+            except OSError as error:
+                self._counters["give_back_errors"] += 1
+                log.warning("%s: what the learner holds stays in the log: %s", self._device, error)
+            else:
+                self._given[event_class, epoch] = seq
 
     def _find_strangers(self, marks: list[Mark]) -> None:
         strangers = {mark.epoch for mark in marks if mark.epoch > self._oldest} - self._known

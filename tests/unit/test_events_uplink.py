@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import random
 import re
@@ -19,7 +20,7 @@ from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import UplinkConfig
 from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
-from edge_runtime.events.log import EventLog, Piece
+from edge_runtime.events.log import CLASSES, EventLog, Piece
 from edge_runtime.events.packing import ENVELOPE_BYTES
 from edge_runtime.events.uplink import Uplink
 from edge_runtime.events.watermarks import ends
@@ -37,6 +38,7 @@ from edge_runtime.wire.messages import (
 )
 
 DEVICE = "EWR"
+SLOW = pytest.mark.slow
 Learned = dict[tuple[int, EventClass], int]
 
 
@@ -95,6 +97,27 @@ class PickyBus(MemoryBus):
             await asyncio.sleep(0)
             raise self.error
         return await super().publish(subject, *arguments, **named)  # type: ignore[arg-type]
+
+
+class ChaosBus(MemoryBus):
+    """A bus that, by `rng`, refuses envelopes, or stores them and does not say so."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker, "chaos", None)
+        self.rng: random.Random | None = None
+
+    async def publish(self, subject: str, *arguments: object, **named: object) -> int:
+        fault = self.rng.random() if self.rng and subject.startswith("hw.ev.") else 1.0
+        for _ in range(int(40 * fault)):
+            await asyncio.sleep(0)  # answers come in another order than questions
+        if fault < 0.1:
+            raise CapacityError("stream_full", "full")
+        if fault < 0.15:
+            raise TransportError("timeout", "never arrived")
+        seq = await super().publish(subject, *arguments, **named)  # type: ignore[arg-type]
+        if fault < 0.2:
+            raise TransportError("timeout", "stored, and the answer was lost")
+        return seq
 
 
 class ScriptedLog:
@@ -676,6 +699,27 @@ def test_a_class_that_is_always_refused_makes_no_hot_loop_of_the_other(tmp_path:
     play(tmp_path, story, PickyBus)
 
 
+def test_a_disk_that_gives_nothing_back_stops_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    class Stuck(ScriptedLog):
+        is_stuck = True
+
+        def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
+            if self.is_stuck:
+                raise OSError(errno.ENOSPC, "no space left")
+            super().learned(event_class, epoch, seq)
+
+    async def story(world: World) -> None:
+        log = Stuck(9)
+        log.add("event", 9, *records(9, 2))
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: uplink.statistics().get("give_back_errors", 0) > 0)
+            log.is_stuck = False
+            await world.learner.tell()
+            await until(lambda: log.told == [("event", 9, 2)])
+
+    play(tmp_path, story)
+
+
 def test_what_cannot_be_read_any_more_is_counted_and_does_not_stop_the_rest(
     tmp_path: Path,
 ) -> None:
@@ -760,3 +804,68 @@ def test_what_is_kept_back_keeps_its_number_and_is_decided_alike_when_it_goes_ag
         }
 
     play(tmp_path, story)
+
+
+def scripted(rng: random.Random) -> ScriptedLog:
+    """Three epochs of both classes, of records and losses."""
+    log = ScriptedLog(9, {9: 4, 4: 2})
+    for epoch in (2, 4, 9):
+        for event_class in CLASSES:
+            for _ in range(rng.randint(0, 12)):
+                start = len(log.numbers.get((event_class, epoch), ())) + 1
+                if rng.random() < 0.3:
+                    reason = rng.choice(["dropped", "stalled", "damaged"])
+                    log.add(event_class, epoch, *[reason] * rng.randint(1, 50))
+                else:
+                    log.add(event_class, epoch, *records(epoch, rng.randint(1, 400), start))
+    return log
+
+
+def put_back(learner: Learner, rng: random.Random) -> None:
+    """The learner is restored from an older state: what came since is gone there."""
+    for key, held in list(learner.learned.items()):
+        back = learner.learned[key] = rng.randint(0, held)
+        learner.records = [r for r in learner.records if r[:2] != key or r[2] <= back]
+        learner.dropped = [d for d in learner.dropped if d[:2] != key or d[2] <= back]
+
+
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(n, marks=SLOW) for n in range(8, 200))])
+def test_every_number_arrives_once_whatever_is_refused_lost_or_put_back(
+    tmp_path: Path, seed: int
+) -> None:
+    async def story(world: World) -> None:
+        rng, bus = random.Random(seed), world.bus
+        assert isinstance(bus, ChaosBus)
+        log = scripted(rng)
+        ends_of = {key: len(numbers) for key, numbers in log.numbers.items()}
+
+        def is_done() -> bool:
+            world.clock.advance(0.05)
+            uplink.wake()
+            held = world.learner.learned
+            return {(epoch, name): end for (name, epoch), end in ends_of.items()} == held
+
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            for _ in range(3):
+                bus.rng = rng
+                for _ in range(rng.randint(1, 400)):
+                    is_done()
+                    await asyncio.sleep(0)
+                if rng.random() < 0.5:
+                    world.broker.down()
+                    await asyncio.sleep(0)
+                    world.broker.up()
+                put_back(world.learner, rng)
+            bus.rng = None
+            await world.learner.tell()
+            await until(is_done)
+        arrived = {r[:3] for r in world.learner.records} | {d[:3] for d in world.learner.dropped}
+        assert len(arrived) == len(world.learner.records) + len(world.learner.dropped)
+        assert len(arrived) == sum(ends_of.values()), f"seed {seed}"
+        for epoch, name, seq, reason in world.learner.dropped:
+            assert log.numbers[name, epoch][seq - 1] == reason, f"seed {seed}"
+        for epoch, name, seq, data in world.learner.records:
+            assert data == record(epoch, seq, 8), f"seed {seed}"
+            assert isinstance(log.numbers[name, epoch][seq - 1], bytes), f"seed {seed}"
+
+    play(tmp_path, story, ChaosBus)
