@@ -34,9 +34,12 @@ from cloud_learner.store.ingest_state import (
     Lane,
     Row,
     id_of,
+    is_unlabelled,
+    labelled,
     lane_prefix,
     pending_rows,
     prediction_key,
+    time_of,
 )
 from cloud_learner.store.rocks import Transaction
 from cloud_learner.store.runs import SETTLE, Waiting
@@ -189,29 +192,37 @@ class Joiner:
 
     def _label(self, portions: list[Portion]) -> None:
         """Labels, all of a commit at once: one look at what they speak of, in the order of keys."""
-        found: list[tuple[bytes, LabelRecord, float]] = []
+        keys: list[bytes] = []
+        labels: list[Label] = []
         family = self._rules.family
         for portion in portions:
             start, arrived_s = portion.lane[0].encode() + b"\0", portion.arrived_s
-            for record in portion.records:
-                if type(record) is not LabelRecord:
-                    continue
-                if record.family != family:
-                    self.counters["other_family"] += 1
-                    continue
-                named = start + record.epoch.to_bytes(8, "big") + record.seq.to_bytes(8, "big")
-                found.append((named, record, arrived_s))
-        rows = self._waiting.rows([key for key, _, _ in found])
-        fresh = self._waiting.fresh
-        for key, record, arrived_s in found:
-            if not record.final:
-                self.counters["labels_provisional"] += 1
-            label = Label(record.value, record.time_s, record.final, arrived_s)
+            ours = [r for r in portion.records if type(r) is LabelRecord and r.family == family]
+            said = sum([type(record) is LabelRecord for record in portion.records])
+            self.counters["other_family"] += said - len(ours)
+            keys += [start + r.epoch.to_bytes(8, "big") + r.seq.to_bytes(8, "big") for r in ours]
+            labels += [Label(r.value, r.time_s, r.final, arrived_s) for r in ours]
+        self.counters["labels_provisional"] += sum([not label.final for label in labels])
+        rows, fresh = self._waiting.rows(keys), self._waiting.fresh
+        for key, label in zip(keys, labels, strict=True):
             data = fresh.get(key) or rows.get(key)
             if data is None:
                 self._keep_early(key, label)
+            elif is_unlabelled(data):
+                self._attach_first(key, data, label)
             else:
                 self._attach(key, Row.unpacked(data), label)
+
+    def _attach_first(self, key: bytes, data: bytes, label: Label) -> None:
+        """What `_attach` does for nearly all labels, without taking the row apart."""
+        matures_s = time_of(data) + self._rules.label_window_s
+        if label.time_s > matures_s:
+            self.counters["labels_late"] += 1
+            return
+        self.counters["labels_joined"] += 1
+        self._waiting.fresh[key] = labelled(data, label)
+        if matures_s < self.clock.now_s:
+            self._touched.add(run_of(key, Row.unpacked(data)))
 
     def _attach(self, key: bytes, row: Row, label: Label) -> None:
         if row.state != PENDING:

@@ -33,6 +33,8 @@ _ROW = struct.Struct("<dBI")  # time, state, place in the run
 _ROWS = np.dtype([("time_s", "<f8"), ("state", "u1"), ("place", "<u4")])
 _LABEL = struct.Struct("<dd?d")
 _REVISION = struct.Struct("<I")
+_FIRST = _REVISION.pack(0)
+_STATE_AT = 8
 _MOMENT = struct.Struct(">d")
 _SIGN, _ALL = 1 << 63, (1 << 64) - 1
 _CLASS_BYTE: dict[EventClass, bytes] = {"event": b"e", "label": b"l"}
@@ -119,6 +121,22 @@ def pending_rows(
     packed, size = rows.tobytes(), _ROW.size
     for at in range(len(places)):
         yield prefix + seqs[8 * at : 8 * at + 8], packed[size * at : size * (at + 1)]
+
+
+def is_unlabelled(row: bytes) -> bool:
+    """Whether a stored row is of a prediction that waits, with no label yet."""
+    return len(row) == _ROW.size and row[_STATE_AT] == PENDING
+
+
+def time_of(row: bytes) -> float:
+    """The time of the prediction of a stored row."""
+    time_s: float = _ROW.unpack_from(row)[0]
+    return time_s
+
+
+def labelled(row: bytes, label: Label) -> bytes:
+    """The stored row of an unlabelled prediction, with its label."""
+    return row + label.packed() + _FIRST
 
 
 class Meta(msgspec.Struct, array_like=True):
