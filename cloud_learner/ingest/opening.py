@@ -24,6 +24,7 @@ from edge_runtime.bus.base import PAYLOAD_BYTES_MAX
 from edge_runtime.errors import RequestError
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import (
+    NO_PRIOR,
     OMITTED,
     WIRE_VERSION,
     Envelope,
@@ -160,7 +161,7 @@ def _check(subject: str, device: str, envelope: Envelope | _Typed) -> None:
         raise RequestError("wrong_subject", f"{subject} carries what belongs to {said}")
     highest = max(envelope.epoch, envelope.prior, envelope.base_seq + len(envelope.records))
     lowest = min(envelope.epoch, envelope.base_seq, envelope.base_seq - envelope.skipped)
-    if lowest < 1 or min(envelope.skipped, envelope.prior) < 0 or highest > NUMBER_MAX:
+    if lowest < 1 or envelope.skipped < 0 or envelope.prior < NO_PRIOR or highest > NUMBER_MAX:
         raise RequestError("bad_number", f"{subject}: an epoch or sequence number out of range")
     if bool(envelope.skipped) != bool(envelope.reason) or not _is_reason(envelope.reason):
         raise RequestError("bad_reason", f"{subject}: what is lost has no reason, or a wild one")

@@ -75,6 +75,10 @@ OMITTED: dict[int, str] = {1: "sampled_out", 2: "over_quota"}
 """What stands in an envelope in the place of a record that the device keeps to itself."""
 
 
+NO_PRIOR = -1
+"""The epoch before the first of a log."""
+
+
 class Envelope(msgspec.Struct, array_like=True, frozen=True):
     """Consecutive records of one device, epoch and class, as they stand in the event log.
 
@@ -82,7 +86,8 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
     `skipped` sequence numbers right before `base_seq` are lost on the device, for `reason`
     (`dropped`: the log was full; `stalled`: the disk took nothing; `damaged`; `trimmed`: the learner
     held them once); `records` may then be empty. `prior` is the epoch before this one in the same
-    log, 0 for its first: two epochs after the same one are two logs under one name.
+    log, NO_PRIOR for its first, 0 where it is not said: two epochs after the same one are two logs
+    under one name.
     """
 
     version: int

@@ -56,7 +56,7 @@ async def offline(home):
 
 def test_labels_outlive_events(tmp_path):
     device = Device(tmp_path, "device", None, bytes_max=CAP, segment_bytes=SEGMENT, linger_ms=1)
-    for _ in range(40):
+    for _ in range(70):
         device.predict(50)
         asyncio.run(device.log.wait_durable("event", device.log.handed_out("event")))
     event = device.log.piece("event", device.log.epoch, 0, 1 << 20, 1)
