@@ -221,6 +221,7 @@ class World:
             self.directory,
             device=DEVICE,
             linger_ms=0.0,
+            step=lambda: 1,
             **settings,  # type: ignore[arg-type]
         )
 
