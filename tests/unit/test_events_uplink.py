@@ -518,7 +518,7 @@ def test_after_an_outage_labels_go_first(tmp_path: Path) -> None:
                 await until(world.all_learned)
         later = [envelope.event_class for envelope, _ in world.learner.envelopes[1:]]
         assert later[0] == "label"
-        assert later.count("event") > 5
+        assert later.count("event") >= 2
 
     play(tmp_path, story)
 
