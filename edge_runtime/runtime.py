@@ -97,8 +97,8 @@ class Runtime:
         """Answer an event, and log the answer with the feature values behind it.
 
         Raises: RequestError (unknown_family, no_release, no_features, unknown_kind, not_predicted,
-        unknown_field, missing_field, wrong_type, not_finite, out_of_range, event_from_future),
-        CapacityError (log_full, log_stalled), PackageError (run_failed).
+        unknown_field, missing_field, wrong_type, not_finite, out_of_range, event_from_future,
+        too_large), PackageError (run_failed).
         """
         return self._asking.predict(family, event)
 
@@ -144,7 +144,7 @@ class Runtime:
         number in the log, class label. Windows over labels see the first final one.
 
         Raises: RequestError (unknown_prediction, prediction_lost, wrong_type, not_finite,
-        unknown_family), CapacityError (log_full).
+        unknown_family).
         """
         return self._asking.label(family, prediction_id, value, time_s, final=final)
 

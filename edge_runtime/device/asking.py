@@ -21,7 +21,7 @@ import msgspec
 from edge_runtime.clock import Clock
 from edge_runtime.device.family import Family, Scores
 from edge_runtime.device.serving import Serving
-from edge_runtime.errors import CapacityError, HeadwaterError, PackageError, RequestError
+from edge_runtime.errors import HeadwaterError, PackageError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import label_record
 from edge_runtime.features.feature import LABEL
@@ -121,8 +121,8 @@ class Asking:
         """See `Runtime.predict_many`."""
         family, started_ns = self._known(name), time.perf_counter_ns()
         with self.turn:
-            roomy = family.records_fit([event.fields for event in events], self._journal.room())
-            found = self._answer_together(family, events) if roomy else None
+            fits = family.records_fit([event.fields for event in events])
+            found = self._answer_together(family, events) if fits else None
             if found is not None:
                 answered = sum(type(each) is Prediction for each in found)
                 each_us = (time.perf_counter_ns() - started_ns) / 1000 / max(len(found), 1)
@@ -217,7 +217,7 @@ class Asking:
     def _answer_together(
         self, family: Family, events: Sequence[Event]
     ) -> list[Prediction | HeadwaterError]:
-        """One run of the model for all events that are admitted; the log has room for them."""
+        """One run of the model for all events that are admitted; the log takes each of them."""
         pipeline, arms = family.pipeline, family.pipeline.slot.arms
         found: list[Prediction | HeadwaterError] = []
         asked: list[tuple[int, Event, Rows]] = []
@@ -260,15 +260,11 @@ class Asking:
     def _show_label(
         self, family: Family, number: tuple[int, int], value: float, time_s: float
     ) -> None:
-        """Let windows over labels see it, by way of the log; where that is full they miss it."""
+        """Let windows over labels see it, by way of the log."""
         fields = family.pipeline.labelled(number, value, time_s)
         if fields is None:
             return
-        try:
-            self._journal.event(ObservationRecord(family.name, LABEL, time_s, fields))
-        except CapacityError as error:
-            self._refused(error)
-            return
+        self._journal.event(ObservationRecord(family.name, LABEL, time_s, fields))
         family.pipeline.move(LABEL, time_s, fields)
         self._journal.moved()
 

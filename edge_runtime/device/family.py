@@ -107,8 +107,8 @@ class Family:
             scored,
         )
 
-    def records_fit(self, many: Sequence[Fields], room: int) -> bool:
-        """Whether the answers to events with such fields are sure to fit into `room` bytes."""
+    def records_fit(self, many: Sequence[Fields]) -> bool:
+        """Whether each answer to events with such fields is sure to be taken by the log."""
         arms = self.pipeline.slot.arms
         scored = sum(len(arm.release) + len(arm.name) + 9 * arm.runner.scores for arm in arms)
         beside = 512 + scored + 4 * max((arm.runner.features for arm in arms), default=0)
@@ -116,7 +116,7 @@ class Family:
             sizes = [len(codec.encode(fields)) + beside for fields in many]
         except (TypeError, ValueError, OverflowError):  # a value that no record can carry
             return False
-        return sum(sizes) <= room and max(sizes, default=0) <= RECORD_BYTES_MAX
+        return max(sizes, default=0) <= RECORD_BYTES_MAX
 
     @property
     def plan_seq(self) -> int:

@@ -146,7 +146,7 @@ async def _durable(log: EventLog, seq: int) -> None:
             await log.wait_durable("event", seq)
     except TimeoutError as error:
         raise CapacityError(
-            "log_stalled",
+            "log_not_durable",
             "the disk does not take what the new windows are to be rebuilt from; what serves is "
             "unchanged",
             f"see what the disk of {log.directory} is doing",

@@ -11,7 +11,6 @@ Knows nothing about models. One thread at a time appends; `on_commit` comes on t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +19,6 @@ from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.events.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFile
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord
-
-log = logging.getLogger("edge_runtime")
 
 SNAPSHOT_EVERY = 8192
 
@@ -61,23 +58,19 @@ class Journal:
         return self.log.handed_out("event") + 1
 
     def event(self, record: PredictionRecord | ObservationRecord) -> int:
-        """Log an event; its number. Raises: CapacityError, with nothing logged."""
+        """Log an event; its number. Raises: RequestError `too_large`, with nothing logged."""
         data = codec.encode(record)
         seq = self.log.append("event", data)
         self._bytes_since += len(data)
         return seq
 
     def label(self, record: LabelRecord) -> int:
-        """Log a label; its own number. Raises: CapacityError, with nothing logged."""
+        """Log a label; its own number. Raises: RequestError `too_large`, with nothing logged."""
         return self.log.append("label", codec.encode(record))
 
     def id_of(self, seq: int) -> str:
         """The id of the prediction with that number."""
         return f"{self._prefix}{seq}"
-
-    def room(self) -> int:
-        """How many bytes of events the log is sure to take now."""
-        return self.log.room("event")
 
     def moved(self, events: int = 1) -> None:
         """So many events are logged and the windows have seen them."""
@@ -128,9 +121,6 @@ class Journal:
 
     def _trim(self) -> None:
         """Without a learner, what the windows no longer need is needed by nobody."""
-        try:
-            self.log.trim("event", *self.snapshots.floor)
-            for epoch, _, last_seq in self.log.epochs("label"):
-                self.log.trim("label", epoch, last_seq)
-        except OSError as error:
-            log.warning("what nobody needs stays in the log: %s", error)
+        self.log.learned("event", *self.snapshots.floor)
+        for epoch, _, last_seq in self.log.epochs("label"):
+            self.log.learned("label", epoch, last_seq)

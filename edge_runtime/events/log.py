@@ -2,51 +2,65 @@
 
 Why: the network may be away for days and the process may be killed at any moment; an append costs
 the hot path a microsecond, because a thread gathers what came within the linger and makes it
-durable with one `fdatasync`. While records come it needs no waking, and lingers by their rate.
+durable with one sync. While records come it needs no waking, and lingers by their rate.
 
-Commit point: the `fdatasync` of a group. Recovery cuts the newest segment after its last whole
-frame, so a group is there whole up to a frame, or not at all.
+Commit points: the sync of a group; the ledger's two renames for epochs, losses and what is learned.
+Recovery cuts the newest segment after its last frame that proves itself.
 
-Invariants: the epoch rises by one at every open, durably, before a sequence number is handed out,
-so (epoch, class, seq) is never handed out twice. `durable` never names a record that has not
-survived an `fdatasync` that succeeded: after an error the file is left alone for good, and what
-was not durable is written again, from memory, into a new file. Classes share nothing but the
-thread: own segments, own numbers, own share of the bytes (labels 1/8, so events cannot crowd
-them out). Only one process and one open log per directory. Disk and memory are bounded: beyond
-a bound `append` refuses.
+Invariants: the epoch rises at every open, durably and by a random step, before a sequence number is
+handed out, so (epoch, class, seq) is never handed out twice, not even by a disk that was restored,
+cloned or wiped. `durable` never names a record that has not survived a sync that succeeded: after
+an error the file is left alone for good, and what was not durable is written again, from memory,
+into a new file. A number that was durable, or lies before one, comes out of `piece`: as its record,
+or in a range that is lost and says why. Only one process and one open log per directory.
 
-One producer thread appends; `read`, `tail` and `trim` may be called from any thread.
+Disk and memory are bounded, and `append` never refuses for it. Over `bytes_max` the oldest segment
+goes, events before labels, once the ledger says so; the newest of the running epoch stays. While
+the disk takes nothing, the oldest events in memory go, then labels.
+
+One producer thread appends; everything else may be called from any thread.
 
 Knows nothing about what a record means, nor about who reads it.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import CapacityError, RequestError
-from edge_runtime.events import recovery, segment
+from edge_runtime.events import ledger, recovery
 from edge_runtime.events.linger import Doorbell, Linger
-from edge_runtime.events.stream import LENGTH_BYTES, PENDING_BYTES_MAX, Stream, within
+from edge_runtime.events.reader import Piece, Reader
+from edge_runtime.events.space import Space
+from edge_runtime.events.stream import LENGTH_BYTES, Stream, within
+from edge_runtime.events.usage import Usage
+from edge_runtime.files import Files, OsFiles
 from edge_runtime.wire.messages import EventClass
 
-CLASSES = recovery.CLASSES
+__all__ = ["CLASSES", "RECORD_BYTES_MAX", "EventLog", "Piece"]
+
+CLASSES = ledger.CLASSES
 RECORD_BYTES_MAX = 512 * 1024
-_LABEL_SHARE = 8
+PENDING_BYTES_MAX = 32 << 20
+_DROP_BYTES = PENDING_BYTES_MAX // 32
+_SEGMENTS_MIN = 16
 _RETRY_S = 0.25
+_SLOW_S = 0.5
 
 
 class EventLog:
-    """The log of `device` in `directory`; opening it starts a new epoch.
+    """The log of `device` in `directory`; opening it starts a new epoch, `step()` above the last.
 
     Records wait `linger_ms` to be made durable together, up to `linger_max_ms` where that saves
-    commits. `sync` makes a file's bytes durable; tests let it fail.
-    `on_commit`, once set, is called on the commit thread after each group; it must not raise.
+    commits. All files together take `bytes_max` at most. `on_commit`, once set, is called on the
+    commit thread after each group; it must not raise.
 
     Raises: ConfigError `already_owned`, `other_device`, `log_version`, `log_unusable`.
     """
@@ -60,30 +74,39 @@ class EventLog:
         linger_max_ms: float = 0.0,
         segment_bytes: int = 8 << 20,
         bytes_max: int = 1 << 30,
-        sync: Callable[[int], None] = os.fdatasync,
+        files: Files | None = None,
+        clock: Clock | None = None,
+        step: Callable[[], int] = recovery.random_step,
     ) -> None:
         self.directory, self.device = directory, device
         self.on_commit: Callable[[], None] | None = None
+        self._files = files = files or OsFiles()
         self._linger = Linger(linger_ms / 1000, linger_max_ms / 1000)
-        self._owner, found = recovery.open_directory(directory, device, sync)
-        self.epoch, self._ends = found.epoch, found.ends
-        label_bytes = bytes_max // _LABEL_SHARE
-        bounds: dict[EventClass, int] = {"label": label_bytes, "event": bytes_max - label_bytes}
+        found = recovery.open_directory(files, directory, device, step())
+        self._found, self._ledger, self.epoch = found, found.ledger, found.ledger.epoch
+        segment_bytes = min(segment_bytes, bytes_max // _SEGMENTS_MIN)
+        self._space = Space(files, found.ledger, bytes_max, segment_bytes)
+        self._lock = threading.Lock()
         self._streams = {
             name: Stream(
+                files,
                 directory,
                 device=device,
                 event_class=name,
-                epoch=found.epoch,
+                epoch=self.epoch,
                 segments=found.segments[name],
                 segment_bytes=segment_bytes,
-                bytes_max=bounds[name],
-                sync=sync,
+                ledger=found.ledger,
+                lock=self._lock,
+                make_space=self._make_space,
             )
             for name in CLASSES
         }
-        self._counters, self._failing = found.counters, False
-        self._damaged: set[Path] = set()
+        self._space.streams = self._streams
+        self._reader = Reader(files, directory, self._streams, found.ledger, self.epoch)
+        self._usage = Usage(files, directory / "usage", clock or SystemClock())
+        self._accepted, self._allowed = 0, PENDING_BYTES_MAX
+        self._failing, self._began_s = False, 0.0
         self._doorbell = Doorbell()
         self._closing, self._idle = threading.Event(), True
         self._thread = threading.Thread(target=self._run, name="log-commit", daemon=True)
@@ -94,14 +117,14 @@ class EventLog:
     def append(self, event_class: EventClass, data: bytes) -> int:
         """Accept a record; returns its sequence number, from 1 in each epoch. Not yet durable.
 
-        Raises: CapacityError `log_full`, `log_stalled`, `log_closed`; RequestError `too_large`.
+        Raises: CapacityError `log_closed`; RequestError `too_large`.
         """
         stream = self._streams[event_class]
         size = len(data)
-        appended = stream.appended + size + LENGTH_BYTES
-        if appended > stream.allowed or size > RECORD_BYTES_MAX:
-            self._refuse(stream, event_class, size)
-        stream.appended = appended
+        accepted = self._accepted + size + LENGTH_BYTES
+        if accepted > self._allowed or size > RECORD_BYTES_MAX:
+            self._drop_or_refuse(event_class, size)
+        self._accepted = accepted
         stream.last_seq = seq = stream.last_seq + 1
         stream.pending.append(data)
         if self._idle:
@@ -109,32 +132,28 @@ class EventLog:
             self._doorbell.ring()
         return seq
 
-    def _refuse(self, stream: Stream, event_class: EventClass, size: int) -> None:
+    def _drop_or_refuse(self, event_class: EventClass, size: int) -> None:
+        """Make room in memory, which the disk does not take: the oldest that is pending goes."""
         what = f"a record of {size} bytes, class {event_class}, was not logged"
         if size > RECORD_BYTES_MAX:
             raise RequestError("too_large", f"{what}: the bound is {RECORD_BYTES_MAX} bytes")
         if self._closing.is_set():
             raise CapacityError("log_closed", f"{what}: the log is closed")
-        if stream.appended - stream.committed + size > PENDING_BYTES_MAX - LENGTH_BYTES:
-            raise CapacityError(
-                "log_stalled",
-                f"{what}: {stream.appended - stream.committed} bytes wait for the disk",
-                f"see what the disk of {self.directory} is doing",
-            )
-        raise CapacityError(
-            "log_full",
-            f"{what}: the learner has not confirmed what fills {stream.bytes_max} bytes",
-            "bring the connection to the learner back, or raise log.bytes_max_mb",
-        )
+        wanted = max(_DROP_BYTES, size + LENGTH_BYTES)
+        with self._lock:
+            wanted -= self._streams["event"].drop_pending(wanted)
+            if wanted > 0:
+                self._streams["label"].drop_pending(wanted)
+            self._allow()
 
-    def room(self, event_class: EventClass) -> int:
-        """How many bytes `append` is sure to take now, LENGTH_BYTES of each record included."""
-        return self._streams[event_class].room
+    def _allow(self) -> None:
+        settled = sum(stream.settled for stream in self._streams.values())
+        self._allowed = settled + PENDING_BYTES_MAX
 
     # What is durable.
 
     def durable(self, event_class: EventClass) -> tuple[int, int]:
-        """(epoch, seq) of the last durable record of this epoch; seq 0 when there is none."""
+        """(epoch, seq) of the last durable number of this epoch; seq 0 when there is none."""
         return self.epoch, self._streams[event_class].durable_seq
 
     def handed_out(self, event_class: EventClass) -> int:
@@ -145,12 +164,17 @@ class EventLog:
         """(epoch, last surviving seq) of the newest earlier epochs, oldest first, also when
         their records were trimmed. An id of such an epoch above its end was lost in a crash.
         """
-        return [(epoch, last) for epoch, name, last in self._ends if name == event_class]
+        return [(lane.epoch, lane.end) for lane in self._ledger.lanes(event_class) if lane.end >= 0]
+
+    def prior(self, epoch: int) -> int:
+        """The epoch before `epoch` in this log; 0 before the first."""
+        return self._ledger.prior(epoch)
 
     async def wait_durable(self, event_class: EventClass, seq: int) -> None:
         """Return once record `seq` of this epoch is durable; what lingers is committed now.
 
-        Raises: CapacityError `log_closed` when the log closes before it is.
+        Raises: CapacityError `log_closed` when the log closes before it is, `record_dropped` when
+        the disk took nothing for so long that the record had to go.
         """
         stream = self._streams[event_class]
         assert seq <= stream.last_seq, f"seq {seq} was never handed out"
@@ -158,32 +182,35 @@ class EventLog:
             self._doorbell.ring()
         await stream.wait_durable(seq)
 
-    # Reading and trimming.
+    # Reading and giving back.
 
     def epochs(self, event_class: EventClass) -> list[tuple[int, int, int]]:
         """(epoch, first seq, last durable seq) of what is on disk, oldest first."""
-        found: dict[int, tuple[int, int]] = {}
-        stream = self._streams[event_class]
-        with stream.lock:
-            for part in stream.segments:
-                if part.last_seq >= part.base_seq:
-                    first, _ = found.get(part.epoch, (part.base_seq, 0))
-                    found[part.epoch] = (first, part.last_seq)
-        return [(epoch, first, last) for epoch, (first, last) in found.items()]
+        return self._reader.epochs(event_class)
+
+    def owed(self, event_class: EventClass) -> list[tuple[int, int]]:
+        """(epoch, last durable seq) of what the learner may not hold whole, oldest first; also of
+        epochs of which no segment is left.
+        """
+        return self._reader.owed(event_class)
+
+    def piece(
+        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
+    ) -> Piece | None:
+        """What follows `after_seq` in `epoch`, of what is durable; None when nothing does.
+
+        Reads the disk. Raises: CapacityError `log_unreadable`; it may be readable later.
+        """
+        return self._reader.piece(event_class, epoch, after_seq, max_bytes, max_records)
 
     def read(
-        self,
-        event_class: EventClass,
-        epoch: int,
-        after_seq: int,
-        max_bytes: int,
-        max_records: int,
+        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
     ) -> list[tuple[int, bytes]]:
         """Durable (seq, record) of `epoch` above `after_seq`, in order; at least one if there is.
 
-        A gap in the numbers means that a frame was damaged on disk or trimmed.
+        A gap in the numbers means that something is lost; `piece` says why.
         """
-        return within(self._records(event_class, epoch, after_seq), max_bytes, max_records)
+        return self._reader.read(event_class, epoch, after_seq, max_bytes, max_records)
 
     def recent(
         self, event_class: EventClass, after_seq: int, max_bytes: int, max_records: int
@@ -196,48 +223,40 @@ class EventLog:
         self, event_class: EventClass, epoch: int, seq: int
     ) -> Iterator[tuple[int, int, bytes]]:
         """Durable (epoch, seq, record) after that position, all later epochs included."""
-        for present, _, _ in self.epochs(event_class):
-            if present >= epoch:
-                after_seq = seq if present == epoch else 0
-                for found, data in self._records(event_class, present, after_seq):
-                    yield present, found, data
+        return self._reader.tail(event_class, epoch, seq)
 
-    def _records(
-        self, event_class: EventClass, epoch: int, after_seq: int
-    ) -> Iterator[tuple[int, bytes]]:
-        for part, view in self._streams[event_class].views(epoch, after_seq):
-            try:
-                segment.ensure_index(part, view)
-                yield from segment.records(view, after_seq)
-            except FileNotFoundError:
-                continue  # trimmed since: the learner holds it
-            except (segment.DamagedError, OSError):
-                self._damaged.add(view.path)
-
-    def trim(self, event_class: EventClass, epoch: int, seq: int) -> None:
-        """Give back whole segments of `epoch` that hold nothing above `seq`.
+    def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
+        """The learner holds all of `epoch` up to `seq`: give back segments with nothing above it.
 
         The newest segment of the running epoch stays: the next open finds there where it ended.
         """
-        for path in self._streams[event_class].release(epoch, seq):
-            path.unlink(missing_ok=True)
+        self._space.learned(event_class, epoch, seq)
 
     def statistics(self) -> dict[str, int]:
-        """Counters and gauges; `failing` is 1 while the disk refuses what must become durable."""
+        """Counters and gauges; `failing` is 1 while the disk refuses what must become durable, or
+        takes long. Written over payload bytes is the write amplification.
+        """
         streams = self._streams.values()
-        numbers = {**self._counters, "epoch": self.epoch, "failing": int(self._failing)}
-        numbers["damaged_segments"] = len(self._damaged)
+        is_slow = self._began_s and time.monotonic() - self._began_s > _SLOW_S
+        numbers = {**self._found.counters, "epoch": self.epoch}
+        numbers["failing"] = int(self._failing or bool(is_slow))
         for name, stream in self._streams.items():
             numbers[f"{name}_appended"] = stream.last_seq
             numbers[f"{name}_durable"] = stream.durable_seq
             numbers[f"{name}_segments"] = len(stream.segments)
+            numbers[f"{name}_dropped"] = self._space.dropped[name]
+            numbers[f"{name}_stalled"] = stream.stalled
+            numbers[f"{name}_damaged"] = self._reader.damaged[name]
         numbers["linger_ms"] = round(1000 * self._linger.seconds)
         numbers["commits"] = self._commits()
         numbers["sync_errors"] = sum(stream.sync_errors for stream in streams)
-        numbers["bytes"] = sum(stream.committed - stream.freed for stream in streams)
-        numbers["pending"] = sum(stream.last_seq - stream.durable_seq for stream in streams)
-        numbers["pending_bytes"] = sum(stream.appended - stream.committed for stream in streams)
-        return numbers
+        numbers["unlink_errors"] = self._space.unlink_errors
+        numbers["bytes"] = self._space.held_bytes()
+        numbers["pending"] = sum(stream.waiting for stream in streams)
+        numbers["pending_bytes"] = self._accepted - sum(stream.settled for stream in streams)
+        numbers["payload_bytes"] = sum(stream.payload_bytes for stream in streams)
+        numbers["written_bytes"] = self._files.written
+        return numbers | self._usage.statistics()
 
     # The commit thread.
 
@@ -256,12 +275,19 @@ class EventLog:
         self._commit()
 
     def _commit(self) -> bool:
-        before = self._commits()
+        before, self._began_s = self._commits(), time.monotonic()
         refused = [stream for stream in self._streams.values() if not stream.commit()]
-        self._failing = bool(refused)
+        self._failing, self._began_s = bool(refused), 0.0
+        with self._lock:
+            self._allow()
+        self._usage.follow()
         if self.on_commit is not None and self._commits() > before:
             self.on_commit()
         return not refused
+
+    def _make_space(self) -> None:
+        self._space.make()
+        self._usage.save()
 
     def _commits(self) -> int:
         return sum(stream.commits for stream in self._streams.values())
@@ -278,11 +304,15 @@ class EventLog:
         self._closing.set()
         self._doorbell.ring()
         self._thread.join()
+        self._allowed = -1
         closed = CapacityError("log_closed", f"the event log in {self.directory} was closed")
         for stream in self._streams.values():
             stream.shut(closed)
-        os.close(self._owner)
-        if lost := self.statistics()["pending"]:
+        with contextlib.suppress(OSError):  # then the next open looks for itself where it ended
+            self._ledger.end({name: each.durable_seq for name, each in self._streams.items()})
+        self._usage.save()
+        self._files.close(self._found.owner)
+        if lost := sum(stream.waiting for stream in self._streams.values()):
             raise CapacityError(
                 "log_not_durable",
                 f"the disk of {self.directory} refused the last {lost} records; they are lost",

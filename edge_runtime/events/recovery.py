@@ -1,190 +1,194 @@
 """Opening a log directory: own it, cut what a crash tore, start the next epoch.
 
 Why: after a crash the log has to find by itself, and fast, what it can vouch for. Only the last
-segment of each class and epoch is read; where any other ends is said by the one that follows it.
+segment of each class of the last epoch is read, and that not after a clean end: where any other
+ends is said by the one that follows it, or by the ledger.
 
-Commit point: the rename of the file `epoch`. It holds the epoch that was started last and, for the
-newest earlier epochs, where each ended, so that an id which a crash took can be told from one
-that is merely trimmed.
+Commit point: the ledger's, which is written once, with the new epoch, before an id is handed out.
 
 Invariants: opening twice without an append between changes nothing but the epoch; a record that
-was durable is never cut; what is left after the cut is made durable before it is offered.
+was durable is never cut, nor is what stands before a frame that proves itself; what is left after
+the cut is made durable before it is offered. No damage of one file needs a person.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import msgspec
-
 from edge_runtime.errors import ConfigError
-from edge_runtime.events import segment
+from edge_runtime.events import frames, ledger, segment
+from edge_runtime.events.ledger import CLASSES, Lane, Ledger
 from edge_runtime.events.segment import Segment
-from edge_runtime.files import write_atomic
+from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
-ENDS_MAX = 512
-CLASSES: tuple[EventClass, EventClass] = ("label", "event")
-_EPOCH_FILE = "epoch"
+STEP_MAX = 1 << 20
 
 
-class _Epochs(msgspec.Struct):
-    """The file `epoch`: the last epoch started, and (epoch, class, last seq) of earlier ones."""
-
-    epoch: int = 0
-    ends: list[tuple[int, EventClass, int]] = []
+def random_step() -> int:
+    """How far the next epoch lies above the last: so far that a disk which was restored, cloned or
+    wiped does not hand out the ids of its other life.
+    """
+    return 1 + secrets.randbelow(STEP_MAX)
 
 
 @dataclass
 class Found:
-    """What a directory holds at open; `epoch` is the one that starts now."""
+    """What a directory holds at open, the new epoch begun; `counters` says what was amiss."""
 
-    epoch: int
-    ends: list[tuple[int, EventClass, int]]
+    owner: int
+    ledger: Ledger
     segments: dict[EventClass, list[Segment]]
-    counters: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, int]
 
 
-def open_directory(directory: Path, device: str, sync: Callable[[int], None]) -> tuple[int, Found]:
-    """Own `directory` and recover it; returns the file descriptor that owns it, and what it holds.
+def open_directory(files: Files, directory: Path, device: str, step: int) -> Found:
+    """Own `directory`, recover it and begin an epoch, `step` above the last.
 
     Raises: ConfigError `already_owned`, `other_device`, `log_version`, `log_unusable`.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.ExitStack() as undo:
-            undo.callback(os.close, owner)
-            _own(owner, directory)
-            found = _recover(directory, device, sync)
-            undo.pop_all()
-    except OSError as error:
-        raise ConfigError(
-            "log_unusable",
-            f"the event log in {directory} cannot be opened: {error}",
-            "check the owner, the permissions and the space of that directory",
-        ) from error
-    return owner, found
-
-
-def _own(owner: int, directory: Path) -> None:
-    try:
-        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        owner = files.own(directory)
     except BlockingIOError as error:
         raise ConfigError(
             "already_owned",
             f"the event log in {directory} is open in another process; nothing was changed",
             "stop that process, or give this one a state_dir of its own",
         ) from error
-
-
-def _recover(directory: Path, device: str, sync: Callable[[int], None]) -> Found:
-    epochs = _read_epochs(directory / _EPOCH_FILE)
-    found = Found(0, epochs.ends, {"label": [], "event": []}, {"cut_bytes": 0, "bad_headers": 0})
-    for part in _headers(directory, device, found):
-        found.segments[part.event_class].append(part)
-    if not epochs.epoch and any(found.segments.values()):
-        raise _unsafe(directory / _EPOCH_FILE, "missing, though there are segments")
-    last = max([epochs.epoch, *(part.epoch for name in CLASSES for part in found.segments[name])])
-    for name in CLASSES:
-        found.segments[name] = _proven(found.segments[name], found, sync)
-        found.ends = _with_end(found.ends, last, name, found.segments[name])
-    found.epoch = last + 1
-    _write_epochs(directory / _EPOCH_FILE, _Epochs(found.epoch, found.ends))
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(files.close, owner)
+        try:
+            found = _Recovery(files, directory, device).run(owner, step)
+        except OSError as error:
+            raise _unusable(directory, error) from error
+        undo.pop_all()
     return found
 
 
-def _headers(directory: Path, device: str, found: Found) -> list[Segment]:
-    parts = []
-    for path in directory.glob(f"*{segment.SUFFIX}"):
-        part = segment.open_header(path)
+class _Recovery:
+    """One opening of `directory`."""
+
+    def __init__(self, files: Files, directory: Path, device: str) -> None:
+        self._files, self._directory, self._device = files, directory, device
+        self._headless: set[Path] = set()
+        self._cut_bytes = 0
+
+    def run(self, owner: int, step: int) -> Found:
+        """See `open_directory`. Raises: OSError, ConfigError."""
+        book = Ledger(self._files, self._directory)
+        parts = self._segments()
+        if not book.epoch and any(parts.values()):
+            raise ledger.missing(self._directory)
+        known = [part.epoch for name in CLASSES for part in parts[name]]
+        last = max([book.epoch, *known])
+        for name in CLASSES:
+            parts[name] = self._proven(name, parts[name], book, {*known, last} - {0})
+        book.begin(last + step)
+        kept = {part.path for name in CLASSES for part in parts[name]}
+        bad_headers = len(self._headless & kept)
+        return Found(
+            owner, book, parts, {"cut_bytes": self._cut_bytes, "bad_headers": bad_headers}
+        )
+
+    def _segments(self) -> dict[EventClass, list[Segment]]:
+        """By class and in order, what the directory holds; what a crash left half made is gone."""
+        found: dict[EventClass, list[Segment]] = {name: [] for name in CLASSES}
+        for name in self._files.names(self._directory):
+            if name.startswith(".") and name.endswith(".tmp"):
+                self._files.unlink(self._directory / name)
+            elif name.endswith(segment.SUFFIX):
+                part = self._opened(self._directory / name)
+                if part is not None:
+                    found[part.event_class].append(part)
+        for parts in found.values():
+            parts.sort(key=lambda part: (part.epoch, part.base_seq))
+        return found
+
+    def _opened(self, path: Path) -> Segment | None:
+        part = segment.open_header(self._files, path)
         if part is None:
-            _set_aside(path, found)
-        elif part.device != device:
+            self._headless.add(path)
+            part = segment.named(self._files, path, self._device)
+        elif part.device != self._device:
             raise ConfigError(
                 "other_device",
-                f"the event log in {directory} belongs to device {part.device!r}, not {device!r}",
+                f"the event log in {self._directory} belongs to device {part.device!r}, "
+                f"not {self._device!r}",
                 "give each device a state_dir of its own",
             )
-        else:
-            parts.append(part)
-    return sorted(parts, key=lambda part: (part.epoch, part.base_seq))
+        return part
+
+    def _proven(
+        self, name: EventClass, parts: list[Segment], book: Ledger, epochs: set[int]
+    ) -> list[Segment]:
+        """`parts` with their last numbers, those that are needed no more left out."""
+        for part, following in pairwise(parts):
+            if part.epoch == following.epoch:
+                part.last_seq = following.base_seq - 1
+        kept = []
+        for epoch in sorted(epochs | {lane.epoch for lane in book.lanes(name)}):
+            of_epoch = [part for part in parts if part.epoch == epoch]
+            lane = book.lane(name, epoch)
+            if lane is None or lane.end < 0:
+                of_epoch, lane = self._ended(name, epoch, of_epoch, lane or Lane(epoch, name))
+                book.restore([lane])
+            elif of_epoch:
+                of_epoch[-1].last_seq = max(lane.end, of_epoch[-1].base_seq - 1)
+            if book.is_migrated:
+                lane.learned = of_epoch[0].base_seq - 1 if of_epoch else lane.end
+            kept += [part for part in of_epoch if not self._is_needless(part, lane)]
+        return kept
+
+    def _ended(
+        self, name: EventClass, epoch: int, parts: list[Segment], lane: Lane
+    ) -> tuple[list[Segment], Lane]:
+        """An epoch that did not end well: cut where it stops to prove itself."""
+        end = max([lane.learned, *(gap.last for gap in lane.gaps)])
+        if parts:
+            end = max(end, parts[-1].base_seq - 1)
+            proven = self._cut(parts.pop())
+            if proven is not None:
+                parts.append(proven)
+                end = max(end, proven.last_seq)
+        return parts, Lane(epoch, name, end, lane.learned, lane.gaps)
+
+    def _cut(self, part: Segment) -> Segment | None:
+        proven = frames.scan(self._files, part)
+        with self._files.reader(part.path) as file:
+            file.seek(proven.size)
+            self._cut_bytes += len(file.read().rstrip(b"\0"))
+        if proven.last_seq < proven.base_seq:
+            self._files.unlink(part.path)
+            return None
+        fd = self._files.open(part.path)
+        try:
+            if proven.size < part.size:
+                self._files.truncate(fd, proven.size)
+            self._files.sync(fd)
+        finally:
+            self._files.close(fd)
+        return proven
+
+    def _is_needless(self, part: Segment, lane: Lane) -> bool:
+        """Whether nothing in `part` is owed any more: its unlink failed, or came to nothing."""
+        gap = lane.gap_from(part.base_seq)
+        is_lost = bool(gap and gap.first <= part.base_seq and part.last_seq <= gap.last)
+        if part.last_seq > lane.learned and not is_lost:
+            return False
+        with contextlib.suppress(OSError):
+            self._files.unlink(part.path)
+        return True
 
 
-def _set_aside(path: Path, found: Found) -> None:
-    """A header torn by a crash holds nothing; any other file without one is kept for a person."""
-    if path.stat().st_size <= segment.HEADER_BYTES:
-        path.unlink()
-    else:
-        path.rename(path.with_suffix(".damaged"))
-        found.counters["bad_headers"] += 1
-
-
-def _proven(parts: list[Segment], found: Found, sync: Callable[[int], None]) -> list[Segment]:
-    for part, following in pairwise(parts):
-        if part.epoch == following.epoch:
-            part.last_seq = following.base_seq - 1
-    ends = {part.epoch: part for part in parts}  # the last of each epoch
-    return [
-        proven
-        for part in parts
-        if (proven := _cut(part, found, sync) if part is ends[part.epoch] else part) is not None
-    ]
-
-
-def _cut(part: Segment, found: Found, sync: Callable[[int], None]) -> Segment | None:
-    proven = segment.scan(part)
-    found.counters["cut_bytes"] += part.size - proven.size
-    if proven.last_seq < proven.base_seq:
-        part.path.unlink()
-        return None
-    fd = os.open(part.path, os.O_WRONLY)
-    try:
-        if proven.size < part.size:
-            os.ftruncate(fd, proven.size)
-        sync(fd)
-    finally:
-        os.close(fd)
-    return proven
-
-
-def _with_end(
-    ends: list[tuple[int, EventClass, int]], epoch: int, name: EventClass, parts: list[Segment]
-) -> list[tuple[int, EventClass, int]]:
-    if epoch == 0 or any(end[:2] == (epoch, name) for end in ends):
-        return ends
-    last_seq = max((part.last_seq for part in parts if part.epoch == epoch), default=0)
-    return [*ends, (epoch, name, last_seq)][-ENDS_MAX:]
-
-
-def _read_epochs(path: Path) -> _Epochs:
-    try:
-        head, _, body = path.read_bytes().partition(b"\n")
-    except FileNotFoundError:
-        return _Epochs()
-    try:
-        if int(head, 16) != zlib.crc32(body):
-            raise ValueError("checksum")  # noqa: TRY301
-        return msgspec.json.decode(body, type=_Epochs)
-    except (ValueError, msgspec.DecodeError) as error:
-        raise _unsafe(path, "damaged") from error
-
-
-def _unsafe(path: Path, how: str) -> ConfigError:
+def _unusable(directory: Path, error: OSError) -> ConfigError:
     return ConfigError(
         "log_unusable",
-        f"{path} is {how}, so no new id is safe to hand out; nothing was changed",
-        "move the directory away and register the device under a new name",
+        f"the event log in {directory} cannot be opened: {error}",
+        "check the owner, the permissions and the space of that directory",
     )
-
-
-def _write_epochs(path: Path, epochs: _Epochs) -> None:
-    body = msgspec.json.encode(epochs)
-    write_atomic(path, b"%08x\n%s" % (zlib.crc32(body), body), mode=0o600)

@@ -1,47 +1,54 @@
 """One class of records of an open log: what waits in memory, what lies on disk, who waits for it.
 
-Why: the classes of a log are served by one thread and share nothing else.
+Why: the classes of a log are served by one thread and share its lock, its ledger and nothing else.
 
-Commit point: the `fdatasync` in `commit`.
+Commit point: the `sync` in `_commit_batch`.
 
-Invariants: the producer alone writes `last_seq` and `appended` and appends to `pending`; the commit
-thread alone takes from the front of `pending` and alone touches the file; what both sides and the
-readers see (`segments`, `durable_seq`, `allowed`, `waiters`) changes under `lock`. After an error
-the file is never written or synced again (its pages may be marked clean though they never reached
-the disk): what was not durable goes, from memory, into a new file.
+Invariants: the producer alone writes `last_seq` and appends to `pending`. A batch leaves `pending`
+whole, under `lock`, and stays the batch in flight until it is durable; so the producer may drop what
+is still pending from its front, under `lock`, too. The commit thread alone touches the file. After
+an error the file is never written or synced again (its pages may be marked clean though they never
+reached the disk): the batch in flight goes, from memory, into a new file. Where numbers were
+dropped, the ledger says so before a later number becomes durable, and a new file begins.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import os
 import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from edge_runtime.errors import CapacityError
-from edge_runtime.events import segment
+from edge_runtime.events import frames, segment
+from edge_runtime.events.ledger import Ledger
 from edge_runtime.events.segment import Segment
-from edge_runtime.files import fsync_directory
+from edge_runtime.events.waiters import Waiters
+from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
-PENDING_BYTES_MAX = 32 << 20
 LENGTH_BYTES = 4
 RECENT_BYTES_MAX = 256 << 10
+BATCH_BYTES_MAX = 4 << 20
+_BATCH_RECORDS_MAX = 1 << 15
 
 log = logging.getLogger("edge_runtime")
 
-_Waiter = tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]
-
 
 class Stream:
-    """The state of one class. `charge` of a record is its length and LENGTH_BYTES."""
+    """The state of one class. A record counts its length and LENGTH_BYTES.
+
+    `settled` is how many bytes left memory, durable or dropped. `make_space` is called before a
+    segment is begun; what it raises is an error of the disk.
+    """
 
     def __init__(
         self,
+        files: Files,
         directory: Path,
         *,
         device: str,
@@ -49,57 +56,95 @@ class Stream:
         epoch: int,
         segments: list[Segment],
         segment_bytes: int,
-        bytes_max: int,
-        sync: Callable[[int], None],
+        ledger: Ledger,
+        lock: threading.Lock,
+        make_space: Callable[[], None],
     ) -> None:
-        self._directory, self._segment_bytes, self._sync = directory, segment_bytes, sync
+        self._files, self._directory, self._ledger = files, directory, ledger
         self._device, self._event_class, self._epoch = device, event_class, epoch
-        self.bytes_max = bytes_max
-        self.lock = threading.Lock()
-        self.segments = segments
+        self._segment_bytes, self._make_space = segment_bytes, make_space
+        self.lock, self.segments = lock, segments
         self.pending: list[bytes] = []
         self.last_seq = self.durable_seq = 0
-        self.appended = self.committed = sum(part.charge for part in segments)
-        self.freed = 0
-        self.sync_errors = self.commits = 0
+        self.settled = self.payload_bytes = 0
+        self.stalled = self.sync_errors = self.commits = 0
+        self._base, self._batch, self._batch_bytes = 1, list[bytes](), 0
+        self._taken = 0  # the last number that left `pending`
         self._is_refused = False
         self._active: Segment | None = None
         self._fd = -1
-        self._waiters: list[_Waiter] = []
+        self._waiters = Waiters()
         self._recent: deque[tuple[int, list[bytes]]] = deque()
         self._recent_bytes = 0
-        self.allowed = 0
-        self._set_allowed()
 
-    def _set_allowed(self) -> None:
-        # One number for both bounds, disk and memory: one comparison on the hot path.
-        self.allowed = min(self.bytes_max + self.freed, self.committed + PENDING_BYTES_MAX)
+    # What is not durable yet.
 
     @property
-    def room(self) -> int:
-        """How many bytes more are accepted now."""
-        return self.allowed - self.appended
+    def waiting(self) -> int:
+        """How many records are in memory and not durable."""
+        return len(self._batch) + len(self.pending)
+
+    def drop_pending(self, wanted: int) -> int:
+        """Drop the oldest records that no commit has taken, up to `wanted` bytes; how many bytes
+        that were. Called by the producer, with the lock held.
+        """
+        count = freed = 0
+        for data in self.pending:
+            if freed >= wanted:
+                break
+            freed += len(data) + LENGTH_BYTES
+            count += 1
+        del self.pending[:count]
+        first, self._taken = self._taken + 1, self._taken + count
+        self.settled += freed
+        self.stalled += count
+        self._waiters.tell(first, self._taken, self._lost_error())
+        return freed
 
     def commit(self) -> bool:
         """Make durable what is pending now; False when the disk refused and all of it is kept."""
-        batch = self.pending[: len(self.pending)]
-        if not batch:
-            return True
+        last_seq = self.last_seq
+        while self.durable_seq < last_seq and (self._batch or self.pending):
+            if not self._batch:
+                self._take()
+            if not self._commit_batch():
+                return False
+        return True
+
+    def _take(self) -> None:
+        with self.lock:
+            sizes = list(accumulate(map(len, self.pending[:_BATCH_RECORDS_MAX])))
+            count = max(1, bisect_right(sizes, BATCH_BYTES_MAX))
+            self._batch = self.pending[:count]
+            del self.pending[:count]
+            self._batch_bytes = sizes[count - 1] + LENGTH_BYTES * count
+            self._base, self._taken = self._taken + 1, self._taken + count
+
+    def _commit_batch(self) -> bool:
         try:
-            active = self._opened()
-            frames = segment.encode_frames(self.durable_seq + 1, batch)
-            segment.write_all(self._fd, frames)
-            self._sync(self._fd)
+            self._account_for_dropped()
+            written = frames.encode_frames(self._base, self._batch)
+            active = self._opened(len(written))
+            self._files.write(self._fd, written, active.size)
+            self._files.sync(self._fd)
         except OSError as error:
             self.sync_errors += 1
             self._tell(error)
-            self.abandon()
+            self.seal()
             return False
         self._tell(None)
         self.commits += 1
-        del self.pending[: len(batch)]
-        self._advance(active, batch, len(frames))
+        self._advance(active, len(written))
         return True
+
+    def _account_for_dropped(self) -> None:
+        if self._base == self.durable_seq + 1:
+            return
+        lost = self._event_class, self._epoch, self.durable_seq + 1, self._base - 1, "stalled"
+        self._ledger.lose([lost])
+        with self.lock:
+            self.durable_seq = self._base - 1
+        self.seal()
 
     def _tell(self, error: OSError | None) -> None:
         """Say once when the disk begins to refuse, and once when it takes records again."""
@@ -111,44 +156,56 @@ class Stream:
         else:
             log.info("%s: the disk takes records again", self._directory)
 
-    def _opened(self) -> Segment:
-        if self._active is not None and self._active.size < self._segment_bytes:
-            return self._active
-        self.abandon()
+    def _opened(self, size: int) -> Segment:
+        """The segment that takes `size` bytes more; a new one has all its space from the start."""
+        active = self._active
+        if active is not None and (
+            active.size + size <= self._segment_bytes or active.last_seq < active.base_seq
+        ):
+            return active
+        self.seal()
+        self._make_space()
         active = segment.new(
-            self._directory, self._device, self._event_class, self._epoch, self.durable_seq + 1
+            self._directory, self._device, self._event_class, self._epoch, self._base
         )
-        active.path.unlink(missing_ok=True)  # left by a failed commit; nothing in it is durable
-        self._fd = os.open(active.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        segment.write_all(self._fd, segment.encode_header(active))
-        fsync_directory(self._directory)
-        self._active = active
+        self._files.unlink(active.path)  # left by a failed commit; nothing in it is durable
+        self._fd = self._files.create(active.path)
+        self._files.allocate(self._fd, self._segment_bytes)
+        self._files.write(self._fd, segment.encode_header(active), 0)
+        self._files.sync_directory(self._directory)
+        active.allocated, self._active = self._segment_bytes, active
         return active
 
-    def abandon(self) -> None:
-        """Let go of the file; the next commit starts a new one."""
-        fd, self._fd, self._active = self._fd, -1, None
+    def seal(self) -> None:
+        """Let go of the file, and of the space in it; the next commit starts a new one."""
+        fd, self._fd, active, self._active = self._fd, -1, self._active, None
         if fd >= 0:
             with contextlib.suppress(OSError):  # what it held is durable, or is written again
-                os.close(fd)
+                if active is not None:
+                    self._files.truncate(fd, active.size)
+                    active.allocated = 0
+            with contextlib.suppress(OSError):
+                self._files.close(fd)
 
-    def _advance(self, active: Segment, batch: list[bytes], size: int) -> None:
-        charge = sum(map(len, batch)) + LENGTH_BYTES * len(batch)
+    def _advance(self, active: Segment, size: int) -> None:
         with self.lock:
             if active.last_seq < active.base_seq:
                 self.segments = [*self.segments, active]
-            self._remember(batch, charge)
-            self.durable_seq += len(batch)
-            active.grew(self.durable_seq, active.size + size, charge)
-            self.committed += charge
-            self._set_allowed()
-            ready = [waiter for waiter in self._waiters if waiter[0] <= self.durable_seq]
-            self._waiters = [waiter for waiter in self._waiters if waiter[0] > self.durable_seq]
-        _resolve(ready, None)
+            last_seq = self._base + len(self._batch) - 1
+            active.grew(active.size, self._base, last_seq, active.size + size)
+            self._remember()
+            self.durable_seq = last_seq
+            self.settled += self._batch_bytes
+            self.payload_bytes += self._batch_bytes - LENGTH_BYTES * len(self._batch)
+            self._batch = []
+            self._waiters.tell(0, last_seq, None)
 
-    def _remember(self, batch: list[bytes], charge: int) -> None:
-        self._recent.append((self.durable_seq + 1, batch))
-        self._recent_bytes += charge
+    def _remember(self) -> None:
+        if self._recent and self._recent[-1][0] + len(self._recent[-1][1]) != self._base:
+            self._recent.clear()
+            self._recent_bytes = 0
+        self._recent.append((self._base, self._batch))
+        self._recent_bytes += self._batch_bytes
         while self._recent_bytes > RECENT_BYTES_MAX:
             _, gone = self._recent.popleft()
             self._recent_bytes -= sum(map(len, gone)) + LENGTH_BYTES * len(gone)
@@ -156,7 +213,7 @@ class Stream:
     def recent_after(self, after_seq: int) -> Iterator[tuple[int, bytes]] | None:
         """Durable (seq, record) of this epoch above `after_seq`; None when not all are in memory.
 
-        What is in memory are the last commits, RECENT_BYTES_MAX at most.
+        What is in memory are the last commits, RECENT_BYTES_MAX at most, none of them lost between.
         """
         with self.lock:
             held = list(self._recent)
@@ -171,14 +228,32 @@ class Stream:
         )
 
     async def wait_durable(self, seq: int) -> None:
-        """Return once record `seq` is durable. Raises: what `shut` was given."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
+        """Return once record `seq` is durable. Raises: what `shut` was given; CapacityError
+        `record_dropped`.
+        """
         with self.lock:
+            if self._is_dropped(seq):
+                raise self._lost_error()
             if self.durable_seq >= seq:
                 return
-            self._waiters.append((seq, loop, future))
+            future = self._waiters.add(seq)
         await future
+
+    def _is_dropped(self, seq: int) -> bool:
+        if max(self.durable_seq, self._base + len(self._batch) - 1) < seq <= self._taken:
+            return True
+        lane = self._ledger.lane(self._event_class, self._epoch)
+        gap = lane and lane.gap_from(seq)
+        return bool(gap and gap.first <= seq and gap.reason == "stalled")
+
+    def _lost_error(self) -> CapacityError:
+        return CapacityError(
+            "record_dropped",
+            f"a record of class {self._event_class} was dropped before it was durable",
+            f"see what the disk of {self._directory} is doing",
+        )
+
+    # What lies on disk.
 
     def views(self, epoch: int, after_seq: int) -> list[tuple[Segment, Segment]]:
         """Each segment of `epoch` with records above `after_seq`, and its copy for a reader."""
@@ -189,30 +264,39 @@ class Stream:
                 if part.epoch == epoch and part.last_seq > after_seq
             ]
 
-    def release(self, epoch: int, seq: int) -> list[Path]:
-        """Give up the segments of `epoch` that hold nothing above `seq`; returns their files.
+    def covered(self, epoch: int, seq: int) -> list[Segment]:
+        """The segments of `epoch` that hold nothing above `seq`.
 
-        The newest segment of the running epoch stays: the next open reads there where it ended.
+        The newest segment of the running epoch is never among them: the next open reads there where
+        it ended.
         """
         with self.lock:
             newest = self.segments[-1] if self.segments else None
-            gone = [
+            return [
                 part
                 for part in self.segments
                 if part.epoch == epoch
                 and part.last_seq <= seq
                 and not (part is newest and epoch == self._epoch)
             ]
+
+    def oldest(self) -> Segment | None:
+        """The segment to drop first; None when only the newest of the running epoch is left."""
+        with self.lock:
+            first = self.segments[0] if self.segments else None
+            is_last = len(self.segments) == 1 and first is not None and first.epoch == self._epoch
+            return None if is_last else first
+
+    def forget(self, gone: list[Segment]) -> None:
+        """No longer read from these segments."""
+        with self.lock:
             self.segments = [part for part in self.segments if part not in gone]
-            self.freed += sum(part.charge for part in gone)
-            self._set_allowed()
-        return [part.path for part in gone]
 
     def shut(self, error: CapacityError) -> None:
-        """Refuse all further records, and tell `error` to who still waits."""
-        self.allowed = -1
-        self.abandon()
-        _resolve(self._waiters, error)
+        """Tell `error` to who still waits."""
+        self.seal()
+        with self.lock:
+            self._waiters.tell(0, self.last_seq, error)
 
 
 def within(
@@ -226,18 +310,3 @@ def within(
             break
         found.append((seq, data))
     return found
-
-
-def _resolve(waiters: list[_Waiter], error: CapacityError | None) -> None:
-    for _, loop, future in waiters:
-        with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(_settle, future, error)
-
-
-def _settle(future: asyncio.Future[None], error: CapacityError | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)

@@ -279,7 +279,7 @@ class Uplink:
 
     def _trim(self, floors: list[tuple[EventClass, int, int]]) -> None:
         for event_class, epoch, seq in floors:
-            self._log.trim(event_class, epoch, seq)
+            self._log.learned(event_class, epoch, seq)
 
 
 def _below(floor: tuple[int, int], epoch: int, seq: int) -> int:
