@@ -64,19 +64,30 @@ def serve(home: Path, nats: str) -> None:
 
 
 @main.command()
-@click.option("--nats", required=True, help="Broker url, as `serve` prints it.")
+@click.option("--nats", default="", help="Broker url, as `serve` prints it.")
+@click.option("--home", type=click.Path(path_type=Path), help="The learner's home.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def status(nats: str, *, as_json: bool) -> None:
-    """What the learner says about itself.
+def status(nats: str, home: Path | None, *, as_json: bool) -> None:
+    """What the learner says about itself, or what became of every record of every device.
 
-    Example: cloud-learner status --nats nats://127.0.0.1:4222
+    With --nats, the learner's own word; with --home, the accounts in its database, whether or not
+    it runs: archived + quarantined + dropped is the mark, for each device, epoch and class.
+
+    Example: cloud-learner status --home var/cloud
     """
-    found = _guarded(lambda: asyncio.run(_status(nats)))
+    if not nats and home is None:
+        raise click.UsageError("give --nats, --home or both")
+    said = _guarded(lambda: asyncio.run(_status(nats))) if nats else {}
+    accounts = _guarded(lambda: _accounts(home)) if home else {}
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps({**said, **accounts}))
         return
-    for name, value in found.items():
+    for name, value in said.items():
         click.echo(f"{name:>24}  {value}")
+    if accounts:
+        from cloud_learner.console.accounts import table
+
+        click.echo(table(accounts))
 
 
 @main.command()
@@ -92,6 +103,18 @@ def demo(*, full: bool, var: Path) -> None:
     from cloud_learner.simulate.demo import run
 
     sys.exit(_guarded(lambda: run(var, full=full)))
+
+
+def _accounts(home: Path) -> dict[str, Any]:
+    from cloud_learner.config import Home
+    from cloud_learner.console.accounts import facts
+    from cloud_learner.store.ingest_db import read_accounts
+
+    path = Home(home).ingest_db
+    if not path.exists():
+        Home(home).origin()  # names what is wrong with a home that is none
+        return facts({})
+    return facts(read_accounts(path))
 
 
 async def _status(url: str) -> dict[str, Any]:

@@ -31,9 +31,11 @@ class Home:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.archive = root / "archive"
+        self.raw = root / "raw"
         self.registry = root / "registry"
         self.lineage = root / "lineage"
-        self.ingest_db = root / "ingest.sqlite"
+        self.ingest_db = root / "ingest"
+        self.raw = root / "raw"
         self.campaign = root / "campaign.json"
         self.checkpoint = root / "checkpoint.pt"
         self.graph = root / "graph.onnx"

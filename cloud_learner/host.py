@@ -46,6 +46,7 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
 HOLD_OUT_ROWS = 3000
 EVENTS_BYTES = 4 << 30
+EVENTS_PER_SUBJECT = 256
 STATE_BYTES = 64 << 20
 STATUS_S = 0.02
 STATUS_KEPT_S = 1.0
@@ -199,7 +200,12 @@ class Host:
         )
 
     def _detail(self, rollout: dict[str, Any]) -> dict[str, Any]:
-        return {"rollout": rollout, "weights": self.learner.cycle.replicas.weights}
+        return {
+            "rollout": rollout,
+            "weights": self.learner.cycle.replicas.weights,
+            "duplicate_identities": self.learner.ingest.duplicates,
+            "paused": self.learner.ingest.paused,
+        }
 
     async def _on_examples(self, examples: list[Example]) -> None:
         if examples:
@@ -216,12 +222,17 @@ class Host:
         if report.device != subjects.device_of(message.subject):
             self._quarantined_reports += 1
             return
+        self.learner.ingest.hear(report)
         await self.controller.report(report)
 
     async def _make_streams(self) -> None:
         make = self._bus.ensure_stream
         await make(
-            subjects.EVENTS_STREAM, [subjects.EVENTS_ALL], max_bytes=EVENTS_BYTES, discard_new=True
+            subjects.EVENTS_STREAM,
+            [subjects.EVENTS_ALL],
+            max_bytes=EVENTS_BYTES,
+            per_subject=EVENTS_PER_SUBJECT,  # a device that floods fills its own subject
+            discard_new=True,
         )
         await make(
             subjects.STATE_STREAM,

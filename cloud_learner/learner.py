@@ -14,20 +14,23 @@ Knows nothing about gates, releases and plans: `submit` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.ingest.consumer import Ingest
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Commit
-from cloud_learner.ingest.joiner import Joiner
+from cloud_learner.ingest.intake import Commit, Intake
+from cloud_learner.ingest.joiner import Rules
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.raw import RawLog
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
@@ -60,28 +63,22 @@ class Learner:
         self.cycle.restore(home.checkpoint)
         self.cycle.take_graph(home.graph)
         self._label_window_s = config.label.window_s
-        self._db = IngestDb(home.ingest_db)
-        self._archive = Archive(home.archive)
-        joiner = Joiner(
-            family.name,
+        rules = Rules(
+            family=family.name,
             label_window_s=config.label.window_s,
             idle_s=IDLE_S,
+            expiry=config.label.expiry,
+            amend_s=config.label.amend_s,
             learn_from_s=origin.learned_through_s,
         )
-        guard = Batcher(config.learning.batch_size, config.learning.device_cap)
-        self.ingest = Ingest(
-            bus,
-            self._db,
-            self._archive,
-            joiner,
-            guard,
-            clock,
-            on_commit=self._on_commit,
-            widths={family.spec.hash: family.spec.size},
-        )
-        self._waiting: deque[Batch] = deque(self._db.batches_after(self.cycle.number))
+        make = partial(open_intake, home, rules, family, clock)
+        self.ingest = Ingest(bus, make, clock, on_commit=self._on_commit)
+        self.ingest.learned = self.cycle.number
+        intake = self.ingest.intake
+        assert intake is not None
+        self._waiting: deque[Batch] = deque(intake.batches_after(self.cycle.number))
         last = self._waiting[-1].number if self._waiting else self.cycle.number
-        self._commits = deque([(last, joiner.clock.now_s)])
+        self._commits = deque([(last, intake.clock_s)])
         self._wake = asyncio.Event()
         self.progress = asyncio.Event()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
@@ -98,22 +95,19 @@ class Learner:
                 group.create_task(self._train())
         finally:
             self.thread.shutdown()
-            self._archive.close()
-            self._db.close()
             if self.cycle.whole:
                 self.cycle.save(self._home.checkpoint)
 
     @property
     def archived(self) -> int:
-        """Records that the archive holds, of all starts."""
-        counted = self.ingest.statistics()
-        return sum(counted.get(name, 0) for name in ("predictions", "observations", "labels"))
+        """Records that were taken for facts, of all starts."""
+        return self.ingest.totals["archived"]
 
     def statistics(self) -> dict[str, int]:
         """Counters of ingest and training."""
         return {
+            **self.ingest.totals,
             **self.ingest.statistics(),
-            "archived": self.archived,
             "cycles": self.cycle.number,
             "candidates": self.candidates,
             "micro_batches_skipped": self.skipped,
@@ -148,6 +142,7 @@ class Learner:
                 if self.cycle.number % CHECKPOINT_CYCLES == 0:
                     save = self.cycle.save
                     await loop.run_in_executor(self.thread, save, self._home.checkpoint)
+                    self.ingest.learned = self.cycle.number
             self._wake.clear()
             await self._wake.wait()
 
@@ -157,3 +152,23 @@ class Learner:
         while self._commits and self._commits[0][0] <= done:
             self.clock_s = max(self.clock_s, self._commits.popleft()[1])
         self.progress.set()
+
+
+def open_intake(home: Home, rules: Rules, family: Family, clock: Clock) -> Intake:
+    """Ingest over what lies in `home`, as its last commit left it.
+
+    Raises: ConfigError, CapacityError; then nothing stays open.
+    """
+    learning = family.config.learning
+    with contextlib.ExitStack() as stack:
+        db = IngestDb(home.ingest_db)
+        stack.callback(db.close)
+        archive = Archive(home.archive)
+        stack.callback(archive.close)
+        raw = RawLog(home.raw)
+        stack.callback(raw.close)
+        guard = Batcher(learning.batch_size, learning.device_cap)
+        widths = {family.spec.hash: family.spec.size}
+        intake = Intake(db, raw, archive, rules, guard, clock=clock, widths=widths)
+        stack.pop_all()
+        return intake

@@ -1,12 +1,13 @@
-"""The consumer: pulls envelopes off the broker and commits them, a tenth of a second at a time.
+"""The consumer: pulls envelopes off the broker and commits them, as fast as commits go.
 
 Why: the broker's memory of what it delivered is a convenience; what the learner holds is decided by
 its own transaction, and only after that does it acknowledge and tell the device.
 
 Invariants: an envelope is acknowledged, and a watermark published, only for what is committed. The
-loop never waits for disk: commits run in the thread "ingest". When a commit fails, `run` raises and
-this object is done with; a new one goes on from what was committed, and the broker and the devices
-send again what was not. An unreachable broker is waited out and counted.
+loop never waits for disk: commits run in the thread "ingest". A commit takes what is there when the
+one before it is done, so that nothing lingers and a backlog goes in large portions. When the disk
+takes nothing, ingest pauses: it begins anew at the last commit, again and again, acknowledges
+nothing meanwhile, and goes on by itself. An unreachable broker is waited out and counted.
 
 Knows nothing about how examples are learned: whoever wants them gets each commit.
 Implements proto/asyncapi.yaml (channels events and watermark, learner side).
@@ -15,73 +16,91 @@ Implements proto/asyncapi.yaml (channels events and watermark, learner side).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import starmap
 
-from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Commit, Incoming, Intake
-from cloud_learner.ingest.joiner import Joiner
-from cloud_learner.store.archive import Archive
-from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.ingest.fair import FairQueue
+from cloud_learner.ingest.intake import Commit, Intake
+from cloud_learner.ingest.opening import Incoming
 from edge_runtime.bus.base import Bus, Message, PullSubscription
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, TransportError
 from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import Watermark
+from edge_runtime.wire.messages import Report, Watermark
 
 DURABLE = "learner"
 COMMIT_BYTES = 1 << 20
-LINGER_S = 0.1
 _IDLE_S = 1.0
 _MESSAGES = 64
 _RETRY_S = 0.25
+_PAUSE_S_MAX = 10.0
+_PURGE_S = 1.0
 
 OnCommit = Callable[[Commit], Awaitable[None]]
+MakeIntake = Callable[[], Intake]
 
 
 class Ingest:
-    """Consumes the events stream into `db` and `archive` for as long as `run` runs.
+    """Consumes the events stream for as long as `run` runs, and closes its intake at the end.
 
-    `on_commit` is awaited after each commit: a slow one slows the reading, and nothing is lost.
-    `widths` are the numbers of features of the known specs, by hash: predictions that claim such a
-    spec and differ are quarantined. Reads back the last state at once. Raises: ConfigError.
+    `make_intake` opens what is on disk: at once, and again after the disk was full. `on_commit` is
+    awaited after each commit: a slow one slows the reading, and nothing is lost.
+    Raises: ConfigError, CapacityError.
     """
 
-    def __init__(  # noqa: PLR0917 - its rooms, each once, in the order of the flow
+    def __init__(
         self,
         bus: Bus,
-        db: IngestDb,
-        archive: Archive,
-        joiner: Joiner,
-        guard: Batcher,
+        make_intake: MakeIntake,
         clock: Clock,
         *,
         on_commit: OnCommit | None = None,
-        widths: Mapping[str, int] | None = None,
     ) -> None:
         self._bus, self._clock, self._on_commit = bus, clock, on_commit
-        self._intake = Intake(db, archive, joiner, guard, clock=clock, widths=widths or {})
-        self._numbers = self._intake.counters() | self._intake.waiting()
-        self._untold = {each.device: each for each in self._intake.watermarks()}
+        self._make_intake = make_intake
+        self.intake: Intake | None = make_intake()
+        self.learned = 0
+        self.paused = ""
+        self.totals = self.intake.ledger.totals()
+        self.duplicates: list[str] = []
+        self._delivered = self.intake.reached
+        self._numbers = self.intake.counters() | self.intake.waiting()
+        self._untold = {each.device: each for each in self.intake.watermarks()}
+        self._reported: dict[str, Report] = {}
+        self._reported_at_s = float("-inf")
+        self._queue = FairQueue()
+        self._news = asyncio.Event()
         self._counters: Counter[str] = Counter(commits=0)
 
     async def run(self) -> None:
-        """Consume until cancelled. Raises: CapacityError when a commit failed."""
+        """Consume until cancelled."""
         async with AsyncExitStack() as stack:
             thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="ingest"))
+            stack.push_async_callback(self._close, thread)
             pull = await self._opened(stack)
-            while True:
-                await self._tell()
-                messages = await self._gather(pull)
-                if messages:
-                    await self._commit(messages, thread)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(pull))
+                group.create_task(self._write(thread))
+                group.create_task(self._tell())
+                group.create_task(self._purge())
+
+    def hear(self, report: Report) -> None:
+        """What a device says of itself: where its lanes end goes into the accounts."""
+        self._reported[report.device] = report
 
     def statistics(self) -> dict[str, int]:
         """Counters since the learner's first start, what waits now, and this run's own counts."""
-        return {**self._numbers, **self._counters}
+        return {
+            **self._numbers,
+            **self._counters,
+            "ahead_bytes": self._queue.bytes,
+            "paused": int(bool(self.paused)),
+        }
 
     async def _opened(self, stack: AsyncExitStack) -> PullSubscription:
         """The reader; the broker and its stream are waited for."""
@@ -93,43 +112,102 @@ class Ingest:
                 self._counters[f"unopened_{error.code}"] += 1
                 await asyncio.sleep(_RETRY_S)
 
-    async def _gather(self, pull: PullSubscription) -> list[Incoming]:
-        """What comes within the linger after the first message, or until it is enough."""
-        gathered = self._incoming(await pull.next_batch(_MESSAGES, _IDLE_S))
-        until_s = self._clock.monotonic_s() + LINGER_S
-        size = sum(len(message.data) for message in gathered)
-        while gathered and size < COMMIT_BYTES:
-            left_s = until_s - self._clock.monotonic_s()
-            more = self._incoming(await pull.next_batch(_MESSAGES, left_s)) if left_s > 0 else []
-            if not more:
-                break
-            gathered += more
-            size += sum(len(message.data) for message in more)
-        return gathered
+    async def _read(self, pull: PullSubscription) -> None:
+        """Read ahead, as far as the queue has room."""
+        while True:
+            messages = await pull.next_batch(_MESSAGES, _IDLE_S)
+            if messages:
+                await self._queue.put(self._incoming(messages))
 
     def _incoming(self, messages: list[Message]) -> list[Incoming]:
         now_s = self._clock.now_s()
-        return [Incoming(each.subject, each.data, now_s, each) for each in messages]
+        return [Incoming(each.subject, each.data, now_s, each, each.headers) for each in messages]
 
-    async def _commit(self, messages: list[Incoming], thread: ThreadPoolExecutor) -> None:
+    async def _write(self, thread: ThreadPoolExecutor) -> None:
+        while True:
+            messages = await self._queue.take(COMMIT_BYTES, _IDLE_S)
+            reported = self._due_reports()
+            assert self.intake is not None
+            if messages or reported or self.intake.is_due():
+                await self._commit(messages, reported, thread)
+
+    def _due_reports(self) -> dict[str, Report]:
+        """What devices reported, about once a second."""
+        now_s = self._clock.monotonic_s()
+        if not self._reported or now_s - self._reported_at_s < _IDLE_S:
+            return {}
+        reported, self._reported, self._reported_at_s = self._reported, {}, now_s
+        return reported
+
+    async def _commit(
+        self, messages: list[Incoming], reported: dict[str, Report], thread: ThreadPoolExecutor
+    ) -> None:
         """Commit in the thread, then let the world know, the learner before the devices."""
         loop = asyncio.get_running_loop()
-        commit = await loop.run_in_executor(thread, self._intake.commit, messages)
-        self._numbers = commit.counters
+        marks = {device: report.durable for device, report in reported.items()}
+        pause_s = _RETRY_S
+        while True:
+            try:
+                if self.intake is None:
+                    await loop.run_in_executor(thread, self._renew)
+                intake = self.intake
+                assert intake is not None
+                work = partial(intake.commit, messages, marks, learned=self.learned)
+                commit = await loop.run_in_executor(thread, work)
+                break
+            except (CapacityError, OSError) as error:
+                self.paused = str(error)
+                self._counters[f"paused_{getattr(error, 'code', 'disk_error')}"] += 1
+                await loop.run_in_executor(thread, self._abandon)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+        await self._deliver(commit, intake, thread)
+
+    async def _deliver(self, commit: Commit, intake: Intake, thread: ThreadPoolExecutor) -> None:
+        if self.paused:  # a commit that failed may have been made true after all
+            loop = asyncio.get_running_loop()
+            missed = partial(intake.caught_up, *self._delivered)
+            commit.batches, commit.examples = await loop.run_in_executor(thread, missed)
+        self.paused = ""
+        self._delivered = intake.reached
+        self._numbers, self.totals = commit.counters, commit.totals
+        self.duplicates = sorted(intake.ledger.duplicates)
         self._counters["commits"] += 1
         self._untold |= {watermark.device: watermark for watermark in commit.watermarks}
+        self._news.set()
         for message in commit.done:
             await message.ack()
         if self._on_commit is not None:
             await self._on_commit(commit)
 
+    def _renew(self) -> None:
+        """Begin anew at the last commit. Raises: CapacityError."""
+        self.intake = self._make_intake()
+
+    def _abandon(self) -> None:
+        """Memory is ahead of the disk: let go of both."""
+        intake, self.intake = self.intake, None
+        if intake is not None:
+            intake.abandon()
+
+    async def _close(self, thread: ThreadPoolExecutor) -> None:
+        """After a commit that is still under way, and with what was released in files."""
+        if self.intake is not None:
+            with contextlib.suppress(CapacityError):  # the next start writes them
+                await asyncio.get_running_loop().run_in_executor(thread, self.intake.close)
+
     async def _tell(self) -> None:
         """Publish the watermarks that devices have not been told yet."""
-        untold = list(self._untold.items())
-        told = await asyncio.gather(*starmap(self._tell_one, untold))
-        for (device, watermark), success in zip(untold, told, strict=True):
-            if success and self._untold[device] is watermark:
-                del self._untold[device]
+        while True:
+            untold = list(self._untold.items())
+            told = await asyncio.gather(*starmap(self._tell_one, untold))
+            for (device, watermark), success in zip(untold, told, strict=True):
+                if success and self._untold[device] is watermark:
+                    del self._untold[device]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_S if self._untold else None):
+                    await self._news.wait()
+                    self._news.clear()
 
     async def _tell_one(self, device: str, watermark: Watermark) -> bool:
         try:
@@ -138,3 +216,16 @@ class Ingest:
             self._counters[f"untold_{error.code}"] += 1
             return False
         return True
+
+    async def _purge(self) -> None:
+        """Let the broker drop what is acknowledged, so that devices have room."""
+        seen = 0
+        while True:
+            await asyncio.sleep(_PURGE_S)
+            if self._counters["commits"] == seen:
+                continue
+            seen = self._counters["commits"]
+            try:
+                self._counters["purged"] += await self._bus.purge(subjects.EVENTS_STREAM)
+            except TransportError as error:
+                self._counters[f"unpurged_{error.code}"] += 1

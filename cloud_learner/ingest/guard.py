@@ -15,11 +15,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
 
 from cloud_learner.store.examples import Batch, Example
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.messages import (
+    OMITTED,
     EventClass,
     LabelRecord,
     ObservationRecord,
@@ -28,7 +33,8 @@ from edge_runtime.wire.messages import (
 )
 
 NUMBER_MAX = (1 << 53) - 1
-"""The largest epoch or sequence number: what every language's numbers and SQLite hold exactly."""
+"""The largest epoch or sequence number: what every language's numbers hold exactly."""
+TIME_S_MIN, TIME_S_MAX = -62_135_596_800.0, 253_402_300_800.0  # the years 1 to 9999
 WAITING_BATCHES = 40
 
 
@@ -39,13 +45,72 @@ def refusal(record: Record, event_class: EventClass, widths: Mapping[str, int]) 
     """
     if isinstance(record, LabelRecord) != (event_class == "label"):
         return "wrong_class"
-    if not math.isfinite(record.time_s):
+    if not TIME_S_MIN <= record.time_s < TIME_S_MAX:
         return "bad_time"
     if isinstance(record, LabelRecord):
         return _label_refusal(record)
     if isinstance(record, ObservationRecord):
         return ""
     return _prediction_refusal(record, widths)
+
+
+def all_fine(
+    records: Sequence[Record | int], event_class: EventClass, widths: Mapping[str, int]
+) -> bool:
+    """Whether `refusal` would refuse none of these; False may also mean that it is not sure.
+
+    An omitted record is fine when its key is known.
+    """
+    kinds = set(map(type, records))
+    if int in kinds:
+        if not OMITTED.keys() >= {record for record in records if type(record) is int}:
+            return False
+        records = [record for record in records if type(record) is not int]
+        kinds.discard(int)
+    if event_class == "label":
+        return not kinds or (kinds == {LabelRecord} and _labels_fine(records))
+    if LabelRecord in kinds:
+        return False
+    if ObservationRecord in kinds:
+        seen = [record for record in records if type(record) is ObservationRecord]
+        records = [record for record in records if type(record) is PredictionRecord]
+        if not _times_fine([record.time_s for record in seen]):
+            return False
+    return not records or _predictions_fine(records, widths)
+
+
+def _times_fine(times: Sequence[float]) -> bool:
+    # A sum shows a NaN, which the comparisons of min and max may pass over.
+    return math.isfinite(sum(times)) and min(times) >= TIME_S_MIN and max(times) < TIME_S_MAX
+
+
+def _labels_fine(labels: Sequence[Any]) -> bool:
+    numbers = [label.seq for label in labels] + [label.epoch for label in labels]
+    return (
+        _times_fine([label.time_s for label in labels])
+        and math.isfinite(sum([label.value for label in labels]))
+        and min(numbers) > 0
+        and max(numbers) <= NUMBER_MAX
+    )
+
+
+def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
+    parts = [(r.time_s, r.spec, r.features, r.propensity, r.scored) for r in asked]
+    times, specs, features, chances, scored = zip(*parts, strict=True)
+    for spec, size in set(zip(specs, map(len, features), strict=True)):
+        if size % 4 or size != 4 * widths.get(spec, size // 4):
+            return False
+    outputs = [arm.outputs for arms in scored for arm in arms]
+    return (
+        _times_fine(times)
+        and bool(np.isfinite(np.frombuffer(b"".join(features), "<f4")).all())
+        and min(chances) > 0
+        and max(chances) <= 1
+        and math.isfinite(sum(chances))
+        and all(scored)
+        and all(outputs)
+        and math.isfinite(sum(chain.from_iterable(outputs)))
+    )
 
 
 def _label_refusal(record: LabelRecord) -> str:

@@ -1,220 +1,265 @@
 """The intake: one commit, from messages as they came to facts on disk; synchronous, in one thread.
 
-Why: decoding, joining, Parquet and SQLite together take longer than an event loop may wait.
+Why: decoding, joining and writing together take longer than an event loop may wait.
 
-Invariants: state moves in memory first, then the archive file is written, then one transaction of
-the ingest database is the commit point for all of it. If any step raises, memory is ahead of the
-disk and the intake must be thrown away; a new one goes on from what was committed, and the file
-without a transaction is removed. Garbage never raises: it is quarantined and counted.
+Invariants: state moves in memory first, then the messages are appended to the raw log, now and then
+released examples are written to Parquet, then one transaction of the ingest database is the commit
+point for all of it. If any step raises, memory is ahead of the disk and the intake must be thrown
+away; a new one goes on from what was committed, and what no transaction names is removed. Of every
+lane each number up to the mark is archived, quarantined or dropped, once. Garbage never raises: it
+is quarantined and counted.
 
-Knows nothing about the broker: a message's subject and bytes, and an opaque token for it.
+Knows nothing about the broker: a message's subject, headers and bytes, and an opaque token for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
-from cloud_learner.ingest.guard import NUMBER_MAX, Batcher, refusal
-from cloud_learner.ingest.joiner import Joiner
-from cloud_learner.ingest.sequencer import Arrival, Sequencer
-from cloud_learner.store.archive import Archive, ArchivedRecord
+from cloud_learner.ingest.guard import Batcher
+from cloud_learner.ingest.joiner import Joiner, Portion, Rules
+from cloud_learner.ingest.ledger import Ledger
+from cloud_learner.ingest.opening import Incoming, Opened, opened
+from cloud_learner.ingest.outlet import Outlet
+from cloud_learner.ingest.sequencer import Accepted, Sequencer
+from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
-from cloud_learner.store.ingest_db import IngestDb
-from cloud_learner.store.ingest_state import DROPPED, Changes
+from cloud_learner.store.ingest_db import IngestDb, put_quarantined
+from cloud_learner.store.raw import Position, RawLog, RawMessage
+from cloud_learner.store.rocks import Transaction
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, RequestError
-from edge_runtime.wire import codec, subjects
+from edge_runtime.wire import subjects
+from edge_runtime.wire.codec import ENCODING_HEADER
 from edge_runtime.wire.messages import (
-    WIRE_VERSION,
     LabelRecord,
     Mark,
     ObservationRecord,
     PredictionRecord,
-    Record,
     Watermark,
 )
 
-EPOCHS_MAX = 64  # of one device in a watermark; older ones were trimmed long ago
-
-
-class Incoming(msgspec.Struct):
-    """A message as it came; `token` is handed back when it may be acknowledged."""
-
-    subject: str
-    data: bytes
-    arrived_s: float
-    token: Any
+EXPIRE_S = 600.0
 
 
 class Commit(msgspec.Struct):
     """What one commit made true.
 
     `clock_s` is the joint event time up to which all mature examples are released; `batches` are
-    new ones, `examples` all that were released, batched or not; `counters` count since the
-    learner's first start, and also hold what waits now.
+    new ones, `examples` all that were released, batched or not, and `amended` those that came out
+    once more; `counters` count since the learner's first start, and also hold what waits now;
+    `totals` are sums over the accounts.
     """
 
     number: int
     clock_s: float
     records: int
     examples: list[Example]
+    amended: list[Example]
     batches: list[Batch]
     counters: dict[str, int]
+    totals: dict[str, int]
     watermarks: list[Watermark]
     done: list[Any]
 
 
 class Intake:
-    """Turns messages into commits; made once for each start. Raises: ConfigError."""
+    """Turns messages into commits; made once for each start. Raises: ConfigError, CapacityError."""
 
     def __init__(
         self,
         db: IngestDb,
+        raw: RawLog,
         archive: Archive,
-        joiner: Joiner,
+        rules: Rules,
         guard: Batcher,
         *,
         clock: Clock,
         widths: Mapping[str, int],
     ) -> None:
-        self._db, self._archive, self._joiner, self._guard = db, archive, joiner, guard
-        self._clock, self._widths = clock, widths
+        self._db, self._raw, self._archive, self._clock = db, raw, archive, clock
+        self._widths = widths
         state = db.load()
-        self.orphans = archive.adopt(db.files())
-        self._number, self._base = state.commit, state.counters
+        self._meta, self._base = state.meta, state.counters
+        raw.adopt(Position(*state.meta.raw) if state.meta.raw else None)
+        self.orphans = archive.adopt(state.files)
+        self.ledger = Ledger(state.accounts)
+        self._sequencer: Sequencer[Opened] = Sequencer(self.ledger.marks())
+        self.joiner = Joiner(
+            rules, db, self.ledger.accounts, state.meta.clock_s, clock.monotonic_s()
+        )
+        self._outlet = Outlet(db, archive, guard, state, clock.monotonic_s())
         self._counters: Counter[str] = Counter()
-        self._newest_s = {lane: newest_s for lane, (_, newest_s) in state.marks.items()}
-        self._sequencer = Sequencer({lane: seq for lane, (seq, _) in state.marks.items()})
-        joiner.restore(state, clock.monotonic_s())
-        guard.restore(state.batch, state.unbatched)
+        self._expire_at_s = float("-inf")
 
-    def commit(self, messages: Iterable[Incoming]) -> Commit:
-        """Take in messages, durable on return. Raises: CapacityError; then make a new intake."""
-        self._number += 1
-        changes = Changes(self._number)
+    @property
+    def clock_s(self) -> float:
+        """The joint event time of the last commit."""
+        return self._meta.clock_s
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """The numbers of the last committed batch, and of what was released last."""
+        return self._meta.batch, self._meta.released
+
+    def commit(
+        self,
+        messages: Iterable[Incoming],
+        reported: Mapping[str, list[Mark]] | None = None,
+        *,
+        learned: int = 0,
+        flush: bool = False,
+    ) -> Commit:
+        """Take in messages, durable on return.
+
+        `reported` is where lanes end by the devices' last reports; batches up to `learned` are
+        kept for a while only; `flush` writes what was released to files now.
+        Raises: CapacityError; then make a new intake.
+        """
+        change = self._db.begin()
+        self._meta.commit += 1
+        portions, kept, devices = self._accepted(messages, change)
+        now_s, wall_s = self._clock.monotonic_s(), self._clock.now_s()
+        for device, marks in (reported or {}).items():
+            self.ledger.hear(device, marks)
+        self.joiner.join(portions, self.ledger.moved, change, now_s)
+        examples = self.joiner.settle(wall_s, now_s)
+        if kept:
+            self._meta.raw = self._raw.append(kept)
+        others = self.joiner.for_files_only
+        batches = self._outlet.put(examples, others, self._meta, change, now_s)
+        self._outlet.tidy(self._meta, change, now_s, learned=learned, flush=flush)
+        self._meta.clock_s = self.joiner.clock.now_s
+        self.ledger.write(change)
+        counters = self.counters()
+        self._db.commit(change, self._meta, counters)
+        self._outlet.settle()
+        self._expire_raw(now_s, wall_s)
+        return Commit(
+            number=self._meta.commit,
+            clock_s=self._meta.clock_s,
+            records=sum(len(portion.records) for portion in portions),
+            examples=examples,
+            amended=self.joiner.amended,
+            batches=batches,
+            counters=counters | self.waiting(),
+            totals=self.ledger.totals(),
+            watermarks=[self.ledger.watermark(device) for device in sorted(devices)],
+            done=self._sequencer.done(),
+        )
+
+    def is_due(self) -> bool:
+        """Whether something waits that a commit without messages would write to a file."""
+        return self._outlet.is_due(self._clock.monotonic_s())
+
+    def caught_up(self, batch: int, released: int) -> tuple[list[Batch], list[Example]]:
+        """The committed batches, and the examples for batches, above what was `reached` once."""
+        return list(self._db.batches_after(batch)), self._db.examples_after(released)
+
+    def batches_after(self, number: int) -> Iterator[Batch]:
+        """The committed batches above `number`, in order."""
+        return self._db.batches_after(number)
+
+    def close(self) -> None:
+        """Write to files what was released, and close everything. Raises: CapacityError."""
+        try:
+            if self._outlet.holds_any:
+                self.commit([], flush=True)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close everything as it is: what was committed is kept."""
+        self._outlet.close()
+        self._raw.close()
+        self._archive.close()
+        self._db.close()
+
+    def watermarks(self) -> list[Watermark]:
+        """What is held of every known device."""
+        return [self.ledger.watermark(device) for device in self.ledger.devices()]
+
+    def counters(self) -> dict[str, int]:
+        """Counts since the learner's first start."""
+        total = Counter(self._base)
+        parts = (self._sequencer, self.joiner, self.ledger, self._outlet)
+        for counters in (self._counters, *(part.counters for part in parts)):
+            total.update(counters)
+        return dict(total)
+
+    def waiting(self) -> dict[str, int]:
+        """How much waits now for a prediction, a batch, or for a gap to be filled."""
+        return {
+            **self.joiner.waiting(),
+            **self._outlet.waiting(),
+            "beyond_gap": self._sequencer.statistics()["beyond_gap"],
+        }
+
+    def _expire_raw(self, now_s: float, wall_s: float) -> None:
+        """Let go of raw messages that were kept long enough."""
+        if now_s >= self._expire_at_s:
+            self._expire_at_s = now_s + EXPIRE_S
+            self._raw.expire(wall_s)
+
+    def _accepted(
+        self, messages: Iterable[Incoming], change: Transaction
+    ) -> tuple[list[Portion], list[RawMessage], set[str]]:
+        """What is new in the messages, the messages to keep, and whose they are."""
+        portions: list[Portion] = []
+        kept: list[RawMessage] = []
         devices: set[str] = set()
-        records: list[ArchivedRecord] = []
         for message in messages:
             try:
-                arrival = _opened(message)
+                arrival = opened(message, self._widths)
             except (RequestError, ConfigError) as error:
-                self._quarantine(message, error.code, changes)
+                self._quarantine(
+                    message.arrived_s, message.subject, error.code, message.data, change
+                )
                 self._sequencer.skip(message.token)
                 continue
             devices.add(arrival.lane[0])
             for part in self._sequencer.accept(arrival):
-                records += self._read(part, changes)
-        examples, batches = self._learn(records, changes)
-        if records:
-            changes.file = self._archive.write(records, self._number)
-            changes.rows = len(records)
-        changes.counters = self.counters()
-        self._db.apply(changes)
-        return Commit(
-            number=self._number,
-            clock_s=changes.clock_s,
-            records=len(records),
-            examples=examples,
-            batches=batches,
-            counters=changes.counters | self.waiting(),
-            watermarks=[self._watermark(device) for device in sorted(devices)],
-            done=self._sequencer.done(),
-        )
+                portions.append(self._enter(part, change))
+                kept.append(_raw_message(part.arrival.what.message))
+        return portions, kept, devices
 
-    def watermarks(self) -> list[Watermark]:
-        """What is held of every known device."""
-        return [self._watermark(device) for device in self._sequencer.devices()]
+    def _enter(self, part: Accepted[Opened], change: Transaction) -> Portion:
+        """Account for an accepted part; what is refused of it is kept to be looked at."""
+        arrival, what = part.arrival, part.arrival.what
+        records = what.records[part.cut :] if part.cut else what.records
+        first_seq = arrival.base_seq + part.cut
+        for index, refused in what.refused.items():
+            if index >= part.cut:
+                device, epoch, event_class = arrival.lane
+                place = f"{subjects.events(device, event_class)}#{epoch}/{arrival.base_seq + index}"
+                arrived_s = what.message.arrived_s
+                self._quarantine(arrived_s, place, refused.reason, refused.data, change)
+        for kind, number in Counter(map(type, records)).items():
+            if kind is not int:
+                self._counters[_COUNTED[kind]] += number
+        self.ledger.enter(arrival.lane, part.lost, what.reason, records, what.prior)
+        return Portion(arrival.lane, first_seq, records, what.data, what.message.arrived_s)
 
-    def counters(self) -> dict[str, int]:
-        """Counts since the learner's first start."""
-        parts = (self._counters, self._sequencer.counters, self._joiner.counters)
-        total = Counter(self._base)
-        for part in (*parts, self._guard.counters):
-            total.update(part)
-        return dict(total)
-
-    def waiting(self) -> dict[str, int]:
-        """How much waits now: for a label, a prediction, a batch, or for a gap to be filled."""
-        parts = (self._joiner.statistics(), self._guard.statistics(), self._sequencer.statistics())
-        names = ("pending", "labels_waiting", "unbatched", "beyond_gap")
-        return {name: part[name] for part in parts for name in names if name in part}
-
-    def _read(self, part: Arrival, changes: Changes) -> list[ArchivedRecord]:
-        """The records of an accepted part; what is wrong with one stops none of the others."""
-        device, epoch, event_class = part.lane
-        found = []
-        newest_s = self._newest_s.get(part.lane, float("-inf"))
-        for seq, raw in enumerate(part.records, part.base_seq):
-            data = bytes(raw)
-            record = self._record(part, seq, data, changes)
-            if record is not None:
-                newest_s = max(newest_s, record.time_s)
-                identity = (device, epoch, event_class, seq)
-                found.append(ArchivedRecord(*identity, record, data, part.arrived_s))
-        self._newest_s[part.lane] = newest_s
-        changes.marks[part.lane] = (part.last_seq, newest_s)
-        return found
-
-    def _record(self, part: Arrival, seq: int, data: bytes, changes: Changes) -> Record | None:
-        device, epoch, event_class = part.lane
-        try:
-            record = codec.decode_record(data)
-            reason = refusal(record, event_class, self._widths)
-        except RequestError as error:
-            reason = error.code
-        if reason:
-            place = f"{subjects.events(device, event_class)}#{epoch}/{seq}"
-            self._quarantine(Incoming(place, data, part.arrived_s, None), reason, changes)
-            return None
-        self._counters[_COUNTER[type(record)]] += 1
-        return record
-
-    def _quarantine(self, what: Incoming, reason: str, changes: Changes) -> None:
+    def _quarantine(
+        self, arrived_s: float, subject: str, reason: str, data: bytes, change: Transaction
+    ) -> None:
         self._counters["quarantined"] += 1
         self._counters[f"quarantined_{reason}"] += 1
-        changes.quarantine.append((what.arrived_s, what.subject, reason, what.data))
-
-    def _learn(
-        self, records: list[ArchivedRecord], changes: Changes
-    ) -> tuple[list[Example], list[Batch]]:
-        """Join, release and batch."""
-        wall_s, monotonic_s = self._clock.now_s(), self._clock.monotonic_s()
-        self._joiner.join(records, changes, self._db.state_of, monotonic_s)
-        examples = self._joiner.settle(changes, wall_s, monotonic_s)
-        changes.batched = [(DROPPED, *example.id) for example in self._guard.add(examples)]
-        batches = []
-        while (batch := self._guard.next()) is not None:
-            changes.batched += [(batch.number, *example.id) for example in batch.examples]
-            batches.append(batch)
-        changes.batch = self._guard.number
-        return examples, batches
-
-    def _watermark(self, device: str) -> Watermark:
-        lanes = self._sequencer.lanes(device)[-2 * EPOCHS_MAX :]
-        marks = [Mark(lane[1], lane[2], self._sequencer.marks[lane]) for lane in lanes]
-        return Watermark(WIRE_VERSION, device, marks)
+        self._meta.quarantined += 1
+        put_quarantined(change, self._meta.quarantined, (arrived_s, subject, reason, data))
 
 
-_COUNTER: dict[type, str] = {
+_COUNTED: dict[type, str] = {
     PredictionRecord: "predictions",
     ObservationRecord: "observations",
     LabelRecord: "labels",
 }
 
 
-def _opened(message: Incoming) -> Arrival:
-    """The envelope, if it is one and says what its subject says. Raises: HeadwaterError."""
-    device = subjects.checked_name(subjects.device_of(message.subject), "device")
-    envelope = codec.decode_envelope(message.data)
-    subject = subjects.events(device, envelope.event_class)
-    if message.subject != subject or envelope.device != device:
-        raise RequestError("wrong_subject", f"{message.subject} carries what belongs to {subject}")
-    highest = max(envelope.epoch, envelope.base_seq + len(envelope.records))
-    if min(envelope.epoch, envelope.base_seq) < 1 or highest > NUMBER_MAX:
-        raise RequestError("bad_number", f"{subject}: an epoch or sequence number out of range")
-    lane = (device, envelope.epoch, envelope.event_class)
-    return Arrival(lane, envelope.base_seq, envelope.records, message.token, message.arrived_s)
+def _raw_message(message: Incoming) -> RawMessage:
+    encoding = message.headers.get(ENCODING_HEADER, "")
+    return RawMessage(message.subject, encoding, message.data, message.arrived_s)

@@ -3,236 +3,297 @@
 Why: labels in order of arrival bias a learner (quick outcomes come first), so every prediction gets
 the same time to be labelled, and is judged when that time is over.
 
-Invariants: a prediction settles once: as an example when it has a label, else as expired. It
-matures when the joint clock has passed its time by more than the label window; strictly, because
-records of that very second may still come. Examples leave in the order of (time, device, epoch,
-seq), whatever order the records came in. A label counts if its own event time lies in the window;
-a final label beats a provisional one, and of equals the newest wins. An unlabelled prediction of a
-device that lags behind the joint clock waits until the device's own time has passed as well.
+Invariants: a prediction settles once (see `cloud_learner.ingest.settling`). A label counts if its
+own event time lies in the window; a final label beats a provisional one, and of equals the newest
+wins. A label that comes after its example was released, in the time that the family allows for
+that, amends it: the example comes out once more, its revision raised. Memory does not grow with the
+number of predictions that wait: they lie in the ingest database.
 
 Labels may overtake their predictions (they travel first): they wait, bounded for each device.
-Knows nothing about envelopes, SQL or batches: it fills in `Changes`.
+Knows nothing about envelopes, databases or batches.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import msgspec
 
 from cloud_learner.ingest.joint_clock import JointClock
-from cloud_learner.store.archive import ArchivedRecord
+from cloud_learner.ingest.settling import Settling, example
 from cloud_learner.store.examples import Example
+from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import (
-    COVERED,
     EXPIRED,
+    PENDING,
     RELEASED,
-    Changes,
-    Id,
-    IngestState,
+    Account,
     Label,
-    Pending,
-    example,
+    Lane,
+    Row,
+    id_of,
+    is_unlabelled,
+    labelled,
+    lane_prefix,
+    pending_rows,
+    prediction_key,
+    time_of,
 )
-from edge_runtime.wire.messages import LabelRecord, PredictionRecord
+from cloud_learner.store.rocks import Transaction
+from cloud_learner.store.runs import SETTLE, Waiting
+from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Record
 
-EARLY_LABELS_MAX = 50_000
-Order = tuple[float, str, int, int]
-StateOf = Callable[[Id], int | None]
+EARLY_LABELS_MAX = 1_000_000
+KEPT_WINDOWS = 3  # how long what is settled is known as settled, not as unknown
+_NEVER_S = float("-inf")
+
+
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
+    """What a family says about its labels; what was predicted before `learn_from_s` is not learned.
+
+    `idle_s` is how long (wall time) a silent device holds the others; `awaited` names the devices
+    that must be heard before time starts to pass. `amend_s` is how long after its window (event
+    time) a label may still amend an example.
+    """
+
+    family: str
+    label_window_s: float
+    idle_s: float
+    expiry: Literal["drop", "negative"] = "drop"
+    amend_s: float = 0.0
+    learn_from_s: float = _NEVER_S
+    awaited: tuple[str, ...] = ()
+
+
+class Portion(msgspec.Struct):
+    """Consecutive records of one lane that were accepted; an omitted or refused one is an int.
+
+    `envelope` decodes to the records of the whole envelope that they came in.
+    """
+
+    lane: Lane
+    first_seq: int
+    records: Sequence[Record | int]
+    envelope: bytes
+    arrived_s: float
 
 
 class Joiner:
-    """Joins the predictions of `family`; what was predicted before `learn_from_s` is not learned.
-
-    `idle_s` is how long (wall time) a silent device holds the others; `awaited` names the devices
-    that must be heard before time starts to pass.
-    """
+    """Joins the predictions of one family, over the state in `db`."""
 
     def __init__(
         self,
-        family: str,
-        *,
-        label_window_s: float,
-        idle_s: float,
-        learn_from_s: float = float("-inf"),
-        awaited: Iterable[str] = (),
+        rules: Rules,
+        db: IngestDb,
+        accounts: dict[Lane, Account],
+        clock_s: float,
+        now_s: float,
     ) -> None:
+        """`accounts` are shared with the caller, who moves them first; `now_s` is monotonic."""
         self.counters: Counter[str] = Counter()
-        self.clock = JointClock(label_window_s, idle_s, awaited)
-        self._family = family
-        self._window_s, self._learn_from_s = label_window_s, learn_from_s
-        self._pending: dict[Id, Pending] = {}
-        self._queue: list[Order] = []
-        self._overdue: list[Order] = []
-        self._early: dict[str, dict[tuple[int, int], Label]] = {}
-        self._held: dict[tuple[str, int], int] = {}
-        self._released = 0
-        self._newest: Order = (float("-inf"), "", 0, 0)
-
-    def restore(self, state: IngestState, monotonic_s: float) -> None:
-        """Go on from what was committed."""
-        self.clock.restore(state.clock_s, state.marks, monotonic_s)
-        self._released = state.released
-        for (device, epoch, event_class), (seq, _) in state.marks.items():
-            if event_class == "event":
-                self._held[device, epoch] = seq
-        for (device, epoch, seq), label in state.early_labels.items():
-            self._early.setdefault(device, {})[epoch, seq] = label
-        for pending in state.pending:
-            self._wait(pending)
+        self.clock = JointClock(rules.label_window_s, rules.idle_s, rules.awaited)
+        self.clock.restore(clock_s, accounts, now_s)
+        self._rules, self._accounts = rules, accounts
+        self._waiting = Waiting(db)
+        self._settling = Settling(
+            self._waiting,
+            self.clock,
+            self.counters,
+            window_s=rules.label_window_s,
+            keep_s=max(KEPT_WINDOWS * rules.label_window_s, rules.amend_s),
+            keeps_records=rules.amend_s > 0,
+            is_negative=rules.expiry == "negative",
+            learn_from_s=rules.learn_from_s,
+        )
+        self._early: Counter[tuple[str, int]] = Counter()
+        self._early_of: Counter[str] = Counter()
+        self._early_from: dict[tuple[str, int], int] = {}
+        for key in self._waiting.all_early():
+            device, epoch, _ = id_of(key)
+            self._note_early(device, epoch, 1)
+        self._touched: set[bytes] = set()
+        self.amended: list[Example] = []
 
     def join(
-        self,
-        records: Sequence[ArchivedRecord],
-        changes: Changes,
-        state_of: StateOf,
-        monotonic_s: float,
+        self, portions: Iterable[Portion], lanes: Iterable[Lane], change: Transaction, now_s: float
     ) -> None:
-        """Take in the records of a commit; `changes.marks` already counts them in.
+        """Take in what was accepted, and what moved; everything belongs to `change`.
 
-        `state_of` looks up what became of a prediction that is no longer pending.
+        Predictions first, then time, then labels, so that the order within a commit is nothing.
         """
-        for item in records:
-            if isinstance(item.record, PredictionRecord):
-                self._predict(item, item.record, changes)
-        self._move(changes, monotonic_s)
-        for item in records:
-            if isinstance(item.record, LabelRecord):
-                self._label(item, item.record, changes, state_of)
-
-    def settle(self, changes: Changes, wall_s: float, monotonic_s: float) -> list[Example]:
-        """Advance the clock and release what has matured, in order."""
-        changes.clock_s = self.clock.advance(monotonic_s)
-        examples = []
-        for order in self._mature(changes.clock_s):
-            pending = self._pending[order[1:]]
-            if pending.label is None:
-                self._expire(order, changes, monotonic_s)
-            elif pending.record.time_s < self._learn_from_s:
-                self._close(order, COVERED, changes)
-                self.counters["covered_by_bootstrap"] += 1
+        self.amended = []
+        self._waiting.begin(change)
+        self._touched = set()
+        labels = []
+        for portion in portions:
+            if portion.lane[2] == "event":
+                self._predict(portion)
             else:
-                examples.append(self._release(order, pending, changes, wall_s))
-        changes.released = self._released
+                labels.append(portion)
+        for lane in lanes:
+            self._move(lane, now_s)
+        if labels:
+            self._label(labels)
+
+    def settle(self, wall_s: float, now_s: float) -> list[Example]:
+        """Advance the clock, and release what has matured, in order."""
+        examples = self._settling.settle(self._touched, wall_s, now_s)
+        self._waiting.finish()
         return examples
 
-    def statistics(self) -> dict[str, int]:
-        """Counters, and how many predictions and early labels wait."""
-        early = sum(len(labels) for labels in self._early.values())
-        return {**self.counters, "pending": len(self._pending), "labels_waiting": early}
+    @property
+    def for_files_only(self) -> list[Example]:
+        """What the last commit brought out that nobody should learn now: amended, or covered."""
+        return self._settling.covered + self.amended
 
-    def _predict(self, item: ArchivedRecord, record: PredictionRecord, changes: Changes) -> None:
-        if record.family != self._family:
-            self.counters["other_family"] += 1
+    def waiting(self) -> dict[str, int]:
+        """How many labels wait for a prediction; `pending` is a counter that goes down as well."""
+        return {"labels_waiting": sum(self._early.values())}
+
+    def _predict(self, portion: Portion) -> None:
+        device, epoch, _ = portion.lane
+        family = self._rules.family
+        places = [
+            place
+            for place, record in enumerate(portion.records)
+            if type(record) is PredictionRecord and record.family == family
+        ]
+        asked = sum([type(record) is PredictionRecord for record in portion.records])
+        self.counters["other_family"] += asked - len(places)
+        if not places:
             return
-        pending = Pending(item.device, item.epoch, item.seq, record)
-        self._wait(pending)
-        changes.predictions.append((item.device, item.epoch, item.seq, item.raw))
-        early = self._early.get(item.device)
-        label = early.pop((item.epoch, item.seq), None) if early else None
-        if label is not None:
-            changes.early_joined.append((item.device, item.epoch, item.seq))
-            self._attach(pending, label, changes)
+        prefix, first = lane_prefix(device, epoch), portion.first_seq
+        times_s = [portion.records[place].time_s for place in places]  # type: ignore[union-attr]
+        self._waiting.fresh.update(pending_rows(prefix, first, places, times_s))
+        self.counters["pending"] += len(places)
+        run = prediction_key(prefix, first)
+        self._waiting.add_run(run, first + len(portion.records) - 1, portion.envelope)
+        self._waiting.file(SETTLE, min(times_s), run)
 
-    def _wait(self, pending: Pending) -> None:
-        identity = (pending.device, pending.epoch, pending.seq)
-        self._pending[identity] = pending
-        heapq.heappush(self._queue, (pending.record.time_s, *identity))
-
-    def _move(self, changes: Changes, monotonic_s: float) -> None:
-        """Note how far each lane is; early labels below that will meet no prediction any more."""
-        for (device, epoch, event_class), (seq, newest_s) in changes.marks.items():
-            self.clock.hear(device, event_class, newest_s, monotonic_s)
-            if event_class == "event":
-                self._held[device, epoch] = seq
-                early = self._early.get(device, {})
-                for missed in [key for key in early if key[0] == epoch and key[1] <= seq]:
-                    del early[missed]
-                    changes.early_joined.append((device, *missed))
-                    self.counters["labels_unknown"] += 1
-
-    def _label(
-        self, item: ArchivedRecord, record: LabelRecord, changes: Changes, state_of: StateOf
-    ) -> None:
-        if record.family != self._family:
-            self.counters["other_family"] += 1
+    def _move(self, lane: Lane, now_s: float) -> None:
+        """Note how far a lane is; early labels up to there join, or will meet no prediction."""
+        device, epoch, event_class = lane
+        account = self._accounts[lane]
+        self.clock.hear(device, event_class, account.newest_s, now_s)
+        if event_class != "event" or not self._early[device, epoch]:
             return
-        if not record.final:
-            self.counters["labels_provisional"] += 1
-        label = Label(record.value, record.time_s, record.final, item.arrived_s)
-        identity = (item.device, record.epoch, record.seq)
-        pending = self._pending.get(identity)
-        if pending is not None:
-            self._attach(pending, label, changes)
-        elif record.seq > self._held.get((item.device, record.epoch), 0):
-            self._keep_early(identity, label, changes)
-        else:
-            self.counters[_FATE[state_of(identity)]] += 1
+        from_seq = self._early_from.get((device, epoch), 0)
+        self._early_from[device, epoch] = account.seq
+        for key, label in self._waiting.early(lane_prefix(device, epoch), from_seq, account.seq):
+            self._waiting.delete_early(key)
+            self._note_early(device, epoch, -1)
+            data = self._waiting.fresh.get(key)
+            if data is None:
+                self.counters["labels_unknown"] += 1
+            else:
+                self._attach(key, Row.unpacked(data), label)
 
-    def _attach(self, pending: Pending, label: Label, changes: Changes) -> None:
-        if label.time_s > pending.record.time_s + self._window_s:
+    def _label(self, portions: list[Portion]) -> None:
+        """Labels, all of a commit at once: one look at what they speak of, in the order of keys."""
+        keys: list[bytes] = []
+        labels: list[Label] = []
+        family = self._rules.family
+        for portion in portions:
+            start, arrived_s = portion.lane[0].encode() + b"\0", portion.arrived_s
+            ours = [r for r in portion.records if type(r) is LabelRecord and r.family == family]
+            said = sum([type(record) is LabelRecord for record in portion.records])
+            self.counters["other_family"] += said - len(ours)
+            keys += [start + r.epoch.to_bytes(8, "big") + r.seq.to_bytes(8, "big") for r in ours]
+            labels += [Label(r.value, r.time_s, r.final, arrived_s) for r in ours]
+        self.counters["labels_provisional"] += sum([not label.final for label in labels])
+        rows, fresh = self._waiting.rows(keys), self._waiting.fresh
+        for key, label in zip(keys, labels, strict=True):
+            data = fresh.get(key) or rows.get(key)
+            if data is None:
+                self._keep_early(key, label)
+            elif is_unlabelled(data):
+                self._attach_first(key, data, label)
+            else:
+                self._attach(key, Row.unpacked(data), label)
+
+    def _attach_first(self, key: bytes, data: bytes, label: Label) -> None:
+        """What `_attach` does for nearly all labels, without taking the row apart."""
+        matures_s = time_of(data) + self._rules.label_window_s
+        if label.time_s > matures_s:
             self.counters["labels_late"] += 1
             return
-        if not _stands(pending.label, label):
-            self.counters["labels_joined" if pending.label is None else "labels_replaced"] += 1
-            pending.label = label
-            row = (label.value, label.time_s, label.final, label.arrived_s)
-            changes.labels.append((*row, pending.device, pending.epoch, pending.seq))
+        self.counters["labels_joined"] += 1
+        self._waiting.fresh[key] = labelled(data, label)
+        if matures_s < self.clock.now_s:
+            self._touched.add(run_of(key, Row.unpacked(data)))
 
-    def _keep_early(self, identity: Id, label: Label, changes: Changes) -> None:
-        early = self._early.setdefault(identity[0], {})
-        if len(early) >= EARLY_LABELS_MAX:
+    def _attach(self, key: bytes, row: Row, label: Label) -> None:
+        if row.state != PENDING:
+            self._after(key, row, label)
+            return
+        if label.time_s > row.time_s + self._rules.label_window_s:
+            self.counters["labels_late"] += 1
+            return
+        if _stands(row.label, label):
+            return
+        self.counters["labels_joined" if row.label is None else "labels_replaced"] += 1
+        row.label = label
+        self._waiting.set_row(key, row)
+        if row.time_s + self._rules.label_window_s < self.clock.now_s:
+            self._touched.add(run_of(key, row))
+
+    def _after(self, key: bytes, row: Row, label: Label) -> None:
+        """A label for what is settled: it amends an example, or comes too late."""
+        rules = self._rules
+        last_s = row.time_s + rules.label_window_s + rules.amend_s
+        if row.state == EXPIRED:
+            self.counters["labels_late"] += 1
+            return
+        may_amend = row.state == RELEASED and rules.amend_s > 0
+        in_time = max(label.time_s, self.clock.now_s) <= last_s
+        if may_amend and in_time and not _stands(row.label, label) and not _same(row.label, label):
+            self._amend(key, row, label)
+        else:
+            self.counters["labels_after_release"] += 1
+
+    def _amend(self, key: bytes, row: Row, label: Label) -> None:
+        stored = self._waiting.run(run_of(key, row))
+        assert stored is not None, "kept as long as it may be amended"
+        row.label, row.revision = label, row.revision + 1
+        self._waiting.set_row(key, row)
+        self.counters["amended"] += 1
+        self.amended.append(example(key, stored, row, label.arrived_s))
+
+    def _keep_early(self, key: bytes, label: Label) -> None:
+        """A label without a prediction: of one that is still to come, or of none."""
+        device, epoch, seq = id_of(key)
+        account = self._accounts.get((device, epoch, "event"))
+        if account is not None and seq <= account.seq:
+            self.counters["labels_unknown"] += 1
+            return
+        if self._early_of[device] >= EARLY_LABELS_MAX:
             self.counters["labels_early_dropped"] += 1
             return
         self.counters["labels_early"] += 1
-        if not _stands(early.get(identity[1:]), label):
-            early[identity[1:]] = label
-            changes.early_labels[identity] = label
+        known = self._waiting.early_label(key)
+        if known is None:
+            self._note_early(device, epoch, 1)
+        if not _stands(known, label):
+            self._waiting.set_early(key, label)
 
-    def _mature(self, clock_s: float) -> list[Order]:
-        mature, self._overdue = self._overdue, []
-        while self._queue and self._queue[0][0] + self._window_s < clock_s:
-            mature.append(heapq.heappop(self._queue))
-        return sorted(mature)
-
-    def _expire(self, order: Order, changes: Changes, monotonic_s: float) -> None:
-        """Give up waiting, unless the device itself has not got that far."""
-        if order[0] + self._window_s < self.clock.of(order[1], monotonic_s):
-            self._close(order, EXPIRED, changes)
-            self.counters["expired"] += 1
-        else:
-            self._overdue.append(order)
-
-    def _release(self, order: Order, pending: Pending, changes: Changes, wall_s: float) -> Example:
-        self._released += 1
-        self._close(order, RELEASED, changes, wall_s, self._released)
-        self.counters["examples"] += 1
-        if order < self._newest:
-            self.counters["released_out_of_order"] += 1
-        self._newest = max(self._newest, order)
-        return example(pending, wall_s)
-
-    def _close(
-        self,
-        order: Order,
-        state: int,
-        changes: Changes,
-        matured_s: float | None = None,
-        released: int | None = None,
-    ) -> None:
-        identity = order[1:]
-        del self._pending[identity]
-        changes.settled.append((state, matured_s, released, *identity))
+    def _note_early(self, device: str, epoch: int, number: int) -> None:
+        self._early[device, epoch] += number
+        self._early_of[device] += number
+        if not self._early[device, epoch]:
+            del self._early[device, epoch]
 
 
-_FATE = {
-    None: "labels_unknown",
-    EXPIRED: "labels_late",
-    RELEASED: "labels_after_release",
-    COVERED: "labels_after_release",
-}
+def run_of(key: bytes, row: Row) -> bytes:
+    """The key of the run that a prediction lies in."""
+    return prediction_key(key[:-8], int.from_bytes(key[-8:], "big") - row.place)
 
 
 def _stands(old: Label | None, new: Label) -> bool:
     """Whether `old` stays when `new` comes."""
     return old is not None and old.final and not new.final
+
+
+def _same(old: Label | None, new: Label) -> bool:
+    return old is not None and old.value == new.value

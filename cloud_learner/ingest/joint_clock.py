@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from cloud_learner.store.ingest_state import Lane
+from cloud_learner.store.ingest_state import Account, Lane
 from edge_runtime.wire.messages import EventClass
 
 _NEVER = float("-inf")
@@ -45,15 +45,13 @@ class JointClock:
         self._awaited = tuple(awaited)
         self._devices: dict[str, _Device] = {}
 
-    def restore(
-        self, now_s: float, marks: Mapping[Lane, tuple[int, float]], monotonic_s: float
-    ) -> None:
+    def restore(self, now_s: float, accounts: Mapping[Lane, Account], monotonic_s: float) -> None:
         """Go on at `now_s`; devices that were heard before count as heard right now."""
         self.now_s = now_s
         for device in self._awaited:
             self._device(device).event.at_s = monotonic_s
-        for (device, _, event_class), (_, newest_s) in marks.items():
-            self.hear(device, event_class, newest_s, monotonic_s)
+        for (device, _, event_class), account in accounts.items():
+            self.hear(device, event_class, account.newest_s, monotonic_s)
 
     def hear(
         self, device: str, event_class: EventClass, newest_s: float, monotonic_s: float

@@ -4,9 +4,11 @@ Why: the broker may redeliver and a device sends again whatever it was not told 
 sequence numbers say what is new.
 
 Invariants: a lane (device, epoch, class) moves forward without a gap: its mark is the highest
-number up to which all records were accepted. What lies beyond a gap is kept aside, unacknowledged
-and bounded; when the bound is reached the newcomer is given up, for the device sends it again from
-the watermark. No I/O; the marks count only when what was accepted has been committed.
+number up to which everything was accepted, or is known to be lost. An envelope says what is lost
+right before its records; only what lies above the mark is counted. What lies beyond a gap is kept
+aside, unacknowledged and bounded; when the bound is reached the newcomer is given up, for the
+device sends it again from the watermark. No I/O; the marks count only when what was accepted has
+been committed.
 
 Knows nothing about what a record means.
 """
@@ -15,69 +17,76 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from cloud_learner.store.ingest_state import Lane
 
 ASIDE_MAX = 256  # envelopes, of all devices together
+ASIDE_BYTES_MAX = 32 << 20
+
+T = TypeVar("T")
 
 
-class Arrival(msgspec.Struct):
-    """Consecutive records of a lane; record i has the number `base_seq + i`.
+class Arrival(msgspec.Struct, Generic[T]):
+    """`count` consecutive records of a lane from `base_seq` on, and what is lost before them.
 
-    `token` is what the caller acknowledges, `arrived_s` the wall time of the arrival.
+    `token` is what the caller acknowledges; `size` is what it weighs while it waits.
     """
 
     lane: Lane
     base_seq: int
-    records: list[msgspec.Raw]
+    count: int
+    skipped: int
     token: Any
-    arrived_s: float
+    size: int
+    what: T
+
+    @property
+    def first_seq(self) -> int:
+        """The first number that it speaks of."""
+        return self.base_seq - self.skipped
 
     @property
     def last_seq(self) -> int:
-        """The number of the last record; below `base_seq` when there are none."""
-        return self.base_seq + len(self.records) - 1
+        """The last number that it speaks of; below `first_seq` when it speaks of none."""
+        return self.base_seq + self.count - 1
 
 
-class Sequencer:
+class Accepted(NamedTuple, Generic[T]):
+    """What is new of an arrival: `lost` numbers, then the records from index `cut` on."""
+
+    arrival: Arrival[T]
+    lost: int
+    cut: int
+
+
+class Sequencer(Generic[T]):
     """Accepts each record of each lane once, after `marks`."""
 
     def __init__(self, marks: Mapping[Lane, int]) -> None:
-        self.marks: dict[Lane, int] = {}
-        self._lanes: dict[str, list[Lane]] = {}
-        for lane, seq in sorted(marks.items()):
-            self._move(lane, seq)
+        self.marks = dict(marks)
         self.counters: Counter[str] = Counter()
-        self._aside: dict[Lane, dict[int, Arrival]] = {}
-        self._aside_count = 0
+        self._aside: dict[Lane, dict[int, Arrival[T]]] = {}
+        self._aside_count = self._aside_bytes = 0
         self._done: list[Any] = []
 
-    def accept(self, arrival: Arrival) -> list[Arrival]:
-        """What is new and has no gap before it: part of `arrival`, and what had waited for it."""
-        if arrival.base_seq > self.marks.get(arrival.lane, 0) + 1:
+    def accept(self, arrival: Arrival[T]) -> list[Accepted[T]]:
+        """What is new and has no gap before it: of `arrival`, and of what had waited for it."""
+        lane = arrival.lane
+        if arrival.first_seq > self.marks.get(lane, 0) + 1:
             self._put_aside(arrival)
             return []
         accepted = [self._take(arrival)]
-        waiting = self._aside.get(arrival.lane, {})
-        while waiting and (first := min(waiting)) <= self.marks.get(arrival.lane, 0) + 1:
-            accepted.append(self._take(waiting.pop(first)))
-            self._aside_count -= 1
-        return [part for part in accepted if part.records]
+        waiting = self._aside.get(lane, {})
+        while waiting and (first := min(waiting)) <= self.marks.get(lane, 0) + 1:
+            accepted.append(self._take(self._taken_back(waiting, first)))
+        return [part for part in accepted if part.lost or part.cut < part.arrival.count]
 
     def skip(self, token: Any) -> None:
         """An envelope that holds nothing to accept may be acknowledged as well."""
         self._done.append(token)
-
-    def lanes(self, device: str) -> list[Lane]:
-        """The lanes of a device, those that came last at the end."""
-        return self._lanes.get(device, [])
-
-    def devices(self) -> list[str]:
-        """All devices that sent anything that was accepted."""
-        return sorted(self._lanes)
 
     def done(self) -> list[Any]:
         """Tokens of the envelopes that may be acknowledged once the marks are committed."""
@@ -88,35 +97,38 @@ class Sequencer:
         """Counters, and how many envelopes lie beyond a gap."""
         return {**self.counters, "beyond_gap": self._aside_count}
 
-    def _take(self, arrival: Arrival) -> Arrival:
+    def _take(self, arrival: Arrival[T]) -> Accepted[T]:
         """Cut off what is held already, and move the mark."""
         mark = self.marks.get(arrival.lane, 0)
-        repeated = min(len(arrival.records), mark + 1 - arrival.base_seq)
-        self.counters["duplicates"] += repeated
+        lost = max(0, arrival.base_seq - 1 - mark) if arrival.skipped else 0
+        mark += lost
+        cut = min(arrival.count, mark + 1 - arrival.base_seq)
+        self.counters["duplicates"] += cut
         self._done.append(arrival.token)
-        records = arrival.records[repeated:]
-        if records:
-            self._move(arrival.lane, arrival.last_seq)
-        return Arrival(
-            arrival.lane, arrival.base_seq + repeated, records, arrival.token, arrival.arrived_s
-        )
+        moved = max(mark, arrival.last_seq)
+        if moved:
+            self.marks[arrival.lane] = moved
+        return Accepted(arrival, lost, cut)
 
-    def _move(self, lane: Lane, seq: int) -> None:
-        if lane not in self.marks:
-            self._lanes.setdefault(lane[0], []).append(lane)
-        self.marks[lane] = seq
-
-    def _put_aside(self, arrival: Arrival) -> None:
+    def _put_aside(self, arrival: Arrival[T]) -> None:
         self.counters["gaps"] += 1
         waiting = self._aside.setdefault(arrival.lane, {})
-        if arrival.base_seq in waiting:
+        known = waiting.get(arrival.first_seq)
+        if known is not None:
             # A redelivery, most often: its token is the one that still counts.
-            known = waiting[arrival.base_seq]
-            longer = max(known, arrival, key=lambda each: len(each.records))
-            waiting[arrival.base_seq] = msgspec.structs.replace(longer, token=arrival.token)
-        elif self._aside_count < ASIDE_MAX:
-            waiting[arrival.base_seq] = arrival
+            longer = max(known, arrival, key=lambda each: each.last_seq)
+            self._aside_bytes += longer.size - known.size
+            waiting[arrival.first_seq] = msgspec.structs.replace(longer, token=arrival.token)
+        elif self._aside_count < ASIDE_MAX and self._aside_bytes < ASIDE_BYTES_MAX:
+            waiting[arrival.first_seq] = arrival
             self._aside_count += 1
+            self._aside_bytes += arrival.size
         else:
             self.counters["given_up_beyond_gap"] += 1
             self._done.append(arrival.token)
+
+    def _taken_back(self, waiting: dict[int, Arrival[T]], first: int) -> Arrival[T]:
+        arrival = waiting.pop(first)
+        self._aside_count -= 1
+        self._aside_bytes -= arrival.size
+        return arrival

@@ -1,228 +1,255 @@
-"""The archive: every accepted record as a row of Parquet, for queries, replays and proofs.
+"""The archive: every released example in Parquet, for queries and for training elsewhere.
 
-Why: "answered = archived" has to be counted by a query over files, and a world is scored again
-from what was logged; both need columns, not envelopes.
+Why: what was learned must stay open to any tool, not only to ours, and for longer than a batch.
 
-Invariants: a file holds the records of exactly one commit and is named by its number, so writing
-the commit again replaces the file instead of adding to it. Commit point: the transaction of the
-ingest database that names the file; what no transaction names is removed by `adopt`. `write` and
-`adopt` belong to one thread; `query` may be called from any.
+How: `<directory>/family=<family>/day=<YYYY-MM-DD>/<number>.parquet`, by the UTC day of the event
+time, the layout that Hive gave its name. What is unfinished stands beside it on the same file
+system, in `.<directory>.unfinished`, so whoever reads `**/*.parquet` finds only whole files.
 
-Knows nothing about envelopes, joins or batches. This room is the only home of duckdb.
+Invariants: a file holds examples of exactly one commit, or is a day that was compacted, and is
+never changed. Commit point: the caller's transaction that names the files which `write` returned,
+or takes `Compaction.new` for `Compaction.gone`; what no transaction names is removed by `adopt`.
+So a reader may see the examples of a commit a moment early, never a part of a file.
+
+`write`, `adopt` and `settle` belong to one thread at a time; `compact` may run in another, `query`
+in any. Knows nothing about envelopes, joins or batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import compress
+import shutil
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import duckdb
-import msgspec
-import numpy as np
 
+from cloud_learner.store import parquet
+from cloud_learner.store.compaction import Compaction, Compactor, exchange, fsync, make_durable
+from cloud_learner.store.examples import Example
 from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import fsync_directory
-from edge_runtime.wire.messages import (
-    EventClass,
-    LabelRecord,
-    ObservationRecord,
-    PredictionRecord,
-    Record,
-)
+
+_OURS = re.compile(r"family=[^/]+/day=\d{4}-\d\d-\d\d/\d{12}(-day)?\.parquet")
+_EPOCH = date(1970, 1, 1).toordinal()
 
 
-class ArchivedRecord(msgspec.Struct, frozen=True, gc=False):
-    """A record with its identity. `raw` is `record` as it stood in the log of the device;
-    `arrived_s` is the wall time at which its envelope reached the learner.
-    """
-
-    device: str
-    epoch: int
-    event_class: EventClass
-    seq: int
-    record: Record
-    raw: bytes
-    arrived_s: float
-
-
-Row = tuple[Any, ...]
-
-_OURS = re.compile(r"\d{12}\.parquet|\.\d{12}\.parquet\.tmp")
-
-
-def _identity(item: ArchivedRecord) -> Row:
-    record = item.record
-    kind = _TYPES[type(record)]
-    return (item.device, item.epoch, item.event_class, item.seq, kind, record.family, record.time_s)
-
-
-def _event(record: PredictionRecord | ObservationRecord) -> Row:
-    return record.kind, _json(record.fields)
-
-
-def _prediction(record: PredictionRecord) -> Row:
-    first = record.scored[0]
-    scored = _json(
-        [{"release": s.release, "arm": s.arm, "outputs": s.outputs} for s in record.scored]
-    )
-    served = (first.release, first.arm, first.outputs[0])
-    return (record.spec, record.features, record.propensity, *served, scored)
-
-
-def _label(record: LabelRecord) -> Row:
-    return record.epoch, record.seq, record.value, record.final
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-_TYPES: dict[type, str] = {
-    PredictionRecord: "prediction",
-    ObservationRecord: "observation",
-    LabelRecord: "label",
-}
-_IDENTITY = ("device", "epoch", "event_class", "seq", "type", "family", "time_s")
-# Columns that only some types of record have: the types, the columns, their values.
-_PARTS: tuple[tuple[tuple[type, ...], tuple[str, ...], Callable[[Any], Row]], ...] = (
-    ((PredictionRecord, ObservationRecord), ("kind", "fields"), _event),
-    (
-        (PredictionRecord,),
-        ("spec", "features", "propensity", "release", "arm", "score", "scored"),
-        _prediction,
-    ),
-    ((LabelRecord,), ("label_epoch", "label_seq", "label_value", "final"), _label),
-)
-# Columns that are not text: numpy type, stand-in below the mask, SQL type.
-_KINDS: dict[str, tuple[str, Any, str]] = {
-    **dict.fromkeys(("epoch", "seq", "label_epoch", "label_seq"), ("i8", 0, "BIGINT")),
-    **dict.fromkeys(("time_s", "propensity", "score", "label_value"), ("f8", 0.0, "DOUBLE")),
-    "features": ("O", b"", "BLOB"),
-    "final": ("?", False, "BOOLEAN"),
-}
-_TEXT = ("O", "", "VARCHAR")
-_NAMES = (*_IDENTITY, *(name for _, part, _ in _PARTS for name in part))
-
-
-def _selected(name: str) -> str:
-    """A column of the batch in SQL, NULL where it is blank; the numbers are masked already."""
-    _, blank, kind = _KINDS.get(name, _TEXT)
-    is_optional_text = name not in _IDENTITY and isinstance(blank, str | bytes)
-    return f"nullif({name}, ''::{kind}) AS {name}" if is_optional_text else name
-
-
-_SELECT = f"SELECT {', '.join(map(_selected, _NAMES))} FROM batch"
+def _no_step(_name: str) -> None:
+    """Nothing happens between two steps."""
 
 
 class Archive:
-    """Parquet files in `directory`, one for each commit."""
+    """Parquet files in `directory`; `at` is called with the name of each step that was done.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        # One value tells the type of a column: none mixes types.
-        self._writer = duckdb.connect(config={"threads": 1, "pandas_analyze_sample": 1})
+    Raises: ConfigError `archive_apart` when the folder beside it is on another file system.
+    """
 
-    def write(self, records: Sequence[ArchivedRecord], number: int) -> str:
-        """Write the records of commit `number`, durable on return; returns the file's name.
+    def __init__(
+        self,
+        directory: Path,
+        at: Callable[[str], None] = _no_step,
+        swap: Callable[[Path, Path], None] = exchange,
+    ) -> None:
+        self._directory, self._at = directory.resolve(), at
+        directory = self._directory
+        self._unfinished = directory.with_name(f".{directory.name}.unfinished")
+        for folder in (directory, self._unfinished):
+            folder.mkdir(parents=True, exist_ok=True)
+        if directory.stat().st_dev != self._unfinished.stat().st_dev:
+            raise ConfigError(
+                "archive_apart",
+                f"{directory} and {self._unfinished} are on two file systems; nothing was written",
+                "mount the folder that holds both of them",
+            )
+        self._compactor = Compactor(directory, self._unfinished, at, swap)
+        self._lock = threading.Lock()  # a file enters a day, or a day is exchanged
+        self._writer = parquet.connect()
+        self._known: set[Path] = set()  # folders whose names are durable
+        self._compacts: bool | None = None
+        self._counts: Counter[str] = Counter()
+
+    def write(self, examples: Sequence[Example], number: int) -> list[str]:
+        """Write the examples of commit `number`, durable on return; returns the files' names.
 
         Raises: CapacityError `disk_full`, with nothing of the commit left.
         """
-        name = f"{number:012d}.parquet"
-        temporary = self._directory / f".{name}.tmp"
+        names: list[str] = []
         try:
-            self._copy(records, temporary)
-            _fsync(temporary)
-            os.replace(temporary, self._directory / name)
-            fsync_directory(self._directory)
+            for folder, part in _by_day(examples).items():
+                names.append(f"{folder}/{number:012d}.parquet")
+                self._write(names[-1], part)
         except (OSError, duckdb.Error) as error:
-            temporary.unlink(missing_ok=True)
+            for name in names:
+                with contextlib.suppress(OSError):
+                    (self._directory / name).unlink(missing_ok=True)
             raise CapacityError(
-                "disk_full", f"{name}: {len(records)} records were not archived: {error}"
+                "disk_full",
+                f"{self._directory}: commit {number}, {len(examples)} examples were not archived: "
+                f"{error}",
             ) from error
-        return name
+        self._counts["archive_files_written"] += len(names)
+        self._counts["archive_examples_written"] += len(examples)
+        return names
 
-    def _copy(self, records: Sequence[ArchivedRecord], path: Path) -> None:
-        self._writer.register("batch", _columns(records))
+    def _write(self, name: str, examples: Sequence[Example]) -> None:
+        temporary, path = self._unfinished / f"{Path(name).name}.tmp", self._directory / name
         try:
-            self._writer.execute(f"COPY ({_SELECT}) TO '{_quoted(path)}' (FORMAT parquet)")
-        finally:
-            self._writer.unregister("batch")
+            parquet.copy(self._writer, examples, temporary)
+            self._at("written")
+            fsync(temporary)
+            self._at("synced")
+            with self._lock:
+                if path.parent not in self._known:
+                    make_durable(path.parent)
+                    self._known.add(path.parent)
+                self._at("place made")
+                os.replace(temporary, path)
+                self._at("renamed")
+                fsync_directory(path.parent)
+        except (OSError, duckdb.Error):
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
     def adopt(self, names: Collection[str]) -> list[str]:
-        """Remove the files that no transaction names, and return what was removed.
+        """Finish a compaction whose transaction was committed, and forget one whose was not; then
+        remove the files that no transaction names, and return which those were.
 
-        Raises: ConfigError `archive_incomplete` when a named file is absent.
+        Raises: ConfigError `archive_incomplete` when a named file is absent; then nothing was
+        changed. CapacityError `disk_full` when a compaction cannot be finished.
         """
-        present = {path.name for path in self._directory.iterdir()}
-        if lost := sorted(set(names) - present):
+        named = set(names)
+        absent = named - set(self._files(self._directory))
+        if lost := sorted(absent - set(self._files(self._unfinished))):
             raise ConfigError(
                 "archive_incomplete",
                 f"{self._directory} lacks {len(lost)} files, the first of them {lost[0]}",
                 "archive and ingest database belong together: restore both from one copy",
             )
-        orphans = sorted(name for name in present - set(names) if _OURS.fullmatch(name))
+        for name in sorted(absent):
+            self._settle(name, named.__contains__)
+        orphans = sorted(set(self._files(self._directory)) - named)
         for name in orphans:
             (self._directory / name).unlink()
-        fsync_directory(self._directory)
+        for folder in {(self._directory / name).parent for name in orphans}:
+            fsync_directory(folder)
+        self._forget_unfinished()
         return orphans
 
-    def query(self, sql: str, files: Iterable[str]) -> Any:
-        """A duckdb relation of `sql`, which reads the view `records`: the rows of these files.
+    def _forget_unfinished(self) -> None:
+        """Also what an exchange gave back: first the exchange has to be durable."""
+        for family in self._unfinished.glob("family=*"):
+            if (shown := self._directory / family.name).exists():
+                fsync_directory(shown)
+            shutil.rmtree(family)
+        for path in self._unfinished.glob("*.tmp"):
+            path.unlink()
+        fsync_directory(self._unfinished)
 
-        Raises: duckdb.Error for a wrong query.
+    def compact(self, names: Collection[str], number: int) -> Compaction | None:
+        """Make one file of the files of a day that is over; None when no day is worth it.
+
+        What comes back is durable and not yet visible. The caller names `new` and no longer `gone`
+        in one transaction, the commit point, and then calls `settle`; until then nobody reads the
+        day in another way. `number` is larger than that of every commit that `names` come from.
+
+        Raises: CapacityError `disk_full`, with nothing changed.
         """
-        connection = duckdb.connect(config={"threads": 1})
-        paths = [f"'{_quoted(self._directory / name)}'" for name in files]
-        source = f"read_parquet([{', '.join(paths)}])" if paths else f"({_empty()})"
-        connection.execute(f"CREATE VIEW records AS SELECT * FROM {source}")
+        try:
+            gone = self._compactor.choose(names) if self._can_compact() else []
+            if not gone:
+                return None
+            new = f"{os.path.dirname(gone[0])}/{number:012d}-day.parquet"
+            rows = self._compactor.prepare(new, gone)
+        except (OSError, duckdb.Error) as error:
+            raise CapacityError(
+                "disk_full", f"{self._directory}: a day was not compacted: {error}"
+            ) from error
+        self._counts["archive_days_compacted"] += 1
+        self._counts["archive_files_compacted"] += len(gone)
+        self._counts["archive_examples_compacted"] += rows
+        return Compaction(new, gone)
+
+    def settle(self, done: Compaction) -> None:
+        """After the transaction: show the day as one file, all at once. May be called again.
+
+        Raises: CapacityError `disk_full`; the day is shown as it was, and `adopt` finishes it.
+        """
+        self._settle(done.new, lambda name: name not in done.gone)
+
+    def _settle(self, new: str, is_kept: Callable[[str], bool]) -> None:
+        """Exchange a day for the one that holds `new`, and those of its other files to be kept."""
+        folder = os.path.dirname(new)
+        with self._lock:
+            present = [n for n in self._files(self._directory) if os.path.dirname(n) == folder]
+            kept = list(filter(is_kept, present))
+            try:
+                self._compactor.settle(new, kept)
+            except OSError as error:
+                raise CapacityError(
+                    "disk_full", f"{self._directory}/{folder} was not settled: {error}"
+                ) from error
+
+    def _can_compact(self) -> bool:
+        """Whether this file system can exchange two folders; looked at once."""
+        if self._compacts is None:
+            self._compacts = self._compactor.is_possible()
+            self._counts["archive_compaction_refused"] = int(not self._compacts)
+        return self._compacts
+
+    def query(self, sql: str, names: Collection[str] | None = None) -> Any:
+        """A duckdb relation of `sql`, which reads the view `examples`: the rows of the named files,
+        or of all that a glob finds now.
+
+        Raises: duckdb.Error for a wrong query, and where a day is compacted under its eyes: a file
+        is gone then, and asking again helps.
+        """
+        names = self._files(self._directory) if names is None else names
+        source = f"({parquet.EMPTY})"
+        if names:
+            source = parquet.read([self._path(name) for name in sorted(names, key=_by_number)])
+        connection = parquet.connect()
+        connection.execute(f"CREATE VIEW examples AS SELECT * FROM {source}")
         return connection.sql(sql)
+
+    def _path(self, name: str) -> Path:
+        """Where a named file lies: that of a compaction is not visible before it is settled."""
+        path = self._directory / name
+        return path if path.exists() else self._unfinished / name
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start."""
+        return dict(self._counts)
 
     def close(self) -> None:
         """Give the writer's memory back."""
         self._writer.close()
 
-
-def _columns(records: Sequence[ArchivedRecord]) -> dict[str, Any]:
-    """Each column as an array of shape (records,), masked where it has no value."""
-    identities = zip(*map(_identity, records), strict=True)
-    columns = {
-        name: np.array(values, dtype=_KINDS.get(name, _TEXT)[0])
-        for name, values in zip(_IDENTITY, identities, strict=True)
-    }
-    for owners, names, values_of in _PARTS:
-        present = [isinstance(item.record, owners) for item in records]
-        rows = [values_of(item.record) for item in compress(records, present)]
-        for at, name in enumerate(names):
-            columns[name] = _masked(name, np.array(present), [row[at] for row in rows])
-    return columns
+    def _files(self, root: Path) -> list[str]:
+        """Our files below `root`, by name."""
+        names = (path.relative_to(root).as_posix() for path in root.glob("*/*/*.parquet"))
+        return sorted(name for name in names if _OURS.fullmatch(name))
 
 
-def _masked(name: str, present: Any, values: list[Any]) -> Any:
-    kind, blank, _ = _KINDS.get(name, _TEXT)
-    column = np.full(len(present), blank, dtype=kind)
-    column[present] = values
-    # Text is blank where absent, and _SELECT makes it NULL: the type of a column of objects is
-    # read off its first value, which a mask would hide.
-    return column if kind == "O" else np.ma.masked_array(column, ~present)
+def _by_day(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """The examples by the folder that they belong to, each in its order."""
+    parts: dict[tuple[int, str], list[Example]] = defaultdict(list)
+    for day, example in zip(parquet.days_of(examples).tolist(), examples, strict=True):
+        parts[day, example.family].append(example)
+    return {_folder(*key): part for key, part in parts.items()}
 
 
-def _empty() -> str:
-    columns = (f"NULL::{_KINDS.get(name, _TEXT)[2]} AS {name}" for name in _NAMES)
-    return f"SELECT {', '.join(columns)} WHERE false"
+def _folder(day: int, family: str) -> str:
+    name = quote(family, safe="")
+    return f"family={name}/day={date.fromordinal(day + _EPOCH).isoformat()}"
 
 
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _by_number(name: str) -> str:
+    return Path(name).name

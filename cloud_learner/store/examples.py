@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_runtime.wire.messages import Scored
+from edge_runtime.wire.messages import Scored, Value
 
 
-class Example(msgspec.Struct, frozen=True):
+class Example(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A prediction and what turned out to be true of it.
 
     `features` is float32, little-endian, in the order of the feature spec whose hash is `spec`;
@@ -38,6 +38,10 @@ class Example(msgspec.Struct, frozen=True):
     scored: list[Scored]
     arrived_s: float
     matured_s: float
+    kind: str = ""
+    fields: dict[str, Value] = {}
+    final: bool = True
+    revision: int = 0
 
     @property
     def id(self) -> tuple[str, int, int]:
@@ -45,7 +49,7 @@ class Example(msgspec.Struct, frozen=True):
         return self.device, self.epoch, self.seq
 
 
-class Batch(msgspec.Struct, frozen=True):
+class Batch(msgspec.Struct, frozen=True, gc=False):
     """A micro-batch: `number` rises from 1 without holes, `examples` are in release order."""
 
     number: int

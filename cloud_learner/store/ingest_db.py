@@ -1,233 +1,249 @@
 """The ingest database: what the learner holds of each device, and what it still waits for.
 
-Why: a record counts as held only together with everything that follows from it; SQLite makes that
-one transaction.
+Why: a record counts as held only together with everything that follows from it; one transaction of
+RocksDB makes it so.
 
-Invariants: one commit point, the transaction of `apply`: watermarks, the name of the archive file,
-pending predictions, labels, released examples, their batches, quarantine and counters move together
-or not at all. One writing connection, used by one thread at a time; a lock on the file keeps a
-second process out. The reading methods open their own connection and may be called from any thread.
-A prediction's row stays for ever: its state tells what became of it when a label comes late.
+Invariants: one commit point, `commit`: accounts, the position of the raw log, names of the example
+files, predictions and labels, released examples, their batches, quarantine and counters move
+together or not at all. One thread commits; the reading methods may be called from any. A batch is
+kept until it is trimmed, an example until it lies in a file and no batch needs it.
+
+| table | key | value |
+|---|---|---|
+| meta | `meta`, `counters` | Meta; counts by name |
+| accounts | lane | Account |
+| rows | prediction | Row |
+| runs | first prediction of a run | its last number, and the envelope with its records |
+| due | see `cloud_learner.store.runs` | |
+| early | prediction that has not come | Label |
+| examples | number of the release | whether a batch may hold it, and the Example |
+| batches | number | numbers of its examples |
+| quarantine | number | arrival, subject, reason, first bytes |
+| files | name of an example file | |
 
 Knows nothing about how records are accepted, joined or batched.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import quote
 
 import msgspec
+import numpy as np
 
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_state import (
-    PENDING,
-    RELEASED,
-    Changes,
-    Id,
+    Account,
     IngestState,
-    Label,
-    Pending,
-    example,
+    Lane,
+    Meta,
+    account_key,
+    lane_of,
+    number_key,
 )
-from edge_runtime.errors import CapacityError, ConfigError
-from edge_runtime.wire import codec
-from edge_runtime.wire.messages import PredictionRecord
+from cloud_learner.store.rocks import Rocks, Table, Transaction
+from edge_runtime.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 QUARANTINE_ROWS, QUARANTINE_BYTES = 1000, 4096
+TRIMMED_AT_ONCE = 20
+DAMAGED = "ingest_db_damaged"
 
-_SCHEMA = f"""
-CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE files (number INTEGER PRIMARY KEY, name TEXT NOT NULL, rows INTEGER NOT NULL);
-CREATE TABLE marks (device TEXT, epoch INTEGER, event_class TEXT, seq INTEGER, newest_s REAL,
-  PRIMARY KEY (device, epoch, event_class)) WITHOUT ROWID;
-CREATE TABLE predictions (device TEXT, epoch INTEGER, seq INTEGER, record BLOB NOT NULL,
-  state INTEGER NOT NULL DEFAULT {PENDING}, label REAL, label_time_s REAL, label_final INTEGER,
-  arrived_s REAL, matured_s REAL, released INTEGER, batch INTEGER,
-  PRIMARY KEY (device, epoch, seq)) WITHOUT ROWID;
-CREATE INDEX in_batch ON predictions (batch) WHERE batch IS NOT NULL;
-CREATE TABLE early_labels (device TEXT, epoch INTEGER, seq INTEGER, value REAL, time_s REAL,
-  final INTEGER, arrived_s REAL, PRIMARY KEY (device, epoch, seq)) WITHOUT ROWID;
-CREATE TABLE quarantine (id INTEGER PRIMARY KEY, arrived_s REAL, subject TEXT, reason TEXT,
-  data BLOB);
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
-PRAGMA user_version = {VERSION};
-"""
-_MARK = "INSERT OR REPLACE INTO marks VALUES (?, ?, ?, ?, ?)"
-_PREDICTION = "INSERT INTO predictions (device, epoch, seq, record) VALUES (?, ?, ?, ?)"
-_OF_ID = "WHERE device = ? AND epoch = ? AND seq = ?"
-_LABEL = (
-    "UPDATE predictions SET label = ?, label_time_s = ?, label_final = ?, arrived_s = ? " + _OF_ID
-)
-_SETTLE = "UPDATE predictions SET state = ?, matured_s = ?, released = ? " + _OF_ID
-_BATCH = "UPDATE predictions SET batch = ? " + _OF_ID
-_EARLY = "INSERT OR REPLACE INTO early_labels VALUES (?, ?, ?, ?, ?, ?, ?)"
-_JOINED = "DELETE FROM early_labels " + _OF_ID
-_BAD = "INSERT INTO quarantine (arrived_s, subject, reason, data) VALUES (?, ?, ?, ?)"
-_BOUND = "DELETE FROM quarantine WHERE id <= (SELECT max(id) FROM quarantine) - ?"
-_COUNT = "INSERT OR REPLACE INTO counters VALUES (?, ?)"
-_META = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
-_ROWS = (
-    "SELECT device, epoch, seq, record, label, label_time_s, label_final, arrived_s, matured_s"
-    " FROM predictions "
-)
+TABLES = {
+    "meta": Table(),
+    "accounts": Table(),
+    "rows": Table(buffer_bytes=32 << 20),
+    "runs": Table(buffer_bytes=16 << 20, has_blobs=True),
+    "due": Table(),
+    "early": Table(),
+    "examples": Table(buffer_bytes=8 << 20),
+    "batches": Table(),
+    "quarantine": Table(),
+    "files": Table(),
+}
+_META, _COUNTERS, _END = b"meta", b"counters", b"\xff" * 96
+_FOR_FILES, _FOR_BATCHES = b"\0", b"\1"
+
+Quarantined = tuple[float, str, str, bytes]
+
+_encode = msgspec.msgpack.Encoder().encode
+_meta = msgspec.msgpack.Decoder(Meta).decode
+_account = msgspec.msgpack.Decoder(Account).decode
+_example = msgspec.msgpack.Decoder(Example).decode
+_counters = msgspec.msgpack.Decoder(dict[str, int]).decode
+_quarantined = msgspec.msgpack.Decoder(Quarantined).decode
 
 
 class IngestDb:
-    """The database at `path`, made when absent.
+    """The database in the directory `path`, made when absent.
 
-    Raises: ConfigError `already_owned`, `bad_version`, `ingest_db_damaged`.
+    Raises: ConfigError `already_owned`, `bad_version`, `ingest_db_damaged`; CapacityError.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _owned(path)
+        self.rocks = Rocks(path, TABLES, damaged=DAMAGED)
         try:
-            self._writer = _opened(path)
+            self._begin(path)
         except BaseException:
-            os.close(self._lock)
+            self.rocks.close()
             raise
+
+    def _begin(self, path: Path) -> None:
+        if self.rocks.get("meta", _META) is None:
+            first = self.begin()
+            first.put("meta", _META, _encode(Meta(VERSION)))
+            self.rocks.write(first)
+        check_version(path, self.meta())
+
+    def meta(self) -> Meta:
+        """The numbers of the last commit."""
+        data = self.rocks.get("meta", _META)
+        assert data is not None, "it is there since the first start"
+        return _meta(data)
 
     def load(self) -> IngestState:
         """What was committed so far."""
-        read = self._writer.execute
-        numbers = dict(read("SELECT name, value FROM meta").fetchall())
+        meta = self.meta()
+        data = self.rocks.get("meta", _COUNTERS)
+        batched = {number for _, numbers in self.batches(meta.trimmed) for number in numbers}
+        unbatched, unarchived, for_files_only = [], [], []
+        for key, value in self.rocks.scan("examples", b"", _END):
+            number, example = int.from_bytes(key, "big"), _example(value[1:])
+            if value[:1] == _FOR_FILES:
+                for_files_only.append(number)
+            elif number not in batched:
+                unbatched.append((number, example))
+            if number > meta.archived:
+                unarchived.append((number, example))
         return IngestState(
-            **numbers,
-            marks={(d, e, c): (s, n) for d, e, c, s, n in read("SELECT * FROM marks")},
-            pending=[_pending(row) for row in read(_ROWS + f"WHERE state = {PENDING}")],
-            early_labels={
-                (d, e, s): Label(value, time_s, bool(final), arrived_s)
-                for d, e, s, value, time_s, final, arrived_s in read("SELECT * FROM early_labels")
-            },
-            unbatched=_examples(
-                read(_ROWS + f"WHERE state = {RELEASED} AND batch IS NULL ORDER BY released")
-            ),
-            counters=dict(read("SELECT name, value FROM counters").fetchall()),
+            meta,
+            accounts=accounts_of(self.rocks),
+            counters=_counters(data) if data else {},
+            unbatched=unbatched,
+            unarchived=unarchived,
+            for_files_only=for_files_only,
+            files=self.files(),
         )
 
-    def apply(self, changes: Changes) -> None:
-        """Commit; durable on return. Raises: CapacityError `disk_full`, with nothing changed."""
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._write(changes)
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):  # it may have rolled back by itself
-                self._writer.execute("ROLLBACK")
-            raise CapacityError(
-                "disk_full", f"{self._path}: commit {changes.commit} was not written: {error}"
-            ) from error
+    def begin(self) -> Transaction:
+        """An empty transaction."""
+        return self.rocks.begin()
 
-    def _write(self, changes: Changes) -> None:
-        write = self._writer.executemany
-        if changes.file is not None:
-            row = (changes.commit, changes.file, changes.rows)
-            self._writer.execute("INSERT INTO files VALUES (?, ?, ?)", row)
-        write(_MARK, [(*lane, *mark) for lane, mark in changes.marks.items()])
-        write(_PREDICTION, changes.predictions)
-        write(_LABEL, changes.labels)
-        write(_SETTLE, changes.settled)
-        write(_BATCH, changes.batched)
-        write(_EARLY, [(*i, *msgspec.structs.astuple(v)) for i, v in changes.early_labels.items()])
-        write(_JOINED, changes.early_joined)
-        if changes.quarantine:
-            write(_BAD, [(*row, data[:QUARANTINE_BYTES]) for *row, data in changes.quarantine])
-            self._writer.execute(_BOUND, (QUARANTINE_ROWS,))
-        write(_COUNT, changes.counters.items())
-        names = ("commit", "clock_s", "batch", "released")
-        write(_META, [(name, getattr(changes, name)) for name in names])
+    def commit(self, change: Transaction, meta: Meta, counters: dict[str, int]) -> None:
+        """Commit; durable on return.
 
-    def state_of(self, identity: Id) -> int | None:
-        """What became of a committed prediction: PENDING, RELEASED, ...; None when unknown."""
-        row = self._writer.execute("SELECT state FROM predictions " + _OF_ID, identity).fetchone()
-        return cast("int", row[0]) if row else None
+        Raises: CapacityError `disk_full`; then open it anew, to see what was committed.
+        """
+        change.put("meta", _META, _encode(meta))
+        change.put("meta", _COUNTERS, _encode(counters))
+        self.rocks.write(change)
 
     def close(self) -> None:
-        """Close the writing connection and let another process in."""
-        self._writer.close()
-        os.close(self._lock)
+        """Close, and let another process in."""
+        self.rocks.close()
 
     def files(self) -> list[str]:
-        """Names of the archive files of all commits, in order."""
-        return [name for (name,) in self._read("SELECT name FROM files ORDER BY number")]
+        """Names of the files of examples."""
+        return [key.decode() for key, _ in self.rocks.scan("files", b"", _END)]
 
     def examples_of(self, batch: int) -> list[Example]:
         """The examples of one batch, in release order."""
-        return _examples(self._read(_ROWS + "WHERE batch = ? ORDER BY released", batch))
+        value = self.rocks.get("batches", number_key(batch))
+        numbers = _numbers(value) if value is not None else []
+        found = self.rocks.get_many("examples", [number_key(number) for number in numbers])
+        return [_example(value[1:]) for value in found if value is not None]
 
     def batches_after(self, number: int) -> Iterator[Batch]:
         """The committed batches above `number`, in order: what a restarted trainer has missed."""
-        last = self._read("SELECT value FROM meta WHERE name = 'batch'")
-        for following in range(number + 1, last[0][0] + 1 if last else 0):
+        for following in range(number + 1, self.meta().batch + 1):
             yield Batch(following, self.examples_of(following))
 
-    def quarantined(self) -> list[tuple[float, str, str, bytes]]:
+    def examples_after(self, number: int) -> list[Example]:
+        """The examples that were released after `number` and are for batches, in order."""
+        entries = self.rocks.scan("examples", number_key(number + 1), _END)
+        return [_example(value[1:]) for _, value in entries if value[:1] == _FOR_BATCHES]
+
+    def quarantined(self) -> list[Quarantined]:
         """The newest refused messages and records: arrival, subject, reason, first bytes."""
-        return self._read("SELECT arrived_s, subject, reason, data FROM quarantine ORDER BY id")
+        return [_quarantined(value) for _, value in self.rocks.scan("quarantine", b"", _END)]
 
-    def _read(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        uri = f"file:{quote(str(self._path.absolute()))}?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as reader:
-            return reader.execute(sql, values).fetchall()
-
-
-def _owned(path: Path) -> int:
-    fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise ConfigError(
-            "already_owned", f"another learner uses {path}", "stop it, or choose another directory"
-        ) from error
-    return fd
+    def batches(self, after: int) -> Iterator[tuple[int, list[int]]]:
+        """The batches above a number that are kept, and the numbers of their examples."""
+        for key, value in self.rocks.scan("batches", number_key(after + 1), _END):
+            yield int.from_bytes(key, "big"), _numbers(value)
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    try:
-        # The thread that commits is not the one that opens; they never use it at the same time.
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        version = _prepared(connection)
-    except sqlite3.Error as error:
-        raise ConfigError(
-            "ingest_db_damaged",
-            f"{path} is not an ingest database: {error}; nothing was changed",
-            "restore the learner's directory from a copy, or start with an empty one",
-        ) from error
-    if version != VERSION:
-        connection.close()
-        raise ConfigError("bad_version", f"{path} has version {version}; this reads {VERSION}")
-    return connection
+def put_account(change: Transaction, lane: Lane, account: Account) -> None:
+    """Set what became of a lane; every number of it is accounted for."""
+    assert account.is_balanced, f"{lane}: {account}"
+    change.put("accounts", account_key(lane), _encode(account))
 
 
-def _prepared(connection: sqlite3.Connection) -> int:
-    """Set durability, make the tables in an empty file, and return the version."""
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return version or VERSION
+def put_quarantined(change: Transaction, number: int, what: Quarantined) -> None:
+    """Keep the first bytes of what was refused, and forget what was refused long before."""
+    arrived_s, subject, reason, data = what
+    kept = (arrived_s, subject[:QUARANTINE_BYTES], reason, data[:QUARANTINE_BYTES])
+    change.put("quarantine", number_key(number), _encode(kept))
+    if number > QUARANTINE_ROWS:
+        change.delete("quarantine", number_key(number - QUARANTINE_ROWS))
 
 
-def _pending(row: tuple[Any, ...]) -> Pending:
-    device, epoch, seq, record, value, time_s, final, arrived_s, _ = row
-    label = None if value is None else Label(value, time_s, bool(final), arrived_s)
-    return Pending(device, epoch, seq, cast("PredictionRecord", codec.decode_record(record)), label)
+def put_example(change: Transaction, number: int, example: Example, *, for_batches: bool) -> None:
+    """Keep a released example; one that is for no batch goes when it lies in a file."""
+    mark = _FOR_BATCHES if for_batches else _FOR_FILES
+    change.put("examples", number_key(number), mark + _encode(example))
 
 
-def _examples(rows: Any) -> list[Example]:
-    return [example(_pending(row), row[-1]) for row in rows]
+def put_batch(change: Transaction, number: int, examples: Sequence[int]) -> None:
+    """Keep which examples a batch holds."""
+    packed = np.asarray(examples, ">u8").tobytes()
+    change.put("batches", number_key(number), packed)
+
+
+def trim_batches(db: IngestDb, change: Transaction, meta: Meta, through: int) -> None:
+    """Forget batches up to `through` whose examples lie in files, a few at each commit."""
+    for number, examples in islice(db.batches(meta.trimmed), TRIMMED_AT_ONCE):
+        if number > through or max(examples) > meta.archived:
+            break
+        for example in examples:
+            change.delete("examples", number_key(example))
+        change.delete("batches", number_key(number))
+        meta.trimmed = number
+
+
+def put_files(change: Transaction, new: Iterable[str], old: Iterable[str] = ()) -> None:
+    """Name files of examples, and take back the names of what they replace."""
+    for name in new:
+        change.put("files", name.encode(), b"")
+    for name in old:
+        change.delete("files", name.encode())
+
+
+def accounts_of(rocks: Rocks) -> dict[Lane, Account]:
+    """The accounts of all lanes."""
+    return {lane_of(key): _account(value) for key, value in rocks.scan("accounts", b"", _END)}
+
+
+def read_accounts(path: Path) -> dict[Lane, Account]:
+    """The accounts in the database at `path`, whether or not a learner runs.
+
+    Raises: ConfigError `ingest_db_damaged`, `bad_version`.
+    """
+    with Rocks.reader(path, TABLES, damaged=DAMAGED) as rocks:
+        data = rocks.get("meta", _META)
+        if data is None:
+            return {}
+        check_version(path, _meta(data))
+        return accounts_of(rocks)
+
+
+def check_version(path: Path, meta: Meta) -> None:
+    """Raises: ConfigError `bad_version`."""
+    if meta.version != VERSION:
+        raise ConfigError("bad_version", f"{path} has version {meta.version}; this reads {VERSION}")
+
+
+def _numbers(packed: bytes) -> list[int]:
+    return [int(number) for number in np.frombuffer(packed, ">u8")]

@@ -50,10 +50,16 @@ class EventKind(_Section, frozen=True):
 
 
 class Label(_Section, frozen=True):
-    """`[label]`: an example is used `window_s` after its prediction: all outcomes are known."""
+    """`[label]`: an example is used `window_s` after its prediction: all outcomes are known.
+
+    What has no label by then is dropped, or is an example of the outcome 0 (`negative`). A label
+    that comes up to `amend_s` later brings the example out once more.
+    """
 
     window_s: Annotated[float, Meta(gt=0)]
     policy: Literal["mature"] = "mature"
+    expiry: Literal["drop", "negative"] = "drop"
+    amend_s: Seconds = 0.0
 
 
 class Learning(_Section, frozen=True):

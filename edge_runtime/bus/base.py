@@ -143,10 +143,20 @@ class Bus(Protocol):
     ) -> None:
         """Create the durable stream, or bring an existing one to these settings.
 
-        `per_subject` messages are kept of each subject (None: all). When `max_bytes` is reached a
-        publish is refused as `stream_full` if `discard_new`, else the oldest messages go.
+        `per_subject` messages are kept of each subject (None: all). At either limit a publish is
+        refused as `stream_full` if `discard_new`, so that a subject that is full refuses alone,
+        and all do when `max_bytes` is reached; else the oldest messages go.
 
         Raises: TransportError `unreachable`, `timeout`, `refused`.
+        """
+
+    async def purge(self, stream: str) -> int:
+        """Drop what every reader of `stream` has acknowledged; returns how many messages.
+
+        That is all up to the lowest message that some reader still needs. A stream that nobody
+        reads keeps everything.
+
+        Raises: TransportError as `last`.
         """
 
     def pull(

@@ -44,11 +44,29 @@ class ApiError(msgspec.Struct):
     description: str = ""
 
 
+class Place(msgspec.Struct):
+    """How far a consumer is: all up to `stream_seq` is acknowledged."""
+
+    stream_seq: int = 0
+
+
+class ConsumerInfo(msgspec.Struct):
+    """What JetStream says of a consumer."""
+
+    ack_floor: Place
+
+
 class ApiReply(msgspec.Struct):
-    """The part of any JetStream answer that is read here; the rest is ignored."""
+    """The part of any JetStream answer that is read here; the rest is ignored.
+
+    `total` counts what a list has in all, which may be more than one answer holds.
+    """
 
     seq: int = 0
     duplicate: bool = False
+    consumers: list[ConsumerInfo] | None = None
+    total: int = 0
+    purged: int = 0
     error: ApiError | None = None
 
 

@@ -14,17 +14,16 @@ Knows nothing about NATS.
 from __future__ import annotations
 
 import asyncio
-import bisect
 import contextlib
 import functools
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 from edge_runtime.bus.base import Message, PullSubscription, Subscription, check_message
-from edge_runtime.errors import CapacityError, TransportError
+from edge_runtime.bus.memory_stream import Consumer, Limits, Stream, matches
+from edge_runtime.errors import TransportError
 
 Callback = Callable[[Message], Awaitable[None]]
 log = logging.getLogger("headwater.bus")
@@ -35,7 +34,7 @@ class MemoryBroker:
 
     def __init__(self) -> None:
         self.running = True
-        self.streams: dict[str, _Stream] = {}
+        self.streams: dict[str, Stream] = {}
         self.listeners: list[_Listener] = []
         self._buses: list[MemoryBus] = []
 
@@ -64,20 +63,20 @@ class MemoryBroker:
         if bus in self._buses:
             self._buses.remove(bus)
 
-    def stream_of(self, subject: str) -> _Stream:
+    def stream_of(self, subject: str) -> Stream:
         """The stream that holds `subject`. Raises: TransportError `no_stream`."""
         for stream in self.streams.values():
-            if any(_matches(pattern, subject) for pattern in stream.limits.subjects):
+            if any(matches(pattern, subject) for pattern in stream.limits.subjects):
                 return stream
         raise TransportError("no_stream", f"no stream holds {subject}")
 
     def deliver(self, message: Message) -> None:
         """Hand a message to every core listener on its subject."""
         for listener in self.listeners:
-            if _matches(listener.subject, message.subject):
+            if matches(listener.subject, message.subject):
                 listener.queue.put_nowait(message)
 
-    def _consumers(self) -> list[_Consumer]:
+    def _consumers(self) -> list[Consumer]:
         return [c for stream in self.streams.values() for c in stream.consumers.values()]
 
 
@@ -149,9 +148,13 @@ class MemoryBus:
         discard_new: bool,
     ) -> None:
         self._check_connected()
-        stream = self._broker.streams.setdefault(name, _Stream())
-        stream.limits = _Limits(list(subjects), max_bytes, per_subject, discard_new)
+        stream = self._broker.streams.setdefault(name, Stream())
+        stream.limits = Limits(list(subjects), max_bytes, per_subject, discard_new)
         stream.trim()
+
+    async def purge(self, stream: str) -> int:
+        self._check_connected()
+        return self._stream(stream).purge()
 
     @asynccontextmanager
     async def pull(
@@ -159,7 +162,7 @@ class MemoryBus:
     ) -> AsyncIterator[PullSubscription]:
         self._check_connected()
         source = self._stream(stream)
-        consumer = source.consumers.setdefault(durable, _Consumer(source, subject))
+        consumer = source.consumers.setdefault(durable, Consumer(source, subject))
         consumer.start_over()
         yield _Pull(consumer, self)
 
@@ -183,7 +186,7 @@ class MemoryBus:
         """An acknowledgement that could not be sent."""
         self._counters["acks_lost"] += 1
 
-    def _stream(self, name: str) -> _Stream:
+    def _stream(self, name: str) -> Stream:
         if name not in self._broker.streams:
             raise TransportError("no_stream", f"the broker has no stream {name}")
         return self._broker.streams[name]
@@ -193,119 +196,10 @@ class MemoryBus:
             raise TransportError("unreachable", "not connected to the broker in memory")
 
 
-@dataclass
-class _Limits:
-    subjects: list[str] = field(default_factory=list)
-    max_bytes: int = 0
-    per_subject: int | None = None
-    discard_new: bool = False
-
-
-class _Stream:
-    """Messages in sequence order, with the newest of each subject at hand."""
-
-    def __init__(self) -> None:
-        self.limits = _Limits()
-        self.ids: dict[str, int] = {}
-        self.consumers: dict[str, _Consumer] = {}
-        self.messages: dict[int, Message] = {}
-        self.next_seq = 1
-        self._bytes = 0
-        self._by_subject: dict[str, deque[int]] = {}
-
-    def store(
-        self, subject: str, data: bytes, headers: dict[str, str], message_id: str | None
-    ) -> Message:
-        """Append and enforce the limits. Raises: CapacityError `stream_full`."""
-        message = Message(subject, data, dict(headers), self.next_seq)
-        replaces = self._replaced_bytes(subject)
-        full = self._bytes - replaces + _size(message) > self.limits.max_bytes
-        if self.limits.discard_new and full:
-            raise CapacityError("stream_full", f"{subject}: the stream holds its maximum of bytes")
-        self.next_seq += 1
-        self.messages[message.seq] = message
-        self._by_subject.setdefault(subject, deque()).append(message.seq)
-        self._bytes += _size(message)
-        if message_id is not None:
-            self.ids[message_id] = message.seq
-        self.trim()
-        for consumer in self.consumers.values():
-            consumer.wake.set()
-        return message
-
-    def last(self, subject: str) -> Message | None:
-        """The newest message on `subject`."""
-        seqs = self._by_subject.get(subject)
-        return self.messages[seqs[-1]] if seqs else None
-
-    def trim(self) -> None:
-        """Drop the oldest messages above the limits."""
-        if self.limits.per_subject is not None:
-            for seqs in list(self._by_subject.values()):
-                while len(seqs) > self.limits.per_subject:
-                    self._drop(seqs[0])
-        while self._bytes > self.limits.max_bytes and self.messages:
-            self._drop(next(iter(self.messages)))
-
-    def _drop(self, seq: int) -> None:
-        message = self.messages.pop(seq)
-        seqs = self._by_subject[message.subject]
-        seqs.remove(seq)
-        if not seqs:
-            del self._by_subject[message.subject]
-        self._bytes -= _size(message)
-
-    def _replaced_bytes(self, subject: str) -> int:
-        """Bytes that the per-subject limit frees when one more message of `subject` comes."""
-        seqs = self._by_subject.get(subject, deque())
-        if self.limits.per_subject is None or len(seqs) < self.limits.per_subject:
-            return 0
-        return _size(self.messages[seqs[0]])
-
-
-class _Consumer:
-    """The place of a durable reader: all up to the floor is acknowledged."""
-
-    def __init__(self, stream: _Stream, subject: str) -> None:
-        self.wake = asyncio.Event()
-        self._stream = stream
-        self._subject = subject
-        self._floor = 0
-        self._delivered = 0
-        self._waiting: list[int] = []  # delivered, not acknowledged; ascending
-
-    def start_over(self) -> None:
-        """Deliver again from the acknowledgement floor."""
-        self._delivered = self._floor
-        self._waiting.clear()
-        self.wake.set()
-
-    def take(self, count: int) -> list[Message]:
-        """The next messages, at most `count`."""
-        fresh = range(self._delivered + 1, self._stream.next_seq)
-        batch: list[Message] = []
-        for seq in fresh:
-            if len(batch) == count:
-                break
-            self._delivered = seq
-            message = self._stream.messages.get(seq)
-            if message is not None and _matches(self._subject, message.subject):
-                batch.append(message)
-                self._waiting.append(seq)
-        return batch
-
-    def ack(self, seq: int) -> None:
-        """One message is dealt with."""
-        index = bisect.bisect_left(self._waiting, seq)
-        if index < len(self._waiting) and self._waiting[index] == seq:
-            del self._waiting[index]
-            self._floor = self._waiting[0] - 1 if self._waiting else self._delivered
-
-
 class _Pull:
     """A reader of a consumer."""
 
-    def __init__(self, consumer: _Consumer, bus: MemoryBus) -> None:
+    def __init__(self, consumer: Consumer, bus: MemoryBus) -> None:
         self._consumer = consumer
         self._bus = bus
 
@@ -360,23 +254,3 @@ class _Listener:
             except Exception:
                 self._counters["callback_errors"] += 1
                 log.exception("a subscriber to %s failed", self.subject)
-
-
-def _size(message: Message) -> int:
-    headers = sum(len(key) + len(value) + 4 for key, value in message.headers.items())
-    return len(message.subject) + len(message.data) + headers + 32
-
-
-def _matches(pattern: str, subject: str) -> bool:
-    """Whether a subject pattern, `*` for one token and a last `>` for one or more, fits."""
-    if pattern == subject:
-        return True
-    wanted, tokens = pattern.split("."), subject.split(".")
-    if wanted[-1] == ">":
-        wanted, rest = wanted[:-1], tokens[len(wanted) - 1 :]
-        tokens = tokens[: len(wanted)]
-        if not rest:
-            return False
-    return len(wanted) == len(tokens) and all(
-        want in ("*", token) for want, token in zip(wanted, tokens, strict=True)
-    )

@@ -16,12 +16,13 @@ import asyncio
 import contextlib
 import random
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from edge_runtime.bus.base import Bus, Message, PullSubscription, Subscription, check_message
 from edge_runtime.bus.link import Link, Question, log, own_headers, read_reply, status_of
+from edge_runtime.bus.listener import Callback, Listener
 from edge_runtime.bus.pull import Pull
 from edge_runtime.errors import ConfigError, TransportError
 
@@ -35,8 +36,6 @@ _REDIAL_FIRST_S = 0.1
 _REDIAL_MAX_S = 2.0
 _DUPLICATE_WINDOW_NS = 120 * 1_000_000_000
 _NAME_IN_USE = "10058"
-
-Callback = Callable[[Message], Awaitable[None]]
 
 
 async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | None = None) -> Bus:
@@ -61,7 +60,7 @@ class NatsBus:
         self._name = name
         self._on_reconnect = on_reconnect
         self._link: Link | None = None
-        self._listeners: list[_Listener] = []
+        self._listeners: list[Listener] = []
         self._pulls: set[Pull] = set()
         self._doubt = asyncio.Event()
         self._window = asyncio.Semaphore(_OUTSTANDING_MAX)
@@ -97,7 +96,7 @@ class NatsBus:
         await self._live().send(subject, data)
 
     async def subscribe(self, subject: str, callback: Callback) -> Subscription:
-        listener = _Listener(subject, callback, self._counters, self._listeners.remove)
+        listener = Listener(subject, callback, self._counters, self._listeners.remove)
         self._listeners.append(listener)
         if self._link is not None:
             try:
@@ -143,6 +142,7 @@ class NatsBus:
             "max_bytes": max_bytes,
             "max_msgs_per_subject": per_subject or -1,
             "discard": "new" if discard_new else "old",
+            "discard_new_per_subject": discard_new and per_subject is not None,
             "duplicate_window": _DUPLICATE_WINDOW_NS,
             "allow_direct": True,
         }
@@ -153,6 +153,22 @@ class NatsBus:
             if _NAME_IN_USE not in error.message:
                 raise
             await link.api(f"STREAM.UPDATE.{name}", config)
+
+    async def purge(self, stream: str) -> int:
+        floor = min(await self._floors(stream), default=0)
+        if not floor:
+            return 0
+        answer = await self._live().api(f"STREAM.PURGE.{stream}", {"seq": floor + 1})
+        return answer.purged
+
+    async def _floors(self, stream: str) -> list[int]:
+        """Up to where each consumer of `stream` has acknowledged everything."""
+        floors: list[int] = []
+        while True:
+            page = await self._live().api(f"CONSUMER.LIST.{stream}", {"offset": len(floors)})
+            floors += [each.ack_floor.stream_seq for each in page.consumers or ()]
+            if not page.consumers or len(floors) >= page.total:
+                return floors
 
     @asynccontextmanager
     async def pull(
@@ -258,44 +274,6 @@ class NatsBus:
             except Exception:
                 self._counters["callback_errors"] += 1
                 log.exception("the reconnect callback failed")
-
-
-class _Listener:
-    """A core subscription that outlives connections."""
-
-    def __init__(
-        self,
-        subject: str,
-        callback: Callback,
-        counters: Counter[str],
-        forget: Callable[[_Listener], None],
-    ) -> None:
-        self._subject = subject
-        self._callback = callback
-        self._counters = counters
-        self._forget = forget
-        self._ears: tuple[Link, Any] | None = None
-        self._closed = False
-
-    async def attach(self, link: Link) -> None:
-        self._ears = link, await link.listen(self._subject, self._receive)
-
-    async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._forget(self)
-        if self._ears is not None:
-            await self._ears[0].silence(self._ears[1])
-
-    async def _receive(self, raw: Any) -> None:
-        if self._closed:
-            return
-        try:
-            await self._callback(Message(raw.subject, raw.data, own_headers(raw)))
-        except Exception:
-            self._counters["callback_errors"] += 1
-            log.exception("a subscriber to %s failed", self._subject)
 
 
 def _direct(raw: Any, stream: str) -> Message | None:

@@ -25,7 +25,7 @@ import msgspec
 from edge_runtime.clock import Clock
 from edge_runtime.events.log import EventLog, Piece
 from edge_runtime.wire import codec
-from edge_runtime.wire.messages import WIRE_VERSION, Envelope, EventClass
+from edge_runtime.wire.messages import NO_PRIOR, WIRE_VERSION, Envelope, EventClass
 
 ENVELOPE_BYTES, RECORDS_BYTES_MAX = 64 * 1024, 192 * 1024
 CE_TYPE = "headwater.records.v1"
@@ -131,7 +131,7 @@ class Packer:
             records,
             piece.skipped,
             piece.reason,
-            self._log.prior(epoch),
+            self._log.prior(epoch) or NO_PRIOR,
         )
         data, encoding = codec.pack_envelope(envelope)
         name = f"{self._device}/{epoch}/{event_class}/{first}-{last}"

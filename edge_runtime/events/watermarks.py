@@ -43,7 +43,9 @@ class Watermarks:
         self._log, self._device, self._counters = log, device, counters
         self._trim_floor = trim_floor
         self._known = _epochs_of(log)
-        self._oldest = min(self._known)
+        # What came before the oldest that is remembered may have been this log's own.
+        oldest = min(self._known)
+        self._own_below = oldest if log.prior(oldest) else 0
         self._strange: set[int] = set()
         self._given: dict[tuple[EventClass, int], int] = {}
 
@@ -84,13 +86,13 @@ class Watermarks:
                 self._given[event_class, epoch] = seq
 
     def _find_strangers(self, marks: list[Mark]) -> None:
-        strangers = {mark.epoch for mark in marks if mark.epoch > self._oldest} - self._known
+        strangers = {mark.epoch for mark in marks if mark.epoch > self._own_below} - self._known
         for epoch in sorted(strangers - self._strange):
             self._strange.add(epoch)
             self._counters["duplicate_identity"] += 1
             log.warning(
                 "%s: the learner holds epoch %d, which this log never had: another device has this"
-                " name, or an older copy of this disk was put back",
+                " name, or this disk was wiped, or an older copy of it was put back",
                 self._device,
                 epoch,
             )

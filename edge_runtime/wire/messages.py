@@ -22,7 +22,7 @@ Value = str | int | float
 Fields = dict[str, Value]
 
 
-class Scored(msgspec.Struct, array_like=True, frozen=True):
+class Scored(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What one resident arm answered to an event: its release and its output values."""
 
     release: str
@@ -30,7 +30,7 @@ class Scored(msgspec.Struct, array_like=True, frozen=True):
     outputs: list[float]
 
 
-class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1):
+class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     """An event that asked for a prediction, with the answer and the feature values behind it.
 
     `features` is float32, little-endian, in the order of the feature spec whose hash is `spec`.
@@ -48,7 +48,7 @@ class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1):
     scored: list[Scored]
 
 
-class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2):
+class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     """An event that was observed and asked for no answer."""
 
     family: str
@@ -57,7 +57,7 @@ class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2):
     fields: Fields
 
 
-class LabelRecord(msgspec.Struct, array_like=True, frozen=True, tag=3):
+class LabelRecord(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     """What turned out to be true of the prediction (`epoch`, `seq`) of the same device."""
 
     family: str
@@ -75,6 +75,10 @@ OMITTED: dict[int, str] = {1: "sampled_out", 2: "over_quota"}
 """What stands in an envelope in the place of a record that the device keeps to itself."""
 
 
+NO_PRIOR = -1
+"""The epoch before the first of a log."""
+
+
 class Envelope(msgspec.Struct, array_like=True, frozen=True):
     """Consecutive records of one device, epoch and class, as they stand in the event log.
 
@@ -82,7 +86,8 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
     `skipped` sequence numbers right before `base_seq` are lost on the device, for `reason`
     (`dropped`: the log was full; `stalled`: the disk took nothing; `damaged`; `trimmed`: the learner
     held them once); `records` may then be empty. `prior` is the epoch before this one in the same
-    log, 0 for its first: two epochs after the same one are two logs under one name.
+    log, NO_PRIOR for its first, 0 where it is not said: two epochs after the same one are two logs
+    under one name.
     """
 
     version: int

@@ -253,13 +253,65 @@ def test_a_stream_that_discards_old_messages_never_refuses(play):
 def test_a_subject_keeps_its_newest_messages_only_even_when_the_stream_is_full(play):
     async def scenario(world: World) -> None:
         bus = await world.bus()
-        await world.ensure(bus, max_bytes=64 * 1024, per_subject=1)
+        await world.ensure(bus, max_bytes=64 * 1024, per_subject=1, discard_new=False)
         for index in range(40):
             await bus.publish(world.subject("a"), b"%4096d" % index)
         await bus.publish(world.subject("b"), b"only")
         async with world.pull(bus) as reader:
             messages = await read(reader, 2)
         assert [int(messages[0].data), messages[1].data] == [39, b"only"]
+
+    play(scenario)
+
+
+def test_a_full_subject_refuses_alone_until_what_it_holds_is_dealt_with(play):
+    async def scenario(world: World) -> None:
+        bus = await world.ready_bus()
+        await world.ensure(bus, per_subject=2)
+        for index in range(2):
+            await bus.publish(world.subject("a"), b"%d" % index)
+        for _ in range(3):
+            with pytest.raises(CapacityError) as caught:
+                await bus.publish(world.subject("a"), b"refused", message_id="m")
+            assert caught.value.code == "stream_full"
+        await bus.publish(world.subject("b"), b"other")
+        async with world.pull(bus) as reader:
+            messages = await read(reader, 3)
+            assert bodies(messages) == [b"0", b"1", b"other"]
+            await ack(messages)
+        assert await bus.purge(world.stream) == 3
+        assert await bus.publish(world.subject("a"), b"again", message_id="m") == 4
+
+    play(scenario)
+
+
+def test_a_purge_drops_what_all_readers_have_acknowledged_and_no_more(play):
+    async def scenario(world: World) -> None:
+        bus = await world.ready_bus()
+        for index in range(6):
+            await bus.publish(world.subject("a"), b"%d" % index)
+        assert await bus.purge(world.stream) == 0  # nobody reads
+        async with world.pull(bus) as reader:
+            held = await read(reader, 6)
+            await ack([*held[:3], held[5]])
+        async with bus.pull(world.stream, "slow", world.subject(">")) as slow:
+            assert await bus.purge(world.stream) == 0
+            await ack((await read(slow, 6))[:2])
+        assert await bus.purge(world.stream) == 2
+        assert await bus.purge(world.stream) == 0
+        async with world.pull(bus) as reader:
+            assert bodies(await read(reader, 2)) == [b"3", b"4"]
+        async with bus.pull(world.stream, "slow", world.subject(">")) as slow:
+            assert bodies(await read(slow, 4)) == [b"2", b"3", b"4", b"5"]
+
+    play(scenario)
+
+
+def test_a_purge_of_an_unknown_stream_is_refused(play):
+    async def scenario(world: World) -> None:
+        bus = await world.bus()
+        with pytest.raises(TransportError):
+            await bus.purge("NONE")
 
     play(scenario)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ import pytest
 
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
-from cloud_learner.cli import _guarded
 from cloud_learner.config import Home
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.host import Host
@@ -259,35 +259,26 @@ def test_reports_that_nobody_may_send_are_counted(home, family):
     asyncio.run(scenario())
 
 
-def test_a_learner_that_cannot_write_ends_with_that_error_and_the_next_goes_on(
-    home, family, envelopes, capsys
-):
-    broker = MemoryBroker()
-    away = home.archive.with_name("away")
-
-    async def failing():
-        async with hosted(home, family, broker) as (_, cloud, running):
-            await cloud.until(lambda: True)
-            home.archive.rename(away)
-            home.archive.write_text("in the way")
-            await cloud.send(envelopes)
-            async with asyncio.timeout(WAIT_S):
-                await asyncio.wait([running])
-            home.archive.unlink()
-            away.rename(home.archive)
-            return running.exception()
+def test_a_learner_that_cannot_write_says_so_and_goes_on_by_itself(home, family, envelopes):
+    away = home.raw.with_name("away")
 
     async def scenario():
-        failure = await failing()
-        async with hosted(home, family, broker) as (_, cloud, _running):
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
+            await cloud.until(lambda: True)
+            home.raw.rename(away)
+            home.raw.write_text("in the way")
             await cloud.send(envelopes)
+            await cloud.until(lambda: cloud.count("paused") == 1)
+            assert f"{home.raw}" in json.loads(cloud.status.detail)["paused"]
+            assert cloud.status.events_archived == 0
+            home.raw.unlink()
+            away.rename(home.raw)
             await cloud.until_learned(10)
-        raise failure
+            await cloud.until(lambda: cloud.count("paused") == 0)
+            assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
+            assert host.learner.ingest.totals["balanced"] == 1
 
-    with pytest.raises(SystemExit) as caught:
-        _guarded(lambda: asyncio.run(scenario()))
-    assert caught.value.code == 1
-    assert f"{home.archive}" in capsys.readouterr().err
+    asyncio.run(scenario())
     check_ledger(home, len(batched(home)))
 
 

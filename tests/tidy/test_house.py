@@ -17,10 +17,7 @@ FILE_LINES_MAX = 300
 FUNCTION_LINES_MAX = 60
 
 # A ratchet: what is longer today may shrink and may not grow; at most five entries.
-LONGER_FILES = {
-    "edge_runtime/bus/memory.py": 382,
-    "edge_runtime/bus/nats.py": 313,
-}
+LONGER_FILES: dict[str, int] = {}
 
 # Each word with the reason; a file that must speak of one is named beside it.
 FORBIDDEN = {

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
 from click.testing import CliRunner
 
 from cloud_learner.cli import _guarded, main
+from cloud_learner.config import Home
+from cloud_learner.store.ingest_db import IngestDb, put_account
+from cloud_learner.store.ingest_state import Account
 from edge_runtime.errors import CapacityError, ConfigError, TransportError
 
 
@@ -91,6 +95,62 @@ def test_nobody_at_the_url_is_unreachable(learner, nobody):
 
     assert done.exit_code == 4
     assert nobody in done.stderr
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A home whose database holds accounts, and is being written to by this process."""
+    db = IngestDb(Home(tmp_path).ingest_db)
+    change = db.begin()
+    dropped = {"dropped": 7, "sampled_out": 2}
+    put_account(change, ("EWR", 5, "event"), Account(1010, 9.0, 1000, 1, dropped, 3, 1500))
+    put_account(change, ("EWR", 5, "label"), Account(4, 9.0, 4))
+    db.commit(change, db.meta(), {})
+    yield tmp_path
+    db.close()
+
+
+def test_the_accounts_are_read_from_a_home_beside_the_learner_that_runs(learner, home):
+    done = learner("status", "--home", home, "--json")
+
+    found = json.loads(done.stdout)
+    assert found["balanced"] is True
+    assert found["totals"] == {
+        "mark": 1014,
+        "archived": 1004,
+        "quarantined": 1,
+        "dropped": 9,
+        "under_way": 490,
+    }
+    assert found["lanes"][0] == {
+        "device": "EWR",
+        "epoch": 5,
+        "class": "event",
+        "mark": 1010,
+        "archived": 1000,
+        "quarantined": 1,
+        "dropped": {"dropped": 7, "sampled_out": 2},
+        "durable": 1500,
+        "under_way": 490,
+        "prior": 3,
+    }
+    assert [lane["class"] for lane in found["lanes"]] == ["event", "label"]
+
+
+def test_the_accounts_are_a_table_for_people(learner, home):
+    lines = learner("status", "--home", home).stdout.splitlines()
+
+    named = ["device", "epoch", "class", "mark", "archived", "quarantined", "dropped"]
+    assert lines[0].split() == [*named, "under", "way"]
+    assert lines[1].split("  ")[0] == "EWR"
+    assert "dropped 7, sampled_out 2" in lines[1]
+    assert lines[-2].split() == ["all", "1,014", "1,004", "1", "9", "490"]
+    assert lines[-1] == "balanced"
+
+
+def test_accounts_of_no_home_and_no_question_at_all_are_errors(learner, tmp_path):
+    assert learner("status", "--home", tmp_path).exit_code == 2
+    assert learner("status").exit_code == 2
 
 
 def guarded(capsys, error):

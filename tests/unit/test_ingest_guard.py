@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_learner.ingest.guard import WAITING_BATCHES, Batcher, refusal
+from cloud_learner.ingest.guard import WAITING_BATCHES, Batcher, all_fine, refusal
 from cloud_learner.store.examples import Example
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord, Scored
@@ -46,6 +46,8 @@ def label(**changes):
         (prediction(features=struct.pack("<2f", 1.0, NAN)), "event", "bad_features"),
         (prediction(features=struct.pack("<2f", INF, -INF)), "event", "bad_features"),
         (prediction(time_s=NAN), "event", "bad_time"),
+        (prediction(time_s=1e300), "event", "bad_time"),
+        (label(time_s=-1e12), "label", "bad_time"),
         (prediction(propensity=0.0), "event", "bad_propensity"),
         (prediction(propensity=1.5), "event", "bad_propensity"),
         (prediction(propensity=NAN), "event", "bad_propensity"),
@@ -66,6 +68,14 @@ def label(**changes):
 )
 def test_a_record_that_would_ruin_learning_is_refused_by_name(record, event_class, reason):
     assert refusal(record, event_class, {"spec": 2}) == reason
+    good = label() if event_class == "label" else ObservationRecord("f", "k", 1.0, {})
+    assert all_fine([good, record, good], event_class, {"spec": 2}) == (reason == "")
+
+
+def test_omitted_records_are_fine_when_their_key_is_known():
+    assert all_fine([1, prediction(), 2], "event", {"spec": 2})
+    assert all_fine([1, 2], "event", {})
+    assert not all_fine([9, prediction()], "event", {"spec": 2})
 
 
 def example(device, seq):

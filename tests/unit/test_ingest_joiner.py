@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_learner.ingest.joiner import Joiner
-from cloud_learner.store.archive import ArchivedRecord
-from cloud_learner.store.ingest_state import Changes, IngestState
-from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord, Scored
+from cloud_learner.ingest.joiner import Joiner, Portion, Rules
+from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.ingest_state import Account, Lane
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import (
+    WIRE_VERSION,
+    Envelope,
+    LabelRecord,
+    ObservationRecord,
+    PredictionRecord,
+    Record,
+    Scored,
+)
 
 WINDOW_S, IDLE_S = 100.0, 5.0
 
 
-class World:
-    """A joiner with the part of the database that it asks: what became of the settled."""
+class Item(NamedTuple):
+    """A record and its place."""
 
-    def __init__(self, **options) -> None:
-        self.joiner = Joiner("fam", label_window_s=WINDOW_S, idle_s=IDLE_S, **options)
-        self.joiner.restore(IngestState(), 0.0)
-        self.now_s = 0.0
+    lane: Lane
+    seq: int
+    record: Record
+
+
+class Records:
+    """Numbers records as the log of a device does."""
+
+    def __init__(self) -> None:
         self.seqs: dict = {}
-        self.newest: dict = {}
-        self.states: dict = {}
-        self.examples: list = []
 
     def seq(self, device, event_class):
         lane = (device, 1, event_class)
@@ -34,46 +51,102 @@ class World:
     def predict(self, time_s, device="A", family="fam"):
         scored = [Scored("r1", "stable", [0.5])]
         record = PredictionRecord(family, "k", time_s, {}, "spec", b"", 1.0, scored)
-        return ArchivedRecord(device, 1, "event", self.seq(device, "event"), record, b"raw", 0.0)
+        return Item((device, 1, "event"), self.seq(device, "event"), record)
 
     def observe(self, time_s, device="A"):
         record = ObservationRecord("fam", "o", time_s, {})
-        return ArchivedRecord(device, 1, "event", self.seq(device, "event"), record, b"raw", 0.0)
+        return Item((device, 1, "event"), self.seq(device, "event"), record)
 
     def label(self, seq, time_s, value=1.0, *, device="A", final=True, family="fam"):
         record = LabelRecord(family, 1, seq, value, time_s, final)
-        return ArchivedRecord(device, 1, "label", self.seq(device, "label"), record, b"raw", 7.0)
+        return Item((device, 1, "label"), self.seq(device, "label"), record)
 
-    def commit(self, *records):
-        changes = Changes(1)
-        for item in records:
-            lane = (item.device, item.epoch, item.event_class)
-            self.newest[lane] = max(self.newest.get(lane, item.record.time_s), item.record.time_s)
-            changes.marks[lane] = (item.seq, self.newest[lane])
-        self.joiner.join(records, changes, self.states.get, self.now_s)
-        released = self.joiner.settle(changes, 1000.0 + self.now_s, self.now_s)
-        self.states |= {row[3:]: row[0] for row in changes.settled}
+
+class World(Records):
+    """A joiner over a database of its own."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        super().__init__()
+        self.db = IngestDb(folder / "db")
+        self.rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=IDLE_S, **options)
+        self.accounts: dict = {}
+        self.now_s = 0.0
+        self.examples: list = []
+        self.base: dict = {}
+        self.joiner = self.made(float("-inf"))
+
+    def made(self, clock_s):
+        return Joiner(self.rules, self.db, self.accounts, clock_s, self.now_s)
+
+    def restart(self):
+        self.base = self.counters()
+        self.joiner = self.made(self.joiner.clock.now_s)
+
+    def commit(self, *items):
+        lanes: dict = {}
+        for lane, seq, record in items:
+            lanes.setdefault(lane, []).append((seq, record))
+        portions = [self.portion(lane, *zip(*rows, strict=True)) for lane, rows in lanes.items()]
+        change = self.db.begin()
+        self.joiner.join(portions, lanes, change, self.now_s)
+        released = self.joiner.settle(1000.0 + self.now_s, self.now_s)
+        self.db.commit(change, self.db.meta(), {})
         self.examples += released
         return [(each.device, each.seq, each.label) for each in released]
+
+    def portion(self, lane, seqs, records):
+        assert list(seqs) == list(range(seqs[0], seqs[0] + len(seqs)))
+        account = self.accounts.setdefault(lane, Account())
+        account.seq = seqs[-1]
+        account.newest_s = max(account.newest_s, *(record.time_s for record in records))
+        raws = [msgspec.Raw(codec.encode(record)) for record in records]
+        envelope = codec.encode(Envelope(WIRE_VERSION, *lane, seqs[0], raws))
+        return Portion(lane, seqs[0], records, envelope, 7.0)
+
+    def counters(self):
+        names = {*self.base, *self.joiner.counters}
+        return {n: self.base.get(n, 0) + self.joiner.counters[n] for n in names}
 
     def quiet(self):
         """Let the labels, of which there are none, hold nobody any longer."""
         self.now_s += IDLE_S
 
     def count(self, name):
-        return self.joiner.counters[name]
+        return {**self.counters(), **self.joiner.waiting()}.get(name, 0)
 
 
-def test_a_labelled_prediction_is_released_only_when_its_window_is_over():
-    world = World()
+@pytest.fixture(name="new_world")
+def fixture_new_world(tmp_path):
+    worlds = []
+
+    def make(**options):
+        worlds.append(World(tmp_path / str(len(worlds)), **options))
+        return worlds[-1]
+
+    yield make
+    for each in worlds:
+        each.db.close()
+
+
+@contextlib.contextmanager
+def passing(**options):
+    """A world for one example of many."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), **options)
+        yield world
+        world.db.close()
+
+
+def test_a_labelled_prediction_is_released_only_when_its_window_is_over(new_world):
+    world = new_world()
     assert world.commit(world.predict(10.0), world.label(1, 20.0)) == []
     assert world.commit(world.observe(110.0), world.label(9, 110.0)) == []  # that second goes on
     assert world.commit(world.observe(110.5), world.label(9, 110.5)) == [("A", 1, 1.0)]
     assert world.commit(world.observe(500.0), world.label(9, 500.0)) == []
 
 
-def test_an_example_carries_what_was_logged_and_when_it_came():
-    world = World()
+def test_an_example_carries_what_was_logged_and_when_it_came(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(1, 20.0, 0.25))
     world.commit(world.observe(200.0), world.label(9, 200.0))
     (example,) = world.examples
@@ -83,44 +156,44 @@ def test_an_example_carries_what_was_logged_and_when_it_came():
     assert example.scored == [Scored("r1", "stable", [0.5])]
 
 
-def test_a_prediction_without_a_label_expires():
-    world = World()
+def test_a_prediction_without_a_label_expires(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(9, 10.0))
     assert world.commit(world.observe(111.0), world.label(9, 111.0)) == []
-    assert (world.count("expired"), world.joiner.statistics()["pending"]) == (1, 0)
+    assert (world.count("expired"), world.count("pending")) == (1, 0)
 
 
 @pytest.mark.parametrize(("time_s", "joined"), [(110.0, 1), (110.1, 0)])
-def test_a_label_counts_only_when_it_happened_within_the_window(time_s, joined):
-    world = World()
+def test_a_label_counts_only_when_it_happened_within_the_window(new_world, time_s, joined):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(1, time_s))
     assert (world.count("labels_joined"), world.count("labels_late")) == (joined, 1 - joined)
 
 
-def test_a_label_for_what_has_expired_is_late():
-    world = World()
+def test_a_label_for_what_has_expired_is_late(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(9, 10.0), world.observe(10.0))
     world.commit(world.observe(300.0), world.label(9, 300.0))
     world.commit(world.label(1, 50.0))
     assert (world.count("expired"), world.count("labels_late")) == (1, 1)
 
 
-def test_a_label_for_what_was_released_changes_nothing_and_is_counted():
-    world = World()
+def test_a_label_for_what_was_released_changes_nothing_and_is_counted(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(1, 20.0))
     assert world.commit(world.observe(300.0), world.label(9, 300.0)) == [("A", 1, 1.0)]
     assert world.commit(world.label(1, 50.0, 0.0), world.observe(900.0)) == []
     assert world.count("labels_after_release") == 1
 
 
-def test_a_label_for_no_prediction_is_unknown():
-    world = World()
+def test_a_label_for_no_prediction_is_unknown(new_world):
+    world = new_world()
     world.commit(world.observe(10.0), world.label(1, 10.0))
     assert world.count("labels_unknown") == 1
 
 
-def test_a_final_label_beats_provisional_ones_and_the_newest_of_equals_wins():
-    world = World()
+def test_a_final_label_beats_provisional_ones_and_the_newest_of_equals_wins(new_world):
+    world = new_world()
     world.commit(
         world.predict(10.0),
         world.label(1, 20.0, 0.1, final=False),
@@ -133,53 +206,53 @@ def test_a_final_label_beats_provisional_ones_and_the_newest_of_equals_wins():
     assert world.count("labels_replaced") == 2
 
 
-def test_a_provisional_label_alone_is_learned_when_the_window_is_over():
-    world = World()
+def test_a_provisional_label_alone_is_learned_when_the_window_is_over(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(1, 20.0, 0.1, final=False))
     assert world.commit(world.observe(200.0), world.label(9, 200.0)) == [("A", 1, 0.1)]
 
 
-def test_a_label_that_comes_before_its_prediction_waits_for_it():
-    world = World()
+def test_a_label_that_comes_before_its_prediction_waits_for_it(new_world):
+    world = new_world()
     world.commit(world.label(1, 20.0))
-    assert world.joiner.statistics()["labels_waiting"] == 1
+    assert world.count("labels_waiting") == 1
     world.commit(world.predict(10.0))
-    assert (world.count("labels_joined"), world.joiner.statistics()["labels_waiting"]) == (1, 0)
+    assert (world.count("labels_joined"), world.count("labels_waiting")) == (1, 0)
 
 
-def test_an_early_label_whose_number_is_no_prediction_is_given_up():
-    world = World()
+def test_an_early_label_whose_number_is_no_prediction_is_given_up(new_world):
+    world = new_world()
     world.commit(world.label(1, 20.0))
     world.commit(world.observe(10.0))
-    assert (world.count("labels_unknown"), world.joiner.statistics()["labels_waiting"]) == (1, 0)
+    assert (world.count("labels_unknown"), world.count("labels_waiting")) == (1, 0)
 
 
-def test_what_the_bootstrap_learned_is_joined_but_not_handed_out():
-    world = World(learn_from_s=15.0)
+def test_what_the_bootstrap_learned_is_joined_but_not_handed_out(new_world):
+    world = new_world(learn_from_s=15.0)
     world.commit(world.predict(14.9), world.label(1, 20.0))
     world.commit(world.predict(15.0), world.label(2, 21.0))
     assert world.commit(world.observe(300.0), world.label(9, 300.0)) == [("A", 2, 1.0)]
     assert (world.count("covered_by_bootstrap"), world.count("examples")) == (1, 1)
 
 
-def test_other_families_are_counted_and_left_alone():
-    world = World()
+def test_other_families_are_counted_and_left_alone(new_world):
+    world = new_world()
     world.commit(world.predict(10.0, family="other"), world.label(1, 20.0, family="other"))
     assert world.commit(world.observe(300.0), world.label(9, 300.0)) == []
     assert world.count("other_family") == 2
-    assert world.joiner.statistics()["pending"] == 0
+    assert world.count("pending") == 0
 
 
-def test_a_device_that_lags_holds_the_others_until_it_is_silent_for_too_long():
-    world = World()
+def test_a_device_that_lags_holds_the_others_until_it_is_silent_for_too_long(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(1, 20.0), world.observe(10.0, "B"))
     assert world.commit(world.observe(300.0), world.label(9, 300.0)) == []
     world.quiet()
     assert world.commit(world.observe(301.0), world.label(9, 301.0)) == [("A", 1, 1.0)]
 
 
-def test_a_device_that_is_awaited_holds_the_others_before_it_was_heard():
-    world = World(awaited=["A", "B"])
+def test_a_device_that_is_awaited_holds_the_others_before_it_was_heard(new_world):
+    world = new_world(awaited=("A", "B"))
     world.commit(world.predict(10.0), world.label(1, 20.0))
     assert world.commit(world.observe(300.0), world.label(9, 300.0)) == []
     assert world.commit(world.observe(200.0, "B"), world.label(9, 200.0, device="B")) == [
@@ -187,8 +260,8 @@ def test_a_device_that_is_awaited_holds_the_others_before_it_was_heard():
     ]
 
 
-def test_labels_that_lag_hold_their_device_for_at_most_one_window():
-    world = World()
+def test_labels_that_lag_hold_their_device_for_at_most_one_window(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.label(9, 10.0))
     world.commit(world.observe(210.0))  # the label of the prediction may still be on its way
     assert world.count("expired") == 0
@@ -196,22 +269,22 @@ def test_labels_that_lag_hold_their_device_for_at_most_one_window():
     assert world.count("expired") == 1
 
 
-def test_a_device_whose_first_labels_are_on_their_way_is_held_as_well():
-    world = World()
+def test_a_device_whose_first_labels_are_on_their_way_is_held_as_well(new_world):
+    world = new_world()
     world.commit(world.predict(10.0), world.observe(210.0))
     assert (world.count("expired"), world.joiner.clock.now_s) == (0, 110.0)
 
 
-def test_a_family_without_labels_on_the_way_is_not_held_for_long():
-    world = World()
+def test_a_family_without_labels_on_the_way_is_not_held_for_long(new_world):
+    world = new_world()
     world.commit(world.predict(10.0))
     world.quiet()
     world.commit(world.observe(110.5))
     assert world.count("expired") == 1
 
 
-def test_a_device_that_comes_back_behind_the_clock_gets_its_labels_joined():
-    world = World()
+def test_a_device_that_comes_back_behind_the_clock_gets_its_labels_joined(new_world):
+    world = new_world()
     world.commit(world.observe(0.0, "B"), world.observe(0.0))
     world.quiet()
     world.commit(world.observe(1000.0), world.label(9, 1000.0))  # B is silent: the clock passes it
@@ -222,8 +295,8 @@ def test_a_device_that_comes_back_behind_the_clock_gets_its_labels_joined():
     assert world.joiner.clock.now_s == 1000.0
 
 
-def test_what_waited_for_its_device_leaves_in_order_with_what_comes_late():
-    world = World()
+def test_what_waited_for_its_device_leaves_in_order_with_what_comes_late(new_world):
+    world = new_world()
     world.commit(world.observe(0.0, "B"), world.observe(0.0))
     world.quiet()
     world.commit(world.observe(1000.0), world.label(9, 1000.0))
@@ -236,8 +309,8 @@ def test_what_waited_for_its_device_leaves_in_order_with_what_comes_late():
     assert released == [("B", 3, 0.3), ("B", 2, 0.2)]
 
 
-def test_examples_that_mature_together_leave_in_order_of_time_device_and_number():
-    world = World()
+def test_examples_that_mature_together_leave_in_order_of_time_device_and_number(new_world):
+    world = new_world()
     world.commit(
         world.predict(12.0, "B"),
         world.predict(12.0, "A"),
@@ -252,10 +325,114 @@ def test_examples_that_mature_together_leave_in_order_of_time_device_and_number(
     assert [row[:2] for row in world.commit(*last)] == [("B", 2), ("A", 1), ("A", 2), ("B", 1)]
 
 
+def test_what_has_no_label_is_a_negative_example_where_the_family_says_so(new_world):
+    world = new_world(expiry="negative")
+    world.commit(world.predict(10.0), world.label(9, 10.0))
+    assert world.commit(world.observe(111.0), world.label(9, 111.0)) == [("A", 1, 0.0)]
+    (example,) = world.examples
+    assert (example.label_time_s, example.final, example.matured_s) == (110.0, False, 1000.0)
+    assert (world.count("expired"), world.count("examples"), world.count("pending")) == (1, 1, 0)
+
+
+def released(new_world, **options):
+    """A world in which the one example, of the label 1.0, is out; its window ended at 110 s."""
+    world = new_world(**options)
+    world.commit(world.predict(10.0), world.label(1, 20.0))
+    assert world.commit(world.observe(150.0), world.label(9, 150.0)) == [("A", 1, 1.0)]
+    return world
+
+
+def test_a_label_that_comes_after_the_release_amends_the_example(new_world):
+    world = released(new_world, amend_s=50.0)
+    assert world.commit(world.label(1, 160.0, 0.25)) == []
+    (again,) = world.joiner.amended
+    assert (again.id, again.label, again.label_time_s, again.revision) == (
+        *(world.examples[0].id, 0.25),
+        *(160.0, 1),
+    )
+    assert again.features == world.examples[0].features
+    world.commit(world.label(1, 160.0, 0.75))
+    assert [(each.label, each.revision) for each in world.joiner.amended] == [(0.75, 2)]
+    assert (world.count("amended"), world.count("examples")) == (2, 1)
+    world.commit()
+    assert world.joiner.amended == []
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ((160.0, 1.0, True), "it says the same"),
+        ((160.0, 0.5, False), "a provisional one never beats a final one"),
+        ((161.0, 0.5, True), "it happened too late"),
+    ],
+)
+def test_a_label_that_changes_nothing_after_the_release_amends_nothing(new_world, label, why):
+    world = released(new_world, amend_s=50.0)
+    time_s, value, final = label
+    world.commit(world.label(1, time_s, value, final=final))
+    assert world.joiner.amended == [], why
+    assert (world.count("amended"), world.count("labels_after_release")) == (0, 1)
+
+
+def test_no_label_amends_what_may_be_amended_no_longer(new_world):
+    world = released(new_world, amend_s=50.0)
+    world.commit(world.observe(160.5), world.label(9, 160.5))
+    world.commit(world.label(1, 20.0, 0.5))
+    assert (world.joiner.amended, world.count("labels_after_release")) == ([], 1)
+
+
+def test_a_label_amends_a_negative_example_that_had_none(new_world):
+    world = new_world(expiry="negative", amend_s=50.0)
+    world.commit(world.predict(10.0), world.label(9, 10.0))
+    world.commit(world.observe(111.0), world.label(9, 111.0))
+    world.restart()
+    world.commit(world.label(1, 120.0, 1.0))
+    assert [(each.label, each.revision) for each in world.joiner.amended] == [(1.0, 1)]
+
+
+def test_what_is_settled_long_ago_is_forgotten_and_leaves_nothing(new_world):
+    world = new_world()
+    world.commit(*[world.predict(float(at)) for at in range(20)], world.label(3, 5.0))
+    world.commit(world.observe(1000.0), world.label(9, 1000.0))
+    world.restart()
+    world.commit(world.observe(2000.0), world.label(9, 2000.0))
+    left = {
+        table: list(world.db.rocks.scan(table, b"", b"\xff")) for table in ("rows", "runs", "due")
+    }
+    assert left == {"rows": [], "runs": [], "due": []}
+    world.commit(world.label(3, 5.0))
+    assert world.count("labels_unknown") == 2
+
+
+def test_of_two_early_labels_the_final_one_waits(new_world):
+    world = new_world()
+    world.commit(world.label(1, 20.0, 0.3), world.label(1, 21.0, 0.4, final=False))
+    world.restart()
+    world.commit(world.label(1, 22.0, 0.5, final=False))
+    assert (world.count("labels_waiting"), world.count("labels_early")) == (1, 3)
+    world.commit(world.predict(10.0))
+    assert world.commit(world.observe(300.0), world.label(9, 300.0)) == [("A", 1, 0.3)]
+
+
+def test_what_waits_for_its_device_waits_through_a_restart(new_world):
+    world = new_world()
+    world.commit(world.observe(0.0, "B"), world.observe(0.0))
+    world.quiet()
+    world.commit(world.observe(1000.0), world.label(9, 1000.0))
+    world.commit(world.predict(20.0, "B"), world.predict(30.0, "B"))
+    world.restart()
+    world.quiet()
+    world.commit(world.label(1, 1001.0), world.observe(119.0, "B"))
+    assert (world.count("expired"), world.count("pending")) == (0, 2)
+    world.commit(world.observe(120.5, "B"))
+    assert (world.count("expired"), world.count("pending")) == (1, 1)
+    assert world.commit(world.label(3, 40.0, 0.5, device="B")) == [("B", 3, 0.5)]
+
+
 def history(draw_delays):
     """Two devices, a prediction every 7 s each; `draw_delays` are label delays, None for none."""
     lanes: dict = {(device, kind): [] for device in "AB" for kind in ("event", "label")}
-    world = World()
+    world = Records()
     for device in "AB":
         moments = []
         for at, delay in enumerate(draw_delays[device]):
@@ -285,17 +462,18 @@ def may_come(lanes, device, event_class):
     return queue[0].record.time_s - labels[0].record.time_s <= WINDOW_S
 
 
-def play(lanes, choose):
-    """Hand over the lanes in an order and in portions that `choose` picks."""
+def play(world, lanes, choose):
+    """Hand over the lanes in an order and in portions that `choose` picks; now and then restart."""
     lanes = {lane: list(queue) for lane, queue in lanes.items()}
-    world, portion = World(awaited=["A", "B"]), []
+    portion: list = []
     while open_lanes := [lane for lane in lanes if may_come(lanes, *lane)]:
         portion.append(lanes[open_lanes[choose(len(open_lanes))]].pop(0))
         if choose(3) == 0:
             world.commit(*portion)
             portion = []
+            if choose(6) == 0:
+                world.restart()
     world.commit(*portion)
-    return world
 
 
 @settings(max_examples=60, deadline=None)
@@ -310,8 +488,10 @@ def test_the_order_of_arrival_changes_nothing_in_what_is_released(data):
         for at, each in enumerate(delays[device])
         if each is not None and each <= WINDOW_S
     )
-    world = play(lanes, lambda count: data.draw(st.integers(0, count - 1)))
-    assert [(each.time_s, each.device, each.label) for each in world.examples] == expected
-    assert world.count("released_out_of_order") == 0
-    total = sum(map(len, delays.values()))
-    assert world.count("examples") + world.count("expired") == total
+    with passing(awaited=("A", "B")) as world:
+        play(world, lanes, lambda count: data.draw(st.integers(0, count - 1)))
+        assert [(each.time_s, each.device, each.label) for each in world.examples] == expected
+        assert world.count("released_out_of_order") == 0
+        total = sum(map(len, delays.values()))
+        assert world.count("examples") + world.count("expired") == total
+        assert world.count("pending") == 0

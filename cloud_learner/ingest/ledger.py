@@ -1,0 +1,138 @@
+"""The ledger: for every device, epoch and class, what became of each number up to the mark.
+
+Why: "no event lost" is a sum, and a sum that is not written down cannot be checked.
+
+Invariants: for each lane, archived + quarantined + dropped = its mark, always; dropped are the
+numbers that the device says are lost, and those of records that it keeps to itself, by reason. Two
+epochs of one device after the same one are two logs under one name: counted and named, and both
+accepted, for their ids differ. What changed is written with the commit that changed it.
+
+Knows nothing about how records are accepted or joined.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from cloud_learner.store.ingest_db import put_account
+from cloud_learner.store.ingest_state import Account, Lane
+from cloud_learner.store.rocks import Transaction
+from edge_runtime.wire.messages import OMITTED, WIRE_VERSION, Mark, Record, Watermark
+
+EPOCHS_MAX = 64  # of one device in a watermark; older ones were trimmed long ago
+
+
+class Ledger:
+    """The accounts of all lanes; `accounts` go on from what was committed."""
+
+    def __init__(self, accounts: Mapping[Lane, Account]) -> None:
+        self.accounts = dict(sorted(accounts.items()))
+        self.counters: Counter[str] = Counter()
+        self.moved: set[Lane] = set()
+        self.duplicates: set[str] = set()
+        self._changed: set[Lane] = set()
+        self._lanes: dict[str, list[Lane]] = {}
+        self._after: dict[tuple[str, int], int] = {}
+        self._totals: Counter[str] = Counter(_parts(Account()))
+        for lane, account in self.accounts.items():
+            self._totals.update(_parts(account))
+            self._lanes.setdefault(lane[0], []).append(lane)
+            self._note_prior(lane, account.prior)
+        self.counters.clear()  # they were counted when they were noticed
+
+    def enter(
+        self, lane: Lane, lost: int, reason: str, records: Sequence[Record | int], prior: int
+    ) -> None:
+        """Account for `lost` numbers and then for `records`, which follow the mark."""
+        account = self._account(lane)
+        self._totals.subtract(_parts(account))
+        if prior and not account.prior:
+            account.prior = prior
+            self._note_prior(lane, prior)
+        if lost:
+            self._drop(account, reason, lost)
+        whole = [record.time_s for record in records if not isinstance(record, int)]
+        if len(whole) < len(records):
+            self._enter_rest(account, [each for each in records if isinstance(each, int)])
+        account.archived += len(whole)
+        account.newest_s = max(account.newest_s, max(whole, default=account.newest_s))
+        account.seq += lost + len(records)
+        assert account.is_balanced, f"{lane}: {account}"
+        self._totals.update(_parts(account))
+        self._changed.add(lane)
+        self.moved.add(lane)
+
+    def hear(self, device: str, marks: Iterable[Mark]) -> None:
+        """Where lanes end on the device itself, by its own word."""
+        for mark in list(marks)[: 2 * EPOCHS_MAX]:
+            lane = (device, mark.epoch, mark.event_class)
+            account = self._account(lane)
+            if account.durable != mark.seq:
+                self._totals.subtract(_parts(account))
+                account.durable = mark.seq
+                self._totals.update(_parts(account))
+                self._changed.add(lane)
+
+    def write(self, change: Transaction) -> None:
+        """Hand over what changed since the last time."""
+        for lane in self._changed:
+            put_account(change, lane, self.accounts[lane])
+        self._changed, self.moved = set(), set()
+
+    def marks(self) -> dict[Lane, int]:
+        """The mark of each lane."""
+        return {lane: account.seq for lane, account in self.accounts.items()}
+
+    def devices(self) -> list[str]:
+        """All devices of which anything is held."""
+        return sorted(self._lanes)
+
+    def watermark(self, device: str) -> Watermark:
+        """What is held of a device, for the device: of its newest epochs."""
+        lanes = self._lanes.get(device, [])[-2 * EPOCHS_MAX :]
+        held = [(lane, self.accounts[lane].seq) for lane in lanes]
+        return Watermark(WIRE_VERSION, device, [Mark(e, c, seq) for (_, e, c), seq in held if seq])
+
+    def totals(self) -> dict[str, int]:
+        """Sums over all lanes, and whether they are balanced (1) or not (0)."""
+        totals = dict(self._totals)
+        accounted = totals["archived"] + totals["quarantined"] + totals["dropped"]
+        return {**totals, "balanced": int(accounted == totals["held"])}
+
+    def _account(self, lane: Lane) -> Account:
+        account = self.accounts.get(lane)
+        if account is None:
+            account = self.accounts[lane] = Account(dropped={})
+            self._lanes.setdefault(lane[0], []).append(lane)
+        return account
+
+    def _enter_rest(self, account: Account, rest: list[int]) -> None:
+        """What is no record: omitted on the device, or refused here."""
+        for key, number in Counter(rest).items():
+            if key in OMITTED:
+                self._drop(account, OMITTED[key], number)
+            else:
+                account.quarantined += number
+
+    def _drop(self, account: Account, reason: str, number: int) -> None:
+        account.dropped[reason] = account.dropped.get(reason, 0) + number
+        self.counters["dropped"] += number
+        self.counters[f"dropped_{reason}"] += number
+
+    def _note_prior(self, lane: Lane, prior: int) -> None:
+        device, epoch, _ = lane
+        if prior and self._after.setdefault((device, prior), epoch) != epoch:
+            self.duplicates.add(device)
+            self.counters["duplicate_identity"] += 1
+
+
+def _parts(account: Account) -> dict[str, int]:
+    """What a lane adds to the totals."""
+    return {
+        "held": account.seq,
+        "archived": account.archived,
+        "quarantined": account.quarantined,
+        "dropped": sum(account.dropped.values()),
+        "under_way": max(0, account.durable - account.seq),
+    }

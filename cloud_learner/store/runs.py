@@ -1,0 +1,215 @@
+"""Predictions that wait, as runs on disk: what belongs together comes and goes together.
+
+Why: ten million predictions wait for their labels; one entry of a calendar for each of them would
+cost more than the predictions. Consecutive records of one envelope mature together, more or less,
+so the calendar names runs.
+
+Invariants: a run is named by the key of its first prediction, and lies beside the rows of its
+predictions. What a transaction has not yet written is seen here as if it were: `Waiting` lays the
+rows and runs of the present commit over the committed ones. An entry of the calendar may be stale;
+whoever follows it looks at the rows, which decide.
+
+| entry of `due` | means |
+|---|---|
+| `s` moment, run | the earliest prediction of the run that has not matured happened then |
+| `w` device, moment, run | it has matured, has no label, and waits for the device's own time |
+| `f` moment, run | the run is settled, and is forgotten then; the value is its last number |
+
+Knows nothing about what a label means or when something matures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.ingest_state import Label, Row, id_of, moment_key, number_key
+from cloud_learner.store.rocks import Transaction
+from edge_runtime.wire.messages import Record
+
+Due = Literal[b"s", b"f"]
+SETTLE: Due = b"s"
+FORGET: Due = b"f"
+_WAIT = b"w"
+_RUN_BYTES_AT = 8
+
+
+class StoredRun(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """An envelope as it lies in a run; what may not be used of it has no row."""
+
+    version: int
+    device: str
+    epoch: int
+    event_class: str
+    base_seq: int
+    records: list[Record | int]
+
+
+_stored = msgspec.msgpack.Decoder(StoredRun).decode
+
+
+class Waiting:
+    """Rows, runs, early labels and the calendar of one database, and the commit in the making."""
+
+    def __init__(self, db: IngestDb) -> None:
+        self._rocks = db.rocks
+        self._change = db.begin()
+        self.fresh: dict[bytes, bytes] = {}
+        self._fresh_runs: dict[bytes, bytes] = {}
+        self._fresh_due: dict[bytes, bytes] = {}
+        self._fresh_early: dict[bytes, Label] = {}
+        self._floors: dict[bytes, bytes] = {}
+
+    def begin(self, change: Transaction) -> None:
+        """From now on everything belongs to `change`."""
+        self._change = change
+        self.fresh, self._fresh_runs, self._fresh_due, self._fresh_early = {}, {}, {}, {}
+
+    def finish(self) -> None:
+        """Hand over to the transaction what was collected."""
+        self._change.put_many("rows", self.fresh.items())
+        self._change.put_many("runs", self._fresh_runs.items())
+        self._change.put_many("due", self._fresh_due.items())
+        for key, label in self._fresh_early.items():
+            self._change.put("early", key, label.packed())
+
+    def rows(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """Those rows of these keys that exist."""
+        found = {key: row for key in keys if (row := self.fresh.get(key)) is not None}
+        asked = sorted(set(keys) - found.keys())
+        values = self._rocks.get_many("rows", asked)
+        found.update((k, v) for k, v in zip(asked, values, strict=True) if v is not None)
+        return found
+
+    def set_row(self, key: bytes, row: Row) -> None:
+        """Set the row of a prediction."""
+        self.fresh[key] = row.packed()
+
+    def add_run(self, key: bytes, last_seq: int, envelope: bytes) -> None:
+        """Keep a run; its rows are in `fresh`."""
+        self._fresh_runs[key] = number_key(last_seq) + envelope
+
+    def run(self, key: bytes) -> StoredRun | None:
+        """The run with this key; None when it is forgotten."""
+        value = self._run(key)
+        return _stored(memoryview(value)[_RUN_BYTES_AT:]) if value is not None else None
+
+    def rows_of(self, key: bytes) -> list[tuple[bytes, Row]]:
+        """The rows of a run, in order."""
+        value = self._run(key)
+        if value is None:
+            return []
+        first, last = int.from_bytes(key[-8:], "big"), int.from_bytes(value[:8], "big")
+        return self.rows_between(key, first, last)
+
+    def rows_between(self, key: bytes, first: int, last: int) -> list[tuple[bytes, Row]]:
+        """The rows of a lane's predictions from `first` to `last`, in order."""
+        prefix = key[:-8]
+        if key in self._fresh_runs:
+            found = {}
+        else:
+            found = dict(self._rocks.scan("rows", key, prefix + number_key(last + 1)))
+        if self.fresh:
+            keys = (prefix + number_key(seq) for seq in range(first, last + 1))
+            found.update((each, self.fresh[each]) for each in keys if each in self.fresh)
+        return [(each, Row.unpacked(found[each])) for each in sorted(found)]
+
+    def file(self, kind: Due, time_s: float, run: bytes, value: bytes = b"") -> None:
+        """Enter a run in the calendar."""
+        self._enter(kind, kind + moment_key(time_s) + run, value)
+
+    def file_for_device(self, time_s: float, run: bytes) -> None:
+        """Enter a run that waits for its device's own time."""
+        prefix = _device_prefix(id_of(run)[0])
+        self._enter(prefix, prefix + moment_key(time_s) + run, b"")
+
+    def take(self, kind: Due, before_s: float) -> list[tuple[bytes, bytes]]:
+        """Take the runs out of the calendar that stand before a moment: keys and values."""
+        return self._take(kind, before_s)
+
+    def take_for_device(self, device: str, before_s: float) -> list[bytes]:
+        """The same of those that wait for a device's own time."""
+        return [run for run, _ in self._take(_device_prefix(device), before_s)]
+
+    def devices_waited_for(self) -> set[str]:
+        """The devices for whose own time a committed run waits."""
+        found: set[str] = set()
+        at = _WAIT
+        while entry := next(self._rocks.scan("due", at, b"x"), None):
+            name = entry[0][1 : entry[0].index(b"\0")]
+            found.add(name.decode())
+            at = _WAIT + name + b"\1"
+        return found
+
+    def forget(self, run: bytes, last_seq: int) -> None:
+        """Delete a run and its rows."""
+        first = int.from_bytes(run[-8:], "big")
+        for key, _ in self._rocks.scan("rows", run, run[:-8] + number_key(last_seq + 1)):
+            self._change.delete("rows", key)
+        for seq in range(first, last_seq + 1) if self.fresh else ():
+            self.fresh.pop(run[:-8] + number_key(seq), None)
+        self.forget_records(run)
+
+    def forget_records(self, run: bytes) -> None:
+        """Delete the records of a run; its rows stay."""
+        if self._fresh_runs.pop(run, None) is None:
+            self._change.delete("runs", run)
+
+    def last_seq(self, run: bytes) -> int:
+        """The last number of a run that is there."""
+        value = self._run(run)
+        assert value is not None
+        return int.from_bytes(value[:8], "big")
+
+    def early(self, prefix: bytes, above: int, through: int) -> Iterator[tuple[bytes, Label]]:
+        """The committed early labels of a lane between two numbers, in order."""
+        start, end = prefix + number_key(above + 1), prefix + number_key(through + 1)
+        for key, value in self._rocks.scan("early", start, end):
+            yield key, Label.unpacked(value)
+
+    def early_label(self, key: bytes) -> Label | None:
+        """The label that waits for a prediction, if there is one."""
+        fresh = self._fresh_early.get(key)
+        data = self._rocks.get("early", key) if fresh is None else None
+        return Label.unpacked(data) if data is not None else fresh
+
+    def set_early(self, key: bytes, label: Label) -> None:
+        """Let a label wait for its prediction."""
+        self._fresh_early[key] = label
+
+    def delete_early(self, key: bytes) -> None:
+        """A label waits no longer."""
+        self._change.delete("early", key)
+
+    def all_early(self) -> Iterator[bytes]:
+        """The keys of all committed early labels."""
+        return (key for key, _ in self._rocks.scan("early", b"", b"\xff"))
+
+    def _run(self, key: bytes) -> bytes | None:
+        fresh = self._fresh_runs.get(key)
+        return fresh if fresh is not None else self._rocks.get("runs", key)
+
+    def _enter(self, prefix: bytes, entry: bytes, value: bytes) -> None:
+        self._fresh_due[entry] = value
+        floor = self._floors.get(prefix)
+        if floor is not None and entry < floor:
+            self._floors[prefix] = entry
+
+    def _take(self, prefix: bytes, before_s: float) -> list[tuple[bytes, bytes]]:
+        """From the first entry that may exist: what was taken leaves graves that slow a scan."""
+        end, cut = prefix + moment_key(before_s), len(prefix) + 8
+        taken = {}
+        for entry, value in self._rocks.scan("due", self._floors.get(prefix, prefix), end):
+            taken[entry] = value
+            self._change.delete("due", entry)
+        for entry in [entry for entry in self._fresh_due if prefix <= entry < end]:
+            taken[entry] = self._fresh_due.pop(entry)
+        self._floors[prefix] = end
+        return [(entry[cut:], taken[entry]) for entry in sorted(taken)]
+
+
+def _device_prefix(device: str) -> bytes:
+    return b"%s%s\0" % (_WAIT, device.encode())

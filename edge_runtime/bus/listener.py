@@ -1,0 +1,59 @@
+"""A core subscription that outlives the connections that carry it.
+
+Why: what a room subscribed to once must be heard after every reconnect, and a callback that fails
+must not end it.
+
+Invariants: deliveries come one at a time, in order. What waits for a slow callback is bounded; what
+comes beyond is dropped and counted, so a subscriber must be able to miss a message.
+
+Knows nothing about streams.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from edge_runtime.bus.base import Message
+from edge_runtime.bus.link import Link, log, own_headers
+
+Callback = Callable[[Message], Awaitable[None]]
+
+
+class Listener:
+    """A core subscription that outlives connections."""
+
+    def __init__(
+        self,
+        subject: str,
+        callback: Callback,
+        counters: Counter[str],
+        forget: Callable[[Listener], None],
+    ) -> None:
+        self._subject = subject
+        self._callback = callback
+        self._counters = counters
+        self._forget = forget
+        self._ears: tuple[Link, Any] | None = None
+        self._closed = False
+
+    async def attach(self, link: Link) -> None:
+        self._ears = link, await link.listen(self._subject, self._receive)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._forget(self)
+        if self._ears is not None:
+            await self._ears[0].silence(self._ears[1])
+
+    async def _receive(self, raw: Any) -> None:
+        if self._closed:
+            return
+        try:
+            await self._callback(Message(raw.subject, raw.data, own_headers(raw)))
+        except Exception:
+            self._counters["callback_errors"] += 1
+            log.exception("a subscriber to %s failed", self._subject)
