@@ -558,7 +558,7 @@ def test_an_epoch_of_which_nothing_is_left_is_told_as_lost(tmp_path: Path) -> No
             (e.event_class, e.epoch, e.skipped, e.reason, e.base_seq, e.prior) for e in found
         ] == [
             ("label", 4, 5, "dropped", 6, 2),
-            ("event", 2, 40, "dropped", 41, 0),
+            ("event", 2, 40, "dropped", 41, -1),
             ("event", 4, 2, "stalled", 3, 2),
             ("event", 9, 0, "", 1, 4),
         ]
@@ -629,7 +629,7 @@ def test_an_epoch_that_this_log_never_had_raises_the_alarm_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(world: World) -> None:
-        log = ScriptedLog(90, {90: 40, 40: 20})
+        log = ScriptedLog(90, {90: 40, 40: 20, 20: 20})  # 20 and before are forgotten
         log.add("event", 90, *records(90, 3))
         world.learner.learned = {(10, "event"): 5, (40, "event"): 2, (77, "event"): 8}
         await world.learner.tell()
@@ -642,9 +642,22 @@ def test_an_epoch_that_this_log_never_had_raises_the_alarm_once(
             await until(lambda: uplink.statistics()["duplicate_identity"] == 2)
         assert [message for message in caplog.messages if "never had" in message] == [
             f"EWR: the learner holds epoch {epoch}, which this log never had: another device has"
-            " this name, or an older copy of this disk was put back"
+            " this name, or this disk was wiped, or an older copy of it was put back"
             for epoch in (77, 99)
         ]
+
+    play(tmp_path, story)
+
+
+def test_a_log_that_began_anew_is_told_from_the_one_before_it(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        log = ScriptedLog(90)
+        log.add("event", 90, *records(90, 3))
+        world.learner.learned = {(10, "event"): 5}
+        await world.learner.tell()
+        async with running(world.learner.run()), world.uplink(log) as uplink:
+            await until(lambda: world.learner.learned.get((90, "event")) == 3)
+            assert uplink.statistics()["duplicate_identity"] == 1
 
     play(tmp_path, story)
 
