@@ -34,7 +34,7 @@ _OVERHEAD_BYTES = 256
 _RECORDS_MAX = 2048
 _AT_ONCE_BYTES, _AT_ONCE_RECORDS = 6 * 1024, 32  # packed in 60 microseconds
 
-Withhold = Callable[[EventClass, int, int, list[bytes]], list[msgspec.Raw]]
+Keeping = Callable[[EventClass, int, int, list[bytes]], list[msgspec.Raw]]
 """(class, epoch, base_seq, records) to what may leave the device, each in its place."""
 
 
@@ -57,7 +57,7 @@ class Packer:
     """Packs the log of `device`; `withhold`, if any, decides what of it may leave the device."""
 
     def __init__(
-        self, log: EventLog, device: str, clock: Clock, withhold: Withhold | None = None
+        self, log: EventLog, device: str, clock: Clock, withhold: Keeping | None = None
     ) -> None:
         self._log, self._device, self._clock, self._withhold = log, device, clock, withhold
         self._room = ENVELOPE_BYTES - _OVERHEAD_BYTES  # how many bytes of records fill an envelope
@@ -183,5 +183,5 @@ def _room(wanted: int) -> int:
 
 
 def _traceparent() -> str:
-    """A trace of its own, to be followed: version, trace, span, flags. https://www.w3.org/TR/trace-context/"""
+    """A trace of its own, to be followed: version, trace, span, flags (W3C Trace Context)."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
