@@ -92,6 +92,7 @@ class World:
         return EventLog(
             self.directory,
             device=DEVICE,
+            step=lambda: 1,
             linger_ms=0.0,
             **settings,  # type: ignore[arg-type]
         )
