@@ -92,9 +92,7 @@ class _Recovery:
         book.begin(last + step)
         kept = {part.path for name in CLASSES for part in parts[name]}
         bad_headers = len(self._headless & kept)
-        return Found(
-            owner, book, parts, {"cut_bytes": self._cut_bytes, "bad_headers": bad_headers}
-        )
+        return Found(owner, book, parts, {"cut_bytes": self._cut_bytes, "bad_headers": bad_headers})
 
     def _segments(self) -> dict[EventClass, list[Segment]]:
         """By class and in order, what the directory holds; what a crash left half made is gone."""

@@ -612,7 +612,9 @@ def test_a_torn_last_frame_is_cut_and_the_rest_kept(
         assert log.statistics()["cut_bytes"] == 0
 
 
-@pytest.mark.parametrize("garbage", [b"\1", b"HWFR", b"HWFR" + bytes(4096) + b"x", os.urandom(5000) + b"x"])
+@pytest.mark.parametrize(
+    "garbage", [b"\1", b"HWFR", b"HWFR" + bytes(4096) + b"x", os.urandom(5000) + b"x"]
+)
 def test_garbage_at_the_tail_is_cut(tmp_path: Path, garbage: bytes) -> None:
     crash = crashed(tmp_path, numbered(1, 5))
     path = segments(crash)[0]

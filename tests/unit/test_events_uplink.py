@@ -220,6 +220,7 @@ class World:
         return EventLog(
             self.directory,
             device=DEVICE,
+            step=lambda: 1,
             linger_ms=0.0,
             step=lambda: 1,
             **settings,  # type: ignore[arg-type]
