@@ -222,7 +222,6 @@ class World:
             device=DEVICE,
             step=lambda: 1,
             linger_ms=0.0,
-            step=lambda: 1,
             **settings,  # type: ignore[arg-type]
         )
 
