@@ -127,6 +127,15 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644, files: Files | None
     if files is None:
         path.parent.mkdir(parents=True, exist_ok=True)
     files = files or _DISK
+    replace_whole(path, data, mode, files)
+    files.sync_directory(path.parent)
+
+
+def replace_whole(path: Path, data: bytes, mode: int, files: Files) -> None:
+    """Replace `path` by `data`; a crash leaves the one or the other until the directory is synced.
+
+    Raises: OSError, with `path` unchanged.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         files.unlink(temporary)
@@ -136,7 +145,6 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644, files: Files | None
         with contextlib.suppress(OSError):
             files.unlink(temporary)
         raise
-    files.sync_directory(path.parent)
 
 
 def _write_durably(path: Path, data: bytes, mode: int, files: Files) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -33,6 +33,8 @@ from edge_runtime.device.releases import Releases
 from edge_runtime.device.serving import ModelInfo, Serving
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.events.journal import Journal
+from edge_runtime.events.labels import position
+from edge_runtime.events.log import random_step
 from edge_runtime.inference.slot import Arm
 from edge_runtime.inference.tensors import Array
 from edge_runtime.metrics import Histogram
@@ -46,11 +48,11 @@ __all__ = ["Event", "ModelInfo", "Prediction", "Runtime"]
 class Runtime:
     """A device's families, answering; made by `open`, ended by `close` or as a context manager."""
 
-    def __init__(self, config: EdgeConfig, clock: Clock) -> None:
+    def __init__(self, config: EdgeConfig, clock: Clock, step: Callable[[], int]) -> None:
         self.config, self.device, self.families = config, config.device, config.families
         self._clock = clock
         self._members = {name: Family(name, self.device, clock) for name in self.families}
-        self.journal = Journal(config, lambda: standing.states(self._members))
+        self.journal = Journal(config, lambda: standing.states(self._members), clock, step)
         self.log, self.epoch = self.journal.log, self.journal.log.epoch
         try:
             self.shelf = Shelf(config.state_dir / "shelf")  # guarded by the log's lock, too
@@ -72,11 +74,13 @@ class Runtime:
         *,
         package: str | Path | None = None,
         clock: Clock | None = None,
+        step: Callable[[], int] = random_step,
     ) -> Self:
         """The runtime that a configuration describes, serving what its shelf says ran last.
 
         With `package`, any ONNX file is served instead: no broker, no keys, no learner, and a state
         that ends with the runtime. Its family is what its metadata says, or else the file's name.
+        The epoch lies `step()` above the last.
 
         Raises: ConfigError for the configuration, the package, or a state directory that another
         process owns.
@@ -87,9 +91,10 @@ class Runtime:
                 source = ends.enter_context(restart.temporary_config(Path(package)))
             assert source is not None, "a configuration or a package"
             config = source if isinstance(source, EdgeConfig) else configuration.load(Path(source))
-            runtime = cls(config, clock or SystemClock())
+            runtime = cls(config, clock or SystemClock(), step)
             ends.callback(runtime.log.close)  # a start that fails leaves snapshots as they were
-            runtime._bring_back(ends)
+            restart.bring_back(runtime._members, runtime.shelf, config, runtime.journal)
+            runtime._ends = ends.pop_all()
         return runtime
 
     # Events.
@@ -123,10 +128,7 @@ class Runtime:
         return self._asking.predict_many(family, events)
 
     def observe(self, family: str, event: Event) -> int:
-        """Let the windows see an event; returns its sequence number in the log, class event.
-
-        Raises: as `predict`.
-        """
+        """Let the windows see an event; returns its number in the log. Raises: as `predict`."""
         return self._asking.observe(family, event)
 
     def label(
@@ -147,6 +149,16 @@ class Runtime:
         unknown_family).
         """
         return self._asking.label(family, prediction_id, value, time_s, final=final)
+
+    async def durable(self, prediction_id: str) -> None:
+        """Return once a prediction would survive a power cut; what lingers is written now.
+
+        Raises: RequestError (unknown_prediction, prediction_lost), CapacityError (record_dropped
+        by a disk that took nothing for long, log_closed).
+        """
+        epoch, seq = position(self.log, prediction_id)
+        if epoch == self.epoch:
+            await self.log.wait_durable("event", seq)
 
     # Tensors.
     def infer(
@@ -174,9 +186,8 @@ class Runtime:
         release: str | None = None,
         timeout_s: float | None = None,
     ) -> dict[str, Array]:
-        """As `infer`, without stalling the event loop however heavy the model is.
-
-        Raises: as `infer`, and CapacityError (overloaded, deadline_exceeded).
+        """As `infer`, without stalling the event loop however heavy the model is. Raises: as
+        `infer`, and CapacityError (overloaded, deadline_exceeded).
         """
         return await self._serving.infer_async(family, inputs, outputs or (), release, timeout_s)
 
@@ -189,8 +200,7 @@ class Runtime:
         release: str | None = None,
     ) -> list[dict[str, Array] | HeadwaterError]:
         """The answers to `requests`, in order, with one run of the model where its rows allow it;
-        errors stand in their place. Raises: RequestError (unknown_family, no_release,
-        unknown_release).
+        errors in their places. Raises: RequestError (unknown_family, no_release, unknown_release).
         """
         return self._serving.infer_many(family, requests, outputs or (), release)
 
@@ -200,16 +210,16 @@ class Runtime:
 
     def ready(self, family: str | None = None) -> bool:
         """Whether `family`, or every family, has a release that is loaded, proven and warm."""
-        names = self.families if family is None else [family]
-        members = [self._members[name] for name in names if name in self._members]
-        return len(members) == len(names) and all(each.pipeline.slot.arms for each in members)
+        members = [
+            self._members.get(name) for name in (self.families if family is None else [family])
+        ]
+        return all(each is not None and each.pipeline.slot.arms for each in members)
 
     # Releases.
     def swap(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
-        """Serve `arms`, loaded and proven, as `plan` says; no request is dropped.
-
-        Windows that are new are rebuilt from the log first, which may take long: in an event loop
-        use `adopt`. Raises: PackageError, TrustError, CapacityError, with what serves unchanged.
+        """Serve `arms`, loaded and proven, as `plan` says; no request is dropped. Windows that are
+        new are rebuilt from the log first, which may take long: in an event loop use `adopt`.
+        Raises: PackageError, TrustError, CapacityError, with what serves unchanged.
         """
         self._releases.swap(self._asking.family(family), arms, plan)
 
@@ -219,10 +229,9 @@ class Runtime:
 
     def rollback(self, family: str, reason: str) -> str:
         """Leave the newest release for the one before it, from the shelf, and quarantine what is
-        left; with a canary, the canary is left. Returns the release that serves now.
-
-        Raises: RequestError (unknown_family, nothing_to_roll_back), PackageError and
-        CapacityError with what serves unchanged.
+        left; with a canary, the canary is left. Returns the release that serves now. Raises:
+        RequestError (unknown_family, nothing_to_roll_back), PackageError and CapacityError with
+        what serves unchanged.
         """
         return self._releases.roll_back(self._asking.family(family), reason)
 
@@ -258,10 +267,7 @@ class Runtime:
         return told | {"shelf": self.shelf.statistics(), "worker": worker}
 
     def close(self) -> None:
-        """Make everything durable and stop; closing twice is no error.
-
-        Raises: CapacityError `log_not_durable`.
-        """
+        """Make everything durable and stop, once. Raises: CapacityError `log_not_durable`."""
         if self._closed:
             return
         self._closed = True
@@ -273,14 +279,6 @@ class Runtime:
                 for family in self._members.values():
                     family.pipeline.swap(())
                     family.pipeline.slot.settle()
-
-    def _bring_back(self, ends: contextlib.ExitStack) -> None:
-        for family in self._members.values():
-            restart.restore_arms(family, self.shelf, self.config)
-        snapshots = self.journal.snapshots
-        self.journal.replayed = restart.restore_windows(self._members, snapshots, self.log)
-        self.journal.start()
-        self._ends = ends.pop_all()
 
     def __enter__(self) -> Self:
         return self

@@ -274,7 +274,8 @@ class Live:
 
     def _device_row(self, report: Report) -> DeviceRow:
         latency = Histogram(list(report.predict_us))
-        state: DeviceState = "up" if report.epoch == 1 else "recovered"
+        lives = sum(device == report.device for device, _ in self.watch.lives)
+        state: DeviceState = "up" if lives == 1 else "recovered"
         return DeviceRow(
             name=report.device,
             state="killed" if report.device in self._killed else state,

@@ -22,6 +22,7 @@ from edge_runtime.config import EdgeConfig, HttpConfig, local_config
 from edge_runtime.device import releases
 from edge_runtime.device.family import Family
 from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
+from edge_runtime.events.journal import Journal
 from edge_runtime.events.log import EventLog
 from edge_runtime.events.snapshots import Snapshot, SnapshotFile
 from edge_runtime.inference import history
@@ -52,6 +53,16 @@ def temporary_config(
         raise ConfigError("bad_package", error.message, error.hint) from error
     with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
         yield local_config(package, family, Path(folder), socket=socket, http=http)
+
+
+def bring_back(
+    families: Mapping[str, Family], shelf: Shelf, config: EdgeConfig, journal: Journal
+) -> None:
+    """Let `families` serve what they served, with the windows that the log says they had."""
+    for family in families.values():
+        restore_arms(family, shelf, config)
+    journal.replayed = restore_windows(families, journal.snapshots, journal.log)
+    journal.start()
 
 
 def restore_arms(family: Family, shelf: Shelf, config: EdgeConfig) -> None:

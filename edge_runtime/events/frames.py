@@ -191,8 +191,10 @@ def _read(file: BinaryIO, size: int) -> bytes:
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-    blocks = [_block(file, start, min(_PIECE_BYTES, at + size - start))
-              for start in range(at, at + size, _PIECE_BYTES)]
+    blocks = [
+        _block(file, start, min(_PIECE_BYTES, at + size - start))
+        for start in range(at, at + size, _PIECE_BYTES)
+    ]
     return b"".join(blocks)
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from edge_runtime.clock import Clock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.events.log import CLASSES, EventLog
+from edge_runtime.events.log import CLASSES, EventLog, random_step
 from edge_runtime.events.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFile
+from edge_runtime.files import OsFiles
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord
 
@@ -32,15 +34,25 @@ class Journal:
     Raises: ConfigError, as the log does.
     """
 
-    def __init__(self, config: EdgeConfig, states: Callable[[], dict[str, bytes]]) -> None:
+    def __init__(
+        self,
+        config: EdgeConfig,
+        states: Callable[[], dict[str, bytes]],
+        clock: Clock | None = None,
+        step: Callable[[], int] = random_step,
+    ) -> None:
+        files = OsFiles()
         self.log = EventLog(
             config.state_dir / "log",
             device=config.device,
+            files=files,
+            clock=clock,
+            step=step,
             linger_ms=config.log.linger_ms,
             linger_max_ms=config.log.linger_max_ms,
             bytes_max=config.log.bytes_max_mb << 20,
         )
-        self.snapshots = SnapshotFile(config.state_dir / "windows.snapshot")
+        self.snapshots = SnapshotFile(config.state_dir / "windows.snapshot", files)
         self.on_commit: Callable[[], None] | None = None
         self.replayed = 0
         self._states = states

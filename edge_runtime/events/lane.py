@@ -87,6 +87,10 @@ class Lane:
         self._packing -= len(envelopes)
         self.ahead.extend(envelopes)
 
+    def may_read(self, ahead_max: int) -> bool:
+        """Whether more may be read, so that at most about `ahead_max` envelopes wait."""
+        return not self.reading and self._refused is None and self.to_send() <= ahead_max
+
     def may_send(self) -> bool:
         """Whether one more envelope may be under way."""
         return bool(self.ahead) and self.under_way < self.window and self._refused is None
@@ -117,6 +121,7 @@ class Lane:
         for learned_epoch, seq in self.learned.items():
             self.read[learned_epoch] = max(seq, self.read.get(learned_epoch, 0))
         self.held, self.window = True, 1
+        self._void()
         return True
 
     def learn(self, marks: dict[int, int], now_s: float) -> bool:

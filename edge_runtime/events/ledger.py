@@ -3,9 +3,9 @@
 Why: a number that was handed out is delivered or accounted for, also when its record is gone; and
 a log that is opened again must not need to read what it holds to know what it owes.
 
-Commit point: the rename of `ledger.a`, then of `ledger.b`, both with the same content; at open the
-higher generation that proves itself holds. So neither a crash nor a flipped bit costs an entry. It
-is written before a segment that it accounts for is unlinked, and before an id of a new epoch is
+Commit point: the rename of `ledger.a` or of `ledger.b`, both with the same content, durable with the
+sync of the directory; at open the higher generation that proves itself holds. So neither a crash
+nor a flipped bit costs an entry. It is written before a segment that it accounts for is unlinked, and before an id of a new epoch is
 handed out. The file `epoch` of earlier releases is read where there is no ledger yet.
 
 Invariants: what is known of an earlier epoch never changes, but for what is lost of it or learned;
@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.files import Files, write_atomic
+from edge_runtime.files import Files, replace_whole
 from edge_runtime.wire.messages import EventClass
 
 CLASSES: tuple[EventClass, EventClass] = ("label", "event")
@@ -206,7 +206,8 @@ class Ledger:
         body = msgspec.json.encode(self._book)
         data = b"%08x\n%s" % (zlib.crc32(body), body)
         for name in _COPIES:
-            write_atomic(self._directory / name, data, 0o600, self._files)
+            replace_whole(self._directory / name, data, 0o600, self._files)
+        self._files.sync_directory(self._directory)
 
 
 def _with(gaps: list[Gap], new: Gap) -> tuple[list[Gap], int]:

@@ -37,6 +37,7 @@ from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.events import ledger, recovery
 from edge_runtime.events.linger import Doorbell, Linger
+from edge_runtime.events.recovery import random_step
 from edge_runtime.events.reader import Piece, Reader
 from edge_runtime.events.space import Space
 from edge_runtime.events.stream import LENGTH_BYTES, Stream, within
@@ -44,7 +45,7 @@ from edge_runtime.events.usage import Usage
 from edge_runtime.files import Files, OsFiles
 from edge_runtime.wire.messages import EventClass
 
-__all__ = ["CLASSES", "RECORD_BYTES_MAX", "EventLog", "Piece"]
+__all__ = ["CLASSES", "RECORD_BYTES_MAX", "EventLog", "Piece", "random_step"]
 
 CLASSES = ledger.CLASSES
 RECORD_BYTES_MAX = 512 * 1024
@@ -76,7 +77,7 @@ class EventLog:
         bytes_max: int = 1 << 30,
         files: Files | None = None,
         clock: Clock | None = None,
-        step: Callable[[], int] = recovery.random_step,
+        step: Callable[[], int] = random_step,
     ) -> None:
         self.directory, self.device = directory, device
         self.on_commit: Callable[[], None] | None = None

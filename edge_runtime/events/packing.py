@@ -2,7 +2,8 @@
 
 Why: to read and to deflate 64 KB takes longer than an answer may wait. What was just committed is
 in memory and small, and is packed on the spot; all else is packed on a thread, several envelopes
-in a row, so that a drain never waits for the disk between two of them.
+in a row, so that a drain never waits for the disk between two of them. The broker makes each
+message durable by itself, so one message is as large as 64 KB allow once it is deflated.
 
 Invariants: an envelope goes on exactly where the one before it ended; what the log says is lost is
 told in the envelope that comes next. Nothing that is not durable is packed.
@@ -26,15 +27,14 @@ from edge_runtime.events.log import EventLog, Piece
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import NO_PRIOR, WIRE_VERSION, Envelope, EventClass
 
-ENVELOPE_BYTES = 64 * 1024
+ENVELOPE_BYTES, RECORDS_BYTES_MAX = 64 * 1024, 192 * 1024
 CE_TYPE = "headwater.records.v1"
 CE_DATASCHEMA = f"urn:headwater:schema:envelope:{WIRE_VERSION}"
 _OVERHEAD_BYTES = 256
 _RECORDS_MAX = 2048
-_ROOM = ENVELOPE_BYTES - _OVERHEAD_BYTES, _RECORDS_MAX
 _AT_ONCE_BYTES, _AT_ONCE_RECORDS = 6 * 1024, 32  # packed in 60 microseconds
 
-Withhold = Callable[[EventClass, int, int, list[bytes]], list[msgspec.Raw]]
+Keeping = Callable[[EventClass, int, int, list[bytes]], list[msgspec.Raw]]
 """(class, epoch, base_seq, records) to what may leave the device, each in its place."""
 
 
@@ -57,9 +57,10 @@ class Packer:
     """Packs the log of `device`; `withhold`, if any, decides what of it may leave the device."""
 
     def __init__(
-        self, log: EventLog, device: str, clock: Clock, withhold: Withhold | None = None
+        self, log: EventLog, device: str, clock: Clock, withhold: Keeping | None = None
     ) -> None:
         self._log, self._device, self._clock, self._withhold = log, device, clock, withhold
+        self._room = ENVELOPE_BYTES - _OVERHEAD_BYTES  # how many bytes of records fill an envelope
 
     def at_once(
         self, event_class: EventClass, epoch: int, after_seq: int, last_seq: int
@@ -80,9 +81,10 @@ class Packer:
         """What about `count` envelopes after `after_seq` will hold, all but the first of them full,
         and the last where its epoch ends; touches the disk.
         """
-        piece = self._read(event_class, epoch, after_seq, count)
-        cuts = [] if piece is None else list(_cuts(piece))
-        if len(cuts) > 1 and sum(map(len, cuts[-1].records)) < _ROOM[0] // 2:
+        room = self._room
+        piece = self._read(event_class, epoch, after_seq, count * room, count * _RECORDS_MAX)
+        cuts = [] if piece is None else list(_cuts(piece, room))
+        if len(cuts) > 1 and sum(map(len, cuts[-1].records)) < room // 2:
             end = cuts[-1].base_seq + len(cuts[-1].records) - 1
             if end < last_seq or epoch == self._log.epoch:
                 cuts.pop()  # it may grow
@@ -92,13 +94,16 @@ class Packer:
         self, event_class: EventClass, epoch: int, pieces: list[Piece], last_seq: int
     ) -> list[Packed]:
         """An envelope of each of `pieces`; takes a millisecond or so for a full one."""
-        return [self._pack(event_class, epoch, piece, last_seq) for piece in pieces]
+        found = [self._pack(event_class, epoch, piece, last_seq) for piece in pieces]
+        if found and found[0].is_full:
+            used = sum(map(len, pieces[0].records))
+            self._room = _room(used * ENVELOPE_BYTES // len(found[0].data))
+        return found
 
     def _read(
-        self, event_class: EventClass, epoch: int, after_seq: int, count: int
+        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
     ) -> Piece | None:
-        """What `count` envelopes have room for: from memory, or from disk what is not there."""
-        max_bytes, max_records = count * _ROOM[0], count * _ROOM[1]
+        """What follows, within bounds: from memory, or from disk what is not there any more."""
         if epoch == self._log.epoch:
             piece = self._recent(event_class, after_seq, max_bytes, max_records)
             if piece is not None:
@@ -162,17 +167,21 @@ class Packer:
         }
 
 
-def _cuts(piece: Piece) -> Iterator[Piece]:
+def _cuts(piece: Piece, room: int) -> Iterator[Piece]:
     """`piece` as one or more that each have room in an envelope, or hold one large record."""
     ends = list(accumulate(map(len, piece.records)))
     lost, start, used = piece, 0, 0
     while start < len(ends) or lost.skipped:
-        end = min(bisect_right(ends, used + _ROOM[0], start), start + _ROOM[1])
+        end = min(bisect_right(ends, used + room, start), start + _RECORDS_MAX)
         end = min(max(end, start + 1), len(ends))
         yield lost._replace(base_seq=piece.base_seq + start, records=piece.records[start:end])
         lost, start, used = Piece(0, "", 0, []), end, ends[end - 1] if end else 0
 
 
+def _room(wanted: int) -> int:
+    return max(ENVELOPE_BYTES, min(RECORDS_BYTES_MAX, wanted)) - _OVERHEAD_BYTES
+
+
 def _traceparent() -> str:
-    """A trace of its own, to be followed: version, trace, span, flags. https://www.w3.org/TR/trace-context/"""
+    """A trace of its own, to be followed: version, trace, span, flags (W3C Trace Context)."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"

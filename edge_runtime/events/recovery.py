@@ -88,13 +88,11 @@ class _Recovery:
         known = [part.epoch for name in CLASSES for part in parts[name]]
         last = max([book.epoch, *known])
         for name in CLASSES:
-            parts[name] = self._proven(name, parts[name], book, {*known, book.epoch} - {0})
+            parts[name] = self._proven(name, parts[name], book, {*known, last} - {0})
         book.begin(last + step)
         kept = {part.path for name in CLASSES for part in parts[name]}
         bad_headers = len(self._headless & kept)
-        return Found(
-            owner, book, parts, {"cut_bytes": self._cut_bytes, "bad_headers": bad_headers}
-        )
+        return Found(owner, book, parts, {"cut_bytes": self._cut_bytes, "bad_headers": bad_headers})
 
     def _segments(self) -> dict[EventClass, list[Segment]]:
         """By class and in order, what the directory holds; what a crash left half made is gone."""
@@ -132,7 +130,7 @@ class _Recovery:
             if part.epoch == following.epoch:
                 part.last_seq = following.base_seq - 1
         kept = []
-        for epoch in sorted(epochs):
+        for epoch in sorted(epochs | {lane.epoch for lane in book.lanes(name)}):
             of_epoch = [part for part in parts if part.epoch == epoch]
             lane = book.lane(name, epoch)
             if lane is None or lane.end < 0:

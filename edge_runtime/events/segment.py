@@ -127,5 +127,3 @@ def named(files: Files, path: Path, device: str) -> Segment | None:
     name: EventClass = "event" if match[1] == "event" else "label"
     epoch, base_seq = int(match[2]), int(match[3])
     return Segment(path, device, name, epoch, base_seq, base_seq - 1, files.size(path))
-
-

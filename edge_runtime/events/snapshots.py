@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_runtime.files import write_atomic
+from edge_runtime.files import Files, OsFiles, write_atomic
 
 SNAPSHOT_VERSION = 1
 
@@ -42,8 +42,8 @@ _decoder = msgspec.msgpack.Decoder(Snapshot)
 class SnapshotFile:
     """The newest snapshot at `path`, and the one that waits for its records to become durable."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, files: Files | None = None) -> None:
+        self._path, self._files = path, files or OsFiles()
         self._waiting: Snapshot | None = None
         self._counts = {"written": 0, "failures": 0, "unreadable": 0}
         self.floor = (0, 0)
@@ -51,7 +51,8 @@ class SnapshotFile:
     def load(self) -> Snapshot | None:
         """The snapshot on disk; None when there is none, or none that can be read."""
         try:
-            data = self._path.read_bytes()
+            with self._files.reader(self._path) as file:
+                data = file.read()
         except FileNotFoundError:
             return None
         snapshot = _decode(data)
@@ -72,7 +73,7 @@ class SnapshotFile:
         if waiting is None or (epoch, durable_seq) < (waiting.epoch, waiting.seq):
             return
         try:
-            write_atomic(self._path, _encode(waiting), 0o600)
+            write_atomic(self._path, _encode(waiting), 0o600, self._files)
         except OSError as error:
             self._counts["failures"] += 1
             log.warning("%s cannot be written, the last one stays: %s", self._path, error)

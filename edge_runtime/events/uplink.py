@@ -41,7 +41,7 @@ _DEADLINE_S = 5.0
 _POLL_S = 1.0
 _PROBE_S = 1.0
 _BACKOFF_S, _BACKOFF_MAX_S, _CALM_S = 0.05, 2.0, 10.0
-_ALWAYS = ("envelopes", "records", "bytes", "skipped", "rewinds", "duplicate_identity")
+_ALWAYS = ("envelopes", "records", "bytes_sent", "skipped", "rewinds", "duplicate_identity")
 
 
 class Uplink:
@@ -196,7 +196,7 @@ class Uplink:
         return sum(lane.under_way for lane in self._lanes.values())
 
     def _read(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
-        if lane.reading or lane.to_send() > _AHEAD - _READ_AT_ONCE:
+        if not lane.may_read(_AHEAD - _READ_AT_ONCE):
             return
         found = lane.behind(*self._log.durable(lane.event_class))
         if found is None:
@@ -261,7 +261,7 @@ class Uplink:
         self._counters["envelopes"] += 1
         self._counters["records"] += packed.records
         self._counters["skipped"] += packed.skipped
-        self._counters["bytes"] += len(packed.data)
+        self._counters["bytes_sent"] += len(packed.data)
 
     async def _on_watermark(self, message: Message) -> None:
         marks = self._watermarks.read(message.data)

@@ -42,7 +42,7 @@ from edge_runtime.wire.messages import (
 _COUNTS = ("sent", "sampled_out", "redacted", "over_quota")
 _OMITTED = {reason: msgspec.Raw(codec.encode(code)) for code, reason in OMITTED.items()}
 _POSITION = struct.Struct("<QQ")
-_HASH_BYTES = 8
+_HASH_BYTES, _MASK = 8, (1 << 64) - 1
 
 
 class _Prediction(msgspec.Struct, array_like=True, tag=1):
@@ -155,7 +155,8 @@ def in_sample(epoch: int, seq: int, share: float) -> bool:
     """
     if share >= 1.0:
         return True
-    digest = hashlib.blake2b(_POSITION.pack(epoch, seq), digest_size=_HASH_BYTES).digest()
+    position = _POSITION.pack(epoch & _MASK, seq & _MASK)
+    digest = hashlib.blake2b(position, digest_size=_HASH_BYTES).digest()
     return int.from_bytes(digest, "little") < int(share * 2.0 ** (8 * _HASH_BYTES))
 
 

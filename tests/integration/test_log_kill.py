@@ -61,7 +61,7 @@ def tear(directory: Path, chance: random.Random) -> None:
         newest = max(directory.glob(f"{event_class}-*{SUFFIX}"), default=None)
         if newest is None:
             continue
-        data = newest.read_bytes()
+        data = newest.read_bytes().rstrip(b"\0")
         whole_frame = data[data.rindex(b"HWFR") :] if b"HWFR" in data else b"HWFR"
         half_frame = whole_frame[: chance.randrange(len(whole_frame))]
         newest.write_bytes(data + chance.choice([b"", chance.randbytes(300), half_frame]))
@@ -69,7 +69,7 @@ def tear(directory: Path, chance: random.Random) -> None:
 
 def check(log: EventLog, said: list[tuple[int, int, int]], seed: int) -> None:
     context = f"seed {seed}, said {said}"
-    assert log.epoch == said[-1][0] + 1, context
+    assert log.epoch > said[-1][0], context
     for event_class, column in (("event", 1), ("label", 2)):
         found: dict[int, list[int]] = {}
         for epoch, seq, data in log.tail(event_class, 0, 0):  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ class Notebook:
         if event.kind == "refuse":
             raise RequestError("unknown_kind", "kind 'refuse' is unknown", "kinds: scheduled")
         if event.kind == "full":
-            raise CapacityError("log_full", "the log is full")
+            raise CapacityError("log_closed", "the log is closed")
         self.seen.append((family, event.kind, event.time_s, event.fields))
         return len(self.seen)
 
@@ -255,7 +255,7 @@ def test_a_refused_request_fails_alone(tmp_path: Path) -> None:
             with pytest.raises(RequestError) as caught:
                 await second
             assert (caught.value.code, caught.value.hint) == ("unknown_kind", "kinds: scheduled")
-            with pytest.raises(CapacityError, match="log_full"):
+            with pytest.raises(CapacityError, match="log_closed"):
                 await third
             assert (await fourth).id == "EWR.3.2"
 
@@ -514,7 +514,7 @@ def test_predictions_of_one_family_share_a_run_and_fail_alone(tmp_path: Path) ->
             futures = [client.predict("delay", kind, 1.0, {}) for kind in kinds]
             found = await asyncio.gather(*futures, return_exceptions=True)
         codes = [getattr(each, "code", "ok") for each in found]
-        assert codes == ["ok", "unknown_kind", "ok", "log_full", "ok"]
+        assert codes == ["ok", "unknown_kind", "ok", "log_closed", "ok"]
         assert [each.id for each in found if hasattr(each, "id")] == [
             f"EWR.3.{n}" for n in (1, 2, 3)
         ]

@@ -100,6 +100,7 @@ def test_what_is_refused_goes_again_from_the_first_refused_once_nothing_is_under
     lane.refused(1, 20)
     lane.refused(1, 10)
     assert not lane.may_send()
+    assert not lane.may_read(8)
     assert not lane.settle()
     lane.under_way -= 2
     assert lane.settle()

@@ -89,6 +89,18 @@ def test_all_but_the_last_envelope_are_full(epoch: int) -> None:
     assert {len(piece.records) for piece in pieces[:-1]} == {len(pieces[0].records)}
 
 
+@pytest.mark.parametrize(("is_noise", "at_least"), [(True, 60_000), (False, 190_000)])
+def test_an_envelope_holds_more_where_records_deflate(*, is_noise: bool, at_least: int) -> None:
+    rng = random.Random(3)
+    records = [codec.encode(rng.randbytes(200) if is_noise else "x" * 200) for _ in range(5000)]
+    packing = packer(Shelf(records))
+
+    first, *_ = packing.pack("event", 4, packing.read("event", 4, 0, 5000, 2), 5000)
+    (second,) = packing.read("event", 4, first.last_seq, 5000, 1)
+
+    assert at_least < sum(map(len, second.records)) < at_least + 10_000
+
+
 def test_a_loss_alone_is_a_piece() -> None:
     assert drained(Shelf([], skipped=40), 4) == [Piece(40, "dropped", 41, [])]
 

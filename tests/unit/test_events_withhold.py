@@ -79,9 +79,11 @@ def test_a_label_goes_where_its_prediction_went(tmp_path: Path) -> None:
 def test_other_families_and_what_cannot_be_read_go_as_they_are(tmp_path: Path) -> None:
     withhold = withholding(tmp_path, sample=0.0, redact=["carrier"], bytes_per_day=1)
     records = [observation("other"), b"\xc1", codec.encode([99, "of the future"])]
+    odd = codec.encode(LabelRecord("flight_delay", -1, 1 << 63, 1.0, 2.0))
 
     assert kept(withhold, records) == records
-    assert set(counts(withhold).values()) == {0}
+    assert kept(withhold, [odd], base_seq=4) == [SAMPLED_OUT]
+    assert counts(withhold)["sent"] == counts(withhold)["over_quota"] == 0
 
 
 def test_redacted_fields_are_gone_and_all_else_is_as_it_was(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def open_runtime(config, tmp_path):
 
     def open_runtime(arm):
         own = msgspec.structs.replace(config, state_dir=tmp_path / f"state-{len(opened)}")
-        opened.append(Runtime.open(own, clock=ManualClock(NOW_S)))
+        opened.append(Runtime.open(own, clock=ManualClock(NOW_S), step=lambda: 1))
         opened[-1].swap("toy", [arm], plan_of(arm))
         return opened[-1]
 
@@ -273,12 +273,12 @@ def test_after_a_restart_a_window_that_the_snapshot_lacks_comes_from_the_log(
     config, write_package, load, open_runtime
 ):
     install(config, write_package, SHORT, KEYED)
-    with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         observe(runtime, stream(300))
     install(config, write_package, SHORT, EXTREME, KEYED, LONG, bias=1.0)
     always = open_runtime(load(SHORT, EXTREME, KEYED, LONG, bias=1.0))
     observe(always, stream(300))
-    with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         assert windows(runtime) == windows(always)
         assert runtime.statistics()["snapshots"]["replayed"] == 0
 
@@ -287,14 +287,14 @@ def test_without_package_and_snapshot_the_next_release_has_its_windows_from_the_
     config, write_package, load, open_runtime
 ):
     sha256 = install(config, write_package, SHORT)
-    with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         observe(runtime, stream(300))
     (config.state_dir / "windows.snapshot").unlink()
     (config.state_dir / "shelf" / "packages" / f"{sha256}.onnx").unlink()
     arm = load(SHORT, KEYED, bias=1.0)
     always = open_runtime(arm)
     observe(always, stream(300))
-    with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         assert not runtime.ready()
         adopted(runtime, arm)
         assert windows(runtime) == windows(always)

@@ -75,7 +75,7 @@ def opened(plan_of):
     """`opened(config, *arms)` is a device that serves them."""
 
     def opened(config, *arms):
-        runtime = Runtime.open(config, clock=ManualClock(NOW_S))
+        runtime = Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1)
         if arms:
             runtime.swap("toy", arms, plan_of(*arms))
         return runtime

@@ -57,7 +57,7 @@ def installed(config: EdgeConfig, write_package: WritePackage) -> EdgeConfig:
 
 
 def open_runtime(config: EdgeConfig) -> Runtime:
-    return Runtime.open(config, clock=ManualClock(NOW_S))
+    return Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1)
 
 
 def settle(runtime: Runtime) -> None:
@@ -361,27 +361,56 @@ def test_what_the_log_cannot_take_counts_as_dropped(installed: EdgeConfig) -> No
 
 
 def test_what_the_log_cannot_take_leaves_no_trace_in_the_windows(installed: EdgeConfig) -> None:
+    with open_runtime(installed) as runtime:
+        runtime.observe("toy", departed(NOW_S, 1.0))
+        pipeline = runtime._members["toy"].pipeline
+        before = pipeline.snapshot()
+        runtime.log.close()
+        with pytest.raises(CapacityError, match="log_closed"):
+            runtime.observe("toy", departed(NOW_S + 60, 1.0))
+        with pytest.raises(CapacityError, match="log_closed"):
+            runtime.predict("toy", scheduled(NOW_S + 60))
+        assert (pipeline.snapshot(), pipeline.newest_s) == (before, NOW_S)
+        assert runtime.log.handed_out("event") == 1
+        assert runtime.counters()["requests_dropped"] == 2
+
+
+def test_a_log_that_is_full_refuses_no_event_and_stays_within_its_bound(
+    installed: EdgeConfig,
+) -> None:
     small = msgspec.structs.replace(installed, log=LogConfig(bytes_max_mb=1))
     carrier = "x" * 1000
-
-    def fill(runtime: Runtime) -> None:
-        while True:
-            runtime.observe("toy", departed(NOW_S, 1.0, carrier))
-
     with open_runtime(small) as runtime:
-        pipeline = runtime._members["toy"].pipeline
-        with pytest.raises(CapacityError, match="log_full"):
-            fill(runtime)
-        before = pipeline.snapshot()
-        with pytest.raises(CapacityError, match="log_full"):
-            runtime.observe("toy", departed(NOW_S + 60, 1.0, carrier))
-        with pytest.raises(CapacityError, match="log_full"):
-            runtime.predict("toy", scheduled(NOW_S + 60, carrier))
-        assert (pipeline.snapshot(), pipeline.newest_s) == (before, NOW_S)
-        accepted = runtime.log.handed_out("event")
-        assert pipeline.statistics()["entries"] == 3 * accepted
-        assert runtime.counters()["observations"] == accepted
-        assert runtime.counters()["requests_dropped"] == 3
+        for number in range(1, 3001):
+            runtime.observe("toy", departed(NOW_S, 1.0, carrier))
+            if number % 100 == 0:
+                asyncio.run(runtime.log.wait_durable("event", number))
+        answer = runtime.predict("toy", scheduled(NOW_S + 60, carrier))
+        runtime.label(answer.id, 1.0)
+        assert runtime.counters()["requests_dropped"] == 0
+        assert runtime._members["toy"].pipeline.statistics()["entries"] > 3000
+        assert runtime.statistics()["log"]["bytes"] < 1.2 * (1 << 20)
+        assert runtime.statistics()["log"]["event_dropped"] > 1000
+
+
+def test_durable_returns_once_a_prediction_survives_a_power_cut(installed: EdgeConfig) -> None:
+    slow = msgspec.structs.replace(installed, log=LogConfig(linger_ms=1000, linger_max_ms=1000))
+
+    async def story() -> str:
+        answer = runtime.predict("toy", scheduled())
+        await runtime.durable(answer.id)
+        assert runtime.log.durable("event")[1] == 1
+        for unknown in (f"EWR.{runtime.epoch}.2", "JFK.1.1", "EWR.7.1"):
+            with pytest.raises(RequestError, match="unknown_prediction"):
+                await runtime.durable(unknown)
+        return answer.id
+
+    with open_runtime(slow) as runtime:
+        first = asyncio.run(story())
+    with open_runtime(slow) as runtime:
+        asyncio.run(runtime.durable(first))
+        with pytest.raises(RequestError, match="prediction_lost"):
+            asyncio.run(runtime.durable("EWR.1.2"))
 
 
 def test_a_state_directory_has_one_owner(installed: EdgeConfig) -> None:
@@ -393,4 +422,4 @@ def test_a_configuration_file_opens_a_runtime(installed: EdgeConfig, tmp_path: P
     path = tmp_path / "edge.toml"
     path.write_text('device="EWR"\nfamilies=["toy"]\nstate_dir="state"\nsocket="s"\n')
     with Runtime.open(path) as runtime:
-        assert runtime.predict("toy", scheduled()).id == "EWR.1.1"
+        assert runtime.predict("toy", scheduled()).id == f"EWR.{runtime.epoch}.1"

@@ -51,7 +51,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def runtime(config):
-    with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         yield runtime
 
 
@@ -147,7 +147,7 @@ def test_the_windows_are_what_the_log_says_in_its_order(runtime, load, config, t
 
     asyncio.run(mixed())
     again = msgspec.structs.replace(config, state_dir=tmp_path / "again")
-    with Runtime.open(again, clock=ManualClock(NOW_S)) as twin:
+    with Runtime.open(again, clock=ManualClock(NOW_S), step=lambda: 1) as twin:
         twin.swap("toy", [arm], plan_of(arm))
         for record in logged(runtime):
             twin._members["toy"].pipeline.replay(record.kind, record.time_s, record.fields)
@@ -183,7 +183,7 @@ def test_what_is_refused_or_given_up_leaves_no_trace(runtime, load, plan_of):
 def test_a_full_queue_refuses_by_name_and_logs_nothing(config, load, plan_of):
     tight = msgspec.structs.replace(config, inference=InferenceConfig(queue_max=1))
     arm = load()
-    with Runtime.open(tight, clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(tight, clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         runtime.swap("toy", [arm], plan_of(arm))
         found = asyncio.run(all_of(runtime, map(scheduled, range(20))))
         refused = [each for each in found if isinstance(each, CapacityError)]
@@ -318,7 +318,7 @@ def test_a_model_that_mixes_its_rows_is_run_row_by_row_wherever_it_runs(runtime,
 
 def test_a_device_that_closes_says_so_to_those_who_wait(config, load, plan_of):
     arm = load()
-    runtime = Runtime.open(config, clock=ManualClock(NOW_S))
+    runtime = Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1)
     runtime.swap("toy", [arm], plan_of(arm))
 
     async def ask():
@@ -338,7 +338,7 @@ def test_closing_beside_a_run_that_hangs_ends_and_keeps_all_that_was_answered(
     config, load, plan_of
 ):
     arm, gate, begun = load(), threading.Event(), threading.Event()
-    runtime = Runtime.open(config, clock=ManualClock(NOW_S))
+    runtime = Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1)
     runtime.swap("toy", [arm], plan_of(arm))
     Shelf(config.state_dir / "shelf").save_current(plan_of(arm))
 
@@ -364,7 +364,7 @@ def test_closing_beside_a_run_that_hangs_ends_and_keeps_all_that_was_answered(
     answers, ended, (_, waited) = asyncio.run(ask())
     assert ended
     assert waited.code == "closed"
-    with Runtime.open(config, clock=ManualClock(NOW_S)) as again:
+    with Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1) as again:
         assert again.survived()[0] == (1, "event", 5)
         records = [codec.decode_record(data) for _, _, data in again.log.tail("event", 0, 0)]
         assert [each.scored[0].outputs for each in records] == [each.outputs for each in answers]

@@ -56,7 +56,7 @@ def config(tmp_path, write_package):
 
 
 def opened(config):
-    return Runtime.open(config, clock=ManualClock(NOW_S))
+    return Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1)
 
 
 @pytest.fixture
@@ -177,26 +177,17 @@ def test_what_waits_for_a_label_is_bounded_and_the_oldest_is_forgotten(runtime):
     assert known(runtime, last_s)[0] == 2
 
 
-def test_where_the_log_is_full_of_events_a_label_is_kept_and_not_seen(config):
+def test_where_the_log_is_full_of_events_a_label_is_kept_and_seen(config):
     small = msgspec.structs.replace(config, log=LogConfig(bytes_max_mb=1))
     carrier = "x" * 1000
     with opened(small) as runtime:
         answer = runtime.predict("toy", scheduled())
-
-        def fill():
-            while True:
-                runtime.observe("toy", Event("departed", NOW_S, {"carrier": carrier, "delay": 1.0}))
-
-        with pytest.raises(CapacityError, match="log_full"):
-            fill()
-        while not isinstance(runtime.predict_many("toy", [scheduled()])[0], CapacityError):
-            pass
+        for _ in range(2000):
+            runtime.observe("toy", Event("departed", NOW_S, {"carrier": carrier, "delay": 1.0}))
         before = pipeline(runtime).snapshot()
-        dropped = runtime.counters()["requests_dropped"]
         runtime.label(answer.id, 1.0)
         assert runtime.log.handed_out("label") == 1
-        assert pipeline(runtime).snapshot() == before
-        assert runtime.counters()["requests_dropped"] == dropped + 1
+        assert pipeline(runtime).snapshot() != before
 
 
 def play(runtime, steps, seed, answers):

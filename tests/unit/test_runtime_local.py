@@ -71,7 +71,7 @@ def test_a_bare_file_answers_no_events_and_says_why(bare):
 
 def test_a_package_answers_events_labels_and_tensors(write_package):
     path, _ = write_package()
-    with Runtime.open(package=str(path), clock=ManualClock(NOW_S)) as runtime:
+    with Runtime.open(package=str(path), clock=ManualClock(NOW_S), step=lambda: 1) as runtime:
         answer = runtime.predict("toy", scheduled())
         assert answer.id == "local.1.1"
         assert answer.outputs == [pytest.approx(1 / (1 + math.exp(-0.999)), abs=1e-6)]

@@ -74,7 +74,7 @@ def follow(config):
 
 
 def opened(config):
-    return Runtime.open(config, clock=ManualClock(NOW_S))
+    return Runtime.open(config, clock=ManualClock(NOW_S), step=lambda: 1)
 
 
 def asked(runtime):
