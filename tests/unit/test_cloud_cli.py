@@ -116,13 +116,23 @@ def test_the_accounts_are_read_from_a_home_beside_the_learner_that_runs(learner,
     found = json.loads(done.stdout)
     assert found["balanced"] is True
     assert found["totals"] == {
-        "mark": 1014, "archived": 1004, "quarantined": 1, "dropped": 9,
+        "mark": 1014,
+        "archived": 1004,
+        "quarantined": 1,
+        "dropped": 9,
         "under_way": 490,
     }
     assert found["lanes"][0] == {
-        "device": "EWR", "epoch": 5, "class": "event", "mark": 1010, "archived": 1000,
-        "quarantined": 1, "dropped": {"dropped": 7, "sampled_out": 2}, "durable": 1500,
-        "under_way": 490, "prior": 3,
+        "device": "EWR",
+        "epoch": 5,
+        "class": "event",
+        "mark": 1010,
+        "archived": 1000,
+        "quarantined": 1,
+        "dropped": {"dropped": 7, "sampled_out": 2},
+        "durable": 1500,
+        "under_way": 490,
+        "prior": 3,
     }
     assert [lane["class"] for lane in found["lanes"]] == ["event", "label"]
 
