@@ -40,7 +40,8 @@ class WorldsAuc(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run measured. `events_answered` is what the client counted, `events_archived` a query.
+    """What a run measured. `events_answered` is what the client counted, `events_archived` what the
+    learner accepted and holds, counted again in its raw envelopes.
 
     `events_lost_in_linger` of them a SIGKILL took before they were durable. `elapsed_s` is the live
     part alone. `int8_gap_auc` is the float student's AUC minus that of its int8 form. `details`

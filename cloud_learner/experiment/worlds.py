@@ -2,10 +2,10 @@
 
 Why: "fresh and with windows is better" is a claim that one run must prove, side by side.
 
-The worlds are scored from the archive, each prediction once with its true label, by the code that
-serves: packages through the runner, features as they were logged. Frozen worlds keep the model of
-the bootstrap's period; the static ones see no window. The continual static world learns by the
-ordinary cycle and serves each of its releases at once, with no canary to wait for.
+The worlds are scored from the archive of examples, each once with its last final label, by the
+code that serves: packages through the runner, features as they were logged. Frozen worlds keep the
+model of the bootstrap's period; the static ones see no window. The continual static world learns by
+the ordinary cycle and serves each of its releases at once, with no canary to wait for.
 
 Invariants: the same archive content gives the same bits: rows are ordered by time, device and the
 order on the device, and nothing depends on epochs or wall time.
@@ -34,20 +34,19 @@ RELEASE_BATCHES = 4  # the continual static world serves a new release after so 
 REFERENCE_ROWS = 5000
 PROGRESS_BATCHES = 50
 
-_LABELLED = """
-SELECT p.device, p.epoch, p.seq, p.time_s, p.features, p.score, l.label_value, l.time_s AS known_s
-FROM records p JOIN records l
-  ON l.type = 'label' AND l.final AND l.device = p.device AND l.family = p.family
- AND l.label_epoch = p.epoch AND l.label_seq = p.seq
-WHERE p.type = 'prediction' AND p.family = '{family}'
-ORDER BY p.time_s, p.device, p.epoch, p.seq
+_EXAMPLES = """
+SELECT device, time_s, label_time_s, features, label, scored[1].outputs[1] AS served
+FROM examples
+WHERE family = '{family}' AND spec = '{spec}' AND final
+QUALIFY row_number() OVER (PARTITION BY device, epoch, seq ORDER BY revision DESC) = 1
+ORDER BY time_s, device, epoch, seq
 """
 
 Progress = Callable[[str], None]
 
 
 class History(msgspec.Struct, frozen=True):
-    """All labelled predictions of the archive in order; arrays share their first dimension."""
+    """All examples of the archive in order, as they stand now; arrays share the first dimension."""
 
     devices: list[str]
     times_s: npt.NDArray[np.float64]
@@ -60,17 +59,18 @@ class History(msgspec.Struct, frozen=True):
         return len(self.labels)
 
 
-def history(archive: Archive, files: list[str], family: Family) -> History:
-    """Read the archive's labelled predictions."""
-    table: Any = archive.query(_LABELLED.format(family=family.name), files).fetchnumpy()
-    features = np.frombuffer(b"".join(bytes(each) for each in table["features"]), "<f4")
+def history(archive: Archive, family: Family) -> History:
+    """Read the archive's examples of the family as it is; those of other feature specs are left."""
+    sql = _EXAMPLES.format(family=family.name, spec=family.spec.hash)
+    table: Any = archive.query(sql).fetchnumpy()
+    features = np.concatenate([np.empty(0, np.float32), *table["features"]])
     return History(
         devices=[str(name) for name in table["device"]],
         times_s=np.asarray(table["time_s"], np.float64),
-        known_s=np.asarray(table["known_s"], np.float64),
-        features=features.reshape(-1, family.spec.size).astype(np.float32),
-        labels=np.asarray(table["label_value"], np.float32),
-        served=np.asarray(table["score"], np.float64),
+        known_s=np.asarray(table["label_time_s"], np.float64),
+        features=features.astype(np.float32).reshape(-1, family.spec.size),
+        labels=np.asarray(table["label"], np.float32),
+        served=np.asarray(table["served"], np.float64),
     )
 
 

@@ -36,11 +36,12 @@ from cloud_learner.evaluate.offline import is_held_out, load_set, probabilities
 from cloud_learner.experiment import worlds
 from cloud_learner.experiment.replay import read_rows
 from cloud_learner.simulate.live import Live
+from cloud_learner.simulate.recount import recount
 from cloud_learner.simulate.watch import quantiles
 from cloud_learner.stats.scores import auc
 from cloud_learner.store.archive import Archive
-from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
+from cloud_learner.store.raw import RawLog
 from cloud_learner.train.family import Family, load_module
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.runner import Runner
@@ -130,9 +131,8 @@ def _time_s(day: str) -> float:
 
 
 def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Console) -> Report:
-    archive, database = Archive(home.archive), IngestDb(home.ingest_db)
-    files = database.files()
-    past = worlds.history(archive, files, family)
+    archive, raw = Archive(home.archive), RawLog(home.raw)
+    past = worlds.history(archive, family)
     origin = home.origin()
     first = home.registry / f"{origin.sha256}.onnx"
 
@@ -151,23 +151,19 @@ def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Consol
     counted = past.times_s >= origin.learned_through_s
     overall = {name: auc(past.labels[counted], s[counted]) for name, s in scores.items()}
     series = _series(past, scores, overall, counted)
-    quality_figure(series, _releases(archive, files, home), var / "report.svg")
-    # Windows over labels log each label once more; what was answered is counted without those.
-    ((archived,),) = archive.query(
-        "SELECT count(*) FROM records WHERE kind IS DISTINCT FROM 'label'", files
-    ).fetchall()
+    quality_figure(series, _releases(archive, home), var / "report.svg")
+    archived = recount(raw.replay())
     float_gap, teacher_gap = _gaps(family, home, past, counted)
     archive.close()
-    database.close()
+    raw.close()
     return _report(live, WorldsAuc(**overall), archived, float_gap, teacher_gap)
 
 
-def _releases(archive: Archive, files: list[str], home: Home) -> list[ReleaseMark]:
+def _releases(archive: Archive, home: Home) -> list[ReleaseMark]:
     """When each decided release began to serve everywhere, or answered last."""
     table = archive.query(
-        "SELECT release, arm, min(time_s), max(time_s) FROM records"
-        " WHERE type = 'prediction' GROUP BY ALL",
-        files,
+        "SELECT scored[1].release, scored[1].arm, min(time_s), max(time_s) FROM examples"
+        " GROUP BY ALL"
     ).fetchall()
     begun = {release: low for release, arm, low, _ in table if arm == "stable"}
     last = {release: high for release, arm, _, high in table if arm == "canary"}
@@ -253,6 +249,7 @@ def _report(
             "faults": {name: row.state for name, row in faults.items()},
             "player": counts,
             "learner": learner,
+            "learner_archived": status.events_archived,
             "freshness_s": status.freshness_s,
             "decisions": live.watch.detail["rollout"]["decisions"],
         },

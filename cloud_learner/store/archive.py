@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from datetime import date
 from pathlib import Path
@@ -109,7 +109,7 @@ class Archive:
                 if path.parent not in self._known:
                     make_durable(path.parent)
                     self._known.add(path.parent)
-                self._at("folder made")
+                self._at("place made")
                 os.replace(temporary, path)
                 self._at("renamed")
                 fsync_directory(path.parent)
@@ -119,8 +119,8 @@ class Archive:
             raise
 
     def adopt(self, names: Collection[str]) -> list[str]:
-        """Remove the files that no transaction names, and return what was removed; finish a
-        compaction whose transaction was committed, and forget one whose was not.
+        """Finish a compaction whose transaction was committed, and forget one whose was not; then
+        remove the files that no transaction names, and return which those were.
 
         Raises: ConfigError `archive_incomplete` when a named file is absent; then nothing was
         changed. CapacityError `disk_full` when a compaction cannot be finished.
@@ -240,12 +240,15 @@ class Archive:
 
 def _by_day(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """The examples by the folder that they belong to, each in its order."""
-    folders: dict[str, list[Example]] = {}
+    parts: dict[tuple[int, str], list[Example]] = defaultdict(list)
     for day, example in zip(parquet.days_of(examples).tolist(), examples, strict=True):
-        family = quote(example.family, safe="")
-        folder = f"family={family}/day={date.fromordinal(day + _EPOCH).isoformat()}"
-        folders.setdefault(folder, []).append(example)
-    return folders
+        parts[day, example.family].append(example)
+    return {_folder(*key): part for key, part in parts.items()}
+
+
+def _folder(day: int, family: str) -> str:
+    name = quote(family, safe="")
+    return f"family={name}/day={date.fromordinal(day + _EPOCH).isoformat()}"
 
 
 def _by_number(name: str) -> str:

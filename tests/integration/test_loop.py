@@ -15,8 +15,8 @@ from cloud_learner.bootstrap import bootstrap
 from cloud_learner.config import Home
 from cloud_learner.experiment.replay import read_rows
 from cloud_learner.simulate.live import Live
-from cloud_learner.store.archive import Archive
-from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.simulate.recount import recount
+from cloud_learner.store.raw import RawLog
 from cloud_learner.train.family import Family, load_module
 
 FAMILY = Path(__file__).parents[2] / "models" / "flight_delay"
@@ -81,10 +81,7 @@ def played(tmp_path_factory):
         "forge learner alone": utc("2013-01-10T20:00"),
     }
     asyncio.run(live.run(rows, DEVICES, times))
-    archive, database = Archive(home.archive), IngestDb(home.ingest_db)
-    ((archived,),) = archive.query("SELECT count(*) FROM records", database.files()).fetchall()
-    archive.close()
-    database.close()
+    archived = recount(RawLog(home.raw).replay())
     lines = (home.lineage / "lineage.jsonl").read_text().splitlines()
     return Played(live, home, archived, [json.loads(line) for line in lines])
 
@@ -94,6 +91,7 @@ def test_what_the_application_counted_is_in_the_archive_but_for_what_the_kill_to
 
     assert counts["predictions"] > 3000
     assert counts["events_answered"] == played.archived + counts["events_lost_in_linger"]
+    assert played.live.watch.status.events_archived == played.archived
     assert counts["refused"] == {}
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from cloud_learner.experiment.worlds import History, _batches, frozen, history, static_worlds
-from cloud_learner.store.archive import Archive, ArchivedRecord
+from cloud_learner.store.archive import Archive
+from cloud_learner.store.examples import Example
 from cloud_learner.train.family import Family
-from edge_runtime.wire import codec
-from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Scored
+from edge_runtime.wire.messages import Scored
 
 
 @pytest.fixture(scope="module")
@@ -34,42 +34,58 @@ def past(count, known_after_s=5.0):
     )
 
 
-def test_history_joins_predictions_with_their_final_labels_in_order(family, tmp_path):
-    def prediction(time_s, kind_family="coin"):
-        features = np.array([1, time_s, 0], "<f4").tobytes()
-        scored = [Scored("r1", "stable", [time_s / 100])]
-        fields = {"side": "left", "x": 1.0}
-        return PredictionRecord(
-            kind_family, "asked", time_s, fields, family.spec.hash, features, 1.0, scored
+def test_history_is_each_example_once_in_order_as_it_stands_now(family, tmp_path):
+    def example(device, seq, time_s, label=1.0, **other):
+        plain = Example(
+            device=device,
+            epoch=1,
+            seq=seq,
+            family="coin",
+            time_s=time_s,
+            label_time_s=time_s + 5,
+            features=np.array([1, time_s, 0], "<f4").tobytes(),
+            spec=family.spec.hash,
+            label=label,
+            propensity=1.0,
+            scored=[Scored("r2", "canary", [time_s / 100]), Scored("r1", "stable", [1.0])],
+            arrived_s=0.0,
+            matured_s=0.0,
         )
+        return msgspec.structs.replace(plain, **other)
 
-    def archived(device, event_class, seq, record):
-        return ArchivedRecord(device, 1, event_class, seq, record, codec.encode(record), 0.0)
-
-    records = [
-        archived("b", "event", 1, prediction(20.0)),
-        archived("a", "event", 1, prediction(30.0)),
-        archived("a", "event", 2, prediction(10.0)),
-        archived("a", "event", 3, prediction(40.0)),  # labelled only provisionally
-        archived("a", "event", 4, prediction(50.0, "other")),
-        archived("b", "label", 1, LabelRecord("coin", 1, 1, 1.0, 25.0)),
-        archived("a", "label", 1, LabelRecord("coin", 1, 1, 0.0, 35.0)),
-        archived("a", "label", 2, LabelRecord("coin", 1, 2, 1.0, 15.0)),
-        archived("a", "label", 3, LabelRecord("coin", 1, 3, 1.0, 45.0, final=False)),
-        archived("a", "label", 4, LabelRecord("other", 1, 4, 1.0, 55.0)),
-    ]
     archive = Archive(tmp_path / "archive")
-    name = archive.write(records, 1)
+    first = [
+        example("b", 1, 20.0),
+        example("a", 1, 30.0),
+        example("a", 2, 10.0, final=False),
+        example("a", 3, 40.0, final=False),  # labelled only provisionally
+        example("a", 4, 50.0, family="other"),
+        example("a", 5, 60.0, spec="another", features=bytes(4)),
+    ]
+    amended = [
+        example("a", 1, 30.0, label=0.0, label_time_s=90.0, revision=2),
+        example("a", 1, 30.0, revision=1),
+        example("a", 2, 10.0, revision=1),
+    ]
+    archive.write(first, 1)
+    archive.write(amended, 2)
 
-    found = history(archive, [name], family)
+    found = history(archive, family)
 
     assert found.devices == ["a", "b", "a"]
     assert found.times_s.tolist() == [10.0, 20.0, 30.0]
-    assert found.known_s.tolist() == [15.0, 25.0, 35.0]
+    assert found.known_s.tolist() == [15.0, 25.0, 90.0]
     assert found.labels.tolist() == [1.0, 1.0, 0.0]
     assert found.features[:, 1].tolist() == [10.0, 20.0, 30.0]
     assert found.served.tolist() == [0.1, 0.2, 0.3]
     archive.close()
+
+
+def test_no_examples_are_an_empty_history(family, tmp_path):
+    found = history(Archive(tmp_path / "archive"), family)
+
+    assert len(found) == 0
+    assert found.features.shape == (0, family.spec.size)
 
 
 def test_a_frozen_world_answers_every_row_with_its_one_package(write_package):
