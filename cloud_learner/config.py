@@ -34,7 +34,6 @@ class Home:
         self.registry = root / "registry"
         self.lineage = root / "lineage"
         self.ingest_db = root / "ingest"
-        self.raw = root / "raw"
         self.campaign = root / "campaign.json"
         self.checkpoint = root / "checkpoint.pt"
         self.graph = root / "graph.onnx"

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -60,49 +61,56 @@ def all_fine(
 
     An omitted record is fine when its key is known.
     """
-    whole = [record for record in records if not isinstance(record, int)]
-    if len(whole) < len(records) and not OMITTED.keys() >= {
-        record for record in records if isinstance(record, int)
-    }:
-        return False
-    if not whole:
-        return True
-    times = [record.time_s for record in whole]
-    # A sum shows a NaN, which the comparisons of min and max may pass over.
-    if not (math.isfinite(sum(times)) and min(times) >= TIME_S_MIN and max(times) < TIME_S_MAX):
-        return False
-    kinds = set(map(type, whole))
+    kinds = set(map(type, records))
+    if int in kinds:
+        if not OMITTED.keys() >= {record for record in records if type(record) is int}:
+            return False
+        records = [record for record in records if type(record) is not int]
+        kinds.discard(int)
     if event_class == "label":
-        return kinds == {LabelRecord} and _labels_fine(cast("list[LabelRecord]", whole))
+        return not kinds or (kinds == {LabelRecord} and _labels_fine(records))
     if LabelRecord in kinds:
         return False
-    asked = [record for record in whole if isinstance(record, PredictionRecord)]
-    return not asked or _predictions_fine(asked, widths)
+    if ObservationRecord in kinds:
+        seen = [record for record in records if type(record) is ObservationRecord]
+        records = [record for record in records if type(record) is PredictionRecord]
+        if not _times_fine([record.time_s for record in seen]):
+            return False
+    return not records or _predictions_fine(records, widths)
 
 
-def _labels_fine(labels: list[LabelRecord]) -> bool:
+def _times_fine(times: Sequence[float]) -> bool:
+    # A sum shows a NaN, which the comparisons of min and max may pass over.
+    return math.isfinite(sum(times)) and min(times) >= TIME_S_MIN and max(times) < TIME_S_MAX
+
+
+def _labels_fine(labels: Sequence[Any]) -> bool:
     numbers = [label.seq for label in labels] + [label.epoch for label in labels]
     return (
-        math.isfinite(sum([label.value for label in labels]))
+        _times_fine([label.time_s for label in labels])
+        and math.isfinite(sum([label.value for label in labels]))
         and min(numbers) > 0
         and max(numbers) <= NUMBER_MAX
     )
 
 
-def _predictions_fine(asked: list[PredictionRecord], widths: Mapping[str, int]) -> bool:
-    features = [record.features for record in asked]
-    for spec, size in {(record.spec, len(record.features)) for record in asked}:
+def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
+    parts = [(r.time_s, r.spec, r.features, r.propensity, r.scored) for r in asked]
+    times, specs, features, chances, scored = zip(*parts, strict=True)
+    for spec, size in set(zip(specs, map(len, features), strict=True)):
         if size % 4 or size != 4 * widths.get(spec, size // 4):
             return False
-    if not np.isfinite(np.frombuffer(b"".join(features), "<f4")).all():
-        return False
-    chances = [record.propensity for record in asked]
-    if not (min(chances) > 0 and max(chances) <= 1 and math.isfinite(sum(chances))):
-        return False
-    if not all(record.scored for record in asked):
-        return False
-    outputs = [scored.outputs for record in asked for scored in record.scored]
-    return all(outputs) and math.isfinite(sum(map(sum, outputs)))
+    outputs = [arm.outputs for arms in scored for arm in arms]
+    return (
+        _times_fine(times)
+        and bool(np.isfinite(np.frombuffer(b"".join(features), "<f4")).all())
+        and min(chances) > 0
+        and max(chances) <= 1
+        and math.isfinite(sum(chances))
+        and all(scored)
+        and all(outputs)
+        and math.isfinite(sum(chain.from_iterable(outputs)))
+    )
 
 
 def _label_refusal(record: LabelRecord) -> str:

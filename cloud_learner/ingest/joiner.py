@@ -34,9 +34,12 @@ from cloud_learner.store.ingest_state import (
     Lane,
     Row,
     id_of,
+    is_unlabelled,
+    labelled,
     lane_prefix,
-    pending_row,
+    pending_rows,
     prediction_key,
+    time_of,
 )
 from cloud_learner.store.rocks import Transaction
 from cloud_learner.store.runs import SETTLE, Waiting
@@ -151,24 +154,23 @@ class Joiner:
 
     def _predict(self, portion: Portion) -> None:
         device, epoch, _ = portion.lane
-        prefix, first = lane_prefix(device, epoch), portion.first_seq
-        family, rows = self._rules.family, {}
-        earliest_s = float("inf")
-        for place, record in enumerate(portion.records):
-            if type(record) is not PredictionRecord:
-                continue
-            if record.family != family:
-                self.counters["other_family"] += 1
-                continue
-            earliest_s = min(earliest_s, record.time_s)
-            rows[prefix + (first + place).to_bytes(8, "big")] = pending_row(record.time_s, place)
-        if not rows:
+        family = self._rules.family
+        places = [
+            place
+            for place, record in enumerate(portion.records)
+            if type(record) is PredictionRecord and record.family == family
+        ]
+        asked = sum([type(record) is PredictionRecord for record in portion.records])
+        self.counters["other_family"] += asked - len(places)
+        if not places:
             return
-        self.counters["pending"] += len(rows)
-        self._waiting.fresh.update(rows)
+        prefix, first = lane_prefix(device, epoch), portion.first_seq
+        times_s = [portion.records[place].time_s for place in places]  # type: ignore[union-attr]
+        self._waiting.fresh.update(pending_rows(prefix, first, places, times_s))
+        self.counters["pending"] += len(places)
         run = prediction_key(prefix, first)
         self._waiting.add_run(run, first + len(portion.records) - 1, portion.envelope)
-        self._waiting.file(SETTLE, earliest_s, run)
+        self._waiting.file(SETTLE, min(times_s), run)
 
     def _move(self, lane: Lane, now_s: float) -> None:
         """Note how far a lane is; early labels up to there join, or will meet no prediction."""
@@ -190,29 +192,37 @@ class Joiner:
 
     def _label(self, portions: list[Portion]) -> None:
         """Labels, all of a commit at once: one look at what they speak of, in the order of keys."""
-        found: list[tuple[bytes, LabelRecord, float]] = []
+        keys: list[bytes] = []
+        labels: list[Label] = []
         family = self._rules.family
         for portion in portions:
             start, arrived_s = portion.lane[0].encode() + b"\0", portion.arrived_s
-            for record in portion.records:
-                if type(record) is not LabelRecord:
-                    continue
-                if record.family != family:
-                    self.counters["other_family"] += 1
-                    continue
-                named = start + record.epoch.to_bytes(8, "big") + record.seq.to_bytes(8, "big")
-                found.append((named, record, arrived_s))
-        rows = self._waiting.rows([key for key, _, _ in found])
-        fresh = self._waiting.fresh
-        for key, record, arrived_s in found:
-            if not record.final:
-                self.counters["labels_provisional"] += 1
-            label = Label(record.value, record.time_s, record.final, arrived_s)
+            ours = [r for r in portion.records if type(r) is LabelRecord and r.family == family]
+            said = sum([type(record) is LabelRecord for record in portion.records])
+            self.counters["other_family"] += said - len(ours)
+            keys += [start + r.epoch.to_bytes(8, "big") + r.seq.to_bytes(8, "big") for r in ours]
+            labels += [Label(r.value, r.time_s, r.final, arrived_s) for r in ours]
+        self.counters["labels_provisional"] += sum([not label.final for label in labels])
+        rows, fresh = self._waiting.rows(keys), self._waiting.fresh
+        for key, label in zip(keys, labels, strict=True):
             data = fresh.get(key) or rows.get(key)
             if data is None:
                 self._keep_early(key, label)
+            elif is_unlabelled(data):
+                self._attach_first(key, data, label)
             else:
                 self._attach(key, Row.unpacked(data), label)
+
+    def _attach_first(self, key: bytes, data: bytes, label: Label) -> None:
+        """What `_attach` does for nearly all labels, without taking the row apart."""
+        matures_s = time_of(data) + self._rules.label_window_s
+        if label.time_s > matures_s:
+            self.counters["labels_late"] += 1
+            return
+        self.counters["labels_joined"] += 1
+        self._waiting.fresh[key] = labelled(data, label)
+        if matures_s < self.clock.now_s:
+            self._touched.add(run_of(key, Row.unpacked(data)))
 
     def _attach(self, key: bytes, row: Row, label: Label) -> None:
         if row.state != PENDING:

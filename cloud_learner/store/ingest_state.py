@@ -15,8 +15,10 @@ Knows nothing about databases, envelopes or how a state is decided.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 
 import msgspec
+import numpy as np
 
 from cloud_learner.store.examples import Example
 from edge_runtime.wire.messages import EventClass
@@ -28,8 +30,11 @@ Lane = tuple[str, int, EventClass]
 
 _NEVER_S = float("-inf")
 _ROW = struct.Struct("<dBI")  # time, state, place in the run
+_ROWS = np.dtype([("time_s", "<f8"), ("state", "u1"), ("place", "<u4")])
 _LABEL = struct.Struct("<dd?d")
 _REVISION = struct.Struct("<I")
+_FIRST = _REVISION.pack(0)
+_STATE_AT = 8
 _MOMENT = struct.Struct(">d")
 _SIGN, _ALL = 1 << 63, (1 << 64) - 1
 _CLASS_BYTE: dict[EventClass, bytes] = {"event": b"e", "label": b"l"}
@@ -87,7 +92,7 @@ class Row(msgspec.Struct, gc=False):
     revision: int = 0
 
     def packed(self) -> bytes:
-        """The row as it is stored; `pending_row` makes the same of a new one, faster."""
+        """The row as it is stored; `pending_rows` makes the same of new ones."""
         head = _ROW.pack(self.time_s, self.state, self.place)
         if self.label is None:
             return head
@@ -103,9 +108,35 @@ class Row(msgspec.Struct, gc=False):
         return cls(time_s, state, place, Label.unpacked(data, _ROW.size), revision)
 
 
-def pending_row(time_s: float, place: int) -> bytes:
-    """The stored row of a prediction that was just taken in."""
-    return _ROW.pack(time_s, PENDING, place)
+def pending_rows(
+    prefix: bytes, first_seq: int, places: Sequence[int], times_s: Sequence[float]
+) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and stored rows of the predictions of a run that were just taken in.
+
+    Each lies at a place after `first_seq`; all of them at once, for there are many.
+    """
+    rows = np.zeros(len(places), _ROWS)
+    rows["time_s"], rows["state"], rows["place"] = times_s, PENDING, places
+    seqs = (np.asarray(places, ">u8") + first_seq).astype(">u8").tobytes()
+    packed, size = rows.tobytes(), _ROW.size
+    for at in range(len(places)):
+        yield prefix + seqs[8 * at : 8 * at + 8], packed[size * at : size * (at + 1)]
+
+
+def is_unlabelled(row: bytes) -> bool:
+    """Whether a stored row is of a prediction that waits, with no label yet."""
+    return len(row) == _ROW.size and row[_STATE_AT] == PENDING
+
+
+def time_of(row: bytes) -> float:
+    """The time of the prediction of a stored row."""
+    time_s: float = _ROW.unpack_from(row)[0]
+    return time_s
+
+
+def labelled(row: bytes, label: Label) -> bytes:
+    """The stored row of an unlabelled prediction, with its label."""
+    return row + label.packed() + _FIRST
 
 
 class Meta(msgspec.Struct, array_like=True):

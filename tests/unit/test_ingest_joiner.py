@@ -325,6 +325,110 @@ def test_examples_that_mature_together_leave_in_order_of_time_device_and_number(
     assert [row[:2] for row in world.commit(*last)] == [("B", 2), ("A", 1), ("A", 2), ("B", 1)]
 
 
+def test_what_has_no_label_is_a_negative_example_where_the_family_says_so(new_world):
+    world = new_world(expiry="negative")
+    world.commit(world.predict(10.0), world.label(9, 10.0))
+    assert world.commit(world.observe(111.0), world.label(9, 111.0)) == [("A", 1, 0.0)]
+    (example,) = world.examples
+    assert (example.label_time_s, example.final, example.matured_s) == (110.0, False, 1000.0)
+    assert (world.count("expired"), world.count("examples"), world.count("pending")) == (1, 1, 0)
+
+
+def released(new_world, **options):
+    """A world in which the one example, of the label 1.0, is out; its window ended at 110 s."""
+    world = new_world(**options)
+    world.commit(world.predict(10.0), world.label(1, 20.0))
+    assert world.commit(world.observe(150.0), world.label(9, 150.0)) == [("A", 1, 1.0)]
+    return world
+
+
+def test_a_label_that_comes_after_the_release_amends_the_example(new_world):
+    world = released(new_world, amend_s=50.0)
+    assert world.commit(world.label(1, 160.0, 0.25)) == []
+    (again,) = world.joiner.amended
+    assert (again.id, again.label, again.label_time_s, again.revision) == (
+        *(world.examples[0].id, 0.25),
+        *(160.0, 1),
+    )
+    assert again.features == world.examples[0].features
+    world.commit(world.label(1, 160.0, 0.75))
+    assert [(each.label, each.revision) for each in world.joiner.amended] == [(0.75, 2)]
+    assert (world.count("amended"), world.count("examples")) == (2, 1)
+    world.commit()
+    assert world.joiner.amended == []
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ((160.0, 1.0, True), "it says the same"),
+        ((160.0, 0.5, False), "a provisional one never beats a final one"),
+        ((161.0, 0.5, True), "it happened too late"),
+    ],
+)
+def test_a_label_that_changes_nothing_after_the_release_amends_nothing(new_world, label, why):
+    world = released(new_world, amend_s=50.0)
+    time_s, value, final = label
+    world.commit(world.label(1, time_s, value, final=final))
+    assert world.joiner.amended == [], why
+    assert (world.count("amended"), world.count("labels_after_release")) == (0, 1)
+
+
+def test_no_label_amends_what_may_be_amended_no_longer(new_world):
+    world = released(new_world, amend_s=50.0)
+    world.commit(world.observe(160.5), world.label(9, 160.5))
+    world.commit(world.label(1, 20.0, 0.5))
+    assert (world.joiner.amended, world.count("labels_after_release")) == ([], 1)
+
+
+def test_a_label_amends_a_negative_example_that_had_none(new_world):
+    world = new_world(expiry="negative", amend_s=50.0)
+    world.commit(world.predict(10.0), world.label(9, 10.0))
+    world.commit(world.observe(111.0), world.label(9, 111.0))
+    world.restart()
+    world.commit(world.label(1, 120.0, 1.0))
+    assert [(each.label, each.revision) for each in world.joiner.amended] == [(1.0, 1)]
+
+
+def test_what_is_settled_long_ago_is_forgotten_and_leaves_nothing(new_world):
+    world = new_world()
+    world.commit(*[world.predict(float(at)) for at in range(20)], world.label(3, 5.0))
+    world.commit(world.observe(1000.0), world.label(9, 1000.0))
+    world.restart()
+    world.commit(world.observe(2000.0), world.label(9, 2000.0))
+    left = {
+        table: list(world.db.rocks.scan(table, b"", b"\xff")) for table in ("rows", "runs", "due")
+    }
+    assert left == {"rows": [], "runs": [], "due": []}
+    world.commit(world.label(3, 5.0))
+    assert world.count("labels_unknown") == 2
+
+
+def test_of_two_early_labels_the_final_one_waits(new_world):
+    world = new_world()
+    world.commit(world.label(1, 20.0, 0.3), world.label(1, 21.0, 0.4, final=False))
+    world.restart()
+    world.commit(world.label(1, 22.0, 0.5, final=False))
+    assert (world.count("labels_waiting"), world.count("labels_early")) == (1, 3)
+    world.commit(world.predict(10.0))
+    assert world.commit(world.observe(300.0), world.label(9, 300.0)) == [("A", 1, 0.3)]
+
+
+def test_what_waits_for_its_device_waits_through_a_restart(new_world):
+    world = new_world()
+    world.commit(world.observe(0.0, "B"), world.observe(0.0))
+    world.quiet()
+    world.commit(world.observe(1000.0), world.label(9, 1000.0))
+    world.commit(world.predict(20.0, "B"), world.predict(30.0, "B"))
+    world.restart()
+    world.quiet()
+    world.commit(world.label(1, 1001.0), world.observe(119.0, "B"))
+    assert (world.count("expired"), world.count("pending")) == (0, 2)
+    world.commit(world.observe(120.5, "B"))
+    assert (world.count("expired"), world.count("pending")) == (1, 1)
+    assert world.commit(world.label(3, 40.0, 0.5, device="B")) == [("B", 3, 0.5)]
+
+
 def history(draw_delays):
     """Two devices, a prediction every 7 s each; `draw_delays` are label delays, None for none."""
     lanes: dict = {(device, kind): [] for device in "AB" for kind in ("event", "label")}
