@@ -30,12 +30,11 @@ class Home:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.archive = root / "archive"
+        self.archive = root / "examples"  # `archive` held records, up to release 0.1
         self.raw = root / "raw"
         self.registry = root / "registry"
         self.lineage = root / "lineage"
         self.ingest_db = root / "ingest"
-        self.raw = root / "raw"
         self.campaign = root / "campaign.json"
         self.checkpoint = root / "checkpoint.pt"
         self.graph = root / "graph.onnx"

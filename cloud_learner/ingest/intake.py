@@ -160,6 +160,11 @@ class Intake:
         """The committed batches, and the examples for batches, above what was `reached` once."""
         return list(self._db.batches_after(batch)), self._db.examples_after(released)
 
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """The rows of a query of the view `examples`: of what lies in files."""
+        rows: list[tuple[Any, ...]] = self._archive.query(sql, self._db.files()).fetchall()
+        return rows
+
     def batches_after(self, number: int) -> Iterator[Batch]:
         """The committed batches above `number`, in order."""
         return self._db.batches_after(number)

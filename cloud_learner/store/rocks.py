@@ -221,7 +221,9 @@ def _options(table: Table, cache: Cache) -> Options:
         options.set_enable_blob_files(True)
         options.set_min_blob_size(_BLOB_FROM_BYTES)
         options.set_blob_compression_type(DBCompressionType.lz4())
-        options.set_enable_blob_gc(True)
+        # What is large lives and dies in about the order in which it came, so its files empty by
+        # themselves; to collect garbage would write the oldest quarter again at each compaction.
+        options.set_enable_blob_gc(False)
     return options
 
 

@@ -35,6 +35,7 @@ from edge_runtime.wire.messages import (
     Mark,
     ObservationRecord,
     PredictionRecord,
+    Report,
     Scored,
 )
 
@@ -440,6 +441,89 @@ def test_a_commit_that_was_not_written_leaves_nothing_behind(tmp_path):
     second.close()
     assert (commit.counters["predictions"], commit.counters["duplicates"]) == (8, 4)
     assert commit.done == ["token"]
+
+
+class Purged:
+    """A bus that says when it has dropped anything."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.dropped = asyncio.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._bus, name)
+
+    async def purge(self, stream):
+        number = await self._bus.purge(stream)
+        if number:
+            self.dropped.set()
+        return number
+
+
+def test_the_broker_lets_go_of_what_is_acknowledged(tmp_path):
+    async def scenario(broker, bus):
+        purged = Purged(bus)
+        events, _ = life(8)
+        for at in range(4):
+            await send(bus, events[2 * at : 2 * at + 2], base_seq=2 * at + 1)
+        learner = Learner(purged, tmp_path)
+        await learner.until_count("predictions", 8)
+        async with asyncio.timeout(WAIT_S):
+            await purged.dropped.wait()
+        assert list(broker.streams[subjects.EVENTS_STREAM].messages) == []
+        assert learner.count("purged") == 4
+        await learner.close()
+
+    play(scenario)
+
+
+def test_what_is_compressed_lost_or_omitted_comes_through(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        events, _ = life(100)
+        raws = [msgspec.Raw(codec.encode(each)) for each in events]
+        raws[50] = msgspec.Raw(msgspec.msgpack.encode(1))
+        data, headers = codec.pack_envelope(
+            Envelope(WIRE_VERSION, "EWR", 1, "event", 11, raws, 10, "dropped")
+        )
+        assert headers
+        await bus.publish(subjects.events("EWR", "event"), data, headers=headers)
+        await learner.until_count("predictions", 99)
+        await until_told(bus, [Mark(1, "event", 110)])
+        assert learner.ingest.totals["dropped"] == 11
+        await learner.close()
+        (raw,) = raw_messages(tmp_path)
+        assert (raw.data, raw.encoding) == (data, "deflate")
+
+    play(scenario)
+
+
+def test_where_a_device_says_it_ends_is_in_the_accounts(tmp_path):
+    async def scenario(broker, bus):
+        learner = Learner(bus, tmp_path)
+        await send(bus, [observation(1.0)])
+        await learner.until_count("observations", 1)
+        learner.ingest.hear(report("EWR", [Mark(1, "event", 5)]))
+        await learner.until(lambda: learner.ingest.totals["under_way"] == 4)
+        assert read_accounts(tmp_path / "db")["EWR", 1, "event"].durable == 5
+        await learner.close()
+
+    play(scenario)
+
+
+def report(device, durable):
+    zeros = {"counters": {}, "refused": {}, "predict_us": [], "log_bytes": 0, "log_pending": 0}
+    return Report(
+        version=WIRE_VERSION,
+        device=device,
+        epoch=1,
+        time_s=0.0,
+        attributes={},
+        arms=[],
+        plan_seq=0,
+        durable=durable,
+        **zeros,
+    )
 
 
 def test_an_outage_of_the_broker_is_waited_out(tmp_path):

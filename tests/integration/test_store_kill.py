@@ -60,19 +60,26 @@ state = json.loads(path.read_text()) if path.exists() else dict(commits=0, names
 archive.adopt(state["names"])
 raw.adopt(Position(*state["raw"]) if state["raw"] else None)
 say("open")
-while state["commits"] < int(sys.argv[2]):
-    commit = state["commits"]
-    messages = [RawMessage("s", "", b"%d" % (2 * commit + at) * 50, commit) for at in range(2)]
+
+
+def commit():
+    number = state["commits"]
+    messages = [RawMessage("s", "", b"%d" % (2 * number + at) * 50, number) for at in range(2)]
     state["raw"] = raw.append(messages)
     say("raw")
-    state["names"] += archive.write(list(examples(commit)), commit + 1)
+    state["names"] += archive.write(list(examples(number)), number + 1)
     state["commits"] += 1
     write_atomic(path, json.dumps(state).encode())  # the transaction
     say("commit")
-    while (done := archive.compact(state["names"], state["commits"])) is not None:
+
+
+while state["commits"] < int(sys.argv[2]):
+    commit()
+    if (done := archive.compact(state["names"], state["commits"])) is not None:
         state["names"] = sorted(set(state["names"]) - set(done.gone)) + [done.new]
         write_atomic(path, json.dumps(state).encode())
         say("named")
+        commit()  # one that comes before the day is shown as one file
         archive.settle(done)
 '''
 
@@ -202,7 +209,7 @@ def kill_at_every(home: Path, call: str, step: int) -> int:
             error.add_note(f"killed at {call} {kill_at}: see {folder.with_suffix('.calls')}")
             raise
         if not is_killed:
-            assert commits == _COMMITS
+            assert commits >= _COMMITS
             break
     return kills
 
@@ -218,9 +225,9 @@ def test_a_kill_at_a_call_that_changes_the_disk_loses_and_doubles_nothing(tmp_pa
 
 @needs_strace
 @pytest.mark.slow
-@pytest.mark.parametrize("call", _CALLS)
+@pytest.mark.parametrize("call", sorted(set(_CALLS) - {"unlink"}))
 def test_a_kill_at_every_call_that_changes_the_disk_loses_and_doubles_nothing(tmp_path, call):
-    assert kill_at_every(tmp_path, call, step=1) >= (0 if call in {"ftruncate", "rmdir"} else 1)
+    assert kill_at_every(tmp_path, call, step=1) >= 1
 
 
 _CALL = re.compile(r"\d+ +(\w+)\((?:\d+<([^>]*)>)?(.*)")
@@ -272,5 +279,5 @@ def test_all_is_synced_before_it_is_named_exchanged_or_removed(tmp_path):
     for line in home.with_suffix(".calls").read_text().splitlines():
         if str(home) in line and "resumed>" not in line and "/.exchange" not in line:
             disk.call(line)
-    assert disk.exchanges >= 2
+    assert disk.exchanges >= 1
     assert disk.unsynced == set()

@@ -52,6 +52,7 @@ HOMES = {
     "httptools": ("edge_runtime/api/http_connection.py",),
     "tuf": ("edge_runtime/update/", "cloud_learner/release/", "cloud_learner/publisher.py"),
     "duckdb": ("cloud_learner/store/", "cloud_learner/experiment/", "models/"),
+    "rocksdict": ("cloud_learner/store/rocks.py",),
     "starlette": ("cloud_learner/console/",),
 }
 Import = tuple[int, str]

@@ -59,7 +59,7 @@ def omitted(key):
     return msgspec.Raw(msgspec.msgpack.encode(key))
 
 
-def envelope(records, base_seq=1, skipped=0, reason="", prior=0, lane=LANE):
+def envelope(records, base_seq=1, *, skipped=0, reason="", prior=0, lane=LANE):
     return Envelope(WIRE_VERSION, *lane, base_seq, list(records), skipped, reason, prior)
 
 
@@ -216,7 +216,7 @@ class Device:
                 break
             records.append(seen() if kind == "good" else BAD if kind == "bad" else omitted(kind))
         reason = "dropped" if skipped else ""
-        return envelope(records, first + skipped + 1, skipped, reason)
+        return envelope(records, first + skipped + 1, skipped=skipped, reason=reason)
 
     def expected(self, mark):
         """What the account must say when the mark is there."""

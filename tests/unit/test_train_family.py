@@ -39,7 +39,8 @@ def test_a_family_declares_what_its_files_say(coin, tmp_path):
     assert family.spec.names == ["side", "x", "seen"]
     assert family.interface.kinds["asked"].fields == {"side": "str", "x": "float"}
     assert family.interface.output == "heads"
-    assert family.config.label.window_s == 20.0
+    label = family.config.label
+    assert (label.window_s, label.expiry, label.amend_s) == (20.0, "drop", 0.0)
 
 
 def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path):
@@ -60,6 +61,8 @@ def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path
         ("window_s = 20.0", "window_s = 0.0", "label.window_s"),
         ("window_s = 20.0", "window_s = 'long'", "label.window_s"),
         ("window_s = 20.0", "", "window_s"),
+        ("window_s = 20.0", "window_s = 20.0\nexpiry = 'positive'", "label.expiry"),
+        ("window_s = 20.0", "window_s = 20.0\namend_s = -1.0", "label.amend_s"),
         ('x = "float"', 'x = "flaot"', "flaot"),
         ("predicts = true", "", "predicts"),
         ('name = "coin"', 'name = "co.in"', "co.in"),
