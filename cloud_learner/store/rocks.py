@@ -158,11 +158,14 @@ class Rocks:
         self._synced.sync = True
 
     def _shut(self) -> None:
-        """RocksDB lives until the last handle of it is gone."""
+        """RocksDB lives until the last handle of it is gone; all that counts is in its log."""
         self._handles.clear()
-        while self._tables:
-            self._tables.popitem()[1].close()
-        self._db.close()
+        open_handles = [self._db, *self._tables.values()]
+        self._tables.clear()
+        del self._db
+        while open_handles:
+            with contextlib.suppress(Exception):  # it wanted to tidy up, on a disk that is full
+                open_handles.pop().close()
 
     def _refuse_remains(self) -> None:
         """RocksDB would begin anew, and clear away the rest, where its list of files is lost."""
