@@ -24,7 +24,8 @@ EDGE_ORDER = (
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
     ("config",),
-    ("broker",),
+    ("broker", "server_check"),
+    ("admission",),
     ("stats",),
     ("store",),
     STEPS,
