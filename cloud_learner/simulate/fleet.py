@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from cloud_learner.broker import spawn_tied
+from cloud_learner.children import spawn_tied
 from edge_runtime import config as configuration
 from edge_runtime import factory
 from edge_runtime.api.client import AsyncClient

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from cloud_learner.admission import Admissions
-from cloud_learner.broker import Broker, spawn_tied
+from cloud_learner.broker import Broker
+from cloud_learner.children import spawn_tied
 from cloud_learner.config import Home
 from cloud_learner.console.state import DeviceRow, DeviceState, FaultRow, LearnerRow, ViewState
 from cloud_learner.console.view import LiveView
@@ -114,8 +115,7 @@ class Live:
 
     def _device(self, name: str, url: str) -> DeviceProcess:
         return DeviceProcess(
-            name,
-            self._var / "devices" / name,
+            *(name, self._var / "devices" / name),
             families=[self._interface.family],
             attributes={"airport": name},
             nats=url,

@@ -112,7 +112,9 @@ def dial_error(error: Exception, url: str, identity: Identity) -> TransportError
             f"the certificate of {url} is not trusted: {error.verify_message}",
             "name the authority that signed it as tls_ca, and the host as the certificate does",
         )
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) or (
+        identity.tls and isinstance(error, ConnectionResetError)
+    ):
         hint = "if it asks for a certificate, name it with tls_cert and tls_key"
         return TransportError("tls_failed", f"no TLS with {url}: {error}", hint)
     if any(word in text for word in _NOT_ADMITTED):

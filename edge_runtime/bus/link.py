@@ -252,10 +252,11 @@ class Link:
 
 
 async def _discard(client: Any) -> None:
-    """Close `client` at once: unsent bytes and a silent peer would hold up its own close."""
-    writer = getattr(client._transport, "_io_writer", None)  # noqa: SLF001 # no public abort
-    if writer is not None:
-        writer.transport.abort()
+    """Close `client` at once: unsent bytes, a silent peer or a failed TLS would hold up its own."""
+    transport = client._transport  # noqa: SLF001 # no public abort
+    if transport is not None and transport._io_writer is not None:  # noqa: SLF001
+        transport._io_writer.transport.abort()  # noqa: SLF001
+        transport._io_writer = None  # noqa: SLF001 # after a failed TLS it never says it is closed
     client._pending, client._pending_data_size = [], 0  # noqa: SLF001 # as above
     for subscription in list(client._subs.values()):  # noqa: SLF001 # its close may not get there
         subscription._stop_processing()  # noqa: SLF001
