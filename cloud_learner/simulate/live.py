@@ -114,14 +114,9 @@ class Live:
                 await bus.close()
 
     def _device(self, name: str, url: str) -> DeviceProcess:
-        return DeviceProcess(
-            *(name, self._var / "devices" / name),
-            families=[self._interface.family],
-            attributes={"airport": name},
-            nats=url,
-            root=self._home.trusted_root,
-            linger_ms=LINGER_MS,
-        )
+        options: Any = {"attributes": {"airport": name}, "nats": url, "linger_ms": LINGER_MS}
+        options |= {"families": [self._interface.family], "root": self._home.trusted_root}
+        return DeviceProcess(name, self._var / "devices" / name, **options)
 
     @contextlib.contextmanager
     def _learner(self, url: str) -> Any:

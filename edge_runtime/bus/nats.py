@@ -108,8 +108,11 @@ class NatsBus:
         if message_id is not None:
             headers["Nats-Msg-Id"] = message_id
         check_message(subject, data, headers)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
         async with self._window.room(len(data), timeout_s):
-            question = await self._live().ask(subject, data, headers or None, timeout_s)
+            left_s = deadline_s - loop.time()
+            question = await self._live().ask(subject, data, headers or None, left_s)
             message = await question.answer()
         reply = read_reply(message, subject)
         self._counters["duplicates" if reply.duplicate else "published"] += 1

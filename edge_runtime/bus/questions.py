@@ -27,7 +27,7 @@ class Question:
         self.token = str(next(book.tokens))
         self._book = book
         self._end: asyncio.Future[Any] = loop.create_future()
-        late = TransportError("timeout", f"no answer on {subject} within {timeout_s} s")
+        late = TransportError("timeout", f"no answer on {subject} within {timeout_s:.3g} s")
         self._timer = loop.call_later(timeout_s, self.settle, late)
         book.open[self.token] = self
 

@@ -17,7 +17,14 @@ DOCUMENTS = sorted(
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 CONFIGURED = {
     "edge_runtime/config.py": (
-        *("LogConfig", "HttpConfig", "InferenceConfig", "LoggingConfig", "EdgeConfig"),
+        *(
+            "LogConfig",
+            "HttpConfig",
+            "InferenceConfig",
+            "LoggingConfig",
+            "EdgeConfig",
+            "BrokerConfig",
+        ),
     ),
     "edge_runtime/features/feature.py": (
         *("Feature", "Window", "Lookup", "Cycle", "Standardise", "StaticTable"),
