@@ -22,6 +22,7 @@ _TOKEN = re.compile(
     r"|(?P<word>[^\s{}\[\](),:=;\"'#]+(?:://[^\s{}\[\](),;\"'#]+)?)|(?P<mark>[{}\[\](),:=;])"
 )
 _OFF = {"false", "no", "off"}
+_ENDS = set("}]),;")
 _INCLUDES_MAX = 16
 
 
@@ -30,11 +31,15 @@ def check(path: Path) -> list[str]:
 
     Raises: ConfigError (unreadable_config; ack_v2: it switches `js_ack_fc_v2` on).
     """
-    values = dict(_pairs(list(_words(path, 0))))
-    if values.get("js_ack_fc_v2", "false").lower() not in _OFF:
+    pairs = list(_pairs(list(_words(path, 0))))
+    values = dict(pairs)
+    switched = [
+        value for key, value in pairs if key == "js_ack_fc_v2" and value.lower() not in _OFF
+    ]
+    if switched:
         raise ConfigError(
             "ack_v2",
-            f"{path}: js_ack_fc_v2 is {values['js_ack_fc_v2']}",
+            f"{path}: js_ack_fc_v2 is {switched[0]}",
             "write feature_flags { js_ack_fc_v2: false }: client libraries in use here, and what"
             " they are replaced by while an upgrade runs, read the older form",
         )
@@ -67,6 +72,7 @@ def _words(path: Path, depth: int) -> Iterator[str]:
 
 
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
-    """Each word with the one that follows it, over a `:` or `=`."""
+    """Each key with its value, or with the bracket that begins it."""
     meant = [word for word in words if word not in (":", "=")]
-    return zip((word.lower() for word in meant), meant[1:], strict=False)
+    after = zip((word.lower() for word in meant), meant[1:], strict=False)
+    return ((key, value) for key, value in after if value not in _ENDS)
