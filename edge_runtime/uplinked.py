@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.bus.access import of_device
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
@@ -43,7 +44,8 @@ async def cloud_side(
     `root` is the trusted root of signed metadata.
     """
     config, journal, clock = runtime.config, runtime.journal, SystemClock()
-    bus, prover = await connect(config.nats, name=f"edge-runtime {config.device}"), Prover()
+    name = f"edge-runtime {config.device}"
+    bus, prover = await connect(config.nats, name=name, access=of_device(config)), Prover()
     try:
         withhold = _withhold(config, journal.log.epoch, clock)
         uplink = Uplink(
