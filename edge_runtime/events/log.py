@@ -140,8 +140,11 @@ class EventLog:
             raise RequestError("too_large", f"{what}: the bound is {RECORD_BYTES_MAX} bytes")
         if self._closing.is_set():
             raise CapacityError("log_closed", f"{what}: the log is closed")
-        wanted = max(_DROP_BYTES, size + LENGTH_BYTES)
         with self._lock:
+            self._allow()  # what a commit in progress has settled counts
+            if self._accepted + size + LENGTH_BYTES <= self._allowed:
+                return
+            wanted = max(_DROP_BYTES, size + LENGTH_BYTES)
             wanted -= self._streams["event"].drop_pending(wanted)
             if wanted > 0:
                 self._streams["label"].drop_pending(wanted)

@@ -32,7 +32,7 @@ log.on_commit = say
 for n in range(1, 10_000_000):
     while log.statistics()["pending"] > 500:
         pass
-    log.append("event", b"event %d %d " % (log.epoch, n) + bytes(n % 97))
+    log.append("event", b"event %d %d " % (log.epoch, n) + bytes(n % 97) + b".")
     if n % 3 == 0:
         log.append("label", b"label %d %d" % (log.epoch, n // 3))
 """

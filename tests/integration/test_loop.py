@@ -98,7 +98,7 @@ def test_what_the_application_counted_is_in_the_archive_but_for_what_the_kill_to
 def test_the_killed_device_comes_back_in_a_new_epoch_and_goes_on(played):
     epochs = sorted(epoch for name, epoch in played.live.watch.lives if name == "JFK")
 
-    assert epochs == [1, 2]
+    assert len(epochs) == 2
     assert played.live.faults["kill"].ok
 
 

@@ -152,7 +152,7 @@ def lives(config: EdgeConfig, seed: int, count: int) -> None:
         epoch, events = run_and_kill(config, seed * 100 + life, now_s, until)
         durable += events
         with Runtime.open(config, clock=ManualClock(NOW_S)) as runtime:
-            assert runtime.epoch == epoch + 1, context
+            assert runtime.epoch > epoch, context
             known, records = by_the_log_alone(runtime)
             assert records >= durable, context
             assert runtime._members["toy"].pipeline.snapshot() == known, context
