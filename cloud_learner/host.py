@@ -36,6 +36,7 @@ from cloud_learner.rollout.campaign import Offer, Rules
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
+from cloud_learner.streams import make_streams
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
@@ -45,9 +46,6 @@ from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
 HOLD_OUT_ROWS = 3000
-EVENTS_BYTES = 4 << 30
-EVENTS_PER_SUBJECT = 256
-STATE_BYTES = 64 << 20
 STATUS_S = 0.02
 STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
@@ -150,7 +148,7 @@ class Host:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        await self._make_streams()
+        await make_streams(self._bus)
         await self.publisher.publish()
         await self.controller.start()
         reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
@@ -224,23 +222,6 @@ class Host:
             return
         self.learner.ingest.hear(report)
         await self.controller.report(report)
-
-    async def _make_streams(self) -> None:
-        make = self._bus.ensure_stream
-        await make(
-            subjects.EVENTS_STREAM,
-            [subjects.EVENTS_ALL],
-            max_bytes=EVENTS_BYTES,
-            per_subject=EVENTS_PER_SUBJECT,  # a device that floods fills its own subject
-            discard_new=True,
-        )
-        await make(
-            subjects.STATE_STREAM,
-            subjects.STATE_ALL,
-            max_bytes=STATE_BYTES,
-            per_subject=1,
-            discard_new=False,
-        )
 
     async def _say(self) -> None:
         """Speak at every step, and leave a word on the broker once a second."""

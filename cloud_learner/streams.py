@@ -15,7 +15,7 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.wire import subjects
 
 EVENTS_BYTES = 4 << 30
-EVENTS_PER_SUBJECT = 256  # envelopes of one device and class; beyond, that device waits
+EVENTS_PER_SUBJECT = 64  # envelopes of one device and class; beyond, that device waits
 STATE_BYTES = 64 << 20
 
 

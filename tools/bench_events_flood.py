@@ -6,7 +6,7 @@ Invariants: the flood comes from a process of its own, at the lowest priority, s
 has a machine of its own; it publishes whole envelopes of valid events, as fast as the broker takes
 them, and tries again at once where it is refused. Calm and flood take turns on the same broker.
 
-Run by itself: bench_events_flood.py URL, floods until it is ended.
+Run by itself: bench_events_flood.py flood URL, or honest URL FOLDER SECONDS.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +37,11 @@ from edge_runtime.wire.messages import NO_PRIOR, WIRE_VERSION, Envelope  # noqa:
 PACE_S = 0.02
 PUBLISHERS = 16
 WARM_UP_S = 1.0
+SWITCH_INTERVAL_S = 0.0005  # as serve sets it
 
 
 async def flood(url: str) -> None:
-    """Publish without end."""
+    """Publish without end; what is refused is tried again."""
     bus = await connect(url, name="flood")
     pool = [msgspec.Raw(each) for each in encoded(320, 7)]
     at, subject = 1, subjects.events("flood", "event")
@@ -49,84 +50,104 @@ async def flood(url: str) -> None:
         nonlocal at
         while True:
             envelope = Envelope(WIRE_VERSION, "flood", 7, "event", at, pool, prior=NO_PRIOR)
+            data, headers = codec.pack_envelope(envelope)
             at += len(pool)
-            with contextlib.suppress(CapacityError):
-                await bus.publish(subject, codec.encode(envelope))
+            while True:
+                try:
+                    await bus.publish(subject, data, headers=headers)
+                    break
+                except CapacityError:
+                    await asyncio.sleep(0)
 
     print("flooding", flush=True)
     await asyncio.gather(*(publish() for _ in range(PUBLISHERS)))
 
 
-@contextlib.contextmanager
-def flooded(url: str) -> Iterator[None]:
-    """While this lasts, somebody floods the broker at `url`."""
-    command = [sys.executable, __file__, url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=lambda: os.nice(19)) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        try:
-            yield
-        finally:
+async def be_honest(url: str, home: Path, seconds: float) -> None:
+    """Predict at a steady pace, and print when each prediction was appended."""
+
+    async def to_broker(name: str) -> Bus:
+        return await connect(url, name=name)
+
+    device = Device(home, f"honest-{time.monotonic_ns()}", to_broker)
+    await device.connect()
+    print(device.name, device.log.epoch, flush=True)
+    for _ in range(int((WARM_UP_S + seconds) / PACE_S)):
+        device.predict()
+        print(device.log.handed_out("event"), time.monotonic(), flush=True)
+        await asyncio.sleep(PACE_S)
+    await asyncio.sleep(WARM_UP_S)
+    await device.stop()
+
+
+@contextlib.asynccontextmanager
+async def another(*arguments: object, niceness: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """This file in a process of its own."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, __file__, *map(str, arguments)),
+        stdout=asyncio.subprocess.PIPE,
+        preexec_fn=lambda: os.nice(niceness),
+    )
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
             child.kill()
+        await child.wait()
 
 
 async def measure(home: Path, rounds: int, seconds: float) -> list[Row]:
     """The p99 from append to commit of an honest device, in the calm and in the flood."""
     calm: list[float] = []
-    flood_: list[float] = []
+    flooded: list[float] = []
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with Broker.start(home / "broker") as broker:
-
-        async def to_broker(name: str) -> Bus:
-            return await connect(broker.url, name=name)
-
-        cloud = await Cloud.start(home / "learner", to_broker)
-        device = Device(home, "honest", to_broker)
-        await device.connect()
-        await delays(cloud, device, WARM_UP_S)
-        for _ in range(rounds):
-            calm.append(quantiles(await delays(cloud, device, seconds))[1])
-            with flooded(broker.url):
-                await asyncio.sleep(WARM_UP_S)
-                flood_.append(quantiles(await delays(cloud, device, seconds))[1])
-            await asyncio.sleep(WARM_UP_S)
+        cloud = await Cloud.start(home / "learner", partial(_connect, broker.url))
+        for number in range(rounds):
+            calm.append(await honest_p99(cloud, broker.url, home, seconds))
+            async with another("flood", broker.url, niceness=19) as child:
+                assert child.stdout is not None
+                await child.stdout.readline()
+                flooded.append(await honest_p99(cloud, broker.url, home, seconds))
         taken = sum(each.seq for lane, each in cloud.accounts().items() if lane[0] == "flood")
-        await device.stop()
         await cloud.stop()
     name = "a device floods: p99 from append to learner of another"
     return [
         Row(f"{name}, calm", 1000 * min(calm), "ms"),
-        Row(f"{name}, flooded ({taken:,} events taken)", 1000 * min(flood_), "ms"),
-        Row(f"{name}, flooded to calm", min(flood_) / min(calm), "times", 1.2),
+        Row(f"{name}, flooded ({taken:,} events taken)", 1000 * min(flooded), "ms"),
+        Row(f"{name}, flooded to calm", min(flooded) / min(calm), "times", 1.2),
     ]
 
 
-async def delays(cloud: Cloud, device: Device, seconds: float) -> list[float]:
-    """Seconds from each append to the commit that covers it."""
-    lane, found = (device.name, device.log.epoch, "event"), []
-    appended = {}
+async def _connect(url: str, name: str) -> Bus:
+    return await connect(url, name=name)
 
-    async def watch() -> None:
-        while True:
-            await cloud.news.wait()
-            cloud.news.clear()
-            settle()
 
-    def settle() -> None:
-        mark, now_s = cloud.mark(lane), time.perf_counter()
-        for seq in [seq for seq in appended if seq <= mark]:
-            found.append(now_s - appended.pop(seq))
+async def honest_p99(cloud: Cloud, url: str, home: Path, seconds: float) -> float:
+    """Seconds from append to commit, of a device in a process of its own."""
+    async with another("honest", url, home, seconds, niceness=0) as child:
+        assert child.stdout is not None
+        name, epoch = (await child.stdout.readline()).decode().split()
+        lane, held = (name, int(epoch), "event"), [(0, 0.0)]
 
-    watching = asyncio.create_task(watch())
-    for _ in range(int(seconds / PACE_S)):
-        device.predict()
-        appended[device.log.handed_out("event")] = time.perf_counter()
-        await asyncio.sleep(PACE_S)
-    while appended:
-        await asyncio.sleep(0.01)
-        settle()
-    watching.cancel()
-    return found
+        async def watch() -> None:
+            while True:
+                await cloud.news.wait()
+                cloud.news.clear()
+                held.append((cloud.mark(lane), time.monotonic()))
+
+        watching = asyncio.create_task(watch())
+        lines = (await child.stdout.read()).decode().splitlines()
+        watching.cancel()
+    found = []
+    for line in lines[int(WARM_UP_S / PACE_S) :]:
+        seq, appended_s = line.split()
+        found.append(next(at_s for mark, at_s in held if mark >= int(seq)) - float(appended_s))
+    return quantiles(found)[1]
 
 
 if __name__ == "__main__":
-    asyncio.run(flood(sys.argv[1]))
+    if sys.argv[1] == "flood":
+        asyncio.run(flood(sys.argv[2]))
+    else:
+        asyncio.run(be_honest(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])))

@@ -34,12 +34,15 @@ from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import Report, Watermark
 
 DURABLE = "learner"
-COMMIT_BYTES = 1 << 20
+COMMIT_BYTES_MIN, COMMIT_BYTES_MAX = 64 << 10, 4 << 20
+COMMIT_S = 0.02
+"""How long a commit should take, however much waits: no device waits longer for its turn than for
+the commit that is under way and its own."""
 _IDLE_S = 1.0
 _MESSAGES = 64
 _RETRY_S = 0.25
 _PAUSE_S_MAX = 10.0
-_PURGE_S = 1.0
+_PURGE_S = 0.1
 
 OnCommit = Callable[[Commit], Awaitable[None]]
 MakeIntake = Callable[[], Intake]
@@ -124,12 +127,18 @@ class Ingest:
         return [Incoming(each.subject, each.data, now_s, each, each.headers) for each in messages]
 
     async def _write(self, thread: ThreadPoolExecutor) -> None:
+        share = COMMIT_BYTES_MIN
         while True:
-            messages = await self._queue.take(COMMIT_BYTES, _IDLE_S)
+            messages = await self._queue.take(share, _IDLE_S)
             reported = self._due_reports()
             assert self.intake is not None
             if messages or reported or self.intake.is_due():
+                began_s = self._clock.monotonic_s()
                 await self._commit(messages, reported, thread)
+                took_s = max(self._clock.monotonic_s() - began_s, COMMIT_S / 4)
+                size = sum(message.size for message in messages)
+                wanted = int(max(size, COMMIT_BYTES_MIN) * COMMIT_S / took_s)
+                share = min(max((share + wanted) // 2, COMMIT_BYTES_MIN), COMMIT_BYTES_MAX)
 
     def _due_reports(self) -> dict[str, Report]:
         """What devices reported, about once a second."""

@@ -6,9 +6,10 @@ sequence numbers say what is new.
 Invariants: a lane (device, epoch, class) moves forward without a gap: its mark is the highest
 number up to which everything was accepted, or is known to be lost. An envelope says what is lost
 right before its records; only what lies above the mark is counted. What lies beyond a gap is kept
-aside, unacknowledged and bounded; when the bound is reached the newcomer is given up, for the
-device sends it again from the watermark. No I/O; the marks count only when what was accepted has
-been committed.
+aside, bounded for each lane and for all; what is above the bound, or forgotten in a crash, the
+device sends again from the watermark. So it is acknowledged all the same: else a gap that is never
+filled would keep the broker from letting go of anything. No I/O; the marks count only when what was
+accepted has been committed.
 
 Knows nothing about what a record means.
 """
@@ -16,7 +17,7 @@ Knows nothing about what a record means.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ import msgspec
 from cloud_learner.store.ingest_state import Lane
 
 ASIDE_MAX = 256  # envelopes, of all devices together
+ASIDE_LANE_MAX = 32
 ASIDE_BYTES_MAX = 32 << 20
 
 T = TypeVar("T")
@@ -78,6 +80,7 @@ class Sequencer(Generic[T]):
         if arrival.first_seq > self.marks.get(lane, 0) + 1:
             self._put_aside(arrival)
             return []
+        self._done.append(arrival.token)
         accepted = [self._take(arrival)]
         waiting = self._aside.get(lane, {})
         while waiting and (first := min(waiting)) <= self.marks.get(lane, 0) + 1:
@@ -104,28 +107,33 @@ class Sequencer(Generic[T]):
         mark += lost
         cut = min(arrival.count, mark + 1 - arrival.base_seq)
         self.counters["duplicates"] += cut
-        self._done.append(arrival.token)
         moved = max(mark, arrival.last_seq)
         if moved:
             self.marks[arrival.lane] = moved
         return Accepted(arrival, lost, cut)
 
     def _put_aside(self, arrival: Arrival[T]) -> None:
+        """Keep what lies beyond a gap, as far as there is room; either way it may be acknowledged,
+        for the device sends again what it is not told to be held.
+        """
         self.counters["gaps"] += 1
+        self._done.append(arrival.token)
         waiting = self._aside.setdefault(arrival.lane, {})
         known = waiting.get(arrival.first_seq)
         if known is not None:
-            # A redelivery, most often: its token is the one that still counts.
             longer = max(known, arrival, key=lambda each: each.last_seq)
             self._aside_bytes += longer.size - known.size
-            waiting[arrival.first_seq] = msgspec.structs.replace(longer, token=arrival.token)
-        elif self._aside_count < ASIDE_MAX and self._aside_bytes < ASIDE_BYTES_MAX:
+            waiting[arrival.first_seq] = longer
+        elif self._has_room(waiting):
             waiting[arrival.first_seq] = arrival
             self._aside_count += 1
             self._aside_bytes += arrival.size
         else:
             self.counters["given_up_beyond_gap"] += 1
-            self._done.append(arrival.token)
+
+    def _has_room(self, waiting: Sized) -> bool:
+        fits = self._aside_count < ASIDE_MAX and self._aside_bytes < ASIDE_BYTES_MAX
+        return fits and len(waiting) < ASIDE_LANE_MAX
 
     def _taken_back(self, waiting: dict[int, Arrival[T]], first: int) -> Arrival[T]:
         arrival = waiting.pop(first)

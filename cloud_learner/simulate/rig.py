@@ -45,7 +45,7 @@ from edge_runtime.wire.messages import (
 
 FAMILY = "rig"
 WINDOW_S = 50.0
-IDLE_S = 2.0
+IDLE_S = 60.0
 WAIT_S = 60.0
 _FAR_S = 20 * WINDOW_S
 

@@ -21,6 +21,7 @@ from edge_runtime.events.packing import Packed
 from edge_runtime.wire.messages import EventClass
 
 WINDOW = 8
+HOLD_S, HOLD_MAX_S = 0.1, 1.0
 _PATIENCE_S, _PATIENCE_MAX_S = 5.0, 300.0
 
 
@@ -45,6 +46,7 @@ class Lane:
         self.window = WINDOW
         self.full_records = 192
         self.held = False
+        self.hold_s = HOLD_S
         self.probed_s = 0.0
         self.progress_s = 0.0
         self.patience_s = _PATIENCE_S
@@ -105,6 +107,7 @@ class Lane:
             self.progress_s = now_s
         self.stored[epoch] = max(seq, self.stored.get(epoch, 0))
         self.held, self.probed_s, self.window = False, 0.0, min(WINDOW, 2 * self.window)
+        self.hold_s = HOLD_S
 
     def refused(self, epoch: int, after_seq: int) -> None:
         """The broker has no room for what comes after `after_seq`."""

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
-from edge_runtime.events.lane import WINDOW, Lane
+from edge_runtime.events.lane import HOLD_MAX_S, WINDOW, Lane
 from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.events.packing import Packed, Packer
 from edge_runtime.events.watermarks import Watermarks
@@ -39,7 +39,6 @@ _LINGER_S = 0.015
 _AHEAD, _READ_AT_ONCE = 8, 4  # envelopes
 _DEADLINE_S = 5.0
 _POLL_S = 1.0
-_PROBE_S = 1.0
 _BACKOFF_S, _BACKOFF_MAX_S, _CALM_S = 0.05, 2.0, 10.0
 _ALWAYS = ("envelopes", "records", "bytes_sent", "skipped", "rewinds", "duplicate_identity")
 
@@ -184,13 +183,16 @@ class Uplink:
         while lane.may_send() and self._under_way() < WINDOW:
             if lane.held:
                 lane.probed_s = self._clock.monotonic_s()
-                self._hold()
+                self._hold(lane)
             lane.under_way += 1
             tasks.create_task(self._publish(lane, lane.ahead.popleft()))
 
-    def _hold(self) -> None:
-        """Let nothing that is held be tried before a second has passed."""
-        self._probe_s = self._clock.monotonic_s() + _PROBE_S * _jitter(1.0, 1.5)
+    def _hold(self, lane: Lane) -> None:
+        """Let nothing that is held be tried for a while: soon when the broker only had no room for a
+        moment, once a second when it goes on having none.
+        """
+        self._probe_s = self._clock.monotonic_s() + lane.hold_s * _jitter(1.0, 1.5)
+        lane.hold_s = min(HOLD_MAX_S, 2 * lane.hold_s)
 
     def _under_way(self) -> int:
         return sum(lane.under_way for lane in self._lanes.values())
@@ -251,7 +253,7 @@ class Uplink:
         except CapacityError as error:
             self._counters[f"failed_{error.code}"] += 1
             lane.refused(packed.epoch, packed.after_seq)
-            self._hold()
+            self._hold(lane)
         finally:
             lane.under_way -= 1
             self._work.set()
