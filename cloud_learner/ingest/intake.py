@@ -227,6 +227,7 @@ class Intake:
                 self._sequencer.skip(message.token)
                 continue
             devices.add(arrival.lane[0])
+            self.ledger.notice(arrival.lane)
             for part in self._sequencer.accept(arrival):
                 portions.append(self._enter(part, change))
                 kept.append(_raw_message(part.arrival.what.message))
