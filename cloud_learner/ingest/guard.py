@@ -95,14 +95,14 @@ def _labels_fine(labels: Sequence[Any]) -> bool:
 
 
 def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
-    parts = [(r.time_s, r.spec, r.features, r.propensity, r.scored) for r in asked]
-    times, specs, features, chances, scored = zip(*parts, strict=True)
-    for spec, size in set(zip(specs, map(len, features), strict=True)):
-        if size % 4 or size != 4 * widths.get(spec, size // 4):
-            return False
+    features = [record.features for record in asked]
+    scored = [record.scored for record in asked]
+    chances = [record.propensity for record in asked]
+    if not _widths_fine([record.spec for record in asked], features, widths):
+        return False
     outputs = [arm.outputs for arms in scored for arm in arms]
     return (
-        _times_fine(times)
+        _times_fine([record.time_s for record in asked])
         and bool(np.isfinite(np.frombuffer(b"".join(features), "<f4")).all())
         and min(chances) > 0
         and max(chances) <= 1
@@ -111,6 +111,15 @@ def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
         and all(outputs)
         and math.isfinite(sum(chain.from_iterable(outputs)))
     )
+
+
+def _widths_fine(specs: list[str], features: list[bytes], widths: Mapping[str, int]) -> bool:
+    known, sizes = set(specs), set(map(len, features))
+    pairs = set(zip(specs, map(len, features), strict=True)) if len(known) > 1 else None
+    for spec, size in pairs or ((spec, size) for spec in known for size in sizes):
+        if size % 4 or size != 4 * widths.get(spec, size // 4):
+            return False
+    return True
 
 
 def _label_refusal(record: LabelRecord) -> str:

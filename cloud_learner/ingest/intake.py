@@ -14,6 +14,8 @@ Knows nothing about the broker: a message's subject, headers and bytes, and an o
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -122,7 +124,8 @@ class Intake:
         """
         change = self._db.begin()
         self._meta.commit += 1
-        portions, kept, devices = self._accepted(messages, change)
+        with _uncollected():
+            portions, kept, devices = self._accepted(messages, change)
         now_s, wall_s = self._clock.monotonic_s(), self._clock.now_s()
         for device, marks in (reported or {}).items():
             self.ledger.hear(device, marks)
@@ -227,6 +230,7 @@ class Intake:
                 self._sequencer.skip(message.token)
                 continue
             devices.add(arrival.lane[0])
+            self.ledger.notice(arrival.lane)
             for part in self._sequencer.accept(arrival):
                 portions.append(self._enter(part, change))
                 kept.append(_raw_message(part.arrival.what.message))
@@ -263,6 +267,18 @@ _COUNTED: dict[type, str] = {
     ObservationRecord: "observations",
     LabelRecord: "labels",
 }
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looks for cycles: thousands of records that hold none cost a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _raw_message(message: Incoming) -> RawMessage:

@@ -63,6 +63,12 @@ class Ledger:
         self._changed.add(lane)
         self.moved.add(lane)
 
+    def notice(self, lane: Lane) -> None:
+        """A lane exists. Of one that nothing is held of, its device must hear just that: it may
+        have been held once, by a learner that was put back to before.
+        """
+        self._account(lane)
+
     def hear(self, device: str, marks: Iterable[Mark]) -> None:
         """Where lanes end on the device itself, by its own word."""
         for mark in list(marks)[: 2 * EPOCHS_MAX]:
@@ -91,8 +97,8 @@ class Ledger:
     def watermark(self, device: str) -> Watermark:
         """What is held of a device, for the device: of its newest epochs."""
         lanes = self._lanes.get(device, [])[-2 * EPOCHS_MAX :]
-        held = [(lane, self.accounts[lane].seq) for lane in lanes]
-        return Watermark(WIRE_VERSION, device, [Mark(e, c, seq) for (_, e, c), seq in held if seq])
+        marks = [Mark(lane[1], lane[2], self.accounts[lane].seq) for lane in lanes]
+        return Watermark(WIRE_VERSION, device, marks)
 
     def totals(self) -> dict[str, int]:
         """Sums over all lanes, and whether they are balanced (1) or not (0)."""

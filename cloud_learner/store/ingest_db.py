@@ -55,7 +55,7 @@ DAMAGED = "ingest_db_damaged"
 TABLES = {
     "meta": Table(),
     "accounts": Table(),
-    "rows": Table(buffer_bytes=32 << 20),
+    "rows": Table(buffer_bytes=32 << 20, is_looked_up=True),
     "runs": Table(buffer_bytes=16 << 20, has_blobs=True),
     "due": Table(),
     "early": Table(),
