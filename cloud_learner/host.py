@@ -47,6 +47,7 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 HOLD_OUT_ROWS = 3000
 EVENTS_BYTES = 4 << 30
 EVENTS_PER_SUBJECT = 256
+ROOM_S = 0.2
 STATE_BYTES = 64 << 20
 STATUS_S = 0.02
 STATUS_KEPT_S = 1.0
@@ -159,6 +160,7 @@ class Host:
                 group.create_task(self.learner.run())
                 group.create_task(self._say())
                 group.create_task(self._maintain())
+                group.create_task(self._make_room())
         finally:
             await reports.close()
             await self.controller.close()
@@ -252,6 +254,13 @@ class Host:
             await asyncio.sleep(STATUS_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.learner.progress.wait(), STATUS_KEPT_S)
+
+    async def _make_room(self) -> None:
+        """Give back what is ingested: a device may have EVENTS_PER_SUBJECT envelopes on the way."""
+        while True:
+            await asyncio.sleep(ROOM_S)
+            with contextlib.suppress(TransportError, CapacityError):  # tried again in a moment
+                await self._bus.purge(subjects.EVENTS_STREAM)
 
     async def _maintain(self) -> None:
         while True:
