@@ -15,6 +15,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,9 @@ def serve_home(
         _yield_to_others()
         _tell(f"serving {home.root} at {url}; stop with Ctrl-C")
         click.echo(url)
-        bus = bus_nats.connect(url, name="learner", access=access or admissions.access())
+        if access is None or not (access.key or access.credentials):
+            access = replace(access or Access(), key=admissions.access().key)
+        bus = bus_nats.connect(url, name="learner", access=access)
         uvloop.run(_serve(bus, lambda bus: make_host(home, family, bus, SystemClock())))
 
 

@@ -80,6 +80,7 @@ class NatsBus:
         self._listeners: list[Listener] = []
         self._pulls: set[Pull] = set()
         self._window = Window(_OUTSTANDING_MAX, _OUTSTANDING_BYTES_MAX)
+        self._purged: dict[str, int] = {}  # up to where, by stream
         self._counters: Counter[str] = Counter()
         self._keeper = Keeper(
             url,
@@ -183,9 +184,10 @@ class NatsBus:
 
     async def purge(self, stream: str) -> int:
         floor = min(await self._floors(stream), default=0)
-        if not floor:
+        if floor == self._purged.get(stream, 0):
             return 0
         answer = await self._live().api(f"STREAM.PURGE.{stream}", {"seq": floor + 1})
+        self._purged[stream] = floor
         return answer.purged
 
     async def _floors(self, stream: str) -> list[int]:

@@ -56,26 +56,35 @@ class Key:
 def create(path: Path) -> Key:
     """Make a new key, its seed in a file of mode 0600 at `path`.
 
-    Raises: ConfigError `key_exists`, with the file unchanged.
+    Raises: ConfigError (key_exists, unwritable_key), with the file unchanged.
     """
     raw = os.urandom(_KEY_BYTES)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_once(path, _text(_SEED_OF_USER + raw) + "\n")
+    except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            hint = "a key that the broker has admitted is kept; move the file away to make another"
+            raise ConfigError("key_exists", f"{path} exists and was not changed", hint) from error
+        hint = f"let user {os.getuid()} write there, on a file system that knows hard links"
+        raise ConfigError("unwritable_key", f"{path}: {error}", hint) from error
+    return Key(raw)
+
+
+def _write_once(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(_text(_SEED_OF_USER + raw) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.link(temporary, path)  # unlike a rename, it never replaces
-    except FileExistsError as error:
-        hint = "a key that the broker has admitted is kept; move the file away to make another"
-        raise ConfigError("key_exists", f"{path} exists and was not changed", hint) from error
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        os.unlink(temporary)
     fsync_directory(path.parent)
-    return Key(raw)
 
 
 def load(path: Path) -> Key:

@@ -37,23 +37,22 @@ def home(tmp_path: Path) -> Home:
 
 @pytest.fixture
 def admissions(home: Home, tmp_path: Path) -> Admissions:
+    return admitted(home, tmp_path)
+
+
+def admitted(home: Home, folder: Path) -> Admissions:
+    """Admissions of DEVICES, whose seeds lie in `folder`."""
     found = Admissions(home)
     for device in DEVICES:
-        found.admit(device, nkey.create(tmp_path / f"{device}.nk").public)
+        found.admit(device, nkey.create(folder / f"{device}.nk").public)
     return found
-
-
-@pytest.fixture
-def broker(home: Home, admissions: Admissions) -> Iterator[Broker]:
-    with Broker.start(home.broker, admissions.rules()) as running:
-        yield running
 
 
 class World:
     """A broker with the learner's streams, and the ways to come in."""
 
     def __init__(self, broker: Broker, admissions: Admissions, folder: Path) -> None:
-        self.broker, self.admissions, self._folder = broker, admissions, folder
+        self.broker, self.admissions, self.folder = broker, admissions, folder
         self._stack = contextlib.AsyncExitStack()
 
     async def learner(self) -> Bus:
@@ -70,7 +69,7 @@ class World:
 
     async def device(self, name: str) -> NatsBus:
         """The named device, by the key of that name and with its inbox."""
-        key = self._folder / f"{name}.nk"
+        key = self.folder / f"{name}.nk"
         bus = await self.bus(name, Access(key=key, inbox=subjects.inbox(name)))
         assert isinstance(bus, NatsBus)
         return bus
@@ -87,13 +86,22 @@ class World:
         await self._stack.aclose()
 
 
-@pytest.fixture
-def play(broker, admissions, tmp_path) -> Callable[[Callable[[World], Awaitable[None]]], None]:
-    async def played(scenario) -> None:
-        async with asyncio.timeout(30), World(broker, admissions, tmp_path) as world:
+Scenario = Callable[[World], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Scenario], None]]:
+    """Runs a scenario against one broker that all of them share."""
+    folder = tmp_path_factory.mktemp("shared")
+    home = Home(folder / "cloud")
+    admissions = admitted(home, folder)
+
+    async def played(broker: Broker, scenario: Scenario) -> None:
+        async with asyncio.timeout(30), World(broker, admissions, folder) as world:
             await scenario(world)
 
-    return lambda scenario: asyncio.run(played(scenario))
+    with Broker.start(home.broker, admissions.rules()) as broker:
+        yield lambda scenario: asyncio.run(played(broker, scenario))
 
 
 async def refusal(attempt: Awaitable[object]) -> str:
@@ -306,10 +314,10 @@ def test_strangers_get_nowhere(play, tmp_path, caplog):
     assert not any(record.exc_info for record in caplog.records)
 
 
-def test_a_broker_that_runs_takes_a_new_device_and_the_others_stay(play, tmp_path):
+def test_a_broker_that_runs_takes_a_new_device_and_the_others_stay(play):
     async def scenario(world: World) -> None:
         learner, device = await world.learner(), await world.device("kiosk-1")
-        key = nkey.create(tmp_path / "new.nk").public
+        key = nkey.create(world.folder / "new.nk").public
         assert await asyncio.to_thread(world.admissions.admit, "new", key)
         new = await world.device("new")
         await new.publish(subjects.events("new", "event"), b"hello")
@@ -320,7 +328,7 @@ def test_a_broker_that_runs_takes_a_new_device_and_the_others_stay(play, tmp_pat
     play(scenario)
 
 
-def test_an_expelled_device_is_cut_and_told_why_and_comes_back_when_it_is_admitted(play, tmp_path):
+def test_an_expelled_device_is_cut_and_told_why_and_comes_back_when_it_is_admitted(play):
     async def scenario(world: World) -> None:
         learner, device = await world.learner(), await world.device("kiosk-1")
         other = await world.device("kiosk-2")
@@ -333,7 +341,7 @@ def test_an_expelled_device_is_cut_and_told_why_and_comes_back_when_it_is_admitt
         back = asyncio.Event()
         again = await world.bus(
             "again",
-            Access(key=tmp_path / "kiosk-1.nk", inbox=subjects.inbox("kiosk-1")),
+            Access(key=world.folder / "kiosk-1.nk", inbox=subjects.inbox("kiosk-1")),
             on_reconnect=back.set,
         )
         assert again.connected

@@ -172,6 +172,33 @@ def test_a_key_over_tls_is_admitted(run_server, authority, tmp_path):
     assert "does not admit" in refusal(url, Access(tls_ca=authority.certificate)).message
 
 
+def test_a_server_in_the_middle_that_hides_tls_hears_nothing(authority, tmp_path):
+    nkey.create(tmp_path / "device.nk")
+    said = bytearray()
+
+    async def scenario() -> None:
+        gone = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b'INFO {"server_id":"x","nonce":"abc","auth_required":true}\r\n')
+            said.extend(await reader.read())
+            writer.transport.abort()
+            gone.set()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        access = Access(key=tmp_path / "device.nk", tls_ca=authority.certificate)
+        bus = await connect(url, name="test", access=access)
+        assert not bus.connected
+        await asyncio.wait_for(gone.wait(), 10)
+        await bus.close()
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(scenario())
+    assert bytes(said) == b""
+
+
 class Issuer:
     """An operator or account of NATS, or a user: a key, and the claims that it signs."""
 

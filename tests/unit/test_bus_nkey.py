@@ -49,6 +49,14 @@ def test_a_seed_is_for_its_owner_only_and_is_never_written_over(tmp_path):
     assert nkey.load(path).public == key.public
 
 
+def test_a_key_that_cannot_be_written_is_an_operators_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        nkey.create(tmp_path / "file" / "device.nk")
+    assert caught.value.code == "unwritable_key"
+    assert str(tmp_path / "file") in caught.value.message
+
+
 @pytest.mark.parametrize(
     "text",
     [
