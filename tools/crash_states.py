@@ -43,13 +43,13 @@ class MemoryFiles:
     def __init__(self, state: State | None = None) -> None:
         self.written = 0
         self.operations: list[tuple] = []
-        self._inodes: list[bytearray] = []
-        self._names: dict[Path, int] = {}
+        self.inodes: list[bytearray] = []
+        self.paths: dict[Path, int] = {}
         self._open: dict[int, int] = {}
         self._owned: dict[int, Path] = {}
         self._last_fd = 2
         for path, data in (state or {}).items():
-            self._names[path] = self._inode(bytearray(data))
+            self.paths[path] = self._inode(bytearray(data))
 
     def own(self, directory: Path) -> int:
         if directory in self._owned.values():
@@ -59,18 +59,18 @@ class MemoryFiles:
         return fd
 
     def names(self, directory: Path) -> list[str]:
-        return sorted(path.name for path in self._names if path.parent == directory)
+        return sorted(path.name for path in self.paths if path.parent == directory)
 
     def size(self, path: Path) -> int:
-        return len(self._inodes[self._at(path)])
+        return len(self.inodes[self._at(path)])
 
     def reader(self, path: Path) -> BinaryIO:
-        return io.BytesIO(self._inodes[self._at(path)])
+        return io.BytesIO(self.inodes[self._at(path)])
 
-    def create(self, path: Path, mode: int = 0o600) -> int:
-        if path in self._names:
+    def create(self, path: Path, mode: int = 0o600) -> int:  # noqa: ARG002
+        if path in self.paths:
             raise FileExistsError(path)
-        self._names[path] = inode = self._inode(bytearray())
+        self.paths[path] = inode = self._inode(bytearray())
         self.operations.append(("create", path, inode))
         return self._opened(inode)
 
@@ -78,14 +78,14 @@ class MemoryFiles:
         return self._opened(self._at(path))
 
     def allocate(self, fd: int, size: int) -> None:
-        self._resize("allocate", fd, max(size, len(self._inodes[self._open[fd]])))
+        self._resize("allocate", fd, max(size, len(self.inodes[self._open[fd]])))
 
     def truncate(self, fd: int, size: int) -> None:
         self._resize("truncate", fd, size)
 
     def write(self, fd: int, data: bytes, offset: int) -> None:
         self.operations.append(("write", self._open[fd], offset, bytes(data)))
-        _put(self._inodes[self._open[fd]], data, offset)
+        _put(self.inodes[self._open[fd]], data, offset)
         self.written += len(data)
 
     def sync(self, fd: int) -> None:
@@ -96,11 +96,11 @@ class MemoryFiles:
         self._owned.pop(fd, None)
 
     def replace(self, source: Path, target: Path) -> None:
-        self._names[target] = inode = self._names.pop(source)
+        self.paths[target] = inode = self.paths.pop(source)
         self.operations.append(("replace", source, target, inode))
 
     def unlink(self, path: Path) -> None:
-        if self._names.pop(path, None) is not None:
+        if self.paths.pop(path, None) is not None:
             self.operations.append(("unlink", path))
 
     def sync_directory(self, path: Path) -> None:
@@ -108,16 +108,16 @@ class MemoryFiles:
 
     def _resize(self, name: str, fd: int, size: int) -> None:
         self.operations.append((name, self._open[fd], size))
-        _set_size(self._inodes[self._open[fd]], size)
+        _set_size(self.inodes[self._open[fd]], size)
 
     def _inode(self, data: bytearray) -> int:
-        self._inodes.append(data)
-        return len(self._inodes) - 1
+        self.inodes.append(data)
+        return len(self.inodes) - 1
 
     def _at(self, path: Path) -> int:
-        if path not in self._names:
+        if path not in self.paths:
             raise FileNotFoundError(path)
-        return self._names[path]
+        return self.paths[path]
 
     def _opened(self, inode: int) -> int:
         self._last_fd += 1
@@ -131,9 +131,10 @@ def replayed(operations: list[tuple]) -> MemoryFiles:
     """
     files = MemoryFiles()
     files.operations = list(operations)
-    files._names, contents = _after(operations, random.Random(0), 1.0)
-    last = max([*contents, *files._names.values()])
-    files._inodes = [contents.get(inode, bytearray()) for inode in range(last + 1)]
+    chance = random.Random(0)  # noqa: S311 - not asked
+    files.paths, contents = _after(operations, chance, 1.0)
+    last = max([*contents, *files.paths.values()])
+    files.inodes = [contents.get(inode, bytearray()) for inode in range(last + 1)]
     return files
 
 
@@ -229,7 +230,7 @@ def record_of(epoch: int, event_class: EventClass, seq: int) -> bytes:
 
 def play(seed: int) -> tuple[MemoryFiles, list[Known]]:
     """A history: groups of both classes made durable, segments learned or dropped, reopenings."""
-    return asyncio.run(_play(random.Random(seed)))
+    return asyncio.run(_play(random.Random(seed)))  # noqa: S311 - seeded on purpose
 
 
 async def _play(chance: random.Random) -> tuple[MemoryFiles, list[Known]]:
@@ -341,7 +342,7 @@ def explore(states: int, seed: int = 1) -> tuple[int, list[str]]:
             after = next(each for each in known if each.operations >= prefix)
             before = [each for each in known if each.operations <= prefix][-1]
             for subset, share in enumerate(SHARES):
-                chance = random.Random(f"{seed} {prefix} {subset}")
+                chance = random.Random(f"{seed} {prefix} {subset}")  # noqa: S311
                 done = files.operations[:prefix]
                 try:
                     wrong = list(violations(crash(done, chance, share), before, after))

@@ -41,7 +41,7 @@ def test_a_history_drops_learns_and_reopens(tool):
 def test_a_log_that_does_not_sync_is_found_out(tool):
     files, known = tool.play(1)
     unsynced = [each for each in files.operations if each[0] != "sync"]
-    state = tool.crash(unsynced, tool.random.Random(1), 0.5)
+    state = tool.crash(unsynced, tool.random.Random(1), 0.0)
 
     with pytest.raises(Exception, match="log_unusable"):
         list(tool.violations(state, known[-1], known[-1]))
