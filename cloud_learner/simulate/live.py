@@ -275,10 +275,9 @@ class Live:
     def _device_row(self, report: Report) -> DeviceRow:
         latency = Histogram(list(report.predict_us))
         lives = sum(device == report.device for device, _ in self.watch.lives)
-        state: DeviceState = "up" if lives == 1 else "recovered"
         return DeviceRow(
             name=report.device,
-            state="killed" if report.device in self._killed else state,
+            state="killed" if report.device in self._killed else "recovered" if lives > 1 else "up",
             arms={arm.arm: arm.release for arm in report.arms},
             p50_us=latency.quantile(0.5),
             p99_us=latency.quantile(0.99),

@@ -23,7 +23,8 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _NOW = frozenset(
     (
         *("bytes", "children", "draining", "entries", "entries_evicted", "epoch", "event_segments"),
-        *("failing", "held_bytes", "keys", "keys_evicted", "label_segments", "leases", "linger_ms"),
+        *("failing", "flash_bytes_today", "flash_bytes_yesterday", "held_bytes", "keys"),
+        *("keys_evicted", "label_segments", "leases", "linger_ms"),
         *("open", "p50", "p99", "p999", "pending", "pending_bytes", "plan_seq", "run_us", "seq"),
         *("since_s", "tables", "under_way", "unlearned", "waiting"),
     )

@@ -6,9 +6,9 @@ Commit point: the `sync` in `_commit_batch`.
 
 Invariants: the producer alone writes `last_seq` and appends to `pending`. A batch leaves `pending`
 whole, under `lock`, and stays the batch in flight until it is durable; so the producer may drop
-what is still pending from its front, under `lock`, too. The commit thread alone touches the file. After
-an error the file is never written or synced again (its pages may be marked clean though they never
-reached the disk): the batch in flight goes, from memory, into a new file. Where numbers were
+what is still pending from its front, under `lock`, too. The commit thread alone touches the file.
+After an error the file is never written or synced again (its pages may be marked clean though they
+never reached the disk): the batch in flight goes, from memory, into a new file. Where numbers were
 dropped, the ledger says so before a later number becomes durable, and a new file begins.
 """
 
