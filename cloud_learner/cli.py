@@ -90,7 +90,7 @@ def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> Non
     """What became of every record of every device, and what the learner says about itself.
 
     The accounts lie in the home's database, whether or not a learner runs: archived + quarantined +
-    dropped is the mark, for each device, epoch and class. The learner is asked where --nats is given.
+    dropped is the mark, for each device, epoch and class. With --nats the learner is asked, too.
 
     Example: cloud-learner status --home var/cloud
     """

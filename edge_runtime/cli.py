@@ -263,6 +263,9 @@ def _told(answer: dict[str, Any]) -> str:
         lines.append(f"{asked:<9} p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
     kept = answer["log"]
     lines.append(f"log       {kept['bytes']} bytes, {kept['pending']} records not yet durable")
+    wear = kept["written_bytes"] / max(1, kept["payload_bytes"])
+    flash = f"{kept['flash_bytes_today']} bytes written today, {kept['flash_bytes_yesterday']}"
+    lines.append(f"flash     {flash} yesterday, {wear:.2f} per byte logged")
     return "\n".join(lines)
 
 

@@ -74,7 +74,7 @@ class OurLog:
 
 
 class SqliteBuffer:
-    """The peer: SQLite in WAL mode, `synchronous = FULL`, a transaction for what came in a linger."""
+    """The peer: SQLite in WAL mode, `synchronous = FULL`, a transaction for each linger."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -189,8 +189,12 @@ def latency(home: Path, rounds: int, seconds: float) -> list[Row]:
     return rows
 
 
-def _latency_rows(pace: str, times: dict[str, list[tuple[float, float]]], *, reach: bool) -> list[Row]:
-    least = {name: [min(each) for each in zip(*found, strict=True)] for name, found in times.items()}
+def _latency_rows(
+    pace: str, times: dict[str, list[tuple[float, float]]], *, reach: bool
+) -> list[Row]:
+    least = {
+        name: [min(each) for each in zip(*found, strict=True)] for name, found in times.items()
+    }
     durable = f"append to durable, 5 ms linger, {pace}"
     bounds = {"append": (1.5, 10.0), "ours": (7.0, 12.0), "peer": (None, None)}
     rows = []
@@ -236,7 +240,9 @@ def throughput(home: Path, gigabytes: float) -> list[Row]:
     peer.close()
     rows.append(Row("durable append, SQLite peer", peer_rate, "events/s"))
     rows.append(Row("durable append, ours to the SQLite peer", rate / peer_rate, "times"))
-    rows.append(Row(f"reopening a 1 GB log ({gigabytes:g} GB)", min(reopened(home / "flat-out")), "s", 1.0))
+    rows.append(
+        Row(f"reopening a 1 GB log ({gigabytes:g} GB)", min(reopened(home / "flat-out")), "s", 1.0)
+    )
     rows.append(Row("write amplification on the device", written / payload, "times", 1.1))
     shutil.rmtree(home / "flat-out")
     return rows

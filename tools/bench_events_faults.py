@@ -1,4 +1,4 @@
-"""The faults' part of tools/bench-events: deaths of the broker, half-open connections, crash states.
+"""The faults' part of tools/bench-events: deaths of the broker, bad connections, crash states.
 
 Why: a promise about faults is a number, too: how many were tried, and what came of them.
 

@@ -82,7 +82,7 @@ async def be_honest(url: str, home: Path, seconds: float) -> None:
 
 @contextlib.asynccontextmanager
 async def another(*arguments: object, niceness: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """This file in a process of its own."""
+    """A process of its own that runs a part of what is here."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, __file__, *map(str, arguments)),
         stdout=asyncio.subprocess.PIPE,
@@ -103,7 +103,7 @@ async def measure(home: Path, rounds: int, seconds: float) -> list[Row]:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with Broker.start(home / "broker") as broker:
         cloud = await Cloud.start(home / "learner", partial(_connect, broker.url))
-        for number in range(rounds):
+        for _ in range(rounds):
             calm.append(await honest_p99(cloud, broker.url, home, seconds))
             async with another("flood", broker.url, niceness=19) as child:
                 assert child.stdout is not None

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from bench_events_model import FAMILY, POOL, SPEC, FEATURES, START_S, Row, encoded, label
+from bench_events_model import FAMILY, FEATURES, POOL, SPEC, START_S, Row, encoded, label
 
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.intake import Intake
@@ -94,8 +94,18 @@ def ingest(home: Path, count: int) -> list[Row]:
     packed = [deflated(each) for each in plain[: len(plain) // 4]]
     name = "ingest per core"
     rows = [
-        Row(f"{name}: decode, validate, dedupe", max(opening(plain) for _ in range(3)), "events/s", 1e6, True),
-        Row(f"{name}: inflate, decode, validate, dedupe", max(opening(packed) for _ in range(3)), "events/s"),
+        Row(
+            f"{name}: decode, validate, dedupe",
+            max(opening(plain) for _ in range(3)),
+            "events/s",
+            1e6,
+            True,
+        ),
+        Row(
+            f"{name}: inflate, decode, validate, dedupe",
+            max(opening(packed) for _ in range(3)),
+            "events/s",
+        ),
     ]
     store = intake(home / "ingest")
     wall_s, cpu_s = time.perf_counter(), time.process_time()
@@ -170,7 +180,9 @@ def random_labels(pending: int, count: int) -> list[Incoming]:
     messages = []
     for device, seqs in of.items():
         for at in range(0, len(seqs), IN_ENVELOPE):
-            records = [codec.encode(label(1, seq, START_S + 1e5)) for seq in seqs[at : at + IN_ENVELOPE]]
+            records = [
+                codec.encode(label(1, seq, START_S + 1e5)) for seq in seqs[at : at + IN_ENVELOPE]
+            ]
             messages.append((at, message(f"device-{device}", "label", at + 1, records)))
     return [each for _, each in sorted(messages, key=lambda pair: pair[0])]
 

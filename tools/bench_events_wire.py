@@ -23,7 +23,7 @@ import numpy as np
 from bench_events_model import POOL, Row, encoded, quantiles
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud
+from cloud_learner.simulate.rig import Cloud, until
 from edge_runtime.bus.base import Bus
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
@@ -89,9 +89,8 @@ async def drain(home: Path, count: int) -> list[Row]:
             bus = await connect(url, name="bench")
             await make_streams(bus)
             started_s, before = time.perf_counter(), sent[0]
-            async with uplinked(log, bus) as uplink, asyncio.timeout(WAIT_S):
-                while uplink.statistics()["records"] < count:
-                    await asyncio.sleep(0.002)
+            async with uplinked(log, bus) as uplink:
+                await until(lambda: uplink.statistics()["records"] >= count, WAIT_S)
             relayed_s, wire = time.perf_counter() - started_s, sent[0] - before
             await bus.close()
         rate = await drained_directly(broker.url, log, count)
@@ -107,9 +106,8 @@ async def drained_directly(url: str, log: EventLog, count: int) -> float:
     """Events a second, from the start of an uplink to the last acknowledgement."""
     bus = await connect(url, name="bench")
     started_s = time.perf_counter()
-    async with uplinked(log, bus) as uplink, asyncio.timeout(WAIT_S):
-        while uplink.statistics()["records"] < count:
-            await asyncio.sleep(0.002)
+    async with uplinked(log, bus) as uplink:
+        await until(lambda: uplink.statistics()["records"] >= count, WAIT_S)
     took_s = time.perf_counter() - started_s
     await bus.close()
     return count / took_s

@@ -20,6 +20,7 @@ import msgspec
 
 from cloud_learner.broker import Broker
 from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice
+from cloud_learner.store.ingest_state import Lane
 from edge_runtime.bus.base import Bus
 from edge_runtime.bus.nats import connect
 
@@ -76,6 +77,6 @@ async def _predict(device: Device) -> None:
 async def _stall(cloud: Cloud, device: Device) -> float:
     """Seconds until the learner holds what the device logs next."""
     started_s, seq = time.monotonic(), device.log.handed_out("event") + 1
-    lane = (device.name, device.log.epoch, "event")
+    lane: Lane = (device.name, device.log.epoch, "event")
     await cloud.until(lambda: cloud.mark(lane) >= seq)
     return time.monotonic() - started_s

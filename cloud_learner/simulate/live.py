@@ -26,7 +26,7 @@ from cloud_learner.admission import Admissions
 from cloud_learner.broker import Broker
 from cloud_learner.children import spawn_tied
 from cloud_learner.config import Home
-from cloud_learner.console.state import DeviceRow, DeviceState, FaultRow, LearnerRow, ViewState
+from cloud_learner.console.state import DeviceRow, FaultRow, LearnerRow, ViewState
 from cloud_learner.console.view import LiveView
 from cloud_learner.experiment.replay import DataRow
 from cloud_learner.release.metadata import ReleaseFile
@@ -274,10 +274,9 @@ class Live:
     def _device_row(self, report: Report) -> DeviceRow:
         latency = Histogram(list(report.predict_us))
         lives = sum(device == report.device for device, _ in self.watch.lives)
-        state: DeviceState = "up" if lives == 1 else "recovered"
         return DeviceRow(
             name=report.device,
-            state="killed" if report.device in self._killed else state,
+            state="killed" if report.device in self._killed else "recovered" if lives > 1 else "up",
             arms={arm.arm: arm.release for arm in report.arms},
             p50_us=latency.quantile(0.5),
             p99_us=latency.quantile(0.99),

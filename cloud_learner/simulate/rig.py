@@ -198,6 +198,13 @@ class Device:
         return EventLog(self._home / self.name, device=self.name, **self._options)
 
 
+async def until(condition: Callable[[], bool], wait_s: float = WAIT_S) -> None:
+    """Wait for what other tasks bring about. Raises: TimeoutError."""
+    async with asyncio.timeout(wait_s):
+        while not condition():  # noqa: ASYNC110 - it is the state of others, who tell nobody
+            await asyncio.sleep(0.005)
+
+
 async def delivered(cloud: Cloud, *devices: Device, wait_s: float = WAIT_S) -> None:
     """Sweep, and wait until the learner holds all that is durable. Raises: TimeoutError."""
     for device in devices:

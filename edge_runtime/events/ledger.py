@@ -3,10 +3,11 @@
 Why: a number that was handed out is delivered or accounted for, also when its record is gone; and
 a log that is opened again must not need to read what it holds to know what it owes.
 
-Commit point: the rename of `ledger.a` or of `ledger.b`, both with the same content, durable with the
-sync of the directory; at open the higher generation that proves itself holds. So neither a crash
-nor a flipped bit costs an entry. It is written before a segment that it accounts for is unlinked, and before an id of a new epoch is
-handed out. The file `epoch` of earlier releases is read where there is no ledger yet.
+Commit point: the rename of `ledger.a` or of `ledger.b`, both with the same content, durable with
+the sync of the directory; at open the higher generation that proves itself holds. So neither a
+crash nor a flipped bit costs an entry. It is written
+before a segment that it accounts for is unlinked, and before an id of a new epoch is handed out.
+The file `epoch` of earlier releases is read where there is no ledger yet.
 
 Invariants: what is known of an earlier epoch never changes, but for what is lost of it or learned;
 gaps of a lane are apart and rise, and neighbours of one reason are one gap, so it stays small.

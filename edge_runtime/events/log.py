@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,10 +37,11 @@ from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.events import ledger, recovery
 from edge_runtime.events.linger import Doorbell, Linger
-from edge_runtime.events.recovery import random_step
 from edge_runtime.events.reader import Piece, Reader
+from edge_runtime.events.recent import LENGTH_BYTES, within
+from edge_runtime.events.recovery import random_step
 from edge_runtime.events.space import Space
-from edge_runtime.events.stream import LENGTH_BYTES, Stream, within
+from edge_runtime.events.stream import Stream
 from edge_runtime.events.usage import Usage
 from edge_runtime.files import Files, OsFiles
 from edge_runtime.wire.messages import EventClass
@@ -58,6 +59,9 @@ _SLOW_S = 0.5
 
 class EventLog:
     """The log of `device` in `directory`; opening it starts a new epoch, `step()` above the last.
+
+    `epochs`, `owed`, `piece`, `read` and `tail` are those of its `Reader`, `learned` is that of its
+    `Space`, `prior` of its `Ledger`.
 
     Records wait `linger_ms` to be made durable together, up to `linger_max_ms` where that saves
     commits. All files together take `bytes_max` at most. `on_commit`, once set, is called on the
@@ -104,7 +108,10 @@ class EventLog:
             for name in CLASSES
         }
         self._space.streams = self._streams
-        self._reader = Reader(files, directory, self._streams, found.ledger, self.epoch)
+        self._reader = reader = Reader(files, directory, self._streams, found.ledger, self.epoch)
+        self.epochs, self.owed, self.piece = reader.epochs, reader.owed, reader.piece
+        self.read, self.tail = reader.read, reader.tail
+        self.learned, self.prior = self._space.learned, found.ledger.prior
         self._usage = Usage(files, directory / "usage", clock or SystemClock())
         self._accepted, self._allowed = 0, PENDING_BYTES_MAX
         self._failing, self._began_s = False, 0.0
@@ -170,10 +177,6 @@ class EventLog:
         """
         return [(lane.epoch, lane.end) for lane in self._ledger.lanes(event_class) if lane.end >= 0]
 
-    def prior(self, epoch: int) -> int:
-        """The epoch before `epoch` in this log; 0 before the first."""
-        return self._ledger.prior(epoch)
-
     async def wait_durable(self, event_class: EventClass, seq: int) -> None:
         """Return once record `seq` of this epoch is durable; what lingers is committed now.
 
@@ -186,55 +189,12 @@ class EventLog:
             self._doorbell.ring()
         await stream.wait_durable(seq)
 
-    # Reading and giving back.
-
-    def epochs(self, event_class: EventClass) -> list[tuple[int, int, int]]:
-        """(epoch, first seq, last durable seq) of what is on disk, oldest first."""
-        return self._reader.epochs(event_class)
-
-    def owed(self, event_class: EventClass) -> list[tuple[int, int]]:
-        """(epoch, last durable seq) of what the learner may not hold whole, oldest first; also of
-        epochs of which no segment is left.
-        """
-        return self._reader.owed(event_class)
-
-    def piece(
-        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
-    ) -> Piece | None:
-        """What follows `after_seq` in `epoch`, of what is durable; None when nothing does.
-
-        Reads the disk. Raises: CapacityError `log_unreadable`; it may be readable later.
-        """
-        return self._reader.piece(event_class, epoch, after_seq, max_bytes, max_records)
-
-    def read(
-        self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
-    ) -> list[tuple[int, bytes]]:
-        """Durable (seq, record) of `epoch` above `after_seq`, in order; at least one if there is.
-
-        A gap in the numbers means that something is lost; `piece` says why.
-        """
-        return self._reader.read(event_class, epoch, after_seq, max_bytes, max_records)
-
     def recent(
         self, event_class: EventClass, after_seq: int, max_bytes: int, max_records: int
     ) -> list[tuple[int, bytes]] | None:
         """As `read`, of the running epoch and from memory; None when it has to be read."""
-        records = self._streams[event_class].recent_after(after_seq)
+        records = self._streams[event_class].recent.after(after_seq)
         return None if records is None else within(records, max_bytes, max_records)
-
-    def tail(
-        self, event_class: EventClass, epoch: int, seq: int
-    ) -> Iterator[tuple[int, int, bytes]]:
-        """Durable (epoch, seq, record) after that position, all later epochs included."""
-        return self._reader.tail(event_class, epoch, seq)
-
-    def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
-        """The learner holds all of `epoch` up to `seq`: give back segments with nothing above it.
-
-        The newest segment of the running epoch stays: the next open finds there where it ended.
-        """
-        self._space.learned(event_class, epoch, seq)
 
     def statistics(self) -> dict[str, int]:
         """Counters and gauges; `failing` is 1 while the disk refuses what must become durable, or

@@ -1,4 +1,4 @@
-"""Reading an open log: what is on disk, what is owed to the learner, and where something is missing.
+"""Reading an open log: what is on disk, what is owed to the learner, and what is missing.
 
 Why: the learner has to be told of every number, as a record or as a loss with its reason; only who
 reads finds out that a frame no longer proves itself.
@@ -21,7 +21,8 @@ from typing import NamedTuple
 from edge_runtime.errors import CapacityError
 from edge_runtime.events import frames
 from edge_runtime.events.ledger import Ledger
-from edge_runtime.events.stream import Stream, within
+from edge_runtime.events.recent import within
+from edge_runtime.events.stream import Stream
 from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
@@ -57,7 +58,7 @@ class Reader:
         self.damaged: Counter[EventClass] = Counter()
 
     def epochs(self, event_class: EventClass) -> list[tuple[int, int, int]]:
-        """See `EventLog.epochs`."""
+        """(epoch, first seq, last durable seq) of what is on disk, oldest first."""
         found: dict[int, tuple[int, int]] = {}
         stream = self._streams[event_class]
         with stream.lock:
@@ -68,7 +69,9 @@ class Reader:
         return [(epoch, first, last) for epoch, (first, last) in found.items()]
 
     def owed(self, event_class: EventClass) -> list[tuple[int, int]]:
-        """See `EventLog.owed`."""
+        """(epoch, last durable seq) of what the learner may not hold whole, oldest first; also of
+        epochs of which no segment is left.
+        """
         ends = (
             (lane.epoch, self._last(event_class, lane.epoch))
             for lane in self._ledger.lanes(event_class)
@@ -79,7 +82,10 @@ class Reader:
     def piece(
         self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
     ) -> Piece | None:
-        """See `EventLog.piece`."""
+        """What follows `after_seq` in `epoch`, of what is durable; None when nothing does.
+
+        Reads the disk. Raises: CapacityError `log_unreadable`; it may be readable later.
+        """
         last = self._last(event_class, epoch)
         if after_seq >= last:
             return None
@@ -95,13 +101,16 @@ class Reader:
     def read(
         self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
     ) -> list[tuple[int, bytes]]:
-        """See `EventLog.read`."""
+        """Durable (seq, record) of `epoch` above `after_seq`, in order; at least one if there is.
+
+        A gap in the numbers means that something is lost; `piece` says why.
+        """
         return within(self._records(event_class, epoch, after_seq), max_bytes, max_records)
 
     def tail(
         self, event_class: EventClass, epoch: int, seq: int
     ) -> Iterator[tuple[int, int, bytes]]:
-        """See `EventLog.tail`."""
+        """Durable (epoch, seq, record) after that position, all later epochs included."""
         for present, _, _ in self.epochs(event_class):
             if present >= epoch:
                 after_seq = seq if present == epoch else 0

@@ -53,7 +53,10 @@ class Space:
                     break
 
     def learned(self, event_class: EventClass, epoch: int, seq: int) -> None:
-        """See `EventLog.learned`."""
+        """The learner holds all of `epoch` up to `seq`: give back segments with nothing above it.
+
+        The newest segment of the running epoch stays: the next open finds there where it ended.
+        """
         stream = self.streams[event_class]
         with self._lock:
             gone = stream.covered(epoch, seq)

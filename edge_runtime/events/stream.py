@@ -5,10 +5,10 @@ Why: the classes of a log are served by one thread and share its lock, its ledge
 Commit point: the `sync` in `_commit_batch`.
 
 Invariants: the producer alone writes `last_seq` and appends to `pending`. A batch leaves `pending`
-whole, under `lock`, and stays the batch in flight until it is durable; so the producer may drop what
-is still pending from its front, under `lock`, too. The commit thread alone touches the file. After
-an error the file is never written or synced again (its pages may be marked clean though they never
-reached the disk): the batch in flight goes, from memory, into a new file. Where numbers were
+whole, under `lock`, and stays the batch in flight until it is durable; so the producer may drop
+what is still pending from its front, under `lock`, too. The commit thread alone touches the file.
+After an error the file is never written or synced again (its pages may be marked clean though they
+never reached the disk): the batch in flight goes, from memory, into a new file. Where numbers were
 dropped, the ledger says so before a later number becomes durable, and a new file begins.
 """
 
@@ -18,22 +18,20 @@ import contextlib
 import logging
 import threading
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
 from edge_runtime.errors import CapacityError
 from edge_runtime.events import frames, segment
 from edge_runtime.events.ledger import Ledger
+from edge_runtime.events.recent import LENGTH_BYTES, Recent
 from edge_runtime.events.segment import Segment
 from edge_runtime.events.waiters import Waiters
 from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
-LENGTH_BYTES = 4
-RECENT_BYTES_MAX = 256 << 10
-BATCH_BYTES_MAX = 4 << 20
+BATCH_BYTES_MAX = 1 << 20
 _BATCH_RECORDS_MAX = 1 << 15
 
 log = logging.getLogger("edge_runtime")
@@ -74,8 +72,7 @@ class Stream:
         self._active: Segment | None = None
         self._fd = -1
         self._waiters = Waiters()
-        self._recent: deque[tuple[int, list[bytes]]] = deque()
-        self._recent_bytes = 0
+        self.recent = Recent()
 
     # What is not durable yet.
 
@@ -193,39 +190,12 @@ class Stream:
                 self.segments = [*self.segments, active]
             last_seq = self._base + len(self._batch) - 1
             active.grew(active.size, self._base, last_seq, active.size + size)
-            self._remember()
+            self.recent.remember(self._base, self._batch, self._batch_bytes)
             self.durable_seq = last_seq
             self.settled += self._batch_bytes
             self.payload_bytes += self._batch_bytes - LENGTH_BYTES * len(self._batch)
             self._batch = []
             self._waiters.tell(0, last_seq, None)
-
-    def _remember(self) -> None:
-        if self._recent and self._recent[-1][0] + len(self._recent[-1][1]) != self._base:
-            self._recent.clear()
-            self._recent_bytes = 0
-        self._recent.append((self._base, self._batch))
-        self._recent_bytes += self._batch_bytes
-        while self._recent_bytes > RECENT_BYTES_MAX:
-            _, gone = self._recent.popleft()
-            self._recent_bytes -= sum(map(len, gone)) + LENGTH_BYTES * len(gone)
-
-    def recent_after(self, after_seq: int) -> Iterator[tuple[int, bytes]] | None:
-        """Durable (seq, record) of this epoch above `after_seq`; None when not all are in memory.
-
-        What is in memory are the last commits, RECENT_BYTES_MAX at most, none of them lost between.
-        """
-        with self.lock:
-            held = list(self._recent)
-        if not held or held[0][0] > after_seq + 1:
-            return None
-        return (
-            (seq, data)
-            for base_seq, batch in held
-            if base_seq + len(batch) > after_seq + 1
-            for seq, data in enumerate(batch, base_seq)
-            if seq > after_seq
-        )
 
     async def wait_durable(self, seq: int) -> None:
         """Return once record `seq` is durable. Raises: what `shut` was given; CapacityError
@@ -297,16 +267,3 @@ class Stream:
         self.seal()
         with self.lock:
             self._waiters.tell(0, self.last_seq, error)
-
-
-def within(
-    records: Iterable[tuple[int, bytes]], max_bytes: int, max_records: int
-) -> list[tuple[int, bytes]]:
-    """The first of `records` that keep to both bounds; at least one if there is."""
-    found: list[tuple[int, bytes]] = []
-    for seq, data in records:
-        max_bytes -= len(data)
-        if found and (max_bytes < 0 or len(found) >= max_records):
-            break
-        found.append((seq, data))
-    return found

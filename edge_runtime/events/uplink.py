@@ -188,8 +188,8 @@ class Uplink:
             tasks.create_task(self._publish(lane, lane.ahead.popleft()))
 
     def _hold(self, lane: Lane) -> None:
-        """Let nothing that is held be tried for a while: soon when the broker only had no room for a
-        moment, once a second when it goes on having none.
+        """Let nothing that is held be tried for a moment, and at last for a second, when the broker
+        goes on having no room.
         """
         self._probe_s = self._clock.monotonic_s() + lane.hold_s * _jitter(1.0, 1.5)
         lane.hold_s = min(HOLD_MAX_S, 2 * lane.hold_s)

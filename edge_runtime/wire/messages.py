@@ -82,12 +82,12 @@ NO_PRIOR = -1
 class Envelope(msgspec.Struct, array_like=True, frozen=True):
     """Consecutive records of one device, epoch and class, as they stand in the event log.
 
-    Entry i of `records` has sequence number `base_seq + i`; it is a record, or a key of OMITTED. The
-    `skipped` sequence numbers right before `base_seq` are lost on the device, for `reason`
-    (`dropped`: the log was full; `stalled`: the disk took nothing; `damaged`; `trimmed`: the learner
-    held them once); `records` may then be empty. `prior` is the epoch before this one in the same
-    log, NO_PRIOR for its first, 0 where it is not said: two epochs after the same one are two logs
-    under one name.
+    Entry i of `records` has sequence number `base_seq + i`; it is a record, or a key of OMITTED.
+    The `skipped` sequence numbers right before `base_seq` are lost on the device, for `reason`
+    (`dropped`: the log was full; `stalled`: the disk took nothing; `damaged`; `trimmed`: the
+    learner held them once); `records` may then be empty. `prior` is the epoch before this one in
+    the same log, NO_PRIOR for its first, 0 where it is not said: two epochs after the same one are
+    two logs under one name.
     """
 
     version: int

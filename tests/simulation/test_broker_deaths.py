@@ -13,7 +13,7 @@ import pytest
 
 from cloud_learner.broker import Broker
 from cloud_learner.simulate.deaths import broker_deaths
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice
+from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice, until
 from edge_runtime.bus.nats import connect
 
 STALL_S = 5.0
@@ -54,9 +54,8 @@ async def forget_and_go_on(home):
         await cloud.stop()
         device.predict(50)
         stored = uplink.statistics()["records"]
-        async with asyncio.timeout(30):
-            while uplink.statistics()["records"] < stored + 100:  # acknowledged, not learned
-                await asyncio.sleep(0.02)
+        wanted = stored + 100  # acknowledged, not learned
+        await until(lambda: uplink.statistics()["records"] >= wanted)
         broker.kill()
         shutil.rmtree(home / "broker" / "jetstream")
         shutil.copytree(home / "old", home / "broker" / "jetstream")

@@ -9,7 +9,7 @@ import asyncio
 from functools import partial
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice
+from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice, until
 from edge_runtime.bus.nats import connect
 from edge_runtime.wire import subjects
 
@@ -85,9 +85,7 @@ async def full_stream(home):
         device.predict(20_000)
         uplink = await device.connect()
         failed = lambda: uplink.statistics().get("failed_stream_full", 0)  # noqa: E731
-        async with asyncio.timeout(30):
-            while failed() < 1:
-                await asyncio.sleep(0.01)
+        await until(lambda: failed() >= 1)
         before = failed()
         await asyncio.sleep(3.0)  # how often it tries meanwhile is what is looked at
         tries = failed() - before

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice
+from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice, until
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import ManualClock
 
@@ -26,9 +26,7 @@ async def to_broker(broker, name):
 
 async def alarm(cloud, uplink):
     """Until learner and device both know that there are two of them."""
-    async with asyncio.timeout(30):
-        while not uplink.statistics().get("duplicate_identity"):
-            await asyncio.sleep(0.02)
+    await until(lambda: uplink.statistics()["duplicate_identity"] > 0)
     assert cloud.ingest.statistics()["duplicate_identity"] >= 1
 
 

@@ -13,7 +13,7 @@ from onnx import helper
 
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, LogConfig
-from edge_runtime.errors import CapacityError, HeadwaterError, PackageError
+from edge_runtime.errors import HeadwaterError, PackageError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.plan import choose

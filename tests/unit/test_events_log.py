@@ -18,9 +18,9 @@ from edge_runtime.errors import CapacityError, ConfigError, RequestError
 from edge_runtime.events import segment
 from edge_runtime.events.ledger import EPOCHS_KEPT
 from edge_runtime.events.log import PENDING_BYTES_MAX, RECORD_BYTES_MAX, EventLog
+from edge_runtime.events.recent import RECENT_BYTES_MAX
 from edge_runtime.events.recovery import STEP_MAX
 from edge_runtime.events.segment import SUFFIX
-from edge_runtime.events.stream import RECENT_BYTES_MAX
 from edge_runtime.files import OsFiles
 
 ALL = 1 << 30
@@ -35,6 +35,7 @@ class Disk(OsFiles):
         self.calls = 0
         self.free = threading.Event()
         self.free.set()
+        self.asked = threading.Event()
         self._segments: set[int] = set()
 
     def create(self, path: Path, mode: int = 0o600) -> int:
@@ -49,6 +50,7 @@ class Disk(OsFiles):
 
     def sync(self, fd: int) -> None:
         if fd in self._segments:
+            self.asked.set()
             self.free.wait()
             self.calls += 1
             if self.failures:
@@ -338,8 +340,7 @@ def test_who_waits_for_what_is_dropped_from_memory_is_told(tmp_path: Path) -> No
     async def drop_under_a_waiter() -> None:
         disk.free.clear()
         log.append("event", b"in flight")
-        while log._streams["event"].pending:
-            await asyncio.sleep(0)
+        await asyncio.to_thread(disk.asked.wait, 5)
         seq = log.append("event", b"to be dropped")
         waiter = asyncio.ensure_future(log.wait_durable("event", seq))
         await asyncio.sleep(0)

@@ -8,7 +8,6 @@ import msgspec
 import pytest
 
 from edge_runtime.config import EdgeConfig, LogConfig
-from edge_runtime.errors import CapacityError
 from edge_runtime.events.journal import SNAPSHOT_EVERY, Journal
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord
 

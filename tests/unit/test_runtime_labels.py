@@ -12,7 +12,7 @@ import pytest
 from edge_runtime import factory
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, LogConfig
-from edge_runtime.errors import CapacityError, RequestError
+from edge_runtime.errors import RequestError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference import history
 from edge_runtime.inference.slot import load_arm
