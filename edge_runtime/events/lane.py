@@ -21,7 +21,7 @@ from edge_runtime.events.packing import Packed
 from edge_runtime.wire.messages import EventClass
 
 WINDOW = 8
-HOLD_S, HOLD_MAX_S = 0.1, 1.0
+HOLD_S, HOLD_MAX_S = 0.05, 1.0  # there may be room again in a moment; else once a second
 _PATIENCE_S, _PATIENCE_MAX_S = 5.0, 300.0
 
 
@@ -124,6 +124,7 @@ class Lane:
         for learned_epoch, seq in self.learned.items():
             self.read[learned_epoch] = max(seq, self.read.get(learned_epoch, 0))
         self.held, self.window = True, 1
+        self.hold_s = min(HOLD_MAX_S, 2 * self.hold_s)
         self._void()
         return True
 

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
-from edge_runtime.events.lane import HOLD_MAX_S, WINDOW, Lane
+from edge_runtime.events.lane import WINDOW, Lane
 from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.events.packing import Packed, Packer
 from edge_runtime.events.watermarks import Watermarks
@@ -188,11 +188,8 @@ class Uplink:
             tasks.create_task(self._publish(lane, lane.ahead.popleft()))
 
     def _hold(self, lane: Lane) -> None:
-        """Let nothing that is held be tried for a moment, and at last for a second, when the broker
-        goes on having no room.
-        """
+        """Let nothing that is held be tried for as long as this class waits by now."""
         self._probe_s = self._clock.monotonic_s() + lane.hold_s * _jitter(1.0, 1.5)
-        lane.hold_s = min(HOLD_MAX_S, 2 * lane.hold_s)
 
     def _under_way(self) -> int:
         return sum(lane.under_way for lane in self._lanes.values())

@@ -688,7 +688,7 @@ def test_a_full_stream_is_tried_once_a_second_and_drains_by_itself(tmp_path: Pat
             async with running(world.learner.run()), world.uplink(log) as uplink:
                 await until(lambda: uplink.statistics()["held"] == 1)
                 await until(lambda: uplink.statistics()["under_way"] == 0)
-                for wait_s in (0.15, 0.3, 0.6, 1.2):  # there may be room again in a moment
+                for wait_s in (0.15, 0.3, 0.6, 1.2, 1.5):  # there may be room again in a moment
                     tried = len(bus.asked_s)
                     world.clock.advance(wait_s + 0.001)
                     uplink.wake()
