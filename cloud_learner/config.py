@@ -30,7 +30,7 @@ class Home:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.archive = root / "archive"
+        self.archive = root / "examples"  # `archive` held records, up to release 0.1
         self.raw = root / "raw"
         self.registry = root / "registry"
         self.lineage = root / "lineage"

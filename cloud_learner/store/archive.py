@@ -145,12 +145,10 @@ class Archive:
 
     def _forget_unfinished(self) -> None:
         """Also what an exchange gave back: first the exchange has to be durable."""
-        for family in self._unfinished.glob("family=*"):
-            if (shown := self._directory / family.name).exists():
+        for path in self._unfinished.iterdir():
+            if (shown := self._directory / path.name).exists():
                 fsync_directory(shown)
-            shutil.rmtree(family)
-        for path in self._unfinished.glob("*.tmp"):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         fsync_directory(self._unfinished)
 
     def compact(self, names: Collection[str], number: int) -> Compaction | None:

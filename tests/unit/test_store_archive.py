@@ -209,7 +209,10 @@ def test_adopting_removes_our_files_that_no_commit_names_and_nothing_else(tmp_pa
     folder = tmp_path / "archive"
     archive = Archive(folder)
     kept, orphan = archive.write([example(1)], 1), archive.write([example(2)], 2)
-    (tmp_path / ".archive.unfinished" / "000000000003.parquet.tmp").write_bytes(b"torn")
+    unfinished = tmp_path / ".archive.unfinished"
+    (unfinished / "000000000003.parquet.tmp").write_bytes(b"torn")
+    (unfinished / "spill").mkdir()
+    (unfinished / "spill" / "block.tmp").write_bytes(b"of a merge")
     (folder / "mine.parquet").write_bytes(b"of somebody else")
     assert Archive(folder).adopt(kept) == orphan
     assert below(tmp_path) == [f"archive/{kept[0]}", "archive/mine.parquet"]

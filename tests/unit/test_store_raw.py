@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
-import signal
 
 import pytest
 
@@ -240,46 +240,39 @@ def test_random_rot_never_raises_and_never_makes_up_a_message(tmp_path):
         assert len(found) >= 40 - 2 - size // 50, (seed, turn)
 
 
+@contextlib.contextmanager
 def no_larger_than(size):
-    """Writing beyond `size` fails with EFBIG, in this process."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-@pytest.fixture
-def small_files():
+    """In here writing beyond `size` of a file fails with EFBIG, after what fits."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield no_larger_than
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["of a file", "in a file"])
-def test_a_write_that_fails_half_way_is_cut_and_the_next_goes_to_a_new_file(
-    tmp_path, small_files, is_first
-):
+def test_a_write_that_fails_half_way_is_cut_and_the_next_goes_to_a_new_file(tmp_path, is_first):
     log = RawLog(tmp_path)
     if not is_first:
         log.append(messages(1, 2))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    small_files(300)
     for _ in range(2):
-        with pytest.raises(CapacityError) as caught:
+        with no_larger_than(300), pytest.raises(CapacityError) as caught:
             log.append(messages(*range(3, 20)))
         assert caught.value.code == "disk_full"
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    small_files(1 << 20)
     end = log.append(messages(3))
     assert end.file == (1 if is_first else 2)
     assert list(log.replay()) == (messages(3) if is_first else messages(1, 2, 3))
     assert replayed(tmp_path)[0] == list(log.replay())
 
 
-def test_what_cannot_be_cut_is_cut_before_the_next_append(tmp_path, small_files):
+def test_what_cannot_be_cut_is_cut_before_the_next_append(tmp_path):
     log = RawLog(tmp_path)
     log.append(messages(1))
     path = tmp_path / "000000000001.raw"
     moved = tmp_path / "moved"
-    small_files(300)
 
     class Unlucky(list):
         """The file goes away while the messages are on their way."""
@@ -290,9 +283,8 @@ def test_what_cannot_be_cut_is_cut_before_the_next_append(tmp_path, small_files)
             return super().__iter__()
 
     for _ in range(2):
-        with pytest.raises(CapacityError):
+        with no_larger_than(300), pytest.raises(CapacityError):
             log.append(Unlucky(messages(*range(2, 20))))
-    small_files(1 << 20)
     moved.rename(path)
     assert len(path.read_bytes()) == 300
     assert list(log.replay()) == messages(1)
