@@ -5,7 +5,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup demo test check slow bench-peers clean
+.PHONY: help setup demo test check slow bench-peers old-server clean
 
 help:
 	@echo "make demo    the whole loop on a year of real flights; ARGS=--full plays all of it"
@@ -13,6 +13,7 @@ help:
 	@echo "make slow    checks and every test, with full counts"
 	@echo "make check   ruff and mypy"
 	@echo "make bench-peers  what tools/bench-serving compares with, below var/peers"
+	@echo "make old-server  an older broker below var/old-server, for the test of upgrades"
 	@echo "make clean   remove .venv, var and caches"
 
 setup:
@@ -34,6 +35,9 @@ slow: check
 
 bench-peers: setup
 	@tools/bench-peers
+
+old-server: setup
+	@tools/old-server
 
 clean:
 	rm -rf .venv var dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

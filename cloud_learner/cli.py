@@ -12,16 +12,33 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, TransportError
 
+if TYPE_CHECKING:
+    from edge_runtime.bus.access import Access
+
 T = TypeVar("T")
 _HOME = click.option(
     "--home", type=click.Path(path_type=Path), default=Path("var/cloud"), help="The learner's home."
 )
+
+
+def _by_key(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how to come in to a broker."""
+    options = {
+        "--key": "The seed of an nkey; by default the home's own.",
+        "--credentials": "A .creds file, in place of a key.",
+        "--tls-ca": "Who vouches for the broker; by default the system's authorities.",
+        "--tls-cert": "A certificate for a broker that asks for one.",
+        "--tls-key": "Its private key.",
+    }
+    for name, text in reversed(options.items()):
+        command = click.option(name, type=click.Path(path_type=Path), help=text)(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,7 +69,8 @@ def bootstrap(family: Path, data: Path, home: Path) -> None:
 @main.command()
 @_HOME
 @click.option("--nats", default="", help="Broker url; without one, a broker is started as a child.")
-def serve(home: Path, nats: str) -> None:
+@_by_key
+def serve(home: Path, nats: str, **files: Path | None) -> None:
     """Ingest, learn, gate, publish and roll out, until stopped.
 
     Example: cloud-learner serve --home var/cloud
@@ -60,25 +78,24 @@ def serve(home: Path, nats: str) -> None:
     from cloud_learner.config import Home
     from cloud_learner.serve import serve_home
 
-    _guarded(lambda: serve_home(Home(home), nats))
+    _guarded(lambda: serve_home(Home(home), nats, access=_access(home, files)))
 
 
 @main.command()
+@_HOME
 @click.option("--nats", default="", help="Broker url, as `serve` prints it.")
-@click.option("--home", type=click.Path(path_type=Path), help="The learner's home.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def status(nats: str, home: Path | None, *, as_json: bool) -> None:
-    """What the learner says about itself, or what became of every record of every device.
+@_by_key
+def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> None:
+    """What became of every record of every device, and what the learner says about itself.
 
-    With --nats, the learner's own word; with --home, the accounts in its database, whether or not
-    it runs: archived + quarantined + dropped is the mark, for each device, epoch and class.
+    The accounts are read from the home, whether or not the learner runs: archived + quarantined +
+    dropped is the mark, for each device, epoch and class. With --nats, the learner's own word too.
 
     Example: cloud-learner status --home var/cloud
     """
-    if not nats and home is None:
-        raise click.UsageError("give --nats, --home or both")
-    said = _guarded(lambda: asyncio.run(_status(nats))) if nats else {}
-    accounts = _guarded(lambda: _accounts(home)) if home else {}
+    accounts = _guarded(lambda: _accounts(home, is_needed=not nats))
+    said = _guarded(lambda: asyncio.run(_status(nats, _access(home, files)))) if nats else {}
     if as_json:
         click.echo(json.dumps({**said, **accounts}))
         return
@@ -105,23 +122,118 @@ def demo(*, full: bool, var: Path) -> None:
     sys.exit(_guarded(lambda: run(var, full=full)))
 
 
-def _accounts(home: Path) -> dict[str, Any]:
+@main.command()
+@click.argument("device")
+@click.argument("public_key")
+@click.option("--replace", is_flag=True, help="In place of the key that DEVICE has.")
+@_HOME
+def admit(device: str, public_key: str, home: Path, *, replace: bool) -> None:
+    """Let DEVICE in to the broker by its PUBLIC_KEY, which `edge-runtime init` printed there.
+
+    Example: cloud-learner admit kiosk-1 UDXU4RCSJNZOIQHZNWXHXORDPRTGNJAHAHFRGZNEEJCPQTT2M7NLCNF4
+    """
+    from cloud_learner.admission import Admissions
+    from cloud_learner.config import Home
+
+    known = _guarded(lambda: Admissions(Home(home)).admit(device, public_key, replace=replace))
+    _tell(f"{device} is admitted, {_when(known)}")
+
+
+@main.command()
+@click.argument("device")
+@_HOME
+def expel(device: str, home: Path) -> None:
+    """Let DEVICE in no more; where the broker runs, its connection is cut.
+
+    Example: cloud-learner expel kiosk-1
+    """
+    from cloud_learner.admission import Admissions
+    from cloud_learner.config import Home
+
+    known = _guarded(lambda: Admissions(Home(home)).expel(device))
+    _tell(f"{device} is expelled, {_when(known)}")
+
+
+@main.command()
+@_HOME
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def devices(home: Path, *, as_json: bool) -> None:
+    """The devices that are admitted, and their public keys.
+
+    Example: cloud-learner devices --home var/cloud
+    """
+    from cloud_learner.admission import Admissions
+    from cloud_learner.config import Home
+
+    found = _guarded(lambda: Admissions(Home(home)).devices)
+    lines = json.dumps(found) if as_json else "\n".join(f"{k}  {v}" for k, v in found.items())
+    click.echo(lines, nl=bool(lines))
+
+
+@main.command("broker-config")
+@_HOME
+@click.option(
+    "--check",
+    "checked",
+    type=click.Path(path_type=Path),
+    help="Look at this server configuration instead; exit code 2 when it would not work.",
+)
+def broker_config(home: Path, checked: Path | None) -> None:
+    """What a nats-server of your own must include so that it lets in whom the home admits.
+
+    Example: cloud-learner broker-config > /etc/nats/headwater.conf
+    """
+    from cloud_learner.admission import Admissions
+    from cloud_learner.config import Home
+    from cloud_learner.server_check import check
+
+    if checked is None:
+        click.echo(_guarded(Admissions(Home(home)).rules), nl=False)
+        return
+    for weakness in _guarded(lambda: check(checked)):
+        _tell(f"warning: {weakness}")
+
+
+def _access(home: Path, files: dict[str, Path | None]) -> Access:
+    """How to come in: as the options say, with the home's own key where they name none."""
+    from cloud_learner.config import Home
+    from edge_runtime.bus.access import Access
+
+    own = Home(home).learner_key
+    if not files["key"] and not files["credentials"] and own.exists():
+        files["key"] = own
+    return Access(
+        key=files["key"],
+        credentials=files["credentials"],
+        tls_ca=files["tls_ca"],
+        tls_cert=files["tls_cert"],
+        tls_key=files["tls_key"],
+    )
+
+
+def _when(known: bool) -> str:
+    return "and the running broker knows it" if known else "from the broker's next start on"
+
+
+def _accounts(home: Path, *, is_needed: bool) -> dict[str, Any]:
     from cloud_learner.config import Home
     from cloud_learner.console.accounts import facts
     from cloud_learner.store.ingest_db import read_accounts
 
     path = Home(home).ingest_db
-    if not path.exists():
+    if path.exists():
+        return facts(read_accounts(path))
+    if is_needed:
         Home(home).origin()  # names what is wrong with a home that is none
         return facts({})
-    return facts(read_accounts(path))
+    return {}
 
 
-async def _status(url: str) -> dict[str, Any]:
+async def _status(url: str, access: Access) -> dict[str, Any]:
     from edge_runtime.bus import nats as bus_nats
     from edge_runtime.wire import codec, subjects
 
-    bus = await bus_nats.connect(url, name="status")
+    bus = await bus_nats.connect(url, name="status", access=access)
     try:
         message = await bus.last(subjects.STATE_STREAM, subjects.LEARNER_STATUS)
     except TransportError as error:

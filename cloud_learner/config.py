@@ -42,6 +42,7 @@ class Home:
         self.static = root / "static.set"
         self.trusted_root = root / "trust" / "root.json"
         self.broker = root / "broker"
+        self.learner_key = root / "learner.nk"
 
     def write_origin(self, origin: Origin) -> None:
         """The last act of a bootstrap."""

@@ -15,17 +15,20 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
 import uvloop
 
+from cloud_learner.admission import Admissions
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
 from cloud_learner.host import Host
 from cloud_learner.train.family import Family
 from edge_runtime.bus import nats as bus_nats
+from edge_runtime.bus.access import Access
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock, SystemClock
 
@@ -40,28 +43,36 @@ class Serves(Protocol):
 MakeHost = Callable[[Home, Family, Bus, Clock], Serves]
 
 
-def serve_home(home: Home, nats: str, make_host: MakeHost = Host) -> None:
+def serve_home(
+    home: Home, nats: str, make_host: MakeHost = Host, *, access: Access | None = None
+) -> None:
     """Serve `home` over the broker at `nats`, or over a child of our own where that is empty.
+
+    The child lets in whom the home admits. `access` is how we come in; by default by our own key.
 
     Raises: ConfigError (no_home, bad_family, ...), with nothing started.
     """
+    admissions = Admissions(home)
     family = Family.load(Path(home.origin().folder))
     with contextlib.ExitStack() as stack:
-        url = nats or stack.enter_context(Broker.start(home.broker)).url
+        url = nats or stack.enter_context(Broker.start(home.broker, admissions.rules())).url
         _yield_to_others()
         _tell(f"serving {home.root} at {url}; stop with Ctrl-C")
         click.echo(url)
-        uvloop.run(_serve(home, family, url, make_host))
+        if access is None or not (access.key or access.credentials):
+            access = replace(access or Access(), key=admissions.access().key)
+        bus = bus_nats.connect(url, name="learner", access=access)
+        uvloop.run(_serve(bus, lambda bus: make_host(home, family, bus, SystemClock())))
 
 
-async def _serve(home: Home, family: Family, url: str, make_host: MakeHost) -> None:
+async def _serve(connecting: Coroutine[Any, Any, Bus], make: Callable[[Bus], Serves]) -> None:
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    bus = await bus_nats.connect(url, name="learner")
+    bus = await connecting
     try:
-        await make_host(home, family, bus, SystemClock()).run()
+        await make(bus).run()
     except asyncio.CancelledError:
         _tell("stopped; all that was committed is kept")
     finally:

@@ -87,7 +87,9 @@ def main() -> None:
 )
 @_reported
 def init(config_path: Path, packages: tuple[Path, ...], **options: Any) -> None:
-    """Write a configuration, and put a factory package on the shelf.
+    """Write a configuration, make the device's key, put a factory package on the shelf.
+
+    With a broker, its public key is the result on stdout; the secret stays in the state directory.
 
     Example: edge-runtime init --device kiosk-1 --package flight_delay.onnx
     """
@@ -108,6 +110,10 @@ def init(config_path: Path, packages: tuple[Path, ...], **options: Any) -> None:
     if info is not None:
         release = factory.install(config, packages[0], info, packages[1:])
         click.echo(f"{info.family} will serve {release}", err=True)
+    if config.nats and config.broker.credentials is None:
+        key = factory.own_key(config)
+        click.echo(f"at the learner: cloud-learner admit {config.device} {key}", err=True)
+        click.echo(key)
     click.echo(f"next: edge-runtime run --config {config_path}", err=True)
 
 

@@ -64,6 +64,16 @@ class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """With what the device shows the broker who it is, and how it knows the broker."""
+
+    key: Path | None = None
+    credentials: Path | None = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `edge.toml` says. See the defaults here for what may be left out.
 
@@ -84,6 +94,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     attributes: dict[str, str] = {}
     socket_mode: Annotated[str, msgspec.Meta(pattern="^0[0-7]{3}$")] = "0600"
     socket_group: str = ""
+    broker: BrokerConfig = BrokerConfig()
     log: LogConfig = LogConfig()
     http: HttpConfig = HttpConfig()
     inference: InferenceConfig = InferenceConfig()
@@ -94,6 +105,11 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def serves(self, family: str) -> bool:
         """Whether this device is configured to serve `family`."""
         return family in self.families
+
+    @property
+    def own_key(self) -> Path:
+        """Where `init` keeps the seed of the device's key."""
+        return self.state_dir / "device.nk"
 
     @property
     def socket_bits(self) -> int:
@@ -191,10 +207,16 @@ def _resolved(config: EdgeConfig, folder: Path) -> EdgeConfig:
         socket=folder / config.socket,
         root=None if config.root is None else folder / config.root,
         package=None if config.package is None else folder / config.package,
+        broker=_resolved_broker(config.broker, folder),
         http=msgspec.structs.replace(
             config.http, socket=None if config.http.socket is None else folder / config.http.socket
         ),
     )
+
+
+def _resolved_broker(broker: BrokerConfig, folder: Path) -> BrokerConfig:
+    named = {name: path for name, path in msgspec.structs.asdict(broker).items() if path}
+    return BrokerConfig(**{name: folder / path for name, path in named.items()})
 
 
 def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
@@ -205,6 +227,7 @@ def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
     except ConfigError as error:
         raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
     _check_sockets({"socket": config.socket, "http.socket": config.http.socket}, path)
+    _check_broker(config.broker, path)
     if config.nats and config.root is None:
         raise ConfigError(
             "no_root",
@@ -212,6 +235,21 @@ def _checked(config: EdgeConfig, path: Path) -> EdgeConfig:
             'add root = "root.json", the file 1.root.json that the publisher gave you',
         )
     return config
+
+
+def _check_broker(broker: BrokerConfig, path: Path) -> None:
+    if broker.key and broker.credentials:
+        raise ConfigError(
+            "two_identities",
+            f"{path}: broker: key and credentials are both given",
+            "a device is known by one of them; leave the other out",
+        )
+    if (broker.tls_cert is None) != (broker.tls_key is None):
+        raise ConfigError(
+            "half_a_certificate",
+            f"{path}: broker: tls_cert and tls_key go together",
+            "name the certificate that the broker asks for, and its private key",
+        )
 
 
 def _check_sockets(sockets: dict[str, Path | None], path: Path) -> None:

@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -35,12 +34,15 @@ from edge_runtime import config as configuration
 from edge_runtime import cpus
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
+from edge_runtime.doctor_broker import BROKER_S, Seen
+from edge_runtime.doctor_broker import admission as _admission
+from edge_runtime.doctor_broker import broker as _broker
+from edge_runtime.doctor_broker import root as _root
 from edge_runtime.errors import ConfigError
 
 PYTHON_MIN = (3, 11)
 GLIBC_MIN = (2, 28)
 FSYNC_MS_MAX = 100.0
-BROKER_S = 2.0
 _FSYNCS = 16
 _TELLING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 _VOLATILE = ("tmpfs", "ramfs")
@@ -93,6 +95,7 @@ def examine(config_path: Path, clock: Clock | None = None) -> list[Finding]:
         _looked("http", lambda: _http(config)),
         _looked("root", lambda: _root(config)),
         _looked("broker", lambda: _broker(config)),
+        _looked("admission", lambda: _admission(config)),
     ]
 
 
@@ -106,10 +109,7 @@ def told(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-_Seen = tuple[Literal["ok", "warn", "fail"], str, str]
-
-
-def _looked(what: str, look: Callable[[], _Seen]) -> Finding:
+def _looked(what: str, look: Callable[[], Seen]) -> Finding:
     try:
         return Finding(what, *look())
     except Exception as error:
@@ -120,14 +120,14 @@ def _looked(what: str, look: Callable[[], _Seen]) -> Finding:
 # The machine.
 
 
-def _python(version: tuple[int, ...] = sys.version_info[:3]) -> _Seen:
+def _python(version: tuple[int, ...] = sys.version_info[:3]) -> Seen:
     text = f"{_dotted(version)} at {sys.executable}"
     if version < PYTHON_MIN:
         return "fail", text, f"install Python {_dotted(PYTHON_MIN)} or newer"
     return "ok", text, ""
 
 
-def _glibc(version: str | None = None) -> _Seen:
+def _glibc(version: str | None = None) -> Seen:
     """`version` is as the C library says it, such as `glibc 2.36`; other libraries have none."""
     if version is None:
         names = os.confstr_names
@@ -140,7 +140,7 @@ def _glibc(version: str | None = None) -> _Seen:
     return ("fail", number, hint) if old else ("ok", number, "")
 
 
-def _cpu(flags: frozenset[str] | None = None, machine: str = platform.machine()) -> _Seen:
+def _cpu(flags: frozenset[str] | None = None, machine: str = platform.machine()) -> Seen:
     flags = cpus.flags() if flags is None else flags
     telling = " ".join(name for name in _TELLING if name in flags) or "no vector units known"
     text = f"{machine}, {cpus.usable()} of {os.cpu_count()} usable; {telling}"
@@ -151,7 +151,7 @@ def _cpu(flags: frozenset[str] | None = None, machine: str = platform.machine())
     return "ok", text, ""
 
 
-def _onnxruntime() -> _Seen:
+def _onnxruntime() -> Seen:
     with tempfile.TemporaryDirectory(prefix="headwater-") as home:
         places = {"HOME": home, "XDG_CACHE_HOME": home, "OPENBLAS_NUM_THREADS": "1"}
         looked = subprocess.run(
@@ -172,7 +172,7 @@ def _onnxruntime() -> _Seen:
     return "ok", f"{version}; reports nothing: no thread, no file", ""
 
 
-def _clock(clock: Clock, built: Path) -> _Seen:
+def _clock(clock: Clock, built: Path) -> Seen:
     """A clock that stands before the time at which `built` was written is wrong."""
     before_s = clock.monotonic_s()
     now_s, built_s = clock.now_s(), built.stat().st_mtime
@@ -188,7 +188,7 @@ def _clock(clock: Clock, built: Path) -> _Seen:
 # What the configuration names.
 
 
-def _state(config: EdgeConfig) -> _Seen:
+def _state(config: EdgeConfig) -> Seen:
     folder = _standing(config.state_dir)
     if not os.access(folder, os.W_OK | os.X_OK):
         return "fail", f"{folder} cannot be written", f"chown it to user {os.getuid()}"
@@ -197,7 +197,7 @@ def _state(config: EdgeConfig) -> _Seen:
     return "ok", f"{config.state_dir} on {kind}", ""
 
 
-def _disk(config: EdgeConfig) -> _Seen:
+def _disk(config: EdgeConfig) -> Seen:
     folder = _standing(config.state_dir)
     kept = sum(path.stat().st_size for path in (config.state_dir / "log").glob("*"))
     missing = (config.log.bytes_max_mb << 20) - kept - shutil.disk_usage(folder).free
@@ -223,7 +223,7 @@ def _fsync_ms(folder: Path) -> float:
     return statistics.median(costs)
 
 
-def _socket(config: EdgeConfig) -> _Seen:
+def _socket(config: EdgeConfig) -> Seen:
     for path in filter(None, (config.socket, config.http.socket)):
         if not path.parent.is_dir():
             return "fail", f"{path.parent} is missing", f"mkdir -p {path.parent}"
@@ -245,39 +245,13 @@ def _answers(path: Path) -> bool:
         return channel.connect_ex(str(path)) == 0
 
 
-def _http(config: EdgeConfig, needed: tuple[str, ...] = ("httptools",)) -> _Seen:
+def _http(config: EdgeConfig, needed: tuple[str, ...] = ("httptools",)) -> Seen:
     if not config.http.enabled:
         return "ok", "not served", ""
     missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
         return "fail", f"{' and '.join(missing)} missing", "pip install 'headwater[http]'"
     return "ok", f"port {config.http.port}, socket {config.http.socket}", ""
-
-
-def _root(config: EdgeConfig) -> _Seen:
-    if config.root is None:
-        return "ok", "none needed: there is no broker", ""
-    hint = "copy trust/root.json from the publisher's home to where root says"
-    try:
-        kind = json.loads(config.root.read_bytes())["signed"]["_type"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return "fail", f"{config.root}: {error}", hint
-    return ("ok", str(config.root), "") if kind == "root" else ("fail", f"{kind}, no root", hint)
-
-
-def _broker(config: EdgeConfig) -> _Seen:
-    if not config.nats:
-        return "ok", "none: the device answers from its shelf and sends nothing", ""
-    url = urlsplit(config.nats)
-    hint = f"is nats-server running there, and does the network let you through to {url.netloc}?"
-    try:
-        with socket.create_connection((url.hostname, url.port or 4222), BROKER_S) as channel:
-            first = channel.makefile("rb").readline(65536)
-    except (OSError, ValueError) as error:
-        return "fail", f"{config.nats}: {error}", hint
-    if not first.startswith(b"INFO "):
-        return "fail", f"{config.nats} is no NATS server: it says {first[:40]!r}", hint
-    return "ok", f"{config.nats} answers", ""
 
 
 def _standing(path: Path) -> Path:

@@ -4,7 +4,7 @@ Why: a device must be able to answer before it ever met a broker.
 
 Invariants: an existing configuration is never written over; a package is proven (it loads, and its
 golden samples come out right) before it becomes current. Its plan carries the reason `factory`
-and counts as older than any signed one.
+and counts as older than any signed one. A device's key is made once; its seed stays here.
 
 Knows nothing about a running daemon: changes show at its next start.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime import config as configuration
+from edge_runtime.bus import nkey
 from edge_runtime.config import EdgeConfig
 from edge_runtime.device.family import FACTORY
 from edge_runtime.errors import ConfigError, PackageError
@@ -95,6 +96,15 @@ def write_config(
     config = configuration.parse(text, path)
     write_atomic(path, text.encode())
     return config
+
+
+def own_key(config: EdgeConfig) -> str:
+    """The public key by which a broker knows the device; made where there is none yet.
+
+    Raises: ConfigError as `nkey.load`, with the file unchanged.
+    """
+    path = config.broker.key or config.own_key
+    return (nkey.load(path) if path.exists() else nkey.create(path)).public
 
 
 def install(

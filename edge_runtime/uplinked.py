@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.bus.access import of_device
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
 from edge_runtime.config import EdgeConfig
@@ -40,7 +41,8 @@ async def cloud_side(
     `root` is the trusted root of signed metadata.
     """
     config, journal, clock = runtime.config, runtime.journal, SystemClock()
-    bus, prover = await connect(config.nats, name=f"edge-runtime {config.device}"), Prover()
+    name = f"edge-runtime {config.device}"
+    bus, prover = await connect(config.nats, name=name, access=of_device(config)), Prover()
     try:
         uplink = Uplink(journal.log, bus, config.device, clock, trim_floor=journal.trim_floor)
         client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)

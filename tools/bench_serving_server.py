@@ -20,7 +20,8 @@ from pathlib import Path
 from bench_serving_client import Address
 from bench_serving_model import FAMILY
 
-from cloud_learner.broker import Broker, spawn_tied
+from cloud_learner.broker import Broker
+from cloud_learner.children import spawn_tied
 from cloud_learner.release import keys
 from edge_runtime import factory
 

@@ -39,7 +39,7 @@ _IDLE_S = 1.0
 _MESSAGES = 64
 _RETRY_S = 0.25
 _PAUSE_S_MAX = 10.0
-_PURGE_S = 1.0
+_PURGE_S = 0.2
 
 OnCommit = Callable[[Commit], Awaitable[None]]
 MakeIntake = Callable[[], Intake]

@@ -24,8 +24,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from cloud_learner.broker import spawn_tied
+from cloud_learner.children import spawn_tied
 from edge_runtime import config as configuration
+from edge_runtime import factory
 from edge_runtime.api.client import AsyncClient
 from edge_runtime.config import SOCKET_BYTES_MAX
 from edge_runtime.errors import ConfigError, TransportError
@@ -96,6 +97,10 @@ class DeviceProcess:
         config = configuration.parse(text, self.config_path)
         write_atomic(self.config_path, text.encode())
         return config
+
+    def public_key(self) -> str:
+        """The key to admit the device by; made where there is none yet. Raises: ConfigError."""
+        return factory.own_key(self.configure())
 
     async def start(self) -> None:
         """Start the process, and wait until it answers.

@@ -22,7 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cloud_learner.broker import Broker, spawn_tied
+from cloud_learner.admission import Admissions
+from cloud_learner.broker import Broker
+from cloud_learner.children import spawn_tied
 from cloud_learner.config import Home
 from cloud_learner.console.state import DeviceRow, DeviceState, FaultRow, LearnerRow, ViewState
 from cloud_learner.console.view import LiveView
@@ -96,28 +98,25 @@ class Live:
     @contextlib.asynccontextmanager
     async def _processes(self, devices: list[str]) -> AsyncIterator[tuple[str, Bus, Fleet]]:
         with contextlib.ExitStack() as stack:
-            broker = stack.enter_context(Broker.start(self._var / "broker"))
+            admissions = Admissions(self._home)
+            broker = stack.enter_context(Broker.start(self._home.broker, admissions.rules()))
+            processes = [self._device(name, broker.url) for name in devices]
+            for process in processes:
+                admissions.admit(process.name, process.public_key(), replace=True)
             stack.enter_context(self._learner(broker.url))
-            bus = await nats.connect(broker.url, name="demo")
+            bus = await nats.connect(broker.url, name="demo", access=admissions.access())
             try:
                 await self.watch.follow(bus)
-                processes = [
-                    DeviceProcess(
-                        name,
-                        self._var / "devices" / name,
-                        families=[self._interface.family],
-                        attributes={"airport": name},
-                        nats=broker.url,
-                        root=self._home.trusted_root,
-                        linger_ms=LINGER_MS,
-                    )
-                    for name in devices
-                ]
                 async with Fleet(processes) as fleet:
                     self._processes_of = {process.name: process for process in processes}
                     yield broker.url, bus, fleet
             finally:
                 await bus.close()
+
+    def _device(self, name: str, url: str) -> DeviceProcess:
+        options: Any = {"attributes": {"airport": name}, "nats": url, "linger_ms": LINGER_MS}
+        options |= {"families": [self._interface.family], "root": self._home.trusted_root}
+        return DeviceProcess(name, self._var / "devices" / name, **options)
 
     @contextlib.contextmanager
     def _learner(self, url: str) -> Any:

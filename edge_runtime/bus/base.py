@@ -23,7 +23,15 @@ from edge_runtime.errors import RequestError
 PAYLOAD_BYTES_MAX = 1 << 20
 """The largest message that a bus carries, its headers included."""
 
+UNHEARD_MAX = 4096
+"""How many messages wait for a subscriber's callback; what comes beyond is dropped."""
+
 _SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
+COUNTERS = (
+    *("published", "duplicates", "reconnects", "callback_errors", "acks_lost"),
+    *("dropped", "not_allowed"),
+)
+
 _HEADER_BYTES = 64  # what the broker's own headers and the framing take at most
 
 
@@ -104,7 +112,8 @@ class Bus(Protocol):
         and returns the sequence number of the first.
 
         Raises: TransportError `unreachable` (not connected, connection lost), `timeout`,
-        `no_stream` (no stream holds the subject), `refused` (any other answer of the broker);
+        `no_stream` (no stream holds the subject), `not_allowed` (this key may not publish there),
+        `refused` (any other answer of the broker);
         CapacityError `stream_full`; RequestError as `check_message`.
         """
 
@@ -120,7 +129,8 @@ class Bus(Protocol):
         """Call back for each message on `subject`, one at a time, also after a reconnect.
 
         `*` stands for one token, a last `>` for one or more. What the callback raises is counted
-        and logged, and the deliveries go on.
+        and logged, and the deliveries go on. Where UNHEARD_MAX messages wait for it, further ones
+        are dropped and counted.
         """
 
     async def last(self, stream: str, subject: str) -> Message | None:
@@ -170,7 +180,11 @@ class Bus(Protocol):
         """
 
     def statistics(self) -> dict[str, int]:
-        """Counters of this bus: published, duplicates, reconnects, callback_errors, acks_lost."""
+        """Counters of this bus.
+
+        `published`, `duplicates`, `reconnects`, `callback_errors`, `acks_lost`; `dropped` messages
+        of slow subscribers; `not_allowed`, what the broker refused this key.
+        """
 
     async def close(self) -> None:
         """Close the connection; calls still waiting raise `unreachable`. Twice is no error."""

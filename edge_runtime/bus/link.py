@@ -14,115 +14,78 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from nats import errors as nats_errors
 from nats.aio.client import Client
 
-from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
+from edge_runtime.bus.access import Access, Identity
+from edge_runtime.bus.answers import ApiReply, dial_error, not_allowed, read_reply, refusal_of
+from edge_runtime.bus.questions import Question, Questions
+from edge_runtime.errors import RequestError, TransportError
 
 _DIAL_TIMEOUT_S = 2.0
 _FLUSH_WAIT_S = 0.5  # how long one sender is held back when 2 MB wait for the socket
 _API_TIMEOUT_S = 5.0
-_FULL_CODES = {10023, 10047, 10077}  # insufficient resources, storage limit, stream limit
-_FULL_WORDS = ("maximum", "insufficient", "exceeded")
+_UNREAD_MAX = 1 << 16  # answers and pulled messages; both are bounded by what was asked for
+_UNREAD_BYTES_MAX = 32 << 20
 
 RawCallback = Callable[[Any], Awaitable[None]]
 log = logging.getLogger("headwater.bus")
 
 
-class ApiError(msgspec.Struct):
-    """What JetStream says when it refuses."""
+class Events(Protocol):
+    """Who is told what a link cannot tell in an answer."""
 
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
+    def on_doubt(self) -> None:
+        """The connection may be lost."""
 
+    def on_refused(self, error: TransportError) -> None:
+        """The broker refused a permission."""
 
-class Place(msgspec.Struct):
-    """How far a consumer is: all up to `stream_seq` is acknowledged."""
-
-    stream_seq: int = 0
-
-
-class ConsumerInfo(msgspec.Struct):
-    """What JetStream says of a consumer."""
-
-    ack_floor: Place
-
-
-class ApiReply(msgspec.Struct):
-    """The part of any JetStream answer that is read here; the rest is ignored.
-
-    `total` counts what a list has in all, which may be more than one answer holds.
-    """
-
-    seq: int = 0
-    duplicate: bool = False
-    consumers: list[ConsumerInfo] | None = None
-    total: int = 0
-    purged: int = 0
-    error: ApiError | None = None
-
-
-_reply_decoder = msgspec.json.Decoder(ApiReply)
-
-
-@dataclass(slots=True)
-class Question:
-    """A request on its way; await `answer` or call `forget`."""
-
-    future: asyncio.Future[Any]
-    forget: Callable[[], None]
-
-    async def answer(self) -> Any:
-        """The raw reply. Raises: TransportError `timeout`, `unreachable`."""
-        try:
-            reply = await self.future
-        finally:
-            self.forget()
-        if isinstance(reply, HeadwaterError):
-            raise reply
-        return reply
+    def on_dropped(self) -> None:
+        """A message was dropped because its subscriber is slow."""
 
 
 class Link:
     """A dialled connection; make it with `dial`, end it with `abandon`."""
 
-    def __init__(self, client: Any, on_doubt: Callable[[], None]) -> None:
+    def __init__(self, client: Any, events: Events) -> None:
         self._client = client
-        self._on_doubt = on_doubt
+        self._events = events
         self._loop = asyncio.get_running_loop()
-        self._tokens = itertools.count()
-        self._inbox = client.new_inbox() + "."
-        self._waiting: dict[str, asyncio.Future[Any]] = {}
+        self._inbox = ""
+        self._questions = Questions()
 
     @classmethod
-    async def dial(cls, url: str, name: str, on_doubt: Callable[[], None]) -> Link:
-        """Connect once. `on_doubt` is called whenever the connection may be lost.
+    async def dial(cls, url: str, name: str, events: Events, access: Access | None = None) -> Link:
+        """Connect once.
 
-        Raises: TransportError `unreachable`.
+        Raises: TransportError (unreachable, not_admitted, untrusted_broker, tls_failed, not_tls);
+        ConfigError as `Access.open`.
         """
-        link = cls(Client(), on_doubt)
+        access = access or Access()
+        identity = access.open(url)
+        link = cls(Client(), events)
         try:
-            await link._open(url, name)
+            await link._open(url, name, identity, access.inbox)
         except (nats_errors.Error, OSError, TimeoutError) as error:
             await link.abandon()
-            raise TransportError("unreachable", f"no broker answers at {url}: {error!r}") from error
+            raise dial_error(error, url, identity) from error
         except BaseException:
             await link.abandon()
             raise
         return link
 
-    async def _open(self, url: str, name: str) -> None:
+    async def _open(self, url: str, name: str, identity: Identity, inbox: str) -> None:
         await self._client.connect(
             url,
             name=name,
+            inbox_prefix=inbox,
+            **self._proof(identity, url),
             allow_reconnect=False,
             max_reconnect_attempts=1,  # 0 would retry for ever within connect
             reconnect_time_wait=0.05,
@@ -131,7 +94,38 @@ class Link:
             error_cb=self._reported,
             closed_cb=self._reported,
         )
+        if identity.tls:
+            self._check_tls(url)
+        self._inbox = self._client.new_inbox() + "."
         await self.listen(f"{self._inbox}*", self._answered)
+
+    def _proof(self, identity: Identity, url: str) -> dict[str, Any]:
+        """The options of nats-py that say who we are: its own ways to do so need another library.
+
+        The library connects in the clear where the server does not ask for TLS; so the signature,
+        the first thing of worth that is said, waits until it is known whether TLS is spoken.
+        """
+        options: dict[str, Any] = {"tls": identity.tls} if identity.tls else {}
+        if identity.sign is None:
+            return options
+        self._client._auth_configured = True  # noqa: SLF001 # what its own key options set
+        self._client._public_nkey = identity.public or None  # noqa: SLF001 # as above
+        if identity.jwt:
+            options["user_jwt_cb"] = identity.jwt.encode
+        sign = identity.sign
+
+        def signed(nonce: str) -> bytes:
+            if identity.tls:
+                self._check_tls(url)
+            return sign(nonce)
+
+        return options | {"signature_cb": signed}
+
+    def _check_tls(self, url: str) -> None:
+        writer = self._client._transport._io_writer  # noqa: SLF001 # nothing public says it
+        if writer.get_extra_info("ssl_object") is None:
+            hint = "give it tls { } in its configuration, or leave the tls settings out"
+            raise TransportError("not_tls", f"the broker at {url} speaks no TLS", hint)
 
     @property
     def open(self) -> bool:
@@ -142,23 +136,13 @@ class Link:
         self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float
     ) -> Question:
         """Send a request; the deadline starts now. Raises: TransportError `unreachable`."""
-        token = str(next(self._tokens))
-        future = self._loop.create_future()
-        late = TransportError("timeout", f"no answer on {subject} within {timeout_s} s")
-        timer = self._loop.call_later(timeout_s, _settle, future, late)
-
-        def forget() -> None:
-            timer.cancel()
-            future.cancel()
-            self._waiting.pop(token, None)
-
-        self._waiting[token] = future
+        question = self._questions.ask(subject, timeout_s)
         try:
-            await self.send(subject, data, reply=self._inbox + token, headers=headers)
+            await self.send(subject, data, reply=self._inbox + question.token, headers=headers)
         except BaseException:
-            forget()
+            question.forget()
             raise
-        return Question(future, forget)
+        return question
 
     async def api(self, subject: str, body: dict[str, Any]) -> ApiReply:
         """Ask the JetStream API. Raises: TransportError, CapacityError."""
@@ -179,13 +163,22 @@ class Link:
         if task and task.cancelling() > cancels:  # nats-py swallows a cancellation while it flushes
             raise asyncio.CancelledError
 
-    async def listen(self, subject: str, callback: RawCallback) -> Any:
+    async def listen(
+        self, subject: str, callback: RawCallback, messages_max: int = _UNREAD_MAX
+    ) -> Any:
         """Subscribe with a raw callback; the result has `unsubscribe()`.
+
+        At most `messages_max` wait for the callback; what comes then is dropped, and reported.
 
         Raises: TransportError `unreachable`.
         """
         try:
-            return await self._client.subscribe(subject, cb=callback)
+            return await self._client.subscribe(
+                subject,
+                cb=callback,
+                pending_msgs_limit=messages_max,
+                pending_bytes_limit=_UNREAD_BYTES_MAX,
+            )
         except nats_errors.BadSubjectError as error:
             raise RequestError("bad_subject", f"{subject!r} is not a subject") from error
         except nats_errors.Error as error:
@@ -201,26 +194,31 @@ class Link:
         return str(self._client.new_inbox())
 
     async def probe(self, timeout_s: float) -> bool:
-        """Whether a message of our own comes back, or at least any other does."""
+        """Whether a message of our own comes back, and so both directions work.
+
+        It gets the time a second time where others came meanwhile: it may stand behind them.
+        """
         heard = self._client.stats["in_msgs"]
-        token = str(next(self._tokens))
-        self._waiting[token] = future = self._loop.create_future()
-        timer = self._loop.call_later(timeout_s, _settle, future, None)
+        echo = self._questions.ask("", 2 * timeout_s)
+        early = self._loop.call_later(timeout_s, self._give_up, echo, heard)
         try:
-            await self.send(self._inbox + token, b"")
-            await future
+            await self.send(self._inbox + echo.token, b"")
+            await echo.answer()
         except TransportError:
             return False
         finally:
-            timer.cancel()
-            self._waiting.pop(token, None)
-        return self.open and self._client.stats["in_msgs"] != heard
+            early.cancel()
+            echo.forget()
+        return self.open
+
+    def _give_up(self, echo: Question, heard: int) -> None:
+        if self._client.stats["in_msgs"] == heard:
+            echo.settle(TransportError("timeout", "nothing comes back"))
 
     def fail(self, reason: str) -> None:
         """Answer every waiting question with `unreachable`."""
-        error = TransportError("unreachable", f"the connection to the broker is lost: {reason}")
-        for future in list(self._waiting.values()):
-            _settle(future, error)
+        text = f"the connection to the broker is lost: {reason}"
+        self._questions.fail(TransportError("unreachable", text))
 
     async def abandon(self) -> None:
         """Drop the connection without waiting for a peer that may be gone."""
@@ -230,60 +228,35 @@ class Link:
     async def _reported(self, error: Exception | None = None) -> None:
         """Nats-py closes itself right after some reports, so look when it has had its turn."""
         log.debug("nats reports %r", error)
-        self._loop.call_soon(self._look)
+        if isinstance(error, nats_errors.SlowConsumerError):
+            self._events.on_dropped()
+        elif refused := refusal_of(error):
+            self._refused(*refused)
+        else:
+            self._loop.call_soon(self._look)
 
     def _look(self) -> None:
         if self._client.is_closed:
             self.fail("the server closed it")
-        self._on_doubt()
+        self._events.on_doubt()
+
+    def _refused(self, what: str, subject: str) -> None:
+        """The server answers no question that it refuses; the report names only the subject."""
+        error = not_allowed(what, subject)
+        self._events.on_refused(error)
+        if what == "publish":
+            self._questions.refused(subject, error)
 
     async def _answered(self, message: Any) -> None:
-        future = self._waiting.get(message.subject[len(self._inbox) :])
-        if future is not None:
-            _settle(future, message)
-
-
-def read_reply(message: Any, what: str) -> ApiReply:
-    """The JetStream answer in `message`. Raises: TransportError, CapacityError."""
-    if status_of(message) == "503":
-        raise TransportError("no_stream", f"nothing at the broker answers on {what}")
-    try:
-        reply = _reply_decoder.decode(message.data)
-    except msgspec.DecodeError as error:
-        raise TransportError("refused", f"the answer on {what} is not JetStream's") from error
-    if reply.error is None:
-        return reply
-    text = f"{what}: {reply.error.description} ({reply.error.err_code})"
-    if reply.error.err_code in _FULL_CODES and _says_full(reply.error.description):
-        raise CapacityError("stream_full", text, "the learner frees room when it catches up")
-    raise TransportError("refused", text)
-
-
-def status_of(message: Any) -> str:
-    """The status code of a control message, such as `503`; empty for any other."""
-    return (message.headers or {}).get("Status", "") if not message.reply else ""
-
-
-def own_headers(message: Any) -> dict[str, str]:
-    """The headers that the publisher set, without those of the broker."""
-    headers = message.headers or {}
-    return {key: value for key, value in headers.items() if not key.startswith("Nats-")}
-
-
-def _says_full(description: str) -> bool:
-    return any(word in description for word in _FULL_WORDS)
-
-
-def _settle(future: asyncio.Future[Any], result: Any) -> None:
-    if not future.done():
-        future.set_result(result)
+        self._questions.answered(message.subject[len(self._inbox) :], message)
 
 
 async def _discard(client: Any) -> None:
-    """Close `client` at once: unsent bytes and a silent peer would hold up its own close."""
-    writer = getattr(client._transport, "_io_writer", None)  # noqa: SLF001 # no public abort
-    if writer is not None:
-        writer.transport.abort()
+    """Close `client` at once: unsent bytes, a silent peer or a failed TLS would hold up its own."""
+    transport = client._transport  # noqa: SLF001 # no public abort
+    if transport is not None and transport._io_writer is not None:  # noqa: SLF001
+        transport._io_writer.transport.abort()  # noqa: SLF001
+        transport._io_writer = None  # noqa: SLF001 # after a failed TLS it never says it is closed
     client._pending, client._pending_data_size = [], 0  # noqa: SLF001 # as above
     for subscription in list(client._subs.values()):  # noqa: SLF001 # its close may not get there
         subscription._stop_processing()  # noqa: SLF001

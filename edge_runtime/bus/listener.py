@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from edge_runtime.bus.base import Message
-from edge_runtime.bus.link import Link, log, own_headers
+from edge_runtime.bus.answers import own_headers
+from edge_runtime.bus.base import UNHEARD_MAX, Message
+from edge_runtime.bus.link import Link, log
 
 Callback = Callable[[Message], Awaitable[None]]
 
@@ -39,9 +40,11 @@ class Listener:
         self._closed = False
 
     async def attach(self, link: Link) -> None:
-        self._ears = link, await link.listen(self._subject, self._receive)
+        """Subscribe on a new connection. Raises: TransportError `unreachable`."""
+        self._ears = link, await link.listen(self._subject, self._receive, UNHEARD_MAX)
 
     async def close(self) -> None:
+        """Stop the deliveries; closing twice is no error."""
         if self._closed:
             return
         self._closed = True

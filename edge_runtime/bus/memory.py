@@ -21,7 +21,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from edge_runtime.bus.base import Message, PullSubscription, Subscription, check_message
+from edge_runtime.bus.base import (
+    COUNTERS,
+    UNHEARD_MAX,
+    Message,
+    PullSubscription,
+    Subscription,
+    check_message,
+)
 from edge_runtime.bus.memory_stream import Consumer, Limits, Stream, matches
 from edge_runtime.errors import TransportError
 
@@ -74,7 +81,7 @@ class MemoryBroker:
         """Hand a message to every core listener on its subject."""
         for listener in self.listeners:
             if matches(listener.subject, message.subject):
-                listener.queue.put_nowait(message)
+                listener.take(message)
 
     def _consumers(self) -> list[Consumer]:
         return [c for stream in self.streams.values() for c in stream.consumers.values()]
@@ -167,8 +174,7 @@ class MemoryBus:
         yield _Pull(consumer, self)
 
     def statistics(self) -> dict[str, int]:
-        names = ("published", "duplicates", "reconnects", "callback_errors", "acks_lost")
-        return {name: self._counters[name] for name in names}
+        return {name: self._counters[name] for name in COUNTERS}
 
     async def close(self) -> None:
         self._closed = True
@@ -231,12 +237,19 @@ class _Listener:
         self, broker: MemoryBroker, subject: str, callback: Callback, counters: Counter[str]
     ) -> None:
         self.subject = subject
-        self.queue: asyncio.Queue[Message] = asyncio.Queue()
+        self._queue: asyncio.Queue[Message] = asyncio.Queue(UNHEARD_MAX)
         self._broker = broker
         self._callback = callback
         self._counters = counters
         self._task = asyncio.create_task(self._run(), name=f"memory subscription {subject}")
         broker.listeners.append(self)
+
+    def take(self, message: Message) -> None:
+        """Queue a message, or drop and count it where too many wait."""
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self._counters["dropped"] += 1
 
     async def close(self) -> None:
         if self in self._broker.listeners:
@@ -248,7 +261,7 @@ class _Listener:
 
     async def _run(self) -> None:
         while True:
-            message = await self.queue.get()
+            message = await self._queue.get()
             try:
                 await self._callback(message)
             except Exception:

@@ -20,8 +20,9 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.bus.answers import own_headers, status_of
 from edge_runtime.bus.base import Message
-from edge_runtime.bus.link import Link, log, own_headers, status_of
+from edge_runtime.bus.link import Link, log
 from edge_runtime.errors import HeadwaterError, TransportError
 
 _BATCH = 192  # messages of one request

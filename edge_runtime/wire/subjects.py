@@ -55,6 +55,11 @@ def report(device: str) -> str:
     return f"hw.report.{device}"
 
 
+def inbox(device: str) -> str:
+    """Below this subject a device's answers come, so that nobody else reads them."""
+    return f"_INBOX_{device}"
+
+
 def metadata(name: str) -> str:
     """Where a signed metadata file such as `3.snapshot.json` lies; `name` is its file name."""
     return f"hw.meta.{name.removesuffix('.json')}"

@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 
 from cloud_learner.broker import Broker
-from edge_runtime.bus.base import PAYLOAD_BYTES_MAX, Bus, Message, PullSubscription
+from edge_runtime.bus.base import PAYLOAD_BYTES_MAX, UNHEARD_MAX, Bus, Message, PullSubscription
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.bus.nats import connect
 from edge_runtime.errors import CapacityError, RequestError, TransportError
@@ -429,6 +429,37 @@ def test_a_failing_callback_is_counted_and_the_deliveries_go_on(play):
         await bus.send(world.subject("a"), b"3")
         await inbox.next()
         assert bus.statistics()["callback_errors"] >= 2
+
+    play(scenario)
+
+
+def test_what_a_slow_subscriber_misses_is_counted(play):
+    async def scenario(world: World) -> None:
+        here, there = await world.bus(), await world.bus()
+        held, inbox = asyncio.Event(), Inbox()
+
+        async def slow(message: Message) -> None:
+            await held.wait()
+            await inbox(message)
+
+        await there.subscribe(world.subject("a"), slow)
+        quick = Inbox()
+        await there.subscribe(world.subject("b"), quick)
+        sent = UNHEARD_MAX + 200
+        for number in range(sent):
+            await here.send(world.subject("a"), b"%d" % number)
+            if number % 500 == 0:
+                await asyncio.sleep(0)
+        await here.send(world.subject("b"), b"others are heard")
+        await quick.next()
+        dropped = there.statistics()["dropped"]
+        assert 0 < dropped <= 200
+        held.set()
+        heard = [(await inbox.next()).data for _ in range(sent - dropped)]
+        assert heard == [b"%d" % number for number in range(sent - dropped)]
+        await here.send(world.subject("a"), b"again")
+        assert (await inbox.next()).data == b"again"
+        assert here.statistics()["dropped"] == 0
 
     play(scenario)
 

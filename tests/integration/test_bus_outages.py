@@ -78,9 +78,10 @@ def test_a_cancelled_publish_ends_at_once_and_leaves_nothing_behind(broker):
                 answers = await asyncio.gather(*waiting, return_exceptions=True)
             assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
             await bus.publish("cancelled.a", b"y")
-            assert bus._link is not None
-            assert await bus._link.probe(WAIT_S)
-            assert bus._link._waiting == {}
+            link = bus._keeper.link
+            assert await link.probe(WAIT_S)
+            assert link._questions.open == {}
+            assert bus._window.statistics() == {"out": 0, "out_bytes": 0, "waiting": 0}
 
     run(scenario)
 
@@ -104,7 +105,9 @@ def test_publishes_that_wait_when_the_server_dies_fail_long_before_their_deadlin
 
 def test_a_half_open_link_is_noticed_and_dropped_with_unsent_bytes(broker):
     async def scenario() -> None:
-        link = await Link.dial(broker.url, "test", lambda: None)
+        bus = await connect(broker.url, name="test")
+        assert isinstance(bus, NatsBus)
+        link = await Link.dial(broker.url, "test", bus._keeper)
         assert await link.probe(WAIT_S)
         async with frozen(broker):
             while link._client.pending_data_size < MB:
@@ -116,6 +119,7 @@ def test_a_half_open_link_is_noticed_and_dropped_with_unsent_bytes(broker):
             with pytest.raises(TransportError) as caught:
                 await question.answer()
         assert caught.value.code == "unreachable"
+        await bus.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         assert not [task for task in tasks if not task.cancelling()]
 

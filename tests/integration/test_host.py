@@ -21,7 +21,7 @@ from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
 from cloud_learner.evaluate.offline import is_held_out
-from cloud_learner.host import Host
+from cloud_learner.host import EVENTS_PER_SUBJECT, Host
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train import checkpoint
@@ -190,6 +190,18 @@ def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, famil
     assert counters == list(range(1, len(counters) + 1))
     assert any(e["kind"] == "plan" for e in lineage)
     check_ledger(home, len(batched(home)))
+
+
+def test_what_is_ingested_makes_room_at_the_broker(home, family, envelopes):
+    broker = MemoryBroker()
+
+    async def scenario():
+        async with hosted(home, family, broker) as (_host, cloud, _running):
+            await cloud.send(envelopes)
+            await cloud.until(lambda: not broker.streams[subjects.EVENTS_STREAM].messages)
+            assert broker.streams[subjects.EVENTS_STREAM].limits.per_subject == EVENTS_PER_SUBJECT
+
+    asyncio.run(scenario())
 
 
 def test_a_restarted_learner_goes_on_from_its_checkpoint(home, family, envelopes):

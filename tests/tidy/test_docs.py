@@ -17,7 +17,14 @@ DOCUMENTS = sorted(
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 CONFIGURED = {
     "edge_runtime/config.py": (
-        *("LogConfig", "HttpConfig", "InferenceConfig", "LoggingConfig", "EdgeConfig"),
+        *(
+            "LogConfig",
+            "HttpConfig",
+            "InferenceConfig",
+            "LoggingConfig",
+            "EdgeConfig",
+            "BrokerConfig",
+        ),
     ),
     "edge_runtime/features/feature.py": (
         *("Feature", "Window", "Lookup", "Cycle", "Standardise", "StaticTable"),
@@ -69,7 +76,7 @@ def test_commands_that_are_named_exist(path):
 def commands_of(path: str) -> set[str]:
     """The functions that a click group registers, read from its source."""
     return {
-        node.name
+        node.name.replace("_", "-")
         for node in ast.parse((ROOT / path).read_text()).body
         if isinstance(node, ast.FunctionDef)
         and any("command" in ast.unparse(each) for each in node.decorator_list)
@@ -90,7 +97,7 @@ def fields_of(path: str, name: str) -> list[str]:
 def test_every_configuration_key_is_documented(path, name):
     text = (ROOT / "docs/configuration.md").read_text()
     sections = set(fields_of("cloud_learner/train/family.py", "FamilyConfig"))
-    sections |= {"log", "http", "inference", "logging"}
+    sections |= {"broker", "log", "http", "inference", "logging"}
     fields = fields_of(path, name)
 
     assert fields

@@ -19,12 +19,15 @@ ROOT = Path(__file__).parents[2]
 EDGE_ORDER = (
     *("errors", "clock", "files", "metrics", "cpus", "logs", "notify", "wire", "config", "bus"),
     *("features", "inference", "events", "personal", "rollout.plan", "update", "rollout"),
-    *("device", "runtime", "factory", "api", "doctor", "uplinked", "daemon", "local", "cli", ""),
+    *("device", "runtime", "factory", "api", "doctor_broker", "doctor", "uplinked", "daemon"),
+    *("local", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
     ("config",),
+    ("children", "server_check"),
     ("broker",),
+    ("admission",),
     ("stats",),
     ("store",),
     STEPS,

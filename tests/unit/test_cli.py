@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_runtime import config as configuration
+from edge_runtime.bus import nkey
 from edge_runtime.cli import main
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.update.shelf import Shelf
@@ -32,12 +34,38 @@ def test_init_writes_a_configuration_that_can_be_read(
         *("init", "--device", "EWR", "--family", "flight_delay", "--attribute", "airport=EWR"),
         *("--nats", "nats://127.0.0.1:4222", "--root", "1.root.json"),
     )
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.exit_code == 0
     assert "next: edge-runtime run" in done.stderr
     config = configuration.load(tmp_path / "edge.toml")
     assert (config.device, config.families) == ("EWR", ["flight_delay"])
     assert config.attributes == {"airport": "EWR"}
     assert config.root == tmp_path / "1.root.json"
+
+
+def test_init_makes_the_devices_key_once_and_says_only_what_is_public(
+    edge: Callable[..., Result], tmp_path: Path
+) -> None:
+    named = ("--device", "EWR", "--family", "toy")
+    broker = ("--nats", "nats://127.0.0.1:4222", "--root", "1.root.json")
+    first = edge("init", *named, *broker)
+    key = tmp_path / "state" / "device.nk"
+    seed = key.read_text().strip()
+    public = nkey.load(key).public
+    assert first.stdout == f"{public}\n"
+    assert f"cloud-learner admit EWR {public}" in first.stderr
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert edge("init").stdout == f"{public}\n"
+    assert key.read_text().strip() == seed
+    assert seed not in first.output
+    key.write_text("damaged")
+    damaged = edge("init")
+    assert (damaged.exit_code, damaged.stdout, key.read_text()) == (2, "", "damaged")
+    assert "bad_key" in damaged.stderr
+
+
+def test_init_without_a_broker_makes_no_key(edge: Callable[..., Result], tmp_path: Path) -> None:
+    assert edge("init", "--device", "EWR", "--family", "toy").stdout == ""
+    assert not (tmp_path / "state" / "device.nk").exists()
 
 
 def test_init_with_a_package_makes_it_current(

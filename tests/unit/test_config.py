@@ -28,6 +28,36 @@ def test_relative_paths_stand_beside_the_file() -> None:
     assert found.socket == Path("/etc/edge/edge.sock")
 
 
+def test_keys_and_certificates_stand_beside_the_file_too() -> None:
+    tls = 'tls_ca = "ca.pem"\ntls_cert = "tls/cert.pem"\ntls_key = "/run/key.pem"\n'
+    found = parse(GOOD + '[broker]\nkey = "device.nk"\n' + tls)
+    assert found.broker == config.BrokerConfig(
+        key=Path("/etc/edge/device.nk"),
+        tls_ca=Path("/etc/edge/ca.pem"),
+        tls_cert=Path("/etc/edge/tls/cert.pem"),
+        tls_key=Path("/run/key.pem"),
+    )
+    assert parse(GOOD).broker == config.BrokerConfig()
+    assert parse(GOOD).own_key == Path("/etc/edge/state/device.nk")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('key = "a"\ncredentials = "b"\n', "two_identities"),
+        ('tls_cert = "a"\n', "half_a_certificate"),
+        ('tls_key = "a"\n', "half_a_certificate"),
+        ('tls_kee = "a"\n', "unknown_key"),
+        ('key = ""\n', "bad_value"),
+    ],
+)
+def test_a_broker_section_that_cannot_work_is_refused(text: str, code: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD + "[broker]\n" + text)
+    assert caught.value.code == code
+    assert "broker" in caught.value.message
+
+
 def test_absolute_paths_are_kept() -> None:
     found = parse(GOOD.replace('"state"', '"/var/lib/edge"'))
     assert found.state_dir == Path("/var/lib/edge")

@@ -69,7 +69,7 @@ def test_a_device_that_was_set_up_is_well(tmp_path: Path) -> None:
     assert "fail" not in found(findings).values(), doctor.told(findings)
     assert [each.what for each in findings] == [
         *("python", "glibc", "cpu", "onnxruntime", "clock", "configuration"),
-        *("state", "disk", "socket", "http", "root", "broker"),
+        *("state", "disk", "socket", "http", "root", "broker", "admission"),
     ]
     assert os.listdir(tmp_path) == ["edge.toml"]
 
