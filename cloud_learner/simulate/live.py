@@ -24,7 +24,7 @@ from typing import Any
 
 from cloud_learner.broker import Broker, spawn_tied
 from cloud_learner.config import Home
-from cloud_learner.console.state import DeviceRow, DeviceState, FaultRow, LearnerRow, ViewState
+from cloud_learner.console.state import DeviceRow, FaultRow, LearnerRow, ViewState
 from cloud_learner.console.view import LiveView
 from cloud_learner.experiment.replay import DataRow
 from cloud_learner.release.metadata import ReleaseFile

@@ -87,6 +87,7 @@ class EventLog:
         self.on_commit: Callable[[], None] | None = None
         self._files = files = files or OsFiles()
         self._linger = Linger(linger_ms / 1000, linger_max_ms / 1000)
+        since = files.written
         found = recovery.open_directory(files, directory, device, step())
         self._found, self._ledger, self.epoch = found, found.ledger, found.ledger.epoch
         segment_bytes = min(segment_bytes, bytes_max // _SEGMENTS_MIN)
@@ -112,7 +113,7 @@ class EventLog:
         self.epochs, self.owed, self.piece = reader.epochs, reader.owed, reader.piece
         self.read, self.tail = reader.read, reader.tail
         self.learned, self.prior = self._space.learned, found.ledger.prior
-        self._usage = Usage(files, directory / "usage", clock or SystemClock())
+        self._usage = Usage(files, directory / "usage", clock or SystemClock(), since)
         self._accepted, self._allowed = 0, PENDING_BYTES_MAX
         self._failing, self._began_s = False, 0.0
         self._doorbell = Doorbell()
