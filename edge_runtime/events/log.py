@@ -61,7 +61,7 @@ class EventLog:
     """The log of `device` in `directory`; opening it starts a new epoch, `step()` above the last.
 
     `epochs`, `owed`, `piece`, `read` and `tail` are those of its `Reader`, `learned` is that of its
-    `Space`, `prior` of its `Tally`.
+    `Space`, `prior` and `reason` of its `Tally`.
 
     Records wait `linger_ms` to be made durable together, up to `linger_max_ms` where that saves
     commits. All files together take `bytes_max` at most. `on_commit`, once set, is called on the
@@ -112,7 +112,8 @@ class EventLog:
         self._reader = reader = Reader(files, directory, self._streams, found.tally, self.epoch)
         self.epochs, self.owed, self.piece = reader.epochs, reader.owed, reader.piece
         self.read, self.tail = reader.read, reader.tail
-        self.learned, self.prior = self._space.learned, found.tally.prior
+        self.learned = self._space.learned
+        self.prior, self.reason = found.tally.prior, found.tally.reason
         self._usage = Usage(files, directory / "usage", clock or SystemClock(), since)
         self._accepted, self._allowed = 0, PENDING_BYTES_MAX
         self._failing, self._began_s = False, 0.0

@@ -212,9 +212,7 @@ class Stream:
     def _is_dropped(self, seq: int) -> bool:
         if max(self.durable_seq, self._base + len(self._batch) - 1) < seq <= self._taken:
             return True
-        lane = self._tally.lane(self._event_class, self._epoch)
-        gap = lane and lane.gap_from(seq)
-        return bool(gap and gap.first <= seq and gap.reason == "stalled")
+        return self._tally.reason(self._event_class, self._epoch, seq) == "stalled"
 
     def _lost_error(self) -> CapacityError:
         return CapacityError(

@@ -114,6 +114,12 @@ class Tally:
         """The epoch before `epoch` in this log; 0 before the first."""
         return self._priors.get(epoch, self._book.before)
 
+    def reason(self, event_class: EventClass, epoch: int, seq: int) -> str:
+        """Why a number is lost; empty where it is not, as far as is known."""
+        lane = self.lane(event_class, epoch)
+        gap = lane and lane.gap_from(seq)
+        return gap.reason if gap and gap.first <= seq else ""
+
     def mark(self, event_class: EventClass, epoch: int) -> int:
         """How far the learner is, as far as is known here."""
         lane = self.lane(event_class, epoch)

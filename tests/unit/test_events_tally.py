@@ -69,6 +69,13 @@ def test_the_next_gap_is_found(tally, seq, first):
     assert (gap.first if gap else None) == first
 
 
+def test_a_number_that_is_lost_has_a_reason(tally):
+    lose(tally, 5, 8, "stalled")
+    found = [tally.reason("event", 5, seq) for seq in (4, 5, 8, 9)]
+    assert found == ["", "stalled", "stalled", ""]
+    assert tally.reason("event", 7, 5) == ""
+
+
 def test_what_a_full_disk_does_not_take_did_not_happen(tally, disk, tmp_path):
     lose(tally, 1, 10)
     disk.is_full = True
