@@ -89,13 +89,13 @@ def serve(home: Path, nats: str, **files: Path | None) -> None:
 def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> None:
     """What became of every record of every device, and what the learner says about itself.
 
-    The accounts lie in the home's database, whether or not a learner runs: archived + quarantined +
-    dropped is the mark, for each device, epoch and class. With --nats the learner is asked, too.
+    The accounts are read from the home, whether or not the learner runs: archived + quarantined +
+    dropped is the mark, for each device, epoch and class. With --nats, the learner's own word too.
 
     Example: cloud-learner status --home var/cloud
     """
+    accounts = _guarded(lambda: _accounts(home, is_needed=not nats))
     said = _guarded(lambda: asyncio.run(_status(nats, _access(home, files)))) if nats else {}
-    accounts = _guarded(lambda: _accounts(home, required=not nats))
     if as_json:
         click.echo(json.dumps({**said, **accounts}))
         return
@@ -120,21 +120,6 @@ def demo(*, full: bool, var: Path) -> None:
     from cloud_learner.simulate.demo import run
 
     sys.exit(_guarded(lambda: run(var, full=full)))
-
-
-def _accounts(home: Path, *, required: bool) -> dict[str, Any]:
-    """The accounts of a home; none where it is not `required` and not here."""
-    from cloud_learner.config import Home
-    from cloud_learner.console.accounts import facts
-    from cloud_learner.store.ingest_db import read_accounts
-
-    path = Home(home).ingest_db
-    if not path.exists():
-        if not required:
-            return {}
-        Home(home).origin()  # names what is wrong with a home that is none
-        return facts({})
-    return facts(read_accounts(path))
 
 
 @main.command()
@@ -228,6 +213,20 @@ def _access(home: Path, files: dict[str, Path | None]) -> Access:
 
 def _when(known: bool) -> str:
     return "and the running broker knows it" if known else "from the broker's next start on"
+
+
+def _accounts(home: Path, *, is_needed: bool) -> dict[str, Any]:
+    from cloud_learner.config import Home
+    from cloud_learner.console.accounts import facts
+    from cloud_learner.store.ingest_db import read_accounts
+
+    path = Home(home).ingest_db
+    if path.exists():
+        return facts(read_accounts(path))
+    if is_needed:
+        Home(home).origin()  # names what is wrong with a home that is none
+        return facts({})
+    return {}
 
 
 async def _status(url: str, access: Access) -> dict[str, Any]:

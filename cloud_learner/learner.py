@@ -34,6 +34,7 @@ from cloud_learner.store.raw import RawLog
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
+from edge_runtime.errors import ConfigError
 
 IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
 CHECKPOINT_CYCLES = 10
@@ -159,6 +160,12 @@ def open_intake(home: Home, rules: Rules, family: Family, clock: Clock) -> Intak
 
     Raises: ConfigError, CapacityError; then nothing stays open.
     """
+    if (home.root / "ingest.sqlite").exists() and not home.ingest_db.exists():
+        raise ConfigError(
+            "bad_version",
+            f"{home.root} holds an ingest database of an earlier release; nothing was changed",
+            "bootstrap a new home: the devices send again what they still hold",
+        )
     learning = family.config.learning
     with contextlib.ExitStack() as stack:
         db = IngestDb(home.ingest_db)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from edge_runtime.config import EdgeConfig
 from edge_runtime.device.family import Family
-from edge_runtime.events.log import EventLog
+from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.metrics import Histogram
-from edge_runtime.wire.messages import WIRE_VERSION, Report
+from edge_runtime.wire.messages import WIRE_VERSION, Mark, Report
 
 _PIPELINE_COUNTS = ("swaps", "swap_failures", "late_events", "late_labels")
 
@@ -50,6 +50,7 @@ def report(
         device.latencies()["predict"].counts(),
         numbers["bytes"],
         numbers["pending"],
+        [Mark(epoch, name, last) for name in CLASSES for epoch, last in device.log.owed(name)],
     )
 
 

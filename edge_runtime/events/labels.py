@@ -46,10 +46,10 @@ def position(log: EventLog, prediction_id: str) -> tuple[int, int]:
     end = dict(log.ends("event")).get(epoch)
     if end is None:
         raise _unknown(prediction_id, f"nothing is known of epoch {epoch}")
-    if seq > end:
+    if seq > end or log.reason("event", epoch, seq) == "stalled":
         raise RequestError(
             "prediction_lost",
-            f"prediction {prediction_id} was lost in a crash; a label has nothing to join",
+            f"prediction {prediction_id} was lost before it was durable; a label has nothing to join",
             "drop the label",
         )
     return epoch, seq

@@ -4,7 +4,7 @@ Why: the network may be away for days and the process may be killed at any momen
 the hot path a microsecond, because a thread gathers what came within the linger and makes it
 durable with one sync. While records come it needs no waking, and lingers by their rate.
 
-Commit points: the sync of a group; the ledger's two renames for epochs, losses and what is learned.
+Commit points: the sync of a group; the tally's two renames for epochs, losses and what is learned.
 Recovery cuts the newest segment after its last frame that proves itself.
 
 Invariants: the epoch rises at every open, durably and by a random step, before a sequence number is
@@ -15,7 +15,7 @@ into a new file. A number that was durable, or lies before one, comes out of `pi
 or in a range that is lost and says why. Only one process and one open log per directory.
 
 Disk and memory are bounded, and `append` never refuses for it. Over `bytes_max` the oldest segment
-goes, events before labels, once the ledger says so; the newest of the running epoch stays. While
+goes, events before labels, once the tally says so; the newest of the running epoch stays. While
 the disk takes nothing, the oldest events in memory go, then labels.
 
 One producer thread appends; everything else may be called from any thread.
@@ -35,7 +35,7 @@ from typing import Self
 
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import CapacityError, RequestError
-from edge_runtime.events import ledger, recovery
+from edge_runtime.events import recovery, tally
 from edge_runtime.events.linger import Doorbell, Linger
 from edge_runtime.events.reader import Piece, Reader
 from edge_runtime.events.recent import LENGTH_BYTES, within
@@ -48,7 +48,7 @@ from edge_runtime.wire.messages import EventClass
 
 __all__ = ["CLASSES", "RECORD_BYTES_MAX", "EventLog", "Piece", "random_step"]
 
-CLASSES = ledger.CLASSES
+CLASSES = tally.CLASSES
 RECORD_BYTES_MAX = 512 * 1024
 PENDING_BYTES_MAX = 32 << 20
 _DROP_BYTES = PENDING_BYTES_MAX // 32
@@ -61,7 +61,7 @@ class EventLog:
     """The log of `device` in `directory`; opening it starts a new epoch, `step()` above the last.
 
     `epochs`, `owed`, `piece`, `read` and `tail` are those of its `Reader`, `learned` is that of its
-    `Space`, `prior` of its `Ledger`.
+    `Space`, `prior` and `reason` of its `Tally`.
 
     Records wait `linger_ms` to be made durable together, up to `linger_max_ms` where that saves
     commits. All files together take `bytes_max` at most. `on_commit`, once set, is called on the
@@ -87,10 +87,11 @@ class EventLog:
         self.on_commit: Callable[[], None] | None = None
         self._files = files = files or OsFiles()
         self._linger = Linger(linger_ms / 1000, linger_max_ms / 1000)
+        since = files.written
         found = recovery.open_directory(files, directory, device, step())
-        self._found, self._ledger, self.epoch = found, found.ledger, found.ledger.epoch
+        self._found, self._tally, self.epoch = found, found.tally, found.tally.epoch
         segment_bytes = min(segment_bytes, bytes_max // _SEGMENTS_MIN)
-        self._space = Space(files, found.ledger, bytes_max, segment_bytes)
+        self._space = Space(files, found.tally, bytes_max, segment_bytes)
         self._lock = threading.Lock()
         self._streams = {
             name: Stream(
@@ -101,18 +102,19 @@ class EventLog:
                 epoch=self.epoch,
                 segments=found.segments[name],
                 segment_bytes=segment_bytes,
-                ledger=found.ledger,
+                tally=found.tally,
                 lock=self._lock,
                 make_space=self._make_space,
             )
             for name in CLASSES
         }
         self._space.streams = self._streams
-        self._reader = reader = Reader(files, directory, self._streams, found.ledger, self.epoch)
+        self._reader = reader = Reader(files, directory, self._streams, found.tally, self.epoch)
         self.epochs, self.owed, self.piece = reader.epochs, reader.owed, reader.piece
         self.read, self.tail = reader.read, reader.tail
-        self.learned, self.prior = self._space.learned, found.ledger.prior
-        self._usage = Usage(files, directory / "usage", clock or SystemClock())
+        self.learned = self._space.learned
+        self.prior, self.reason = found.tally.prior, found.tally.reason
+        self._usage = Usage(files, directory / "usage", clock or SystemClock(), since)
         self._accepted, self._allowed = 0, PENDING_BYTES_MAX
         self._failing, self._began_s = False, 0.0
         self._doorbell = Doorbell()
@@ -175,7 +177,7 @@ class EventLog:
         """(epoch, last surviving seq) of the newest earlier epochs, oldest first, also when
         their records were trimmed. An id of such an epoch above its end was lost in a crash.
         """
-        return [(lane.epoch, lane.end) for lane in self._ledger.lanes(event_class) if lane.end >= 0]
+        return [(lane.epoch, lane.end) for lane in self._tally.lanes(event_class) if lane.end >= 0]
 
     async def wait_durable(self, event_class: EventClass, seq: int) -> None:
         """Return once record `seq` of this epoch is durable; what lingers is committed now.
@@ -273,7 +275,7 @@ class EventLog:
         for stream in self._streams.values():
             stream.shut(closed)
         with contextlib.suppress(OSError):  # then the next open looks for itself where it ended
-            self._ledger.end({name: each.durable_seq for name, each in self._streams.items()})
+            self._tally.end({name: each.durable_seq for name, each in self._streams.items()})
         self._usage.save()
         self._files.close(self._found.owner)
         if lost := sum(stream.waiting for stream in self._streams.values()):

@@ -4,7 +4,7 @@ Why: the learner has to be told of every number, as a record or as a loss with i
 reads finds out that a frame no longer proves itself.
 
 Invariants: what `piece` says of a number it says again after any restart, unless its record is lost
-in the meantime; a hole that nothing explains is written into the ledger as `damaged` before it is
+in the meantime; a hole that nothing explains is written into the tally as `damaged` before it is
 told. Any thread may read; files may be given back meanwhile.
 
 Knows nothing about how records came to be durable.
@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from edge_runtime.errors import CapacityError
 from edge_runtime.events import frames
-from edge_runtime.events.ledger import Ledger
 from edge_runtime.events.recent import within
 from edge_runtime.events.stream import Stream
+from edge_runtime.events.tally import Tally
 from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
@@ -50,11 +50,11 @@ class Reader:
         files: Files,
         directory: Path,
         streams: Mapping[EventClass, Stream],
-        ledger: Ledger,
+        tally: Tally,
         epoch: int,
     ) -> None:
         self._files, self._directory, self._streams = files, directory, streams
-        self._ledger, self._epoch = ledger, epoch
+        self._tally, self._epoch = tally, epoch
         self.damaged: Counter[EventClass] = Counter()
 
     def epochs(self, event_class: EventClass) -> list[tuple[int, int, int]]:
@@ -74,9 +74,9 @@ class Reader:
         """
         ends = (
             (lane.epoch, self._last(event_class, lane.epoch))
-            for lane in self._ledger.lanes(event_class)
+            for lane in self._tally.lanes(event_class)
         )
-        mark = self._ledger.mark
+        mark = self._tally.mark
         return [(epoch, last) for epoch, last in ends if last > mark(event_class, epoch)]
 
     def piece(
@@ -120,14 +120,14 @@ class Reader:
     def _last(self, event_class: EventClass, epoch: int) -> int:
         if epoch == self._epoch:
             return self._streams[event_class].durable_seq
-        lane = self._ledger.lane(event_class, epoch)
+        lane = self._tally.lane(event_class, epoch)
         return lane.end if lane else 0
 
     def _lost(
         self, event_class: EventClass, epoch: int, after_seq: int, last: int
     ) -> tuple[int, str]:
-        """How many numbers after `after_seq` the ledger knows to be lost, and why."""
-        lane = self._ledger.lane(event_class, epoch)
+        """How many numbers after `after_seq` the tally knows to be lost, and why."""
+        lane = self._tally.lane(event_class, epoch)
         gap = lane and lane.gap_from(after_seq + 1)
         if not gap or gap.first > after_seq + 1:
             return 0, ""
@@ -137,7 +137,7 @@ class Reader:
         self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
     ) -> list[bytes]:
         """The records that follow `after_seq` without a hole and before the next known loss."""
-        lane = self._ledger.lane(event_class, epoch)
+        lane = self._tally.lane(event_class, epoch)
         gap = lane and lane.gap_from(after_seq + 1)
         found = self.read(event_class, epoch, after_seq, max_bytes, max_records)
         return [
@@ -154,13 +154,13 @@ class Reader:
         end = min(found[0][0] - 1 if found else last, last)
         if end <= after_seq:  # it could be read after all
             return 0, ""
-        lane = self._ledger.lane(event_class, epoch)
+        lane = self._tally.lane(event_class, epoch)
         learned = lane.learned if lane else 0
         if learned > after_seq:
             return min(end, learned) - after_seq, "trimmed"
         try:
             loss = event_class, epoch, after_seq + 1, end, "damaged"
-            self.damaged[event_class] += self._ledger.lose([loss])
+            self.damaged[event_class] += self._tally.lose([loss])
         except OSError as error:
             log.warning("%s: damage cannot be written down: %s", self._directory, error)
             return end - after_seq, "damaged"
@@ -174,7 +174,7 @@ class Reader:
                 frames.ensure_index(self._files, part, view)
                 yield from frames.records(self._files, view, after_seq)
             except FileNotFoundError:
-                continue  # given back since, or somebody removed it: the ledger tells
+                continue  # given back since, or somebody removed it: the tally tells
             except OSError as error:
                 raise CapacityError(
                     "log_unreadable", f"{view.path} cannot be read now: {error}"

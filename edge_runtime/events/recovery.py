@@ -2,9 +2,9 @@
 
 Why: after a crash the log has to find by itself, and fast, what it can vouch for. Only the last
 segment of each class of the last epoch is read, and that not after a clean end: where any other
-ends is said by the one that follows it, or by the ledger.
+ends is said by the one that follows it, or by the tally.
 
-Commit point: the ledger's, which is written once, with the new epoch, before an id is handed out.
+Commit point: the tally's, which is written once, with the new epoch, before an id is handed out.
 
 Invariants: opening twice without an append between changes nothing but the epoch; a record that
 was durable is never cut, nor is what stands before a frame that proves itself; what is left after
@@ -20,9 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.events import frames, ledger, segment
-from edge_runtime.events.ledger import CLASSES, Lane, Ledger
+from edge_runtime.events import frames, segment, tally
 from edge_runtime.events.segment import Segment
+from edge_runtime.events.tally import CLASSES, Lane, Tally
 from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
@@ -41,7 +41,7 @@ class Found:
     """What a directory holds at open, the new epoch begun; `counters` says what was amiss."""
 
     owner: int
-    ledger: Ledger
+    tally: Tally
     segments: dict[EventClass, list[Segment]]
     counters: dict[str, int]
 
@@ -81,10 +81,10 @@ class _Recovery:
 
     def run(self, owner: int, step: int) -> Found:
         """See `open_directory`. Raises: OSError, ConfigError."""
-        book = Ledger(self._files, self._directory)
+        book = Tally(self._files, self._directory)
         parts = self._segments()
         if not book.epoch and any(parts.values()):
-            raise ledger.missing(self._directory)
+            raise tally.missing(self._directory)
         known = [part.epoch for name in CLASSES for part in parts[name]]
         last = max([book.epoch, *known])
         for name in CLASSES:
@@ -123,7 +123,7 @@ class _Recovery:
         return part
 
     def _proven(
-        self, name: EventClass, parts: list[Segment], book: Ledger, epochs: set[int]
+        self, name: EventClass, parts: list[Segment], book: Tally, epochs: set[int]
     ) -> list[Segment]:
         """`parts` with their last numbers, those that are needed no more left out."""
         for part, following in pairwise(parts):

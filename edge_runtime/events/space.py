@@ -3,7 +3,7 @@
 Why: a device that is offline for long must neither stop nor fill its disk, and what it drops has to
 be accounted for before it is gone.
 
-Invariants: a segment is unlinked only after the ledger, durably, says what became of its numbers; a
+Invariants: a segment is unlinked only after the tally, durably, says what became of its numbers; a
 file that cannot be unlinked is tried again, here and at the next open. Events go before labels,
 whole segments, oldest first.
 
@@ -17,9 +17,9 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 
-from edge_runtime.events.ledger import Ledger
 from edge_runtime.events.segment import Segment
 from edge_runtime.events.stream import Stream
+from edge_runtime.events.tally import Tally
 from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
 
@@ -31,8 +31,8 @@ _DROP_ORDER: tuple[EventClass, EventClass] = ("event", "label")
 class Space:
     """Keeps all `streams` within `bytes_max`; `dropped` counts numbers by class."""
 
-    def __init__(self, files: Files, ledger: Ledger, bytes_max: int, segment_bytes: int) -> None:
-        self._files, self._ledger = files, ledger
+    def __init__(self, files: Files, tally: Tally, bytes_max: int, segment_bytes: int) -> None:
+        self._files, self._tally = files, tally
         self._bytes_max, self._segment_bytes = bytes_max, segment_bytes
         self._lock = threading.Lock()
         self._doomed: list[Segment] = []
@@ -45,7 +45,7 @@ class Space:
         return sum(part.size for stream in self.streams.values() for part in stream.segments)
 
     def make(self) -> None:
-        """Drop the oldest segments until one more fits. Raises: OSError, the ledger's."""
+        """Drop the oldest segments until one more fits. Raises: OSError, the tally's."""
         with self._lock:
             self._remove([])
             while self._disk_bytes() + self._segment_bytes > self._bytes_max:
@@ -61,7 +61,7 @@ class Space:
         with self._lock:
             gone = stream.covered(epoch, seq)
             try:
-                self._ledger.learn(event_class, epoch, seq, gives_back=bool(gone))
+                self._tally.learn(event_class, epoch, seq, gives_back=bool(gone))
             except OSError as error:
                 log.warning("what the learner holds is not given back yet: %s", error)
                 return
@@ -85,13 +85,13 @@ class Space:
 
     def _account_for(self, part: Segment) -> int:
         name, epoch = part.event_class, part.epoch
-        mark = self._ledger.mark(name, epoch)
+        mark = self._tally.mark(name, epoch)
         if mark >= part.base_seq:
-            self._ledger.learn(name, epoch, mark, gives_back=True)
+            self._tally.learn(name, epoch, mark, gives_back=True)
         first = max(part.base_seq, mark + 1)
         if first > part.last_seq:
             return 0
-        return self._ledger.lose([(name, epoch, first, part.last_seq, "dropped")])
+        return self._tally.lose([(name, epoch, first, part.last_seq, "dropped")])
 
     def _remove(self, parts: list[Segment]) -> None:
         """Unlink `parts`, and what could not be unlinked before."""

@@ -1,6 +1,6 @@
 """One class of records of an open log: what waits in memory, what lies on disk, who waits for it.
 
-Why: the classes of a log are served by one thread and share its lock, its ledger and nothing else.
+Why: the classes of a log are served by one thread and share its lock, its tally and nothing else.
 
 Commit point: the `sync` in `_commit_batch`.
 
@@ -9,7 +9,7 @@ whole, under `lock`, and stays the batch in flight until it is durable; so the p
 what is still pending from its front, under `lock`, too. The commit thread alone touches the file.
 After an error the file is never written or synced again (its pages may be marked clean though they
 never reached the disk): the batch in flight goes, from memory, into a new file. Where numbers were
-dropped, the ledger says so before a later number becomes durable, and a new file begins.
+dropped, the tally says so before a later number becomes durable, and a new file begins.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pathlib import Path
 
 from edge_runtime.errors import CapacityError
 from edge_runtime.events import frames, segment
-from edge_runtime.events.ledger import Ledger
 from edge_runtime.events.recent import LENGTH_BYTES, Recent
 from edge_runtime.events.segment import Segment
+from edge_runtime.events.tally import Tally
 from edge_runtime.events.waiters import Waiters
 from edge_runtime.files import Files
 from edge_runtime.wire.messages import EventClass
@@ -54,11 +54,11 @@ class Stream:
         epoch: int,
         segments: list[Segment],
         segment_bytes: int,
-        ledger: Ledger,
+        tally: Tally,
         lock: threading.Lock,
         make_space: Callable[[], None],
     ) -> None:
-        self._files, self._directory, self._ledger = files, directory, ledger
+        self._files, self._directory, self._tally = files, directory, tally
         self._device, self._event_class, self._epoch = device, event_class, epoch
         self._segment_bytes, self._make_space = segment_bytes, make_space
         self.lock, self.segments = lock, segments
@@ -138,7 +138,7 @@ class Stream:
         if self._base == self.durable_seq + 1:
             return
         lost = self._event_class, self._epoch, self.durable_seq + 1, self._base - 1, "stalled"
-        self._ledger.lose([lost])
+        self._tally.lose([lost])
         with self.lock:
             self.durable_seq = self._base - 1
         self.seal()
@@ -212,9 +212,7 @@ class Stream:
     def _is_dropped(self, seq: int) -> bool:
         if max(self.durable_seq, self._base + len(self._batch) - 1) < seq <= self._taken:
             return True
-        lane = self._ledger.lane(self._event_class, self._epoch)
-        gap = lane and lane.gap_from(seq)
-        return bool(gap and gap.first <= seq and gap.reason == "stalled")
+        return self._tally.reason(self._event_class, self._epoch, seq) == "stalled"
 
     def _lost_error(self) -> CapacityError:
         return CapacityError(

@@ -26,11 +26,11 @@ _CRC = struct.Struct("<I")
 
 
 class Usage:
-    """What `files` writes, by day; kept in `path`."""
+    """What `files` writes once it has written `since` bytes, by day; kept in `path`."""
 
-    def __init__(self, files: Files, path: Path, clock: Clock) -> None:
+    def __init__(self, files: Files, path: Path, clock: Clock, since: int = 0) -> None:
         self._files, self._path, self._clock = files, path, clock
-        self._lock, self._seen = threading.Lock(), files.written
+        self._lock, self._seen = threading.Lock(), since
         self._day, self._today, self._yesterday = self._load() or (self._now(), 0, 0)
 
     def follow(self) -> None:

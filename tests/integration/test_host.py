@@ -29,13 +29,16 @@ from cloud_learner.train.family import Family
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
+from edge_runtime.errors import ConfigError
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import (
     WIRE_VERSION,
     Envelope,
     LabelRecord,
+    Mark,
     ObservationRecord,
     PredictionRecord,
+    Report,
     Scored,
 )
 
@@ -257,6 +260,32 @@ def test_a_device_with_a_feature_spec_of_its_own_stops_nobody(home, family, enve
             assert cloud.count("other_spec") > 200
             await cloud.until(lambda: cloud.count("gate_judged") >= 1)
             assert host.hold_out.rows().features.shape[1] == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_home_of_an_earlier_release_is_refused_and_left_as_it_is(home, family):
+    home.root.joinpath("ingest.sqlite").write_bytes(b"an earlier release")
+
+    async def scenario():
+        Host(home, family, await MemoryBroker().connect(name="learner"), SystemClock())
+
+    with pytest.raises(ConfigError) as caught:
+        asyncio.run(scenario())
+    assert caught.value.code == "bad_version"
+    assert not home.ingest_db.exists()
+
+
+def test_what_a_device_reports_is_in_the_accounts(home, family):
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (_, cloud, _running):
+            await cloud.until(lambda: True)
+            report = Report(
+                *(WIRE_VERSION, "a", 1, 0.0, {}, [], 0, {}, {}, [], 0, 0, [Mark(1, "event", 9)])
+            )
+            await cloud.bus.publish(subjects.report("a"), codec.encode(report))
+            await cloud.until(lambda: cloud.count("under_way") == 9)
+            assert cloud.count("balanced") == 1
 
     asyncio.run(scenario())
 

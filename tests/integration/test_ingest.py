@@ -443,6 +443,25 @@ def test_a_commit_that_was_not_written_leaves_nothing_behind(tmp_path):
     assert commit.done == ["token"]
 
 
+def test_a_device_that_floods_holds_up_no_other(tmp_path):
+    async def scenario(broker, bus):
+        wide = [msgspec.structs.replace(observation(1.0), fields={"x": "x" * 32_000})] * 2
+        for at in range(200):
+            await send(bus, wide, base_seq=2 * at + 1, device="FLOOD")
+        for at in range(3):
+            await send(bus, [observation(1.0)], base_seq=at + 1, device="EWR")
+        learner = Learner(bus, tmp_path)
+        await learner.until_count("observations", 403)
+        await learner.close()
+        held = [{w.device: w.marks[0].seq for w in each.watermarks} for each in learner.commits]
+        first = next(at for at, marks in enumerate(held) if "EWR" in marks)
+        assert held[first]["EWR"] == 3
+        flood = max(marks.get("FLOOD", 0) for marks in held[: first + 1])
+        assert flood < 400, f"all of the flood went first, in {len(held)} commits"
+
+    play(scenario)
+
+
 class Purged:
     """A bus that says when it has dropped anything."""
 

@@ -148,9 +148,8 @@ def test_the_accounts_are_a_table_for_people(learner, home):
     assert lines[-1] == "balanced"
 
 
-def test_accounts_of_no_home_and_no_question_at_all_are_errors(learner, tmp_path):
+def test_accounts_of_what_is_no_home_are_an_error(learner, tmp_path):
     assert learner("status", "--home", tmp_path).exit_code == 2
-    assert learner("status").exit_code == 2
 
 
 def guarded(capsys, error):

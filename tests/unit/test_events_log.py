@@ -16,11 +16,11 @@ import pytest
 
 from edge_runtime.errors import CapacityError, ConfigError, RequestError
 from edge_runtime.events import segment
-from edge_runtime.events.ledger import EPOCHS_KEPT
 from edge_runtime.events.log import PENDING_BYTES_MAX, RECORD_BYTES_MAX, EventLog
 from edge_runtime.events.recent import RECENT_BYTES_MAX
 from edge_runtime.events.recovery import STEP_MAX
 from edge_runtime.events.segment import SUFFIX
+from edge_runtime.events.tally import EPOCHS_KEPT
 from edge_runtime.files import OsFiles
 
 ALL = 1 << 30
@@ -446,8 +446,8 @@ def test_a_second_owner_and_another_device_are_refused(tmp_path: Path) -> None:
         assert log.epoch == 2
 
 
-@pytest.mark.parametrize("copy", ["ledger.a", "ledger.b"])
-def test_a_flipped_bit_in_the_ledger_costs_nothing(tmp_path: Path, copy: str) -> None:
+@pytest.mark.parametrize("copy", ["tally.a", "tally.b"])
+def test_a_flipped_bit_in_the_tally_costs_nothing(tmp_path: Path, copy: str) -> None:
     with opened(tmp_path) as log:
         append_durably(log, [b"record 1"])
     path = tmp_path / copy
@@ -456,21 +456,21 @@ def test_a_flipped_bit_in_the_ledger_costs_nothing(tmp_path: Path, copy: str) ->
         assert (log.epoch, log.prior(2), log.ends("event")) == (2, 1, [(1, 1)])
 
 
-def test_a_ledger_of_which_no_copy_proves_itself_is_refused_because_ids_could_repeat(
+def test_a_tally_of_which_no_copy_proves_itself_is_refused_because_ids_could_repeat(
     tmp_path: Path,
 ) -> None:
     opened(tmp_path).close()
-    for path in tmp_path.glob("ledger.*"):
+    for path in tmp_path.glob("tally.*"):
         path.write_bytes(path.read_bytes().replace(b'"epoch":1', b'"epoch":0'))
     with pytest.raises(ConfigError) as refused:
         opened(tmp_path)
     assert refused.value.code == "log_unusable"
 
 
-def test_a_missing_ledger_is_refused_where_there_are_segments(tmp_path: Path) -> None:
+def test_a_missing_tally_is_refused_where_there_are_segments(tmp_path: Path) -> None:
     with opened(tmp_path) as log:
         append_durably(log, [b"record 1"])
-    for path in tmp_path.glob("ledger.*"):
+    for path in tmp_path.glob("tally.*"):
         path.unlink()
     with pytest.raises(ConfigError) as refused:
         opened(tmp_path)
@@ -478,9 +478,9 @@ def test_a_missing_ledger_is_refused_where_there_are_segments(tmp_path: Path) ->
     assert segments(tmp_path)
 
 
-def test_a_ledger_of_a_later_format_is_refused(tmp_path: Path) -> None:
+def test_a_tally_of_a_later_format_is_refused(tmp_path: Path) -> None:
     opened(tmp_path).close()
-    for path in tmp_path.glob("ledger.*"):
+    for path in tmp_path.glob("tally.*"):
         body = b'{"version":2,"anything":{}}'
         path.write_bytes(b"%08x\n%s" % (zlib.crc32(body), body))
     with pytest.raises(ConfigError) as refused:
@@ -490,7 +490,7 @@ def test_a_ledger_of_a_later_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_log_of_an_earlier_release_is_taken_over(tmp_path: Path) -> None:
     crash = crashed(tmp_path, numbered(1, 5), numbered(6, 9))
-    for path in crash.glob("ledger.*"):
+    for path in crash.glob("tally.*"):
         path.unlink()
     for path, data in EARLIER.items():
         (crash / path).write_bytes(data)

@@ -1,13 +1,13 @@
-"""The ledger of a log: which epochs there were, where each ended, what was lost, what is learned.
+"""The tally of a log: which epochs there were, where each ended, what was lost, what is learned.
 
 Why: a number that was handed out is delivered or accounted for, also when its record is gone; and
 a log that is opened again must not need to read what it holds to know what it owes.
 
-Commit point: the rename of `ledger.a` or of `ledger.b`, both with the same content, durable with
+Commit point: the rename of `tally.a` or of `tally.b`, both with the same content, durable with
 the sync of the directory; at open the higher generation that proves itself holds. So neither a
-crash nor a flipped bit costs an entry. It is written
-before a segment that it accounts for is unlinked, and before an id of a new epoch is handed out.
-The file `epoch` of earlier releases is read where there is no ledger yet.
+crash nor a flipped bit costs an entry. It is written before a segment that it accounts for is
+unlinked, and before an id of a new epoch is handed out. The file `epoch` of earlier releases is
+read where there is no tally yet.
 
 Invariants: what is known of an earlier epoch never changes, but for what is lost of it or learned;
 gaps of a lane are apart and rise, and neighbours of one reason are one gap, so it stays small.
@@ -32,7 +32,7 @@ from edge_runtime.wire.messages import EventClass
 CLASSES: tuple[EventClass, EventClass] = ("label", "event")
 VERSION = 1
 EPOCHS_KEPT = 256
-_COPIES = ("ledger.a", "ledger.b")
+_COPIES = ("tally.a", "tally.b")
 _OLD = "epoch"
 
 Loss = tuple[EventClass, int, int, int, str]
@@ -87,8 +87,8 @@ class _Old(msgspec.Struct):
     ends: list[tuple[int, EventClass, int]] = []
 
 
-class Ledger:
-    """The ledger in `directory`. Raises: ConfigError `log_unusable` when no copy can be read."""
+class Tally:
+    """The tally in `directory`. Raises: ConfigError `log_unusable` when no copy can be read."""
 
     def __init__(self, files: Files, directory: Path) -> None:
         self._files, self._directory = files, directory
@@ -113,6 +113,12 @@ class Ledger:
     def prior(self, epoch: int) -> int:
         """The epoch before `epoch` in this log; 0 before the first."""
         return self._priors.get(epoch, self._book.before)
+
+    def reason(self, event_class: EventClass, epoch: int, seq: int) -> str:
+        """Why a number is lost; empty where it is not, as far as is known."""
+        lane = self.lane(event_class, epoch)
+        gap = lane and lane.gap_from(seq)
+        return gap.reason if gap and gap.first <= seq else ""
 
     def mark(self, event_class: EventClass, epoch: int) -> int:
         """How far the learner is, as far as is known here."""
@@ -279,7 +285,7 @@ def _proven(files: Files, path: Path, damaged: list[Path]) -> bytes | None:
 
 
 def missing(directory: Path) -> ConfigError:
-    """What a directory gets that has segments and no ledger."""
+    """What a directory gets that has segments and no tally."""
     return _unsafe(directory / _COPIES[0], "missing, though there are segments")
 
 
