@@ -125,9 +125,10 @@ class Ingest:
 
     async def _write(self, thread: ThreadPoolExecutor) -> None:
         while True:
-            messages = await self._queue.take(COMMIT_BYTES, _IDLE_S)
-            reported = self._due_reports()
             assert self.intake is not None
+            wait_s = 0.0 if self.intake.is_behind else _IDLE_S
+            messages = await self._queue.take(COMMIT_BYTES, wait_s)
+            reported = self._due_reports()
             if messages or reported or self.intake.is_due():
                 await self._commit(messages, reported, thread)
 
