@@ -217,15 +217,11 @@ def _converted(value: Any, wanted: type[T], path: Path, prefix: str) -> T:
 
 
 def _path_hook(wanted: type, value: Any) -> Any:
-    if wanted is Path or _is_optional_path(wanted):
+    if wanted is Path or (isinstance(wanted, types.UnionType) and Path in typing.get_args(wanted)):
         if not isinstance(value, str) or not value:
             raise ValueError("Expected a path, as a text that is not empty")
         return Path(value)
     raise NotImplementedError(wanted)
-
-
-def _is_optional_path(wanted: Any) -> bool:
-    return isinstance(wanted, types.UnionType) and Path in typing.get_args(wanted)
 
 
 def _explain(text: str, prefix: str) -> str:

@@ -77,6 +77,7 @@ class Ingest:
         self._reported: dict[str, Report] = {}
         self._reported_at_s = float("-inf")
         self._queue = FairQueue()
+        self._share = COMMIT_BYTES_MIN
         self._news = asyncio.Event()
         self._counters: Counter[str] = Counter(commits=0)
 
@@ -127,18 +128,21 @@ class Ingest:
         return [Incoming(each.subject, each.data, now_s, each, each.headers) for each in messages]
 
     async def _write(self, thread: ThreadPoolExecutor) -> None:
-        share = COMMIT_BYTES_MIN
         while True:
-            messages = await self._queue.take(share, _IDLE_S)
-            reported = self._due_reports()
             assert self.intake is not None
+            wait_s = 0.0 if self.intake.is_behind else _IDLE_S
+            messages = await self._queue.take(self._share, wait_s)
+            reported = self._due_reports()
             if messages or reported or self.intake.is_due():
                 began_s = self._clock.monotonic_s()
                 await self._commit(messages, reported, thread)
-                took_s = max(self._clock.monotonic_s() - began_s, COMMIT_S / 4)
-                size = sum(message.size for message in messages)
-                wanted = int(max(size, COMMIT_BYTES_MIN) * COMMIT_S / took_s)
-                share = min(max((share + wanted) // 2, COMMIT_BYTES_MIN), COMMIT_BYTES_MAX)
+                took_s = self._clock.monotonic_s() - began_s
+                self._pace(sum(message.size for message in messages), took_s)
+
+    def _pace(self, size: int, took_s: float) -> None:
+        """Let commits become as large as they can be in COMMIT_S."""
+        fits = int(max(size, COMMIT_BYTES_MIN) * COMMIT_S / max(took_s, COMMIT_S / 4))
+        self._share = min(max((self._share + fits) // 2, COMMIT_BYTES_MIN), COMMIT_BYTES_MAX)
 
     def _due_reports(self) -> dict[str, Report]:
         """What devices reported, about once a second."""

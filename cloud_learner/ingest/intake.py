@@ -136,7 +136,7 @@ class Intake:
         others = self.joiner.for_files_only
         batches = self._outlet.put(examples, others, self._meta, change, now_s)
         self._outlet.tidy(self._meta, change, now_s, learned=learned, flush=flush)
-        self._meta.clock_s = self.joiner.clock.now_s
+        self._meta.clock_s = self.joiner.clock_s
         self.ledger.write(change)
         counters = self.counters()
         self._db.commit(change, self._meta, counters)
@@ -155,9 +155,14 @@ class Intake:
             done=self._sequencer.done(),
         )
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether a commit without messages should follow at once: more is there to be settled."""
+        return self.joiner.is_behind
+
     def is_due(self) -> bool:
-        """Whether something waits that a commit without messages would write to a file."""
-        return self._outlet.is_due(self._clock.monotonic_s())
+        """Whether a commit without messages would settle something, or write a file."""
+        return self.is_behind or self._outlet.is_due(self._clock.monotonic_s())
 
     def caught_up(self, batch: int, released: int) -> tuple[list[Batch], list[Example]]:
         """The committed batches, and the examples for batches, above what was `reached` once."""

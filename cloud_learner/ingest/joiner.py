@@ -22,7 +22,7 @@ from typing import Literal
 import msgspec
 
 from cloud_learner.ingest.joint_clock import JointClock
-from cloud_learner.ingest.settling import Settling, example
+from cloud_learner.ingest.settling import AT_ONCE, Settling, example
 from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import (
@@ -90,8 +90,13 @@ class Joiner:
         accounts: dict[Lane, Account],
         clock_s: float,
         now_s: float,
+        *,
+        at_once: int = AT_ONCE,
     ) -> None:
-        """`accounts` are shared with the caller, who moves them first; `now_s` is monotonic."""
+        """`accounts` are shared with the caller, who moves them first; `now_s` is monotonic.
+
+        `at_once` is about how many records one commit settles.
+        """
         self.counters: Counter[str] = Counter()
         self.clock = JointClock(rules.label_window_s, rules.idle_s, rules.awaited)
         self.clock.restore(clock_s, accounts, now_s)
@@ -106,6 +111,8 @@ class Joiner:
             keeps_records=rules.amend_s > 0,
             is_negative=rules.expiry == "negative",
             learn_from_s=rules.learn_from_s,
+            clock_s=clock_s,
+            at_once=at_once,
         )
         self._early: Counter[tuple[str, int]] = Counter()
         self._early_of: Counter[str] = Counter()
@@ -138,10 +145,20 @@ class Joiner:
             self._label(labels)
 
     def settle(self, wall_s: float, now_s: float) -> list[Example]:
-        """Advance the clock, and release what has matured, in order."""
+        """Advance the clock, and release what has matured, in order: some thousands at once."""
         examples = self._settling.settle(self._touched, wall_s, now_s)
         self._waiting.finish()
         return examples
+
+    @property
+    def clock_s(self) -> float:
+        """The event time up to which everything that has matured is released."""
+        return self._settling.clock_s
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more has matured than could be settled at once."""
+        return self._settling.is_behind
 
     @property
     def for_files_only(self) -> list[Example]:
@@ -169,8 +186,9 @@ class Joiner:
         self._waiting.fresh.update(pending_rows(prefix, first, places, times_s))
         self.counters["pending"] += len(places)
         run = prediction_key(prefix, first)
-        self._waiting.add_run(run, first + len(portion.records) - 1, portion.envelope)
-        self._waiting.file(SETTLE, min(times_s), run)
+        last = first + len(portion.records) - 1
+        self._waiting.add_run(run, last, portion.envelope)
+        self._waiting.file(SETTLE, min(times_s), run, last)
 
     def _move(self, lane: Lane, now_s: float) -> None:
         """Note how far a lane is; early labels up to there join, or will meet no prediction."""
@@ -221,7 +239,7 @@ class Joiner:
             return
         self.counters["labels_joined"] += 1
         self._waiting.fresh[key] = labelled(data, label)
-        if matures_s < self.clock.now_s:
+        if time_of(data) < self._settling.mature_s:
             self._touched.add(run_of(key, Row.unpacked(data)))
 
     def _attach(self, key: bytes, row: Row, label: Label) -> None:
@@ -236,7 +254,7 @@ class Joiner:
         self.counters["labels_joined" if row.label is None else "labels_replaced"] += 1
         row.label = label
         self._waiting.set_row(key, row)
-        if row.time_s + self._rules.label_window_s < self.clock.now_s:
+        if row.time_s < self._settling.mature_s:
             self._touched.add(run_of(key, row))
 
     def _after(self, key: bytes, row: Row, label: Label) -> None:

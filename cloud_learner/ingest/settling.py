@@ -8,8 +8,9 @@ declares: expired, or an example of the outcome 0. It matures when the joint clo
 time by more than the label window; strictly, because records of that very second may still come.
 Examples leave in the order of (time, device, epoch, seq), whatever order the records came in. An
 unlabelled prediction of a device that lags behind the joint clock waits until the device's own time
-has passed as well. What is settled is remembered for `keep_s` more, so that a late label is known
-as late, and then forgotten.
+has passed as well. When very much matures at once it is settled bit by bit, the earliest first, and
+`clock_s` says how far. What is settled is remembered for `keep_s` more, so that a late label is
+known as late, and then forgotten.
 
 Knows nothing about how labels are attached.
 """
@@ -37,6 +38,9 @@ from edge_runtime.wire.messages import PredictionRecord
 
 _NEVER_S, _ALWAYS_S = float("-inf"), float("inf")
 NEGATIVE = 0.0
+AT_ONCE = (
+    20_000  # records that one commit looks at, about; memory does not grow with a jump in time
+)
 
 Order = tuple[float, str, int, int]
 
@@ -63,6 +67,8 @@ class Settling:
         keeps_records: bool,
         is_negative: bool,
         learn_from_s: float,
+        clock_s: float,
+        at_once: int,
     ) -> None:
         self._waiting, self._clock, self._counters = waiting, clock, counters
         self._window_s, self._keep_s, self._keeps_records = window_s, keep_s, keeps_records
@@ -70,6 +76,9 @@ class Settling:
         self._devices = dict.fromkeys(waiting.devices_waited_for(), _NEVER_S)
         self._newest: Order = (_NEVER_S, "", 0, 0)
         self.covered: list[Example] = []
+        self.clock_s, self.mature_s = clock_s, clock_s - window_s
+        self.is_behind = False
+        self._at_once = at_once
 
     def settle(self, touched: set[bytes], wall_s: float, now_s: float) -> list[Example]:
         """Advance the clock and settle what has matured; `touched` are runs with a late label.
@@ -77,44 +86,52 @@ class Settling:
         What the bootstrap has learned comes out as well, apart: in `covered`.
         """
         self.covered = []
-        mature_s = self._clock.advance(now_s) - self._window_s
-        runs = touched | {run for run, _ in self._waiting.take(SETTLE, mature_s)}
-        for device, seen_s in list(self._devices.items()):
-            own_s = self._clock.of(device, now_s) - self._window_s
-            if own_s > seen_s:
-                runs.update(self._waiting.take_for_device(device, own_s))
-                self._devices[device] = own_s
+        now_mature_s = self._clock.advance(now_s) - self._window_s
+        due = self._waiting.take(SETTLE, now_mature_s, self._at_once)
+        self.mature_s = max(self.mature_s, due.before_s)
+        self.clock_s = self._clock.now_s if due.is_all else self.mature_s + self._window_s
+        self.is_behind = not due.is_all
+        runs = touched | due.runs.keys() | self._overdue(now_s)
         examples: list[Example] = []
         for run in sorted(runs):
             own_s = self._clock.of(id_of(run)[0], now_s) - self._window_s
-            self._settle_run(run, mature_s, own_s, wall_s, examples)
-        for run, last in self._waiting.take(FORGET, mature_s - self._keep_s):
-            self._waiting.forget(run, int.from_bytes(last, "big"))
+            self._settle_run(run, own_s, wall_s, examples)
+        old = self._waiting.take(FORGET, self.mature_s - self._keep_s, self._at_once)
+        self.is_behind |= not old.is_all
+        for run, last in old.runs.items():
+            self._waiting.forget(run, last)
         examples.sort(key=_order)
         self._note_order(examples)
         return examples
 
-    def _settle_run(
-        self, run: bytes, mature_s: float, own_s: float, wall_s: float, out: list[Example]
-    ) -> None:
-        rows = self._waiting.rows_of(run)
-        if not rows:
+    def _overdue(self, now_s: float) -> set[bytes]:
+        """The runs that waited for their device's own time, and need to no longer."""
+        runs: set[bytes] = set()
+        for device, seen_s in list(self._devices.items()):
+            own_s = self._clock.of(device, now_s) - self._window_s
+            if own_s > seen_s:
+                taken = self._waiting.take_for_device(device, own_s, self._at_once)
+                self._devices[device] = taken.before_s
+                self.is_behind |= not taken.is_all
+                runs |= taken.runs.keys()
+        return runs
+
+    def _settle_run(self, run: bytes, own_s: float, wall_s: float, out: list[Example]) -> None:
+        stored = self._waiting.run(run)
+        if stored is None:
             return  # the entry was stale
         left = _Left()
-        stored: StoredRun | None = None
-        for key, row in rows:
+        for key, row in self._waiting.rows_between(run, stored.last_seq):
             left.latest_s = max(left.latest_s, row.time_s)
             if row.state != PENDING:
                 continue
-            if row.time_s >= mature_s:
+            if row.time_s >= self.mature_s:
                 left.immature_s = min(left.immature_s, row.time_s)
             elif row.label is None and row.time_s >= own_s:
                 left.overdue_s = min(left.overdue_s, row.time_s)
             else:
-                stored = stored or self._waiting.run(run)
-                assert stored is not None, "a run lies there as long as it has rows that wait"
                 out += self._close(key, row, stored, wall_s)
-        self._file_again(run, left)
+        self._file_again(run, stored.last_seq, left)
 
     def _close(self, key: bytes, row: Row, stored: StoredRun, wall_s: float) -> list[Example]:
         """Settle one prediction; at most one example comes of it."""
@@ -137,17 +154,16 @@ class Settling:
             self.covered.append(example(key, stored, row, wall_s))
         return [example(key, stored, row, wall_s)] if row.state == RELEASED else []
 
-    def _file_again(self, run: bytes, left: _Left) -> None:
+    def _file_again(self, run: bytes, last_seq: int, left: _Left) -> None:
         """Enter in the calendar what there is still to do about a run."""
         if left.immature_s < _ALWAYS_S:
-            self._waiting.file(SETTLE, left.immature_s, run)
+            self._waiting.file(SETTLE, left.immature_s, run, last_seq)
         if left.overdue_s < _ALWAYS_S:
             device = id_of(run)[0]
-            self._waiting.file_for_device(left.overdue_s, run)
+            self._waiting.file_for_device(left.overdue_s, run, last_seq)
             self._devices[device] = min(self._devices.get(device, _ALWAYS_S), left.overdue_s)
         if min(left.immature_s, left.overdue_s) == _ALWAYS_S:
-            last = self._waiting.last_seq(run).to_bytes(8, "big")
-            self._waiting.file(FORGET, left.latest_s, run, last)
+            self._waiting.file(FORGET, left.latest_s, run, last_seq)
             if not self._keeps_records:
                 self._waiting.forget_records(run)
 
@@ -162,7 +178,7 @@ class Settling:
 def example(key: bytes, stored: StoredRun, row: Row, matured_s: float) -> Example:
     """The example that a labelled prediction becomes."""
     device, epoch, seq = id_of(key)
-    record, label = stored.records[seq - stored.base_seq], row.label
+    record, label = stored.record(seq), row.label
     assert isinstance(record, PredictionRecord)
     assert label is not None
     return Example(

@@ -207,3 +207,10 @@ def moment_key(time_s: float) -> bytes:
     """An event time as bytes that sort as the times do."""
     (bits,) = struct.unpack(">Q", _MOMENT.pack(time_s))
     return int(bits ^ (_ALL if bits & _SIGN else _SIGN)).to_bytes(8, "big")
+
+
+def moment_of(key: bytes) -> float:
+    """What `moment_key` was made of."""
+    bits = int.from_bytes(key, "big")
+    (time_s,) = _MOMENT.unpack((bits ^ (_SIGN if bits & _SIGN else _ALL)).to_bytes(8, "big"))
+    return float(time_s)

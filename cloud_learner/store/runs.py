@@ -13,20 +13,24 @@ whoever follows it looks at the rows, which decide.
 |---|---|
 | `s` moment, run | the earliest prediction of the run that has not matured happened then |
 | `w` device, moment, run | it has matured, has no label, and waits for the device's own time |
-| `f` moment, run | the run is settled, and is forgotten then; the value is its last number |
+| `f` moment, run | the run is settled, and is forgotten then |
+
+The value is the last number of the run.
 
 Knows nothing about what a label means or when something matures.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from cloud_learner.store.ingest_db import IngestDb
-from cloud_learner.store.ingest_state import Label, Row, id_of, moment_key, number_key
+from cloud_learner.store.ingest_state import Label, Row, id_of, moment_key, moment_of, number_key
 from cloud_learner.store.rocks import Transaction
 from edge_runtime.wire.messages import Record
 
@@ -34,10 +38,9 @@ Due = Literal[b"s", b"f"]
 SETTLE: Due = b"s"
 FORGET: Due = b"f"
 _WAIT = b"w"
-_RUN_BYTES_AT = 8
 
 
-class StoredRun(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class _Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """An envelope as it lies in a run; what may not be used of it has no row."""
 
     version: int
@@ -48,7 +51,31 @@ class StoredRun(msgspec.Struct, array_like=True, frozen=True, gc=False):
     records: list[Record | int]
 
 
-_stored = msgspec.msgpack.Decoder(StoredRun).decode
+_envelope = msgspec.msgpack.Decoder(_Envelope).decode
+
+
+class StoredRun:
+    """A run: its last number, and its records, which are decoded when one is asked for."""
+
+    def __init__(self, last_seq: int, data: memoryview) -> None:
+        self.last_seq, self._data = last_seq, data
+        self._decoded: _Envelope | None = None
+
+    def record(self, seq: int) -> Record | int:
+        """The record with this number."""
+        if self._decoded is None:
+            self._decoded = _envelope(self._data)
+        return self._decoded.records[seq - self._decoded.base_seq]
+
+
+class Taken(NamedTuple):
+    """Runs and their last numbers: all that stood before `before_s`, which is the moment asked for
+    if they are all that stood before that.
+    """
+
+    runs: dict[bytes, int]
+    before_s: float
+    is_all: bool
 
 
 class Waiting:
@@ -94,45 +121,41 @@ class Waiting:
 
     def run(self, key: bytes) -> StoredRun | None:
         """The run with this key; None when it is forgotten."""
-        value = self._run(key)
-        return _stored(memoryview(value)[_RUN_BYTES_AT:]) if value is not None else None
-
-    def rows_of(self, key: bytes) -> list[tuple[bytes, Row]]:
-        """The rows of a run, in order."""
-        value = self._run(key)
+        value = self._fresh_runs.get(key) or self._rocks.get("runs", key)
         if value is None:
-            return []
-        first, last = int.from_bytes(key[-8:], "big"), int.from_bytes(value[:8], "big")
-        return self.rows_between(key, first, last)
+            return None
+        return StoredRun(int.from_bytes(value[:8], "big"), memoryview(value)[8:])
 
-    def rows_between(self, key: bytes, first: int, last: int) -> list[tuple[bytes, Row]]:
-        """The rows of a lane's predictions from `first` to `last`, in order."""
-        prefix = key[:-8]
-        if key in self._fresh_runs:
-            found = {}
-        else:
-            found = dict(self._rocks.scan("rows", key, prefix + number_key(last + 1)))
+    def rows_between(self, key: bytes, last_seq: int) -> list[tuple[bytes, Row]]:
+        """The rows of the predictions of a run, in order."""
+        prefix, first = key[:-8], int.from_bytes(key[-8:], "big")
+        found: dict[bytes, bytes] = {}
+        if key not in self._fresh_runs:
+            found.update(self._rocks.scan("rows", key, prefix + number_key(last_seq + 1)))
         if self.fresh:
-            keys = (prefix + number_key(seq) for seq in range(first, last + 1))
+            keys = (prefix + number_key(seq) for seq in range(first, last_seq + 1))
             found.update((each, self.fresh[each]) for each in keys if each in self.fresh)
         return [(each, Row.unpacked(found[each])) for each in sorted(found)]
 
-    def file(self, kind: Due, time_s: float, run: bytes, value: bytes = b"") -> None:
+    def file(self, kind: Due, time_s: float, run: bytes, last_seq: int) -> None:
         """Enter a run in the calendar."""
-        self._enter(kind, kind + moment_key(time_s) + run, value)
+        self._enter(kind, kind + moment_key(time_s) + run, last_seq)
 
-    def file_for_device(self, time_s: float, run: bytes) -> None:
+    def file_for_device(self, time_s: float, run: bytes, last_seq: int) -> None:
         """Enter a run that waits for its device's own time."""
         prefix = _device_prefix(id_of(run)[0])
-        self._enter(prefix, prefix + moment_key(time_s) + run, b"")
+        self._enter(prefix, prefix + moment_key(time_s) + run, last_seq)
 
-    def take(self, kind: Due, before_s: float) -> list[tuple[bytes, bytes]]:
-        """Take the runs out of the calendar that stand before a moment: keys and values."""
-        return self._take(kind, before_s)
+    def take(self, kind: Due, before_s: float, records_max: int) -> Taken:
+        """Take runs out of the calendar that stand before a moment, the earliest first.
 
-    def take_for_device(self, device: str, before_s: float) -> list[bytes]:
+        They hold `records_max` records or a little more; `Taken.before_s` says how far that went.
+        """
+        return self._take(kind, before_s, records_max)
+
+    def take_for_device(self, device: str, before_s: float, records_max: int) -> Taken:
         """The same of those that wait for a device's own time."""
-        return [run for run, _ in self._take(_device_prefix(device), before_s)]
+        return self._take(_device_prefix(device), before_s, records_max)
 
     def devices_waited_for(self) -> set[str]:
         """The devices for whose own time a committed run waits."""
@@ -158,12 +181,6 @@ class Waiting:
         if self._fresh_runs.pop(run, None) is None:
             self._change.delete("runs", run)
 
-    def last_seq(self, run: bytes) -> int:
-        """The last number of a run that is there."""
-        value = self._run(run)
-        assert value is not None
-        return int.from_bytes(value[:8], "big")
-
     def early(self, prefix: bytes, above: int, through: int) -> Iterator[tuple[bytes, Label]]:
         """The committed early labels of a lane between two numbers, in order."""
         start, end = prefix + number_key(above + 1), prefix + number_key(through + 1)
@@ -188,27 +205,30 @@ class Waiting:
         """The keys of all committed early labels."""
         return (key for key, _ in self._rocks.scan("early", b"", b"\xff"))
 
-    def _run(self, key: bytes) -> bytes | None:
-        fresh = self._fresh_runs.get(key)
-        return fresh if fresh is not None else self._rocks.get("runs", key)
-
-    def _enter(self, prefix: bytes, entry: bytes, value: bytes) -> None:
-        self._fresh_due[entry] = value
+    def _enter(self, prefix: bytes, entry: bytes, last_seq: int) -> None:
+        self._fresh_due[entry] = number_key(last_seq)
         floor = self._floors.get(prefix)
         if floor is not None and entry < floor:
             self._floors[prefix] = entry
 
-    def _take(self, prefix: bytes, before_s: float) -> list[tuple[bytes, bytes]]:
+    def _take(self, prefix: bytes, before_s: float, records_max: int) -> Taken:
         """From the first entry that may exist: what was taken leaves graves that slow a scan."""
-        end, cut = prefix + moment_key(before_s), len(prefix) + 8
-        taken = {}
-        for entry, value in self._rocks.scan("due", self._floors.get(prefix, prefix), end):
-            taken[entry] = value
-            self._change.delete("due", entry)
-        for entry in [entry for entry in self._fresh_due if prefix <= entry < end]:
-            taken[entry] = self._fresh_due.pop(entry)
+        end, start = prefix + moment_key(before_s), self._floors.get(prefix, prefix)
+        fresh = sorted(e for e in self._fresh_due.items() if prefix <= e[0] < end)
+        runs: dict[bytes, int] = {}
+        records, moment = 0, b""
+        for entry, value in heapq.merge(self._rocks.scan("due", start, end), fresh):
+            at, run = entry[len(prefix) : len(prefix) + 8], entry[len(prefix) + 8 :]
+            if records >= records_max and at != moment:
+                self._floors[prefix] = entry
+                return Taken(runs, math.nextafter(moment_of(moment), math.inf), is_all=False)
+            if self._fresh_due.pop(entry, None) is None:
+                self._change.delete("due", entry)
+            runs[run] = int.from_bytes(value, "big")
+            records += runs[run] + 1 - int.from_bytes(run[-8:], "big")
+            moment = at
         self._floors[prefix] = end
-        return [(entry[cut:], taken[entry]) for entry in sorted(taken)]
+        return Taken(runs, before_s, is_all=True)
 
 
 def _device_prefix(device: str) -> bytes:

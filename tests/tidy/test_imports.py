@@ -27,7 +27,7 @@ CLOUD_ORDER = (
     ("config",),
     ("children", "server_check"),
     ("broker",),
-    ("admission",),
+    ("admission", "streams"),
     ("stats",),
     ("store",),
     STEPS,

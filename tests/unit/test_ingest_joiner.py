@@ -65,8 +65,9 @@ class Records:
 class World(Records):
     """A joiner over a database of its own."""
 
-    def __init__(self, folder: Path, **options) -> None:
+    def __init__(self, folder: Path, at_once: int = 10**6, **options) -> None:
         super().__init__()
+        self.at_once = at_once
         self.db = IngestDb(folder / "db")
         self.rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=IDLE_S, **options)
         self.accounts: dict = {}
@@ -76,11 +77,12 @@ class World(Records):
         self.joiner = self.made(float("-inf"))
 
     def made(self, clock_s):
-        return Joiner(self.rules, self.db, self.accounts, clock_s, self.now_s)
+        rules, db, accounts = self.rules, self.db, self.accounts
+        return Joiner(rules, db, accounts, clock_s, self.now_s, at_once=self.at_once)
 
     def restart(self):
         self.base = self.counters()
-        self.joiner = self.made(self.joiner.clock.now_s)
+        self.joiner = self.made(self.joiner.clock_s)
 
     def commit(self, *items):
         lanes: dict = {}
@@ -92,7 +94,8 @@ class World(Records):
         released = self.joiner.settle(1000.0 + self.now_s, self.now_s)
         self.db.commit(change, self.db.meta(), {})
         self.examples += released
-        return [(each.device, each.seq, each.label) for each in released]
+        rest = self.commit() if self.joiner.is_behind else []
+        return [(each.device, each.seq, each.label) for each in released] + rest
 
     def portion(self, lane, seqs, records):
         assert list(seqs) == list(range(seqs[0], seqs[0] + len(seqs)))
@@ -325,6 +328,31 @@ def test_examples_that_mature_together_leave_in_order_of_time_device_and_number(
     assert [row[:2] for row in world.commit(*last)] == [("B", 2), ("A", 1), ("A", 2), ("B", 1)]
 
 
+def test_what_matures_all_at_once_is_settled_bit_by_bit_in_order(new_world):
+    world = new_world(at_once=4)
+    world.commit(*[world.predict(float(at // 3)) for at in range(30)])
+    world.commit(*[world.predict(0.5 + at, "B") for at in range(10)])
+    labels = [world.label(at + 1, 20.0, at) for at in range(30)]
+    world.commit(*labels, *[world.label(at + 1, 20.0, at, device="B") for at in range(10)])
+    world.commit(world.observe(500.0), world.label(99, 500.0))
+    change = world.db.begin()
+    items = [world.observe(500.0, "B"), world.label(99, 500.0, device="B")]
+    portions = [world.portion(lane, [seq], [record]) for lane, seq, record in items]
+    world.joiner.join(portions, [item.lane for item in items], change, world.now_s)
+    first = world.joiner.settle(0.0, world.now_s)
+    world.db.commit(change, world.db.meta(), {})
+    assert 0 < len(first) < 40
+    assert world.joiner.is_behind
+    assert world.joiner.clock_s < 500.0 == world.joiner.clock.now_s
+    world.examples += first
+    world.restart()
+    world.commit()
+    assert world.joiner.clock_s == 500.0
+    order = [(each.time_s, each.device, each.seq) for each in world.examples]
+    assert order == sorted(order)
+    assert len(set(order)) == 40
+
+
 def test_what_has_no_label_is_a_negative_example_where_the_family_says_so(new_world):
     world = new_world(expiry="negative")
     world.commit(world.predict(10.0), world.label(9, 10.0))
@@ -488,7 +516,8 @@ def test_the_order_of_arrival_changes_nothing_in_what_is_released(data):
         for at, each in enumerate(delays[device])
         if each is not None and each <= WINDOW_S
     )
-    with passing(awaited=("A", "B")) as world:
+    at_once = data.draw(st.sampled_from([1, 3, 1000]))
+    with passing(awaited=("A", "B"), at_once=at_once) as world:
         play(world, lanes, lambda count: data.draw(st.integers(0, count - 1)))
         assert [(each.time_s, each.device, each.label) for each in world.examples] == expected
         assert world.count("released_out_of_order") == 0

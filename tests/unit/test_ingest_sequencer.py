@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_learner.ingest.sequencer import ASIDE_BYTES_MAX, ASIDE_MAX, Arrival, Sequencer
+from cloud_learner.ingest.sequencer import (
+    ASIDE_BYTES_MAX,
+    ASIDE_LANE_MAX,
+    ASIDE_MAX,
+    Arrival,
+    Sequencer,
+)
 
 LANE = ("A", 1, "event")
 
@@ -50,29 +56,41 @@ def test_nothing_beyond_a_gap_is_accepted_until_the_gap_is_filled():
     sequencer = made({LANE: 1})
     assert sequencer.accept(envelope(5, 6)) == []
     assert sequencer.accept(envelope(4, 4)) == []
-    assert (sequencer.marks, sequencer.done()) == ({LANE: 1}, [])
+    assert sequencer.marks == {LANE: 1}
     assert seqs(sequencer.accept(envelope(2, 3))) == [2, 3, 4, 5, 6]
-    assert len(sequencer.done()) == 3
     assert sequencer.statistics()["beyond_gap"] == 0
 
 
-def test_a_redelivery_beyond_a_gap_takes_no_second_place_and_its_token_counts():
+def test_a_redelivery_beyond_a_gap_takes_no_second_place():
     sequencer = made()
     again = msgspec.structs.replace(envelope(2, 2), token="again")
     sequencer.accept(envelope(2, 2))
     sequencer.accept(again)
     assert sequencer.statistics()["beyond_gap"] == 1
     assert seqs(sequencer.accept(envelope(1, 1))) == [1, 2]
-    assert sequencer.done() == [(LANE, 1, 1), "again"]
+    assert sequencer.done() == [(LANE, 2, 2), "again", (LANE, 1, 1)]
 
 
-def test_too_much_beyond_gaps_is_given_up_and_acknowledged():
+def test_a_gap_that_is_never_filled_keeps_nothing_from_being_acknowledged():
     sequencer = made()
-    for at in range(ASIDE_MAX):
+    sequencer.accept(envelope(5, 6))
+    assert sequencer.done() == [(LANE, 5, 6)]
+
+
+def test_too_much_beyond_the_gaps_of_a_lane_is_given_up_and_other_lanes_are_not():
+    sequencer = made()
+    for at in range(ASIDE_LANE_MAX + 1):
         sequencer.accept(envelope(2 * at + 2, 2 * at + 2))
-    assert sequencer.done() == []
-    sequencer.accept(envelope(9999, 9999))
-    assert sequencer.done() == [(LANE, 9999, 9999)]
+    assert sequencer.counters["given_up_beyond_gap"] == 1
+    sequencer.accept(envelope(5, 6, ("B", 1, "event")))
+    assert sequencer.statistics()["beyond_gap"] == ASIDE_LANE_MAX + 1
+
+
+def test_too_much_beyond_all_gaps_is_given_up():
+    sequencer = made()
+    for at in range(ASIDE_MAX + 1):
+        sequencer.accept(envelope(2, 2, (f"device-{at}", 1, "event")))
+    assert sequencer.statistics()["beyond_gap"] == ASIDE_MAX
     assert sequencer.counters["given_up_beyond_gap"] == 1
 
 
