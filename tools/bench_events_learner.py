@@ -157,7 +157,7 @@ def joined(home: Path, pending: int) -> dict[str, float]:
     store = intake(home)
     for batch in in_commits(events(pending, 5)):
         store.commit(batch)
-    labels = random_labels(pending, max(pending // 10, 20_000))
+    labels = random_labels(pending, max(pending // 10, 60_000))
     cold = len(labels) // COLD_SHARE
     store.commit(labels[:IN_COMMIT])
     warm_rate = labelled(store, labels[IN_COMMIT:-cold])

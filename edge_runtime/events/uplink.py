@@ -37,7 +37,7 @@ from edge_runtime.wire import subjects
 
 _LINGER_S = 0.015
 _AHEAD, _READ_AT_ONCE = 8, 4  # envelopes
-_DEADLINE_S = 5.0
+_DEADLINE_S, _LOOK_S = 5.0, 0.05
 _POLL_S = 1.0
 _BACKOFF_S, _BACKOFF_MAX_S, _CALM_S = 0.05, 2.0, 10.0
 _ALWAYS = ("envelopes", "records", "bytes_sent", "skipped", "rewinds", "duplicate_identity")
@@ -127,7 +127,14 @@ class Uplink:
             self._counters.update(f"failed_{error.code}" for error in refused)
             if self._clock.monotonic_s() - started_s > _CALM_S:
                 self._failures = 0
-            await asyncio.sleep(self._backoff_s())
+            await self._rest(self._backoff_s())
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait so long, or until the broker is there again."""
+        now_s = asyncio.get_running_loop().time
+        until_s = now_s() + seconds
+        while (left_s := until_s - now_s()) > 0 and not self._is_stale():
+            await asyncio.sleep(min(left_s, _LOOK_S))
 
     def _backoff_s(self) -> float:
         self._failures += 1
@@ -157,8 +164,7 @@ class Uplink:
                     self._advance(lane, tasks)
                 await self._wait()
 
-    def _is_stale(self) -> bool:
-        # A broker that comes back may have lost what it had acknowledged.
+    def _is_stale(self) -> bool:  # a broker that comes back may have lost what it acknowledged
         return self._start_over or self._bus.statistics()["reconnects"] != self._reconnects
 
     async def _wait(self) -> None:
