@@ -317,7 +317,6 @@ def test_a_hanging_disk_bounds_memory_and_the_oldest_events_go(tmp_path: Path) -
         assert [seq for seq, _ in told] == list(range(1, count + 2))
         lost = [seq for seq, data in told if data == "stalled"]
         assert len(lost) == numbers["event_stalled"]
-        assert lost == list(range(lost[0], lost[-1] + 1))
         assert log.statistics()["event_durable"] == count + 1
     with opened(tmp_path) as log:
         assert delivered(log) == told
