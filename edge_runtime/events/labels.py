@@ -49,7 +49,7 @@ def position(log: EventLog, prediction_id: str) -> tuple[int, int]:
     if seq > end or log.reason("event", epoch, seq) == "stalled":
         raise RequestError(
             "prediction_lost",
-            f"prediction {prediction_id} was lost before it was durable; its label joins nothing",
+            f"prediction {prediction_id} was lost before it was durable; no label can join it",
             "drop the label",
         )
     return epoch, seq

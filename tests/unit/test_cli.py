@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from edge_runtime import cli
 from edge_runtime import config as configuration
 from edge_runtime.bus import nkey
 from edge_runtime.cli import main
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
+from edge_runtime.runtime import Runtime
 from edge_runtime.update.shelf import Shelf
 
 WritePackage = Callable[..., tuple[Path, str]]
@@ -188,3 +190,14 @@ def test_without_a_running_device_the_exit_code_is_unreachable(
     done = edge(*args)
     assert (done.exit_code, done.stdout) == (4, "")
     assert "hint: edge-runtime run" in done.stderr
+
+
+def test_a_status_for_people_says_what_flash_bears(
+    write_model: Callable[..., Path],
+) -> None:
+    with Runtime.open(package=write_model()) as runtime:
+        lines = cli._told(runtime.statistics()).splitlines()
+    [flash] = [line for line in lines if line.startswith("flash")]
+    assert re.fullmatch(
+        r"flash     \d+ bytes written today, 0 yesterday, \d+\.\d\d per byte logged", flash
+    )
