@@ -21,6 +21,7 @@ from typing import Literal
 
 import msgspec
 
+from cloud_learner.ingest.early import EarlyLabels, stands
 from cloud_learner.ingest.joint_clock import JointClock
 from cloud_learner.ingest.settling import AT_ONCE, Settling, example
 from cloud_learner.store.examples import Example
@@ -45,7 +46,6 @@ from cloud_learner.store.rocks import Transaction
 from cloud_learner.store.runs import SETTLE, Waiting
 from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Record
 
-EARLY_LABELS_MAX = 1_000_000
 KEPT_WINDOWS = 3  # how long what is settled is known as settled, not as unknown
 _NEVER_S = float("-inf")
 
@@ -114,12 +114,7 @@ class Joiner:
             clock_s=clock_s,
             at_once=at_once,
         )
-        self._early: Counter[tuple[str, int]] = Counter()
-        self._early_of: Counter[str] = Counter()
-        self._early_from: dict[tuple[str, int], int] = {}
-        for key in self._waiting.all_early():
-            device, epoch, _ = id_of(key)
-            self._note_early(device, epoch, 1)
+        self._early = EarlyLabels(self._waiting, self.counters)
         self._touched: set[bytes] = set()
         self.amended: list[Example] = []
 
@@ -167,7 +162,7 @@ class Joiner:
 
     def waiting(self) -> dict[str, int]:
         """How many labels wait for a prediction; `pending` is a counter that goes down as well."""
-        return {"labels_waiting": sum(self._early.values())}
+        return {"labels_waiting": self._early.count}
 
     def _predict(self, portion: Portion) -> None:
         device, epoch, _ = portion.lane
@@ -195,13 +190,9 @@ class Joiner:
         device, epoch, event_class = lane
         account = self._accounts[lane]
         self.clock.hear(device, event_class, account.newest_s, now_s)
-        if event_class != "event" or not self._early[device, epoch]:
+        if event_class != "event":
             return
-        from_seq = self._early_from.get((device, epoch), 0)
-        self._early_from[device, epoch] = account.seq
-        for key, label in self._waiting.early(lane_prefix(device, epoch), from_seq, account.seq):
-            self._waiting.delete_early(key)
-            self._note_early(device, epoch, -1)
+        for key, label in self._early.passed((device, epoch), account.seq):
             data = self._waiting.fresh.get(key)
             if data is None:
                 self.counters["labels_unknown"] += 1
@@ -249,7 +240,7 @@ class Joiner:
         if label.time_s > row.time_s + self._rules.label_window_s:
             self.counters["labels_late"] += 1
             return
-        if _stands(row.label, label):
+        if stands(row.label, label):
             return
         self.counters["labels_joined" if row.label is None else "labels_replaced"] += 1
         row.label = label
@@ -266,7 +257,7 @@ class Joiner:
             return
         may_amend = row.state == RELEASED and rules.amend_s > 0
         in_time = max(label.time_s, self.clock.now_s) <= last_s
-        if may_amend and in_time and not _stands(row.label, label) and not _same(row.label, label):
+        if may_amend and in_time and not stands(row.label, label) and not _same(row.label, label):
             self._amend(key, row, label)
         else:
             self.counters["labels_after_release"] += 1
@@ -286,31 +277,12 @@ class Joiner:
         if account is not None and seq <= account.seq:
             self.counters["labels_unknown"] += 1
             return
-        if self._early_of[device] >= EARLY_LABELS_MAX:
-            self.counters["labels_early_dropped"] += 1
-            return
-        self.counters["labels_early"] += 1
-        known = self._waiting.early_label(key)
-        if known is None:
-            self._note_early(device, epoch, 1)
-        if not _stands(known, label):
-            self._waiting.set_early(key, label)
-
-    def _note_early(self, device: str, epoch: int, number: int) -> None:
-        self._early[device, epoch] += number
-        self._early_of[device] += number
-        if not self._early[device, epoch]:
-            del self._early[device, epoch]
+        self._early.keep(key, label)
 
 
 def run_of(key: bytes, row: Row) -> bytes:
     """The key of the run that a prediction lies in."""
     return prediction_key(key[:-8], int.from_bytes(key[-8:], "big") - row.place)
-
-
-def _stands(old: Label | None, new: Label) -> bool:
-    """Whether `old` stays when `new` comes."""
-    return old is not None and old.final and not new.final
 
 
 def _same(old: Label | None, new: Label) -> bool:
