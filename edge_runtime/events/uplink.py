@@ -9,8 +9,8 @@ order of their sequence numbers. A message id is never used for a second attempt
 failed and B behind it was stored, B has to be stored again behind A, which the broker's dedupe
 would swallow; the learner cuts by watermark what comes twice. Labels go first. An envelope that may
 still grow goes only when nothing of its class is under way, nor was within the last linger, so
-under load envelopes grow by themselves. A class that the broker has no room for is held: about
-once a second one envelope of what is held is tried, and the other class goes on.
+under load envelopes grow by themselves. A class that the broker has no room for is held: one of its
+envelopes is tried now and then, at last once a second, and the other class goes on.
 
 Knows nothing about what a record means, nor about how a bus does what it does.
 Implements proto/asyncapi.yaml (channel events, device side).
@@ -103,8 +103,7 @@ class Uplink:
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start; `unlearned` counts durable numbers that the learner lacks."""
-        numbers = {name: self._counters[name] for name in _ALWAYS}
-        numbers |= {name: count for name, count in self._counters.items() if name not in numbers}
+        numbers = {**dict.fromkeys(_ALWAYS, 0), **self._counters}
         numbers["attempts"] = self._attempt
         numbers["under_way"] = self._under_way()
         numbers["held"] = sum(lane.held for lane in self._lanes.values())
@@ -116,8 +115,7 @@ class Uplink:
         return numbers
 
     async def _drain_or_wait(self) -> None:
-        refused: list[HeadwaterError] = []
-        started_s = self._clock.monotonic_s()
+        refused, started_s = list[HeadwaterError](), self._clock.monotonic_s()
         try:
             await self._resume()
             await self._drain()
@@ -131,10 +129,10 @@ class Uplink:
 
     async def _rest(self, seconds: float) -> None:
         """Wait so long, or until the broker is there again."""
-        now_s = asyncio.get_running_loop().time
-        until_s = now_s() + seconds
-        while (left_s := until_s - now_s()) > 0 and not self._is_stale():
-            await asyncio.sleep(min(left_s, _LOOK_S))
+        looks = 1 + int(seconds / _LOOK_S)
+        for _ in range(looks):
+            if not self._is_stale():
+                await asyncio.sleep(seconds / looks)
 
     def _backoff_s(self) -> float:
         self._failures += 1
@@ -263,10 +261,8 @@ class Uplink:
 
     def _count_stored(self, lane: Lane, packed: Packed) -> None:
         lane.acknowledged(packed.epoch, packed.last_seq, self._clock.monotonic_s())
-        self._counters["envelopes"] += 1
-        self._counters["records"] += packed.records
-        self._counters["skipped"] += packed.skipped
-        self._counters["bytes_sent"] += len(packed.data)
+        sent = {"envelopes": 1, "records": packed.records, "skipped": packed.skipped}
+        self._counters.update(sent, bytes_sent=len(packed.data))
 
     async def _on_watermark(self, message: Message) -> None:
         marks = self._watermarks.read(message.data)
