@@ -205,8 +205,9 @@ class Intake:
         return dict(total)
 
     def waiting(self) -> dict[str, int]:
-        """How much waits now for a prediction, a batch, or for a gap to be filled."""
+        """How much waits now, and what this run wrote to files."""
         return {
+            **self._archive.statistics(),
             **self.joiner.waiting(),
             **self._outlet.waiting(),
             "beyond_gap": self._sequencer.statistics()["beyond_gap"],

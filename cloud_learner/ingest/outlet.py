@@ -29,6 +29,7 @@ from cloud_learner.store.ingest_db import (
 )
 from cloud_learner.store.ingest_state import Id, IngestState, Meta, number_key
 from cloud_learner.store.rocks import Transaction
+from edge_runtime.errors import CapacityError
 
 FILE_EXAMPLES = 20_000
 FILE_S = 60.0
@@ -143,7 +144,11 @@ class Outlet:
         if self._compacting is not None:
             if not self._compacting.done():
                 return
-            self._compaction, self._compacting = self._compacting.result(), None
+            try:
+                self._compaction = self._compacting.result()
+            except CapacityError:  # the small files are as good, and ingest needs the room more
+                self.counters["archive_compactions_failed"] += 1
+            self._compacting = None
         if self._compaction is not None:
             self._name(change, [self._compaction.new], self._compaction.gone)
         meta.file += 1
