@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import struct
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,15 @@ async def until(condition: Callable[[], bool], wait_s: float = WAIT_S) -> None:
 
 
 async def delivered(cloud: Cloud, *devices: Device, wait_s: float = WAIT_S) -> None:
-    """Sweep, and wait until the learner holds all that is durable. Raises: TimeoutError."""
+    """Wait until the learner holds all that is durable, then sweep. Raises: TimeoutError."""
+    await _held(cloud, devices, wait_s)
     for device in devices:
         device.sweep()
+    await _held(cloud, devices, wait_s)
+
+
+async def _held(cloud: Cloud, devices: Sequence[Device], wait_s: float) -> None:
+    for device in devices:
         for event_class in CLASSES:
             await device.log.wait_durable(event_class, device.log.handed_out(event_class))
     await cloud.until(

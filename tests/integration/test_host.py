@@ -21,9 +21,10 @@ from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
 from cloud_learner.evaluate.offline import is_held_out
-from cloud_learner.host import EVENTS_PER_SUBJECT, Host
+from cloud_learner.host import Host
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
+from cloud_learner.streams import EVENTS_PER_SUBJECT
 from cloud_learner.train import checkpoint
 from cloud_learner.train.family import Family
 from edge_runtime.bus.memory import MemoryBroker
