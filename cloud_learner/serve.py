@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,9 @@ from edge_runtime.bus import nats as bus_nats
 from edge_runtime.bus.access import Access
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock, SystemClock
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter from the loop, which reads what devices send."""
 
 
 class Serves(Protocol):
@@ -57,6 +61,7 @@ def serve_home(
     with contextlib.ExitStack() as stack:
         url = nats or stack.enter_context(Broker.start(home.broker, admissions.rules())).url
         _yield_to_others()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         _tell(f"serving {home.root} at {url}; stop with Ctrl-C")
         click.echo(url)
         if access is None or not (access.key or access.credentials):

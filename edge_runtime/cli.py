@@ -261,6 +261,8 @@ def _told(answer: dict[str, Any]) -> str:
     for asked in ("predict", "infer"):
         took = answer[f"{asked}_us"]
         lines.append(f"{asked:<9} p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
+    if "health" in answer:  # of a daemon
+        lines.append(f"health    {', '.join(answer['health']['reasons']) or 'ok'}")
     kept = answer["log"]
     lines.append(f"log       {kept['bytes']} bytes, {kept['pending']} records not yet durable")
     wear = kept["written_bytes"] / max(1, kept["payload_bytes"])

@@ -27,6 +27,7 @@ from edge_runtime.api.http import HOST, HttpServer
 from edge_runtime.api.socket import SocketServer
 from edge_runtime.config import EdgeConfig
 from edge_runtime.cpus import flush_denormals
+from edge_runtime.device import standing
 from edge_runtime.errors import ConfigError
 from edge_runtime.runtime import Runtime
 
@@ -160,7 +161,8 @@ def _stop_on_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
 
 
 def _status(runtime: Runtime, parts: Parts) -> dict[str, Any]:
-    return runtime.statistics() | {name: statistics() for name, statistics in parts.items()}
+    status = runtime.statistics() | {name: statistics() for name, statistics in parts.items()}
+    return status | {"health": standing.health(status)}
 
 
 def _served(runtime: Runtime) -> str:

@@ -54,6 +54,21 @@ def report(
     )
 
 
+def health(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the device works worse than it should, and by what; `status` is all that it counts.
+
+    It answers all the same: what stops answers is told by `ready`.
+    """
+    uplink = status.get("uplink", {})
+    signs = {
+        "log_failing": status["log"]["failing"],
+        "stream_full": uplink.get("held", 0),
+        "duplicate_identity": uplink.get("duplicate_identity", 0),
+    }
+    reasons = [name for name, sign in signs.items() if sign]
+    return {"degraded": int(bool(reasons)), "reasons": reasons}
+
+
 def states(families: Mapping[str, Family]) -> dict[str, bytes]:
     """The windows of each family, as a snapshot keeps them."""
     return {name: family.pipeline.snapshot() for name, family in families.items()}
