@@ -63,7 +63,7 @@ def test_source_files_that_are_named_exist(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_commands_that_are_named_exist(path):
-    pattern = r"(?:^    |`)(edge-runtime|cloud-learner) ([a-z]+)"
+    pattern = r"(?:^    |`)(edge-runtime|cloud-learner) ([a-z-]+)"
 
     named = set(re.findall(pattern, path.read_text(), re.MULTILINE))
 
