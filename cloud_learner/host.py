@@ -40,7 +40,7 @@ from cloud_learner.streams import make_streams
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, RequestError, TransportError
+from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
@@ -230,7 +230,7 @@ class Host:
             self.learner.progress.clear()
             status = codec.encode(self.status())
             now_s = self._clock.monotonic_s()
-            with contextlib.suppress(TransportError, CapacityError):  # said again in a moment
+            with contextlib.suppress(HeadwaterError):  # said again in a moment
                 if now_s - kept_s >= STATUS_KEPT_S:
                     kept_s = now_s
                     await self._bus.publish(subjects.LEARNER_STATUS, status)

@@ -38,7 +38,7 @@ from edge_runtime.errors import ConfigError
 
 IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
 CHECKPOINT_CYCLES = 10
-WAITING_COMMITS_MAX = 200
+WAITING_BATCHES_MAX = 400  # that ingest may be ahead of the trainer; they are in memory
 
 Submit = Callable[[Candidate], Awaitable[object]]
 OnExamples = Callable[[list[Example]], Awaitable[None]]
@@ -71,6 +71,7 @@ class Learner:
             expiry=config.label.expiry,
             amend_s=config.label.amend_s,
             learn_from_s=origin.learned_through_s,
+            ahead_s_max=config.skew_s_max if config.clock == "wall" else float("inf"),
         )
         make = partial(open_intake, home, rules, family, clock)
         self.ingest = Ingest(bus, make, clock, on_commit=self._on_commit)
@@ -80,7 +81,7 @@ class Learner:
         self._waiting: deque[Batch] = deque(intake.batches_after(self.cycle.number))
         last = self._waiting[-1].number if self._waiting else self.cycle.number
         self._commits = deque([(last, intake.clock_s)])
-        self._wake = asyncio.Event()
+        self._wake, self._learned = asyncio.Event(), asyncio.Event()
         self.progress = asyncio.Event()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self.clock_s = float("-inf")
@@ -125,6 +126,9 @@ class Learner:
         self._settle_clock()
         self._wake.set()
         await self._on_examples(commit.examples)
+        while len(self._waiting) > WAITING_BATCHES_MAX:
+            self._learned.clear()
+            await self._learned.wait()
 
     async def _train(self) -> None:
         loop = asyncio.get_running_loop()
@@ -140,6 +144,7 @@ class Learner:
                     self.candidates += 1
                     await self._submit(candidate)
                 self._settle_clock()
+                self._learned.set()
                 if self.cycle.number % CHECKPOINT_CYCLES == 0:
                     save = self.cycle.save
                     await loop.run_in_executor(self.thread, save, self._home.checkpoint)

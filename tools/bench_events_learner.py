@@ -24,10 +24,10 @@ from pathlib import Path
 import msgspec
 from bench_events_model import FAMILY, FEATURES, POOL, SPEC, START_S, Row, encoded, label
 
+from cloud_learner.ingest.accounting import Accounting
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.intake import Intake
 from cloud_learner.ingest.joiner import Rules
-from cloud_learner.ingest.ledger import Ledger
 from cloud_learner.ingest.opening import Incoming, Opened, opened
 from cloud_learner.ingest.sequencer import Sequencer
 from cloud_learner.store.archive import Archive
@@ -122,7 +122,7 @@ def ingest(home: Path, count: int) -> list[Row]:
 def opening(messages: list[Incoming]) -> float:
     """Events a second that are opened and entered, each once though each envelope comes twice."""
     sequencer: Sequencer[Opened] = Sequencer({})
-    ledger, entered = Ledger({}), 0
+    accounting, entered = Accounting({}), 0
     gc.collect()
     gc.disable()
     started_s = time.perf_counter()
@@ -130,7 +130,7 @@ def opening(messages: list[Incoming]) -> float:
         arrival = opened(each, WIDTHS)
         for part in sequencer.accept(arrival):
             what = part.arrival.what
-            ledger.enter(part.arrival.lane, part.lost, what.reason, what.records, what.prior)
+            accounting.enter(part.arrival.lane, part.lost, what.reason, what.records, what.prior)
             entered += len(what.records)
     took_s = time.perf_counter() - started_s
     gc.enable()

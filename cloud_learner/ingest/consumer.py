@@ -69,7 +69,7 @@ class Ingest:
         self.intake: Intake | None = make_intake()
         self.learned = 0
         self.paused = ""
-        self.totals = self.intake.ledger.totals()
+        self.totals = self.intake.accounting.totals()
         self.duplicates: list[str] = []
         self._delivered = self.intake.reached
         self._numbers = self.intake.counters() | self.intake.waiting()
@@ -184,7 +184,7 @@ class Ingest:
         self.paused = ""
         self._delivered = intake.reached
         self._numbers, self.totals = commit.counters, commit.totals
-        self.duplicates = sorted(intake.ledger.duplicates)
+        self.duplicates = sorted(intake.accounting.duplicates)
         self._counters["commits"] += 1
         self._untold |= {watermark.device: watermark for watermark in commit.watermarks}
         self._news.set()

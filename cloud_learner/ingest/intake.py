@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
+from cloud_learner.ingest.accounting import Accounting
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.joiner import Joiner, Portion, Rules
-from cloud_learner.ingest.ledger import Ledger
 from cloud_learner.ingest.opening import Incoming, Opened, opened
 from cloud_learner.ingest.outlet import Outlet
 from cloud_learner.ingest.sequencer import Accepted, Sequencer
@@ -84,15 +84,15 @@ class Intake:
         widths: Mapping[str, int],
     ) -> None:
         self._db, self._raw, self._archive, self._clock = db, raw, archive, clock
-        self._widths = widths
+        self._widths, self._ahead_s_max = widths, rules.ahead_s_max
         state = db.load()
         self._meta, self._base = state.meta, state.counters
         raw.adopt(Position(*state.meta.raw) if state.meta.raw else None)
         self.orphans = archive.adopt(state.files)
-        self.ledger = Ledger(state.accounts)
-        self._sequencer: Sequencer[Opened] = Sequencer(self.ledger.marks())
+        self.accounting = Accounting(state.accounts)
+        self._sequencer: Sequencer[Opened] = Sequencer(self.accounting.marks())
         self.joiner = Joiner(
-            rules, db, self.ledger.accounts, state.meta.clock_s, clock.monotonic_s()
+            rules, db, self.accounting.accounts, state.meta.clock_s, clock.monotonic_s()
         )
         self._outlet = Outlet(db, archive, guard, state, clock.monotonic_s())
         self._counters: Counter[str] = Counter()
@@ -128,8 +128,8 @@ class Intake:
             portions, kept, devices = self._accepted(messages, change)
         now_s, wall_s = self._clock.monotonic_s(), self._clock.now_s()
         for device, marks in (reported or {}).items():
-            self.ledger.hear(device, marks)
-        self.joiner.join(portions, self.ledger.moved, change, now_s)
+            self.accounting.hear(device, marks)
+        self.joiner.join(portions, self.accounting.moved, change, now_s)
         examples = self.joiner.settle(wall_s, now_s)
         if kept:
             self._meta.raw = self._raw.append(kept)
@@ -137,7 +137,7 @@ class Intake:
         batches = self._outlet.put(examples, others, self._meta, change, now_s)
         self._outlet.tidy(self._meta, change, now_s, learned=learned, flush=flush)
         self._meta.clock_s = self.joiner.clock_s
-        self.ledger.write(change)
+        self.accounting.write(change)
         counters = self.counters()
         self._db.commit(change, self._meta, counters)
         self._outlet.settle()
@@ -150,8 +150,8 @@ class Intake:
             amended=self.joiner.amended,
             batches=batches,
             counters=counters | self.waiting(),
-            totals=self.ledger.totals(),
-            watermarks=[self.ledger.watermark(device) for device in sorted(devices)],
+            totals=self.accounting.totals(),
+            watermarks=[self.accounting.watermark(device) for device in sorted(devices)],
             done=self._sequencer.done(),
         )
 
@@ -194,12 +194,12 @@ class Intake:
 
     def watermarks(self) -> list[Watermark]:
         """What is held of every known device."""
-        return [self.ledger.watermark(device) for device in self.ledger.devices()]
+        return [self.accounting.watermark(device) for device in self.accounting.devices()]
 
     def counters(self) -> dict[str, int]:
         """Counts since the learner's first start."""
         total = Counter(self._base)
-        parts = (self._sequencer, self.joiner, self.ledger, self._outlet)
+        parts = (self._sequencer, self.joiner, self.accounting, self._outlet)
         for counters in (self._counters, *(part.counters for part in parts)):
             total.update(counters)
         return dict(total)
@@ -235,8 +235,13 @@ class Intake:
                 )
                 self._sequencer.skip(message.token)
                 continue
+            if not self.accounting.has_room(arrival.lane):
+                refused = message.arrived_s, message.subject, "too_many_epochs", message.data
+                self._quarantine(*refused, change)
+                self._sequencer.skip(message.token)
+                continue
             devices.add(arrival.lane[0])
-            self.ledger.notice(arrival.lane)
+            self.accounting.notice(arrival.lane)
             for part in self._sequencer.accept(arrival):
                 portions.append(self._enter(part, change))
                 kept.append(_raw_message(part.arrival.what.message))
@@ -256,7 +261,9 @@ class Intake:
         for kind, number in Counter(map(type, records)).items():
             if kind is not int:
                 self._counters[_COUNTED[kind]] += number
-        self.ledger.enter(arrival.lane, part.lost, what.reason, records, what.prior)
+        entry = arrival.lane, part.lost, what.reason, records, what.prior
+        newest_s_max = what.message.arrived_s + self._ahead_s_max
+        self.accounting.enter(*entry, newest_s_max=newest_s_max)
         return Portion(arrival.lane, first_seq, records, what.data, what.message.arrived_s)
 
     def _quarantine(

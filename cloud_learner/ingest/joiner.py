@@ -54,7 +54,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What a family says about its labels; what was predicted before `learn_from_s` is not learned.
 
     `idle_s` is how long (wall time) a silent device holds the others; `awaited` names the devices
-    that must be heard before time starts to pass. `amend_s` is how long after its window (event
+    that must be heard before time starts to pass. An event may take its device's time to
+    `ahead_s_max` after its arrival, no further. `amend_s` is how long after its window (event
     time) a label may still amend an example.
     """
 
@@ -64,6 +65,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     expiry: Literal["drop", "negative"] = "drop"
     amend_s: float = 0.0
     learn_from_s: float = _NEVER_S
+    ahead_s_max: float = float("inf")
     awaited: tuple[str, ...] = ()
 
 

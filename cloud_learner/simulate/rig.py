@@ -101,7 +101,7 @@ class Cloud:
 
     def accounts(self) -> dict[Lane, Account]:
         """What became of every number of every lane so far."""
-        return {} if self.ingest.intake is None else dict(self.ingest.intake.ledger.accounts)
+        return {} if self.ingest.intake is None else dict(self.ingest.intake.accounting.accounts)
 
     def mark(self, lane: Lane) -> int:
         """The highest number of a lane up to which all is held."""

@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import quote
 
 import duckdb
+import numpy as np
 
 from cloud_learner.store import parquet
 from cloud_learner.store.compaction import Compaction, Compactor, exchange, fsync, make_durable
@@ -38,6 +39,7 @@ from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import fsync_directory
 
 _OURS = re.compile(r"family=[^/]+/day=\d{4}-\d\d-\d\d/\d{12}(-day)?\.parquet")
+DAYS_AT_ONCE_MAX = 400
 _EPOCH = date(1970, 1, 1).toordinal()
 
 
@@ -237,9 +239,16 @@ class Archive:
 
 
 def _by_day(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    """The examples by the folder that they belong to, each in its order."""
+    """The examples by the folder that they belong to, each in its order.
+
+    Whoever sends events of as many days as events must not have as many files made: beyond
+    DAYS_AT_ONCE_MAX days, the later ones go with the last of those.
+    """
     parts: dict[tuple[int, str], list[Example]] = defaultdict(list)
-    for day, example in zip(parquet.days_of(examples).tolist(), examples, strict=True):
+    days = parquet.days_of(examples)
+    first = np.unique(days)[:DAYS_AT_ONCE_MAX]
+    days = np.minimum(days, first[-1]) if len(first) else days
+    for day, example in zip(days.tolist(), examples, strict=True):
         parts[day, example.family].append(example)
     return {_folder(*key): part for key, part in parts.items()}
 

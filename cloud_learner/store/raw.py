@@ -1,7 +1,7 @@
-"""Raw envelopes: every message that ingest took, byte for byte, replayable for a configured time.
+"""Raw envelopes: each message that brought something new, as it came, kept for a configured time.
 
-Why: what was made of a message may be wrong, and is put right only from what came; and a learner
-that lost its database is built again from here.
+Why: what was made of a message may be wrong, and is put right only from what came; what a lost
+database held can be taken in again from here.
 
 Invariants: messages are only appended, each in a frame of its own, in MessagePack. A file is never
 appended to after a start or a failed write: the next append begins a new one. The head of a file
@@ -147,14 +147,17 @@ class RawLog:
         """After a start: cut what no transaction names.
 
         Where none names anything the files of a lost database may be all that is left of its
-        messages: they are set aside as `*.raw.aside`, to be named `*.raw` again for a replay. What
-        is named and absent is counted: no other state rests on it.
+        messages: they are set aside in a folder of their own, `aside-1` and so on, over which
+        another RawLog replays them. What is named and absent is counted: no other state rests on
+        it.
         """
         file, offset = position or Position(0, 0)
+        aside = self._directory / f"aside-{1 + len(list(self._directory.glob('aside-*')))}"
         for number in sorted(number for number in self._numbers() if number > file):
             path = self._path(number)
             if position is None:
-                path.rename(path.with_name(path.name + ".aside"))
+                aside.mkdir(exist_ok=True)
+                path.rename(aside / path.name)
                 self._counts["raw_files_aside"] += 1
             else:
                 path.unlink()
@@ -190,7 +193,7 @@ class RawLog:
         ]
         old += [
             path
-            for path in sorted(self._directory.glob("*.raw.aside"))
+            for path in sorted(self._directory.glob("aside-*/*.raw"))
             if path.stat().st_mtime < old_s
         ]
         for path in old:

@@ -75,6 +75,9 @@ OMITTED: dict[int, str] = {1: "sampled_out", 2: "over_quota"}
 """What stands in an envelope in the place of a record that the device keeps to itself."""
 
 
+LOSSES = ("dropped", "stalled", "damaged", "trimmed")
+"""Why sequence numbers are lost on a device; what else a reader finds there it counts as other."""
+
 NO_PRIOR = -1
 """The epoch before the first of a log."""
 

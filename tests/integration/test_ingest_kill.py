@@ -48,7 +48,7 @@ intake = opened(Path(sys.argv[2]))
 messages = incoming(Path(sys.argv[3]))
 for at in range(0, len(messages), PORTION):
     intake.commit(messages[at : at + PORTION], flush=at % (4 * PORTION) == 0)
-    held = sum(account.seq for account in intake.ledger.accounts.values())
+    held = sum(account.seq for account in intake.accounting.accounts.values())
     sys.stdout.write(f"{held}\\n")
     sys.stdout.flush()
 intake.close()
@@ -130,7 +130,7 @@ class Story:
         messages = incoming(self.messages)
         for at in range(0, len(messages), PORTION):
             intake.commit(messages[at : at + PORTION])
-        self.accounts = intake.ledger.accounts
+        self.accounts = intake.accounting.accounts
         intake.close()
         db = IngestDb(quiet / "db")
         self.batches = list(db.batches_after(0))
@@ -158,7 +158,7 @@ class Story:
     def check(self, said: int) -> None:
         """What is left is some prefix, not less than what the child has said."""
         intake = opened(self.home)
-        accounts, counters = intake.ledger.accounts, intake.counters() | intake.waiting()
+        accounts, counters = intake.accounting.accounts, intake.counters() | intake.waiting()
         reached = intake.reached
         batches = list(intake.batches_after(0))
         rows = intake.query("SELECT device, epoch, seq FROM examples")
@@ -180,7 +180,7 @@ class Story:
         assert code == 0
         self.check(0)
         intake = opened(self.home)
-        assert intake.ledger.accounts == self.accounts, self.seed
+        assert intake.accounting.accounts == self.accounts, self.seed
         assert list(intake.batches_after(0)) == self.batches, self.seed
         released = intake.reached[1]
         assert intake.counters()["predictions"] == released >= 2 * PREDICTIONS

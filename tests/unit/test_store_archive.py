@@ -12,7 +12,7 @@ import duckdb
 import msgspec
 import pytest
 
-from cloud_learner.store.archive import Archive
+from cloud_learner.store.archive import DAYS_AT_ONCE_MAX, Archive
 from cloud_learner.store.examples import Example
 from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.wire.messages import Scored
@@ -109,6 +109,13 @@ def test_files_lie_by_family_and_day_of_the_event_in_the_order_of_the_examples(t
     }
     in_order = archive.query("SELECT seq FROM examples", names[1:2]).fetchall()
     assert in_order == [(3,), (2,)]
+
+
+def test_examples_of_as_many_days_as_examples_do_not_make_as_many_files(tmp_path):
+    archive = Archive(tmp_path / "archive")
+    names = archive.write([example(at, at * DAY_S) for at in range(DAYS_AT_ONCE_MAX + 50)], 1)
+    assert len(names) == DAYS_AT_ONCE_MAX
+    assert seqs(archive, names) == list(range(DAYS_AT_ONCE_MAX + 50))
 
 
 def test_duckdb_reads_the_folder_as_it_is(tmp_path):

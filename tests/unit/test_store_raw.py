@@ -91,8 +91,10 @@ def test_where_nothing_is_named_the_files_are_set_aside_and_can_be_brought_back(
     log.adopt(None)
     assert list(log.replay()) == []
     assert log.statistics()["raw_files_aside"] == 1
-    (tmp_path / "000000000001.raw.aside").rename(tmp_path / "000000000001.raw")
-    assert replayed(tmp_path)[0] == messages(1)
+    log.append(messages(2))
+    RawLog(tmp_path).adopt(None)  # a second database is lost
+    assert replayed(tmp_path / "aside-1")[0] == messages(1)
+    assert replayed(tmp_path / "aside-2")[0] == messages(2)
 
 
 def test_what_is_named_and_gone_is_counted_and_stops_nobody(tmp_path):
@@ -154,10 +156,10 @@ def test_what_was_set_aside_expires_by_when_it_was_written(tmp_path):
     RawLog(tmp_path).append(messages(1))
     log = RawLog(tmp_path, keep_s=DAY_S)
     log.adopt(None)
-    written_s = (tmp_path / "000000000001.raw.aside").stat().st_mtime
+    written_s = (tmp_path / "aside-1" / "000000000001.raw").stat().st_mtime
     assert log.expire(written_s + 0.9 * DAY_S) == 0
     assert log.expire(written_s + 1.1 * DAY_S) == 1
-    assert files(tmp_path) == []
+    assert files(tmp_path / "aside-1") == []
 
 
 def test_every_torn_tail_gives_the_whole_messages_before_it(tmp_path):
