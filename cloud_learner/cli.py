@@ -212,7 +212,11 @@ def _access(home: Path, files: dict[str, Path | None]) -> Access:
 
 
 def _when(known: bool) -> str:
-    return "and the running broker knows it" if known else "from the broker's next start on"
+    if known:
+        return "and the running broker knows it"
+    return (
+        "from serve's next start on; write broker-config anew, and reload twice, for another broker"
+    )
 
 
 def _accounts(home: Path, *, is_needed: bool) -> dict[str, Any]:

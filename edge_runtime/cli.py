@@ -261,11 +261,14 @@ def _told(answer: dict[str, Any]) -> str:
     for asked in ("predict", "infer"):
         took = answer[f"{asked}_us"]
         lines.append(f"{asked:<9} p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
+    if "bus" in answer:
+        there = "connected" if answer["bus"]["connected"] else "not connected"
+        lines.append(f"broker    {there}, {answer['uplink']['unlearned']} numbers not learned")
     if "health" in answer:  # of a daemon
         lines.append(f"health    {', '.join(answer['health']['reasons']) or 'ok'}")
     kept = answer["log"]
     lines.append(f"log       {kept['bytes']} bytes, {kept['pending']} records not yet durable")
-    wear = kept["written_bytes"] / max(1, kept["payload_bytes"])
+    wear = kept["written_bytes"] / kept["payload_bytes"] if kept["payload_bytes"] else 0.0
     flash = f"{kept['flash_bytes_today']} bytes written today, {kept['flash_bytes_yesterday']}"
     lines.append(f"flash     {flash} yesterday, {wear:.2f} per byte logged")
     return "\n".join(lines)

@@ -59,6 +59,7 @@ def run(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -
 async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None = None) -> None:
     """Serve on the running loop until a signal comes."""
     root = _read_root(config)
+    _check_access(config)
     flush_denormals()
     with Runtime.open(config) as runtime:
         # Until here a signal ends the process at once, for a model may hang when it is loaded.
@@ -144,6 +145,14 @@ def _read_root(config: EdgeConfig) -> bytes:
         raise ConfigError(
             "no_root", f"the trusted root cannot be read: {error}", "see root in the configuration"
         ) from error
+
+
+def _check_access(config: EdgeConfig) -> None:
+    """Before anything is served. Raises: ConfigError for a key or certificate that is none."""
+    if config.nats:
+        from edge_runtime.bus.access import of_device
+
+        of_device(config).open(config.nats)
 
 
 def _stop_on_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:

@@ -68,7 +68,11 @@ async def cloud_side(
             durable=partial(ends, journal.log),
         )
         journal.on_commit = uplink.wake
-        parts |= {"uplink": uplink.statistics, "agent": agent.statistics, "bus": bus.statistics}
+        parts |= {
+            "uplink": uplink.statistics,
+            "agent": agent.statistics,
+            "bus": lambda: bus.statistics() | {"connected": int(bus.connected)},
+        }
         parts["prover"] = prover.statistics
         if withhold is not None:
             parts["withheld"] = withhold.statistics

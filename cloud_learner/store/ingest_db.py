@@ -26,6 +26,7 @@ Knows nothing about how records are accepted, joined or batched.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -43,13 +44,13 @@ from cloud_learner.store.ingest_state import (
     lane_of,
     number_key,
 )
-from cloud_learner.store.rocks import Rocks, Table, Transaction
-from edge_runtime.errors import ConfigError
+from cloud_learner.store.rocks import Rocks, Table, Transaction, is_owned
+from edge_runtime.errors import ConfigError, TransportError
 
 VERSION = 2
 QUARANTINE_ROWS, QUARANTINE_BYTES = 1000, 4096
 TRIMMED_AT_ONCE = 20
-READS_MAX = 5
+READS_MAX, READ_AGAIN_S = 60, 0.05  # while a learner has it: its first start makes ten tables
 DAMAGED = "ingest_db_damaged"
 
 TABLES = {
@@ -230,9 +231,9 @@ def accounts_of(rocks: Rocks) -> dict[Lane, Account]:
 def read_accounts(path: Path) -> dict[Lane, Account]:
     """The accounts in the database at `path`, whether or not a learner runs.
 
-    Raises: ConfigError `ingest_db_damaged`, `bad_version`.
+    Raises: ConfigError `ingest_db_damaged`, `bad_version`; TransportError `busy`.
     """
-    for attempt in range(READS_MAX):
+    for _ in range(READS_MAX):
         try:
             with Rocks.reader(path, TABLES, damaged=DAMAGED) as rocks:
                 data = rocks.get("meta", _META)
@@ -241,9 +242,10 @@ def read_accounts(path: Path) -> dict[Lane, Account]:
                 return accounts_of(rocks)
         except ConfigError as error:
             # The learner may have put one file in the place of others while this one opened them.
-            if error.code != DAMAGED or attempt == READS_MAX - 1:
+            if error.code != DAMAGED or not is_owned(path):
                 raise
-    raise AssertionError("the last attempt returns or raises")
+            time.sleep(READ_AGAIN_S)
+    raise TransportError("busy", f"the learner is changing {path}", "ask again in a moment")
 
 
 def check_version(path: Path, meta: Meta) -> None:

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,6 +42,8 @@ _BUFFER_BYTES = 4 << 20
 _BLOB_FROM_BYTES = 1024
 _REMAINS = (".sst", ".log", ".blob")
 _CONFIG = "rocksdict-config.json"
+
+_LOOKS, _LOOK_S = 5, 0.02
 
 
 class Table:
@@ -249,14 +252,30 @@ def _options(table: Table, cache: Cache) -> Options:
 
 def _owned(path: Path) -> int:
     fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(_LOOKS):  # a reader that looks who owns it holds it for a moment
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        time.sleep(_LOOK_S)
+    os.close(fd)
+    raise ConfigError(
+        "already_owned", f"another learner uses {path}", "stop it, or choose another directory"
+    )
+
+
+def is_owned(path: Path) -> bool:
+    """Whether a process has the database at `path` open for writing."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        fd = os.open(path.with_name(path.name + ".lock"), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
         os.close(fd)
-        raise ConfigError(
-            "already_owned", f"another learner uses {path}", "stop it, or choose another directory"
-        ) from error
-    return fd
+    return False
 
 
 def _is_full(path: Path) -> bool:

@@ -22,7 +22,16 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 _NOW = frozenset(
     (
-        *("bytes", "bytes_today", "children", "degraded", "draining", "entries", "entries_evicted"),
+        *(
+            "bytes",
+            "bytes_today",
+            "children",
+            "connected",
+            "degraded",
+            "draining",
+            "entries",
+            "entries_evicted",
+        ),
         *("epoch", "event_segments", "failing", "flash_bytes_today", "flash_bytes_yesterday"),
         *("held", "held_bytes", "keys", "keys_evicted", "label_segments", "leases", "linger_ms"),
         *("open", "p50", "p99", "p999", "pending", "pending_bytes", "plan_seq", "run_us", "seq"),

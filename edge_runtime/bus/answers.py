@@ -125,7 +125,7 @@ def dial_error(error: Exception, url: str, identity: Identity) -> TransportError
             f"the broker at {url} does not admit {who if known else 'a connection without a key'}",
             f"cloud-learner admit DEVICE {identity.public or 'KEY'}" if known else _NO_KEY,
         )
-    return TransportError("unreachable", f"no broker answers at {url}: {error!r}")
+    return TransportError("unreachable", f"no broker answers at {url}: {text}")
 
 
 def _says_full(description: str) -> bool:

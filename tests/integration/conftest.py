@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cloud_learner.broker import find_server
 from cloud_learner.children import spawn_tied
+from cloud_learner.nats_server import find_server
 
 READY_S = 20.0
 

@@ -32,7 +32,9 @@ DEVICES = ("kiosk-1", "kiosk-2")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "cloud")
+    found = Home(tmp_path / "cloud")
+    found.root.mkdir()
+    return found
 
 
 @pytest.fixture
@@ -94,6 +96,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Scenari
     """Runs a scenario against one broker that all of them share."""
     folder = tmp_path_factory.mktemp("shared")
     home = Home(folder / "cloud")
+    home.root.mkdir()
     admissions = admitted(home, folder)
 
     async def played(broker: Broker, scenario: Scenario) -> None:
@@ -419,10 +422,14 @@ def test_the_commands_admit_list_and_expel(home, tmp_path):
         return done.exit_code, done.stdout, done.stderr
 
     key = nkey.create(tmp_path / "new.nk").public
+    home.root.rmdir()
+    code, _, told = learner("admit", "new", key)
+    assert (code, "no_home" in told, home.root.exists()) == (2, True, False)
+    home.root.mkdir()
     assert learner("devices") == (0, "", "")
     code, said, told = learner("admit", "new", key)
     assert (code, said) == (0, "")
-    assert "from the broker's next start on" in told
+    assert "from serve's next start on" in told
     assert learner("devices")[1] == f"new  {key}\n"
     assert json.loads(learner("devices", "--json")[1]) == {"new": key}
     assert key in learner("broker-config")[1]

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cloud_learner.broker import Broker, find_server
+from cloud_learner.broker import Broker
+from cloud_learner.nats_server import find_server
 from edge_runtime.bus.nats import connect
 from edge_runtime.errors import ConfigError
 
@@ -61,6 +62,16 @@ async def stored(broker: Broker) -> bytes | None:
     message = await bus.last("KEPT", "kept.a")
     await bus.close()
     return message and message.data
+
+
+def test_a_later_server_on_the_store_listens_where_the_last_one_did_if_it_can(tmp_path):
+    with Broker.start(tmp_path) as first:
+        url = first.url
+    with Broker.start(tmp_path) as second:
+        assert second.url == url
+    port = int(url.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)), Broker.start(tmp_path) as third:
+        assert third.url != url
 
 
 def test_it_is_ready_when_start_returns_and_gone_when_stop_returns(tmp_path):

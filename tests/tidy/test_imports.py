@@ -25,7 +25,7 @@ EDGE_ORDER = (
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
     ("config",),
-    ("children", "server_check"),
+    ("children", "nats_server", "server_check"),
     ("broker",),
     ("admission", "streams"),
     ("stats",),
