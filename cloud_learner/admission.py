@@ -29,7 +29,7 @@ from cloud_learner import broker
 from cloud_learner.config import Home
 from edge_runtime.bus import nkey
 from edge_runtime.bus.access import Access
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
@@ -118,9 +118,16 @@ class Admissions:
             fcntl.flock(fd, fcntl.LOCK_EX)
             devices = self.devices
             yield devices
+            key = self.access().key
+            assert key is not None
+            text = rules(nkey.load(key).public, devices)
             write_atomic(self._path, msgspec.json.encode(_Admitted(1, devices)))
             if self._home.broker.exists():
-                broker.write_access(self._home.broker, self.rules())
+                broker.write_access(self._home.broker, text)
+        except OSError as error:
+            raise CapacityError(
+                "not_written", f"{self._home.root} cannot be written: {error}", "make room there"
+            ) from error
         finally:
             os.close(fd)
 

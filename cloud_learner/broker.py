@@ -213,7 +213,12 @@ def _reload(pid: int, log: Path) -> None:
             last = said.decode(errors="replace").splitlines()[-1]
             raise ConfigError("broker_refused", f"{last}; the old configuration stays in force")
         time.sleep(_POLL_S)
-    raise TransportError("timeout", f"nats-server says nothing after {_RELOAD_WAIT_S:.0f} s: {log}")
+    raise TransportError(
+        "timeout",
+        f"nats-server says nothing after {_RELOAD_WAIT_S:.0f} s; the change is written, and holds"
+        " from its next start on",
+        f"see {log}",
+    )
 
 
 def _said_since(log: Path, start: int) -> bytes:

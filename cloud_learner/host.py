@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +46,13 @@ from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
+log = logging.getLogger("cloud_learner")
+
 HOLD_OUT_ROWS = 3000
 STATUS_S = 0.02
 STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
+MEND_S = 1.0
 
 
 class Releases:
@@ -144,12 +148,11 @@ class Host:
         self.learner = Learner(
             home, family, bus, clock, submit=self.submit, on_examples=self._on_examples
         )
-        self._quarantined_reports = 0
+        self._quarantined_reports = self._reconnects = 0
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        await make_streams(self._bus)
-        await self.publisher.publish()
+        await self._furnish()
         await self.controller.start()
         reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
         try:
@@ -157,6 +160,7 @@ class Host:
                 group.create_task(self.learner.run())
                 group.create_task(self._say())
                 group.create_task(self._maintain())
+                group.create_task(self._mend())
         finally:
             await reports.close()
             await self.controller.close()
@@ -239,6 +243,26 @@ class Host:
             await asyncio.sleep(STATUS_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.learner.progress.wait(), STATUS_KEPT_S)
+
+    async def _furnish(self) -> None:
+        """Give the broker its streams and all that is signed; one that is away is waited for."""
+        while True:
+            self._reconnects = self._bus.statistics()["reconnects"]
+            try:
+                await make_streams(self._bus)
+                await self.publisher.publish()
+            except (TransportError, CapacityError) as error:
+                log.warning("the broker is not ready yet: %s", error)
+                await asyncio.sleep(MEND_S)
+            else:
+                return
+
+    async def _mend(self) -> None:
+        """A broker that comes back may have lost its store."""
+        while True:
+            await asyncio.sleep(MEND_S)
+            if self._bus.statistics()["reconnects"] != self._reconnects:
+                await self._furnish()
 
     async def _maintain(self) -> None:
         while True:

@@ -60,6 +60,9 @@ def _reported(command: Callable[P, None]) -> Callable[P, None]:
         except HeadwaterError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(exit_code_of(error))
+        except OSError as error:  # of a file that nobody foresaw
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
 
     return run
 

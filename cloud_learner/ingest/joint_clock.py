@@ -7,7 +7,8 @@ Invariants: the clock never goes back. It stands at the minimum over the devices
 silent. A device's own time is the newest event time of its class `event`; its labels hold it back
 while they lag, by at most one label window, since labels travel in a class of their own. A device
 (or class) that was silent for `idle_s` of wall time holds nobody; a device that is awaited but was
-never heard holds the clock for the same time.
+never heard holds the clock for the same time, and so does one whose events come and get no newer:
+a clock that stands still must not stop everybody's.
 
 Knows nothing about predictions or examples.
 """
@@ -56,11 +57,14 @@ class JointClock:
     def hear(
         self, device: str, event_class: EventClass, newest_s: float, monotonic_s: float
     ) -> None:
-        """Records of a device came, the newest of them at `newest_s`."""
+        """Records of a device came, the newest of all of its class at `newest_s`."""
+        if newest_s == _NEVER:
+            return  # nothing of it was accepted yet
         known = self._device(device)
         heard = getattr(known, event_class)
+        if newest_s > heard.newest_s or event_class == "label":
+            heard.at_s = monotonic_s
         heard.newest_s = max(heard.newest_s, newest_s)
-        heard.at_s = monotonic_s
         if known.label.at_s == _NEVER:
             known.label.at_s = monotonic_s  # its first labels may be on their way
 

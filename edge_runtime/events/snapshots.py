@@ -55,6 +55,10 @@ class SnapshotFile:
                 data = file.read()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            self._counts["unreadable"] += 1
+            log.warning("%s; windows are rebuilt from the log alone", error)
+            return None
         snapshot = _decode(data)
         if snapshot is None:
             self._counts["unreadable"] += 1

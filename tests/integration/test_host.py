@@ -208,6 +208,24 @@ def test_what_is_ingested_makes_room_at_the_broker(home, family, envelopes):
     asyncio.run(scenario())
 
 
+def test_a_broker_that_comes_back_without_its_store_is_furnished_again(home, family, envelopes):
+    broker = MemoryBroker()
+
+    async def scenario():
+        async with hosted(home, family, broker) as (_host, cloud, _running):
+            broker.down()
+            broker.streams.clear()
+            broker.up()
+            await cloud.until(lambda: subjects.TRUST_STREAM in broker.streams)
+            await cloud.until(
+                lambda: broker.streams[subjects.TRUST_STREAM].last(subjects.metadata("timestamp"))
+            )
+            await cloud.send(envelopes)
+            await cloud.until_learned(4)
+
+    asyncio.run(scenario())
+
+
 def test_a_restarted_learner_goes_on_from_its_checkpoint(home, family, envelopes):
     broker = MemoryBroker()
     half = len(envelopes) // 2
