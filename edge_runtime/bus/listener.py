@@ -41,7 +41,8 @@ class Listener:
 
     async def attach(self, link: Link) -> None:
         """Subscribe on a new connection. Raises: TransportError `unreachable`."""
-        self._ears = link, await link.listen(self._subject, self._receive, UNHEARD_MAX)
+        if not self._closed:
+            self._ears = link, await link.listen(self._subject, self._receive, UNHEARD_MAX)
 
     async def close(self) -> None:
         """Stop the deliveries; closing twice is no error."""

@@ -138,6 +138,9 @@ class ScriptedLog:
             if name == event_class
         )
 
+    def ends(self, event_class: EventClass) -> list[tuple[int, int]]:
+        return [(epoch, last) for epoch, last in self.owed(event_class) if epoch != self.epoch]
+
     def piece(
         self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
     ) -> Piece | None:
