@@ -94,17 +94,18 @@ class Watermarks:
 
     def give_back(self, floors: list[Floor]) -> None:
         """Tell the log what the learner holds; what the disk refuses is told again next time."""
-        refused = []
-        for event_class, epoch, seq in floors:
+        before, self.refused = self.refused, []
+        for floor in floors:
+            event_class, epoch, seq = floor
             try:
                 self._log.learned(event_class, epoch, seq)
             except OSError as error:
-                refused.append((event_class, epoch, seq))
+                self.refused.append(floor)
                 self._counters["give_back_errors"] += 1
-                log.warning("%s: what the learner holds stays in the log: %s", self._device, error)
+                level = logging.DEBUG if floor in before else logging.WARNING
+                log.log(level, "%s: the log keeps what the learner holds: %s", self._device, error)
             else:
                 self._given[event_class, epoch] = seq
-        self.refused = refused
 
     def _missing(self, marks: list[Mark]) -> list[Mark]:
         """Mark 0 for each lane of this log that `marks` should name and does not."""
