@@ -10,6 +10,8 @@ what is unchanged. Broken invariants of our own are assertions, never errors of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class HeadwaterError(Exception):
     """Root of the tree; carries a stable `code`, a message and a `hint` for a person."""
@@ -50,3 +52,12 @@ class TransportError(HeadwaterError):
 
 class CapacityError(HeadwaterError):
     """A bound is reached; shed load or wait."""
+
+
+def each(errors: BaseExceptionGroup[HeadwaterError]) -> Iterator[HeadwaterError]:
+    """The errors of a group and of the groups in it."""
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from each(error)
+        else:
+            yield error

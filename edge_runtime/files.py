@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -58,6 +59,7 @@ class OsFiles:
 
     def __init__(self) -> None:
         self.written = 0
+        self._counting = threading.Lock()  # several threads write
 
     def own(self, directory: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,7 +93,8 @@ class OsFiles:
         view = memoryview(data)
         while view:
             count = os.pwrite(fd, view, offset)
-            self.written += count
+            with self._counting:
+                self.written += count
             view, offset = view[count:], offset + count
 
     def truncate(self, fd: int, size: int) -> None:

@@ -41,7 +41,11 @@ class Listener:
 
     async def attach(self, link: Link) -> None:
         """Subscribe on a new connection. Raises: TransportError `unreachable`."""
+        if self._closed:
+            return
         self._ears = link, await link.listen(self._subject, self._receive, UNHEARD_MAX)
+        if self._closed:  # meanwhile
+            await link.silence(self._ears[1])
 
     async def close(self) -> None:
         """Stop the deliveries; closing twice is no error."""

@@ -233,7 +233,7 @@ class NatsBus:
         self._counters["acks_lost"] += 1
 
     async def _attach(self, link: Link) -> None:
-        for listener in self._listeners:
+        for listener in list(self._listeners):  # one may be closed meanwhile
             await listener.attach(link)
 
     def _changed(self, back: bool) -> None:

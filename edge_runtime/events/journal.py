@@ -11,6 +11,7 @@ Knows nothing about models. One thread at a time appends; `on_commit` comes on t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from edge_runtime.events.snapshots import SNAPSHOT_VERSION, Snapshot, SnapshotFi
 from edge_runtime.files import OsFiles
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord
+
+log = logging.getLogger("edge_runtime")
 
 SNAPSHOT_EVERY = 8192
 
@@ -133,6 +136,9 @@ class Journal:
 
     def _trim(self) -> None:
         """Without a learner, what the windows no longer need is needed by nobody."""
-        self.log.learned("event", *self.snapshots.floor)
-        for epoch, _, last_seq in self.log.epochs("label"):
-            self.log.learned("label", epoch, last_seq)
+        try:
+            self.log.learned("event", *self.snapshots.floor)
+            for epoch, _, last_seq in self.log.epochs("label"):
+                self.log.learned("label", epoch, last_seq)
+        except OSError as error:  # the next snapshot tries again
+            log.warning("what the windows no longer need stays in the log: %s", error)

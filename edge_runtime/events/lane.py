@@ -3,17 +3,22 @@
 Why: what to send next, and when to send it again, follows from three positions per epoch: read for
 sending, stored by the broker, learned. The learner accepts no gap, so if it speaks and yet stands
 still for long before what the broker stored, something before that is missing there and goes out
-again. A broker that is full is asked with one envelope at a time, and by and by with more.
+again; and so does what the broker lost while nobody spoke. A broker that is full is asked with one
+envelope at a time, and by and by with more.
 
 Invariants: only the learner's marks move `learned`, forward or, when it was put back, backward;
-patience doubles with each rewind that did not help and is reset by progress. What was refused as
-too much goes out again from the first envelope that was refused, behind it all that came after.
+patience doubles with each rewind that did not help and is reset by progress. It has a bound only
+for a learner that speaks: what goes again to one that is away for long is, all together, no more
+than about twice what waits for it. A lane is held only while it has something to send. What was
+refused as too much goes out again from the first envelope that was refused, behind it all that came
+after.
 
 Knows nothing about buses, files or what an envelope holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from edge_runtime.events.log import Piece
@@ -59,6 +64,7 @@ class Lane:
         self.under_way = 0
         self.progress_s = now_s
         self._refused = None
+        self.release()
         self._void()
 
     def behind(self, epoch: int, durable_seq: int) -> tuple[int, int, int] | None:
@@ -70,6 +76,19 @@ class Lane:
             if after_seq < last_seq:
                 return owed, after_seq, last_seq
         return None
+
+    def release(self) -> None:
+        """No longer held; what comes next is still one envelope, and more by and by."""
+        self.held, self.probed_s = False, 0.0
+
+    def is_empty(self) -> bool:
+        """Whether nothing of it is read, or under way."""
+        return not self.under_way and not self.to_send()
+
+    def waits_for_probe(self) -> bool:
+        """Whether it is held and can do nothing but wait for the time to try one envelope."""
+        is_busy = self.under_way or self.reading or (self._packing and not self.ahead)
+        return self.held and not is_busy
 
     def to_send(self) -> int:
         """How many envelopes are read and wait for their turn."""
@@ -106,7 +125,8 @@ class Lane:
         if not self.waits_for_learner():
             self.progress_s = now_s
         self.stored[epoch] = max(seq, self.stored.get(epoch, 0))
-        self.held, self.probed_s, self.window = False, 0.0, min(WINDOW, 2 * self.window)
+        self.release()
+        self.window = min(WINDOW, 2 * self.window)
         self.hold_s = HOLD_S
 
     def refused(self, epoch: int, after_seq: int) -> None:
@@ -134,11 +154,17 @@ class Lane:
         if any(seq < before.get(epoch, 0) for epoch, seq in marks.items()):
             return False  # it was put back to an older state
         if self.learned == before and self.waits_for_learner():
-            return not self._is_out_of_patience(now_s)
+            return not self._is_out_of_patience(now_s, _PATIENCE_MAX_S)
         self.progress_s, self.patience_s = now_s, _PATIENCE_S
         for epoch, seq in marks.items():
             self.read[epoch] = max(seq, self.read.get(epoch, 0))
         return True
+
+    def is_forgotten(self, now_s: float) -> bool:
+        """Whether the learner has been silent for too long about what the broker stored, so that it
+        has to be sent again.
+        """
+        return self.waits_for_learner() and self._is_out_of_patience(now_s, math.inf)
 
     def _void(self) -> None:
         self.ahead.clear()
@@ -146,8 +172,9 @@ class Lane:
         self.reading = False
         self.turn += 1
 
-    def _is_out_of_patience(self, now_s: float) -> bool:
-        if now_s - self.progress_s < self.patience_s:
+    def _is_out_of_patience(self, now_s: float, longest_s: float) -> bool:
+        patience_s = min(self.patience_s, longest_s)
+        if now_s - self.progress_s < patience_s:
             return False
-        self.patience_s = min(_PATIENCE_MAX_S, 2 * self.patience_s)
+        self.patience_s = 2 * patience_s
         return True

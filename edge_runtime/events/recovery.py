@@ -154,7 +154,7 @@ class _Recovery:
             if proven is not None:
                 parts.append(proven)
                 end = max(end, proven.last_seq)
-        return parts, Lane(epoch, name, end, lane.learned, lane.gaps)
+        return parts, Lane(epoch, name, end, lane.learned, lane.gaps, lane.prior)
 
     def _cut(self, part: Segment) -> Segment | None:
         proven = frames.scan(self._files, part)

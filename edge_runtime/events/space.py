@@ -56,15 +56,12 @@ class Space:
         """The learner holds all of `epoch` up to `seq`: give back segments with nothing above it.
 
         The newest segment of the running epoch stays: the next open finds there where it ended.
+        Raises: OSError, the tally's, with nothing given back.
         """
         stream = self.streams[event_class]
         with self._lock:
             gone = stream.covered(epoch, seq)
-            try:
-                self._tally.learn(event_class, epoch, seq, gives_back=bool(gone))
-            except OSError as error:
-                log.warning("what the learner holds is not given back yet: %s", error)
-                return
+            self._tally.learn(event_class, epoch, seq, gives_back=bool(gone))
             stream.forget(gone)
             self._remove(gone)
 

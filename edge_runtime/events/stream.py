@@ -167,11 +167,22 @@ class Stream:
         )
         self._files.unlink(active.path)  # left by a failed commit; nothing in it is durable
         self._fd = self._files.create(active.path)
-        self._files.allocate(self._fd, self._segment_bytes)
-        self._files.write(self._fd, segment.encode_header(active), 0)
-        self._files.sync_directory(self._directory)
+        try:
+            self._files.allocate(self._fd, self._segment_bytes)
+            self._files.write(self._fd, segment.encode_header(active), 0)
+            self._files.sync_directory(self._directory)
+        except OSError:
+            self._undo_create(active.path)
+            raise
         active.allocated, self._active = self._segment_bytes, active
         return active
+
+    def _undo_create(self, path: Path) -> None:
+        """Give back what a new file got of a disk that is full: others wait for it."""
+        with contextlib.suppress(OSError):  # the unlink alone gives it back only with the close
+            self._files.truncate(self._fd, 0)
+        with contextlib.suppress(OSError):  # the next try does it
+            self._files.unlink(path)
 
     def seal(self) -> None:
         """Let go of the file, and of the space in it; the next commit starts a new one."""

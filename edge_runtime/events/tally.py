@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.events.gaps import Gap, with_gap
 from edge_runtime.files import Files, replace_whole
 from edge_runtime.wire.messages import EventClass
 
@@ -39,19 +40,12 @@ Loss = tuple[EventClass, int, int, int, str]
 """(class, epoch, first, last, reason) of numbers that are lost."""
 
 
-class Gap(msgspec.Struct, array_like=True, frozen=True):
-    """Numbers that are lost, both ends included, and why."""
-
-    first: int
-    last: int
-    reason: str
-
-
 class Lane(msgspec.Struct, array_like=True):
     """One class of one epoch; `end` is its last number, -1 while the epoch runs.
 
     `learned`: up to there the learner held all when segments were given back. `mark` is how far it
-    is as far as is known here, and is not kept.
+    is as far as is known here, and is not kept. `prior` is the epoch before it, also when that is
+    forgotten by now; -1, in a file of an earlier release, means the one that is listed before it.
     """
 
     epoch: int
@@ -59,11 +53,13 @@ class Lane(msgspec.Struct, array_like=True):
     end: int = -1
     learned: int = 0
     gaps: list[Gap] = []
+    prior: int = -1
 
     def gap_from(self, seq: int) -> Gap | None:
         """The first gap that ends at `seq` or above."""
-        at = bisect_left(self.gaps, seq, key=lambda gap: gap.last)
-        return self.gaps[at] if at < len(self.gaps) else None
+        gaps = self.gaps  # another thread may replace them
+        at = bisect_left(gaps, seq, key=lambda gap: gap.last)
+        return gaps[at] if at < len(gaps) else None
 
 
 class Book(msgspec.Struct):
@@ -111,8 +107,8 @@ class Tally:
         return self._by_class[event_class]
 
     def prior(self, epoch: int) -> int:
-        """The epoch before `epoch` in this log; 0 before the first."""
-        return self._priors.get(epoch, self._book.before)
+        """The epoch before `epoch` in this log; 0 before the first, itself if it is forgotten."""
+        return self._priors.get(epoch, epoch)
 
     def reason(self, event_class: EventClass, epoch: int, seq: int) -> str:
         """Why a number is lost; empty where it is not, as far as is known."""
@@ -156,7 +152,7 @@ class Tally:
             for event_class, epoch, first, last, reason in losses:
                 lane = self._lanes[event_class, epoch]
                 before.append((lane, lane.gaps))
-                lane.gaps, added = _with(lane.gaps, Gap(first, last, reason))
+                lane.gaps, added = with_gap(lane.gaps, Gap(first, last, reason))
                 count += added
             if count:
                 self._write_or_undo(before)
@@ -206,7 +202,10 @@ class Tally:
             name: [lane for lane in lanes if lane.event_class == name] for name in CLASSES
         }
         epochs = sorted({lane.epoch for lane in lanes})
-        self._priors = dict(zip(epochs, [self._book.before, *epochs], strict=False))
+        listed = dict(zip(epochs, [self._book.before, *epochs], strict=False))
+        self._priors = listed | {lane.epoch: lane.prior for lane in lanes if lane.prior >= 0}
+        for lane in lanes:
+            lane.prior = self._priors[lane.epoch]
 
     def _write(self) -> None:
         self._book.generation += 1
@@ -215,25 +214,6 @@ class Tally:
         for name in _COPIES:
             replace_whole(self._directory / name, data, 0o600, self._files)
         self._files.sync_directory(self._directory)
-
-
-def _with(gaps: list[Gap], new: Gap) -> tuple[list[Gap], int]:
-    """`gaps` and what of `new` none of them covers, and how many numbers that is."""
-    found, count, first = list(gaps), 0, new.first
-    for gap in [*gaps, Gap(new.last + 1, new.last + 1, "")]:
-        last = min(gap.first - 1, new.last)
-        if first <= last:
-            found.append(Gap(first, last, new.reason))
-            count += last - first + 1
-        first = max(first, gap.last + 1)
-    merged: list[Gap] = []
-    for gap in sorted(found, key=lambda gap: gap.first):
-        before = merged[-1] if merged else None
-        if before and (before.last + 1, before.reason) == (gap.first, gap.reason):
-            merged[-1] = Gap(before.first, gap.last, gap.reason)
-        else:
-            merged.append(gap)
-    return merged, count
 
 
 def _read(files: Files, directory: Path) -> tuple[Book, bool]:

@@ -10,7 +10,8 @@ failed and B behind it was stored, B has to be stored again behind A, which the 
 would swallow; the learner cuts by watermark what comes twice. Labels go first. An envelope that may
 still grow goes only when nothing of its class is under way, nor was within the last linger, so
 under load envelopes grow by themselves. A class that the broker has no room for is held: one of its
-envelopes is tried now and then, at last once a second, and the other class goes on.
+envelopes is tried now and then, at last once a second, and the other class goes on. A learner that
+falls silent is sent again what it was not heard to hold, each time after twice as long.
 
 Knows nothing about what a record means, nor about how a bus does what it does.
 Implements proto/asyncapi.yaml (channel events, device side).
@@ -20,18 +21,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
+from edge_runtime.errors import CapacityError, HeadwaterError, TransportError, each
 from edge_runtime.events.lane import WINDOW, Lane
 from edge_runtime.events.log import CLASSES, EventLog
+from edge_runtime.events.pace import Pace
 from edge_runtime.events.packing import Packed, Packer
-from edge_runtime.events.watermarks import Watermarks
+from edge_runtime.events.watermarks import Floor, Watermarks
 from edge_runtime.events.withhold import Withhold
 from edge_runtime.wire import subjects
 
@@ -39,7 +40,6 @@ _LINGER_S = 0.015
 _AHEAD, _READ_AT_ONCE = 8, 4  # envelopes
 _DEADLINE_S, _LOOK_S = 5.0, 0.05
 _POLL_S = 1.0
-_BACKOFF_S, _BACKOFF_MAX_S, _CALM_S = 0.05, 2.0, 10.0
 _ALWAYS = ("envelopes", "records", "bytes_sent", "skipped", "rewinds", "duplicate_identity")
 
 
@@ -71,25 +71,28 @@ class Uplink:
         self._pack = ThreadPoolExecutor(1, thread_name_prefix="uplink-pack")
         self._counters: Counter[str] = Counter()
         self._watermarks = Watermarks(log, device, trim_floor, self._counters)
-        self._attempt = self._reconnects = self._failures = 0
-        self._probe_s = 0.0
+        self._pace = Pace(clock)
+        self._attempt = self._reconnects = 0
         self._start_over = False
 
     async def run(self) -> None:
         """Drain the log until cancelled; the network's errors are counted and waited out."""
         self._loop = asyncio.get_running_loop()
         where = subjects.watermark(self._device)
-        subscription = await self._bus.subscribe(where, self._on_watermark)
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(asyncio.to_thread, self._finish)
+            subscription = await self._bus.subscribe(where, self._on_watermark)
+            undo.push_async_callback(subscription.close)
+            undo.callback(setattr, self, "_loop", None)
             while True:
                 await self._drain_or_wait()
-        finally:
-            self._loop = None
-            await subscription.close()
-            self._disk.shutdown()
-            self._pack.shutdown()
-            if self._withhold is not None:
-                self._withhold.save()
+
+    def _finish(self) -> None:
+        """Wait for what the threads still do; not on the event loop, for that may take long."""
+        self._disk.shutdown()
+        self._pack.shutdown()
+        if self._withhold is not None:
+            self._withhold.save()
 
     def wake(self) -> None:
         """Tell the uplink, from any thread, that more has become durable.
@@ -120,12 +123,11 @@ class Uplink:
             await self._resume()
             await self._drain()
         except* (TransportError, CapacityError) as errors:
-            refused = list(_each(errors))
+            refused = list(each(errors))
         if refused:
             self._counters.update(f"failed_{error.code}" for error in refused)
-            if self._clock.monotonic_s() - started_s > _CALM_S:
-                self._failures = 0
-            await self._rest(self._backoff_s())
+            ran_s = self._clock.monotonic_s() - started_s
+            await self._rest(self._pace.after_failure(ran_s))
 
     async def _rest(self, seconds: float) -> None:
         """Wait so long, or until the broker is there again."""
@@ -133,11 +135,6 @@ class Uplink:
         for _ in range(looks):
             if not self._is_stale():
                 await asyncio.sleep(seconds / looks)
-
-    def _backoff_s(self) -> float:
-        self._failures += 1
-        ceiling = min(_BACKOFF_MAX_S, _BACKOFF_S * 2.0 ** min(self._failures, 16))
-        return ceiling * _jitter(0.5, 1.0)
 
     async def _resume(self) -> None:
         """Ask the learner's watermark, and go on from there."""
@@ -161,23 +158,35 @@ class Uplink:
                 for lane in sorted(self._lanes.values(), key=lambda lane: lane.probed_s):
                     self._advance(lane, tasks)
                 await self._wait()
+                now_s = self._clock.monotonic_s()
+                if any(lane.is_forgotten(now_s) for lane in self._lanes.values()):
+                    self._rewind()
+
+    def _rewind(self) -> None:
+        self._counters["rewinds"] += 1
+        self._start_over = True
 
     def _is_stale(self) -> bool:  # a broker that comes back may have lost what it acknowledged
         return self._start_over or self._bus.statistics()["reconnects"] != self._reconnects
 
     async def _wait(self) -> None:
         wait_s = _POLL_S
-        if any(lane.held for lane in self._lanes.values()):
-            wait_s = min(wait_s, max(0.0, self._probe_s - self._clock.monotonic_s()) + 0.001)
-        with contextlib.suppress(TimeoutError):
+        has_room = self._under_way() < WINDOW
+        if has_room and any(lane.waits_for_probe() for lane in self._lanes.values()):
+            wait_s = min(wait_s, self._pace.left_s() + 0.001)
+        try:
             async with asyncio.timeout(wait_s):
                 await self._work.wait()
+        except TimeoutError:
+            await self._give_back(self._watermarks.refused)
 
     def _advance(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
         """Start all that this class may do now: send what is read, and read what comes next."""
         if lane.settle():
             self._attempt += 1
-        if lane.held and self._clock.monotonic_s() < self._probe_s:
+        if lane.is_empty() and self._behind(lane) is None:
+            lane.release()
+        if lane.held and self._pace.left_s():
             return
         self._send(lane, tasks)
         self._read(lane, tasks)
@@ -187,21 +196,20 @@ class Uplink:
         while lane.may_send() and self._under_way() < WINDOW:
             if lane.held:
                 lane.probed_s = self._clock.monotonic_s()
-                self._hold(lane)
+                self._pace.hold(lane.hold_s)
             lane.under_way += 1
             tasks.create_task(self._publish(lane, lane.ahead.popleft()))
-
-    def _hold(self, lane: Lane) -> None:
-        """Let nothing that is held be tried for as long as this class waits by now."""
-        self._probe_s = self._clock.monotonic_s() + lane.hold_s * _jitter(1.0, 1.5)
 
     def _under_way(self) -> int:
         return sum(lane.under_way for lane in self._lanes.values())
 
+    def _behind(self, lane: Lane) -> tuple[int, int, int] | None:
+        return lane.behind(*self._log.durable(lane.event_class))
+
     def _read(self, lane: Lane, tasks: asyncio.TaskGroup) -> None:
         if not lane.may_read(_AHEAD - _READ_AT_ONCE):
             return
-        found = lane.behind(*self._log.durable(lane.event_class))
+        found = self._behind(lane)
         if found is None:
             return
         epoch, after_seq, last_seq = found
@@ -210,7 +218,7 @@ class Uplink:
                 return  # it may grow until they are through
             packed = self._packer.at_once(lane.event_class, *found)
             if packed is not None:
-                lane.read[epoch] = last_seq
+                lane.read[epoch] = packed.last_seq  # more may have become durable meanwhile
                 lane.ahead.append(packed)
                 self._save_counts()
                 return
@@ -254,7 +262,7 @@ class Uplink:
         except CapacityError as error:
             self._counters[f"failed_{error.code}"] += 1
             lane.refused(packed.epoch, packed.after_seq)
-            self._hold(lane)
+            self._pace.hold(lane.hold_s)
         finally:
             lane.under_way -= 1
             self._work.set()
@@ -272,29 +280,18 @@ class Uplink:
         for lane in self._lanes.values():
             own = {mark.epoch: mark.seq for mark in marks if mark.event_class == lane.event_class}
             if not lane.learn(own, now_s):
-                self._counters["rewinds"] += 1
-                self._start_over = True
+                self._rewind()
         self._work.set()
-        if floors := self._watermarks.floors(marks):
-            await asyncio.get_running_loop().run_in_executor(
-                self._disk, self._watermarks.give_back, floors
-            )
+        await self._give_back(self._watermarks.floors(marks))
         self._look_back()
+
+    async def _give_back(self, floors: list[Floor]) -> None:
+        if floors:
+            in_thread = asyncio.get_running_loop().run_in_executor
+            await in_thread(self._disk, self._watermarks.give_back, floors)
 
     def _look_back(self) -> None:
         """Ask the log which earlier epochs it owes; that changes only with a watermark."""
         for lane in self._lanes.values():
             owed = self._log.owed(lane.event_class)
             lane.earlier = [(epoch, last) for epoch, last in owed if epoch != self._log.epoch]
-
-
-def _jitter(low: float, high: float) -> float:
-    return random.uniform(low, high)  # noqa: S311 - no secret
-
-
-def _each(errors: BaseExceptionGroup[HeadwaterError]) -> Iterator[HeadwaterError]:
-    for error in errors.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _each(error)
-        else:
-            yield error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from edge_runtime.events.lane import WINDOW, Lane
 from edge_runtime.events.log import Piece
 from edge_runtime.events.packing import Packed
@@ -60,6 +62,35 @@ def test_a_learner_that_was_put_back_is_sent_it_again_at_once() -> None:
     assert not lane.learn({1: 3}, 0.0)
     lane.start_over(0.0)
     assert lane.read == {1: 3}
+
+
+def test_a_silent_learner_is_asked_ever_more_rarely_and_one_that_speaks_within_five_minutes() -> (
+    None
+):
+    lane, now_s, waits_s = lane_with(learned=7, stored=20), 0.0, []
+    for _ in range(9):
+        waited_s = next(s for s in itertools.count(1) if lane.is_forgotten(now_s + s))
+        waits_s.append(waited_s)
+        now_s += waited_s
+        lane.start_over(now_s)
+        lane.acknowledged(1, 20, now_s)
+    assert waits_s == [5 * 2**n for n in range(9)]
+    assert lane.learn({1: 7}, now_s + 299)
+    assert not lane.learn({1: 7}, now_s + 300)
+
+
+def test_a_learner_that_holds_all_is_not_asked() -> None:
+    lane = lane_with(learned=20, stored=20)
+    assert not lane.is_forgotten(1e9)
+
+
+def test_a_lane_that_starts_over_is_not_held_and_goes_on_with_one_envelope() -> None:
+    lane = sending(10)
+    lane.refused(1, 0)
+    lane.under_way = 0
+    lane.settle()
+    lane.start_over(1.0)
+    assert (lane.held, lane.window) == (False, 1)
 
 
 def packed(first: int, last: int, epoch: int = 1) -> Packed:

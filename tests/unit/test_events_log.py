@@ -281,6 +281,31 @@ def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(
         assert everything(log) == [(1, 1, b"record 1"), (1, 2, b"record 2")]
 
 
+def test_a_segment_for_which_there_is_no_space_holds_none_of_it(tmp_path: Path) -> None:
+    class Full(OsFiles):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tries, self.left = 3, list[int]()
+
+        def allocate(self, fd: int, size: int) -> None:
+            if self.tries:
+                self.tries -= 1
+                super().allocate(fd, size // 2)  # what there was
+                raise OSError(errno.ENOSPC, "no space left")
+            super().allocate(fd, size)
+
+        def unlink(self, path: Path) -> None:
+            if path.suffix == SUFFIX:
+                self.left.append(path.stat().st_size if path.exists() else -1)
+            super().unlink(path)
+
+    disk = Full()
+    with opened(tmp_path, files=disk, segment_bytes=1 << 20) as log:
+        append_durably(log, [b"a"])
+        assert everything(log) == [(1, 1, b"a")]
+    assert disk.left == [-1, 0, -1, 0, -1, 0, -1]  # before each try, and after each failure
+
+
 def test_a_disk_that_keeps_failing_is_visible_and_nothing_becomes_durable(tmp_path: Path) -> None:
     disk = Disk()
     log = opened(tmp_path, files=disk)

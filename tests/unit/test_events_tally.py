@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import zlib
 
 import pytest
 
-from edge_runtime.events.tally import Gap, Tally
+from edge_runtime.events.gaps import Gap
+from edge_runtime.events.tally import EPOCHS_KEPT, Lane, Tally
 from edge_runtime.files import OsFiles
 
 
@@ -107,3 +109,47 @@ def test_an_earlier_epoch_that_is_learned_whole_is_kept_so(tally, disk, tmp_path
     tally.learn("event", 5, 12, gives_back=False)
     again = Tally(disk, tmp_path)
     assert (again.lane("event", 5).learned, again.prior(6), again.prior(5)) == (12, 5, 0)
+
+
+class Replaced:
+    """A lane whose gaps another thread replaces whenever they are looked at."""
+
+    def __init__(self, *gaps):
+        self._gaps = list(gaps)
+
+    @property
+    def gaps(self):
+        return self._gaps.pop(0)
+
+
+def test_gaps_that_are_replaced_meanwhile_are_those_of_before_or_after():
+    many = [Gap(1, 2, "dropped"), Gap(5, 6, "damaged"), Gap(9, 9, "stalled")]
+    assert Lane.gap_from(Replaced(many, [], []), 5) == many[1]
+
+
+def reopened(disk, directory, epoch):
+    tally = Tally(disk, directory)
+    tally.end({"event": 0, "label": 0})
+    tally.begin(epoch)
+    return tally
+
+
+def test_an_epoch_keeps_its_prior_when_that_is_forgotten(tally, disk, tmp_path):
+    tally.lose([("event", 5, 1, 9, "dropped")])
+    tally.end({"event": 9, "label": 0})
+    tally.begin(6)
+    for epoch in range(7, EPOCHS_KEPT + 20):
+        tally = reopened(disk, tmp_path, epoch)
+    listed = [lane.epoch for lane in tally.lanes("event")]
+    assert listed[0] == 5
+    assert listed[1] > 7, "nothing is forgotten"
+    assert [tally.prior(epoch) for epoch in listed] == [0, *(epoch - 1 for epoch in listed[1:])]
+    assert tally.prior(6) == 6
+
+
+def test_a_tally_of_an_earlier_release_has_its_priors_by_order(tmp_path, disk):
+    lanes = b'[[4,"event",7,0,[]],[4,"label",0,0,[]],[9,"event",-1,0,[]],[9,"label",-1,0,[]]]'
+    body = b'{"version":1,"generation":3,"epoch":9,"before":2,"lanes":%s}' % lanes
+    (tmp_path / "tally.a").write_bytes(b"%08x\n%s" % (zlib.crc32(body), body))
+    tally = Tally(disk, tmp_path)
+    assert (tally.prior(9), tally.prior(4)) == (4, 2)

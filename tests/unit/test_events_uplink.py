@@ -9,22 +9,26 @@ import itertools
 import random
 import re
 import struct
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from edge_runtime.bus.base import Message
+from edge_runtime.bus.base import Message, Subscription
 from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import UplinkConfig
 from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
 from edge_runtime.events.log import CLASSES, EventLog, Piece
 from edge_runtime.events.packing import ENVELOPE_BYTES, RECORDS_BYTES_MAX
+from edge_runtime.events.tally import EPOCHS_KEPT
 from edge_runtime.events.uplink import Uplink
-from edge_runtime.events.watermarks import ends
+from edge_runtime.events.watermarks import Watermarks, ends
 from edge_runtime.events.withhold import Withhold, in_sample
+from edge_runtime.files import OsFiles
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import (
     OMITTED,
@@ -99,6 +103,35 @@ class PickyBus(MemoryBus):
         return await super().publish(subject, *arguments, **named)  # type: ignore[arg-type]
 
 
+class HeldBus(MemoryBus):
+    """A bus that refuses events as full, then does `then` with them; counts the loop's turns."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker, "held", None)
+        self.is_full, self.turns = True, 0
+        self.then: Callable[[], Coroutine[object, object, None]] | None = None
+
+    async def publish(self, subject: str, *arguments: object, **named: object) -> int:
+        is_event = subject == subjects.events(DEVICE, "event")
+        if is_event and self.is_full:
+            raise CapacityError("stream_full", "full")
+        seq = await super().publish(subject, *arguments, **named)  # type: ignore[arg-type]
+        if is_event and self.then is not None:
+            then, self.then = self.then, None
+            await then()
+        return seq
+
+    def statistics(self) -> dict[str, int]:
+        self.turns += 1  # asked once in a turn
+        return super().statistics()
+
+    async def turns_in(self, seconds: float) -> int:
+        before = self.turns
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), seconds)
+        return self.turns - before
+
+
 class ChaosBus(MemoryBus):
     """A bus that, by `rng`, refuses envelopes, or stores them and does not say so."""
 
@@ -137,6 +170,9 @@ class ScriptedLog:
             for (name, epoch), numbers in self.numbers.items()
             if name == event_class
         )
+
+    def ends(self, event_class: EventClass) -> list[tuple[int, int]]:
+        return [(epoch, last) for epoch, last in self.owed(event_class) if epoch != self.epoch]
 
     def piece(
         self, event_class: EventClass, epoch: int, after_seq: int, max_bytes: int, max_records: int
@@ -216,7 +252,7 @@ class World:
         self.learner = Learner(bus)
         self.logged: dict[tuple[int, EventClass], int] = {}
 
-    def open_log(self, **settings: int) -> EventLog:
+    def open_log(self, **settings: object) -> EventLog:
         return EventLog(
             self.directory,
             device=DEVICE,
@@ -854,6 +890,325 @@ def test_what_is_kept_back_keeps_its_number_and_is_decided_alike_when_it_goes_ag
         }
 
     play(tmp_path, story)
+
+
+def test_a_held_class_of_which_the_learner_holds_all_is_held_no_more(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        bus = world.bus
+        assert isinstance(bus, HeldBus)
+        with world.open_log() as log:
+            await world.log(log, "event", 5)
+            async with world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["held"] == 1)
+                world.learner.learned = {(1, "event"): 5}
+                await world.learner.tell()
+                await until(lambda: uplink.statistics()["held"] == 0)
+                world.clock.advance(2.0)
+                assert await bus.turns_in(0.1) < 5
+
+    play(tmp_path, story, HeldBus)
+
+
+def test_a_probe_whose_acknowledgement_is_lost_leaves_no_class_held(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        bus = world.bus
+        assert isinstance(bus, HeldBus)
+
+        async def learned_and_not_acknowledged() -> None:
+            world.learner.learned = {(1, "event"): 5}
+            await world.learner.tell()
+            raise TransportError("timeout", "no answer")
+
+        with world.open_log() as log:
+            await world.log(log, "event", 5)
+            async with world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["held"] == 1)
+                bus.is_full, bus.then = False, learned_and_not_acknowledged
+                world.clock.advance(2.0)
+                uplink.wake()
+                await until(lambda: uplink.statistics().get("failed_timeout") == 1)
+                attempts = uplink.statistics()["attempts"]
+                await until(lambda: uplink.statistics()["attempts"] > attempts)
+                world.clock.advance(2.0)
+                assert await bus.turns_in(0.1) < 5
+                assert uplink.statistics()["held"] == 0
+
+    play(tmp_path, story, HeldBus)
+
+
+def test_a_probe_that_is_answered_late_is_waited_for(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        bus = world.bus
+        assert isinstance(bus, HeldBus)
+        free = asyncio.Event()
+
+        async def late() -> None:
+            await free.wait()
+
+        with world.open_log() as log:
+            await world.log(log, "event", 5)
+            async with world.uplink(log) as uplink:
+                await until(lambda: uplink.statistics()["held"] == 1)
+                bus.is_full, bus.then = False, late
+                world.clock.advance(2.0)
+                uplink.wake()
+                await until(lambda: uplink.statistics()["under_way"] == 1)
+                world.clock.advance(2.0)
+                uplink.wake()
+                assert await bus.turns_in(0.1) < 5
+                free.set()
+                await until(lambda: uplink.statistics()["held"] == 0)
+
+    play(tmp_path, story, HeldBus)
+
+
+def test_what_the_broker_lost_while_nobody_speaks_is_sent_again(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        with world.open_log() as log:
+            async with world.uplink(log) as uplink:
+                await world.log(log, "event", 5)
+                await until(lambda: uplink.statistics()["records"] == 5)
+                world.broker.streams[subjects.EVENTS_STREAM].messages.clear()
+                for wait_s, rewinds in ((4.9, 0), (0.2, 1), (9.8, 1), (0.4, 2)):
+                    world.clock.advance(wait_s)
+                    uplink.wake()
+                    await until(lambda: uplink.statistics()["rewinds"] == rewinds)  # noqa: B023
+                    await until(lambda: uplink.statistics()["records"] == 5 * (rewinds + 1))  # noqa: B023
+                async with running(world.learner.run()):
+                    await until(world.all_learned)
+
+    play(tmp_path, story)
+
+
+def test_more_that_becomes_durable_while_it_is_packed_goes_once(tmp_path: Path) -> None:
+    class Growing(ScriptedLog):
+        def recent(self, event_class: EventClass, after_seq: int, *_: int) -> object:
+            numbers = self.numbers.get((event_class, self.epoch), [])
+            if len(numbers) == 3:
+                self.add(event_class, self.epoch, *records(9, 2, 4))
+            return list(enumerate(numbers, 1))[after_seq:]
+
+    async def story(world: World) -> None:
+        log = Growing(9)
+        log.add("event", 9, *records(9, 3))
+        async with world.uplink(log) as uplink:
+            await until(lambda: uplink.statistics()["records"] == 5)
+            log.add("event", 9, *records(9, 1, 6))
+            uplink.wake()
+            await until(lambda: uplink.statistics()["envelopes"] == 2)
+        messages = world.broker.streams[subjects.EVENTS_STREAM].messages.values()
+        names = [message.headers["ce-id"] for message in messages]
+        assert names == ["EWR/9/event/1-5", "EWR/9/event/6-6"]
+
+    play(tmp_path, story)
+
+
+class FullDisk(OsFiles):
+    """A disk that takes no tally while it is full."""
+
+    is_full = False
+
+    def create(self, path: Path, mode: int = 0o600) -> int:
+        if self.is_full and "tally" in path.name:
+            raise OSError(errno.ENOSPC, "no space left")
+        return super().create(path, mode)
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_what_a_full_disk_did_not_let_give_back_is_given_back_once_there_is_space(
+    tmp_path: Path, speaks: bool
+) -> None:
+    async def story(world: World) -> None:
+        disk = FullDisk()
+        with world.open_log(segment_bytes=400, files=disk) as log:
+            for _ in range(5):
+                await world.log(log, "event", 10)
+            disk.is_full = True
+            async with world.uplink(log) as uplink:
+                world.learner.learned = {(1, "event"): 50}
+                await world.learner.tell()
+                await until(lambda: uplink.statistics().get("give_back_errors", 0) > 0)
+                assert log.epochs("event") == [(1, 1, 50)]
+                disk.is_full = False
+                if speaks:
+                    await world.learner.tell()
+                await until(lambda: log.epochs("event") == [(1, 41, 50)])
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_learner_that_was_put_back_to_before_an_epoch_hears_of_it_again(
+    tmp_path: Path, is_running: bool
+) -> None:
+    async def story(world: World) -> None:
+        learner = world.learner
+
+        async def restore() -> None:
+            learner.learned, learner.records, learner.dropped = {(1, "event"): 20}, [], []
+            learner.envelopes.clear()
+            await learner.tell()
+
+        for _ in range(4):
+            with world.open_log(segment_bytes=400) as log:
+                if log.epoch != 3:  # of epoch 3 there is no number
+                    await world.log(log, "event", 20)
+                if log.epoch == 2:
+                    await world.log(log, "label", 5)
+                async with running(learner.run()), world.uplink(log) as uplink:
+                    await until(world.all_learned)
+                    await until(lambda: uplink.statistics()["unlearned"] == 0)
+                    if log.epoch == 4 and is_running:
+                        await restore()
+                        await until(world.all_learned)
+                        await until(lambda: uplink.statistics()["unlearned"] == 0)
+                        assert uplink.statistics()["rewinds"] == 2  # once for each class
+        if not is_running:
+            await restore()
+            with world.open_log(segment_bytes=400) as log:
+                async with running(learner.run()), world.uplink(log) as uplink:
+                    await until(world.all_learned)
+                    sent = len(learner.envelopes)
+                    for _ in range(3):
+                        await learner.tell()
+                        await until(lambda: uplink.statistics()["under_way"] == 0)
+                    assert len(learner.envelopes) == sent
+        told = {r[:3] for r in learner.records} | {d[:3] for d in learner.dropped}
+        assert len(told) == len(learner.records) + len(learner.dropped) == 45
+        assert {d[3] for d in learner.dropped} == {"trimmed"}
+        assert {envelope.epoch for envelope, _ in learner.envelopes} == {2, 4}
+
+    play(tmp_path, story)
+
+
+def marks_of(log: ScriptedLog, named: list[tuple[int, EventClass]]) -> list[tuple[int, str, int]]:
+    """The marks of 7 that a device makes of a watermark that names `named`, and what it adds."""
+    marks = [Mark(epoch, name, 7) for epoch, name in named]
+    return read_marks(Watermarks(log, DEVICE, None, Counter()), marks)  # type: ignore[arg-type]
+
+
+def read_marks(watermarks: Watermarks, marks: list[Mark]) -> list[tuple[int, str, int]]:
+    found = watermarks.read(codec.encode(Watermark(1, DEVICE, marks)))
+    assert found is not None
+    assert found[: len(marks)] == marks
+    return [(mark.epoch, mark.event_class, mark.seq) for mark in found[len(marks) :]]
+
+
+def with_epochs(*epochs: int) -> ScriptedLog:
+    log = ScriptedLog(epochs[-1], dict(zip(epochs[1:], epochs, strict=False)))
+    for epoch in epochs:
+        log.add("event", epoch, *records(epoch, 7))
+    return log
+
+
+def test_an_epoch_that_a_watermark_should_name_and_does_not_has_mark_0() -> None:
+    log = with_epochs(1, 2, 3, 4)
+    log.add("label", 3, *records(3, 1))
+    log.add("label", 2)
+    assert marks_of(log, [(2, "event"), (3, "event")]) == [(4, "event", 0), (3, "label", 0)]
+
+
+def test_a_watermark_that_names_nothing_says_nothing() -> None:
+    assert marks_of(with_epochs(1, 2, 3), []) == []
+
+
+@pytest.mark.parametrize(("count", "absent"), [(63, [9, 68]), (64, [68])])
+def test_where_all_names_are_taken_only_what_is_newer_than_all_is_absent(
+    count: int, absent: list[int]
+) -> None:
+    log = with_epochs(*range(1, 69))
+    named = [epoch for epoch in range(2, 68) if epoch != 9][:count]
+    named[-1] = 67
+    assert len(set(named)) == count
+    found = marks_of(log, [(epoch, "event") for epoch in named])
+    assert {9, 68} & {epoch for epoch, _, _ in found} == set(absent)
+    if count == 64:
+        assert len(found) == 1
+
+
+def test_an_epoch_is_absent_once_until_it_was_named() -> None:
+    watermarks = Watermarks(with_epochs(1, 2, 3), DEVICE, None, Counter())  # type: ignore[arg-type]
+    one, both = [Mark(1, "event", 7)], [Mark(1, "event", 7), Mark(2, "event", 1)]
+    assert read_marks(watermarks, one) == [(2, "event", 0), (3, "event", 0)]
+    assert read_marks(watermarks, one) == []
+    assert read_marks(watermarks, both) == []
+    assert read_marks(watermarks, one) == [(2, "event", 0)]
+
+
+def test_the_old_epochs_of_a_log_that_forgot_those_between_are_no_alarm(tmp_path: Path) -> None:
+    for _ in range(EPOCHS_KEPT + 10):
+        with EventLog(tmp_path, device=DEVICE, step=lambda: 1, files=Hasty()) as log:
+            if log.epoch == 1:
+                log.append("event", b"owed")
+    with EventLog(tmp_path, device=DEVICE, step=lambda: 1, files=Hasty()) as log:
+        counters = Counter[str]()
+        marks = [Mark(epoch, "event", 0) for epoch in range(1, log.epoch)]
+        read_marks(Watermarks(log, DEVICE, None, counters), marks)
+        assert counters["duplicate_identity"] == 0
+        read_marks(Watermarks(log, DEVICE, None, counters), [Mark(log.epoch + 1, "event", 0)])
+        assert counters["duplicate_identity"] == 1
+
+
+class Hasty(OsFiles):
+    """A disk that is quick, for a log that is opened many times."""
+
+    def sync(self, fd: int) -> None: ...
+
+    def sync_directory(self, path: Path) -> None: ...
+
+
+def test_the_end_waits_for_the_disk_off_the_event_loop(tmp_path: Path) -> None:
+    began, went_on = threading.Event(), threading.Event()
+
+    class SlowToSave(Withhold):
+        def save(self) -> None:
+            began.set()
+            assert went_on.wait(5), "the event loop stands still"
+
+    async def go_on() -> None:
+        await until(began.is_set)
+        went_on.set()
+
+    async def story(world: World) -> None:
+        withhold = SlowToSave({}, tmp_path / "quota", world.clock, 1)
+        with world.open_log() as log:
+            async with world.uplink(log, withhold=withhold) as uplink:
+                await until(lambda: uplink.statistics()["attempts"] == 1)
+                going_on = asyncio.create_task(go_on())
+            await going_on
+
+    play(tmp_path, story)
+
+
+class ClosedBus(MemoryBus):
+    """A bus of which a subscription cannot be closed any more."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        super().__init__(broker, "closed", None)
+
+    async def subscribe(self, *arguments: object) -> Subscription:
+        subscription = await super().subscribe(*arguments)  # type: ignore[arg-type]
+
+        class Stuck:
+            async def close(self) -> None:
+                await subscription.close()
+                raise TransportError("unreachable", "gone")
+
+        return Stuck()
+
+
+def test_an_uplink_that_ends_leaves_no_thread_behind(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        with world.open_log() as log:
+            await world.log(log, "event", 500)
+            with pytest.raises(ExceptionGroup) as raised:
+                async with running(world.learner.run()), world.uplink(log):
+                    await until(world.all_learned)
+            assert raised.group_contains(TransportError)
+        left = [thread.name for thread in threading.enumerate()]
+        assert [name for name in left if name.startswith("uplink")] == []
+
+    play(tmp_path, story, ClosedBus)
 
 
 def scripted(rng: random.Random) -> ScriptedLog:

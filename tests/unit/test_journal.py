@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -177,3 +179,24 @@ def test_what_cannot_be_given_back_stays_and_the_log_goes_on(open_journal, tmp_p
     assert journal.snapshots.floor > (1, 1)  # what comes first in the log is needed no more
     assert (first / "in the way").exists()
     assert journal.log.durable("event")[1] == 41
+
+
+def test_a_disk_that_takes_no_tally_stops_no_commit_and_is_tried_again(open_journal):
+    journal, _ = open_journal(package=Path("model.onnx"))
+
+    def fill(count):
+        for _ in range(count):
+            seq = journal.event(record(500_000))
+            journal.moved()
+            asyncio.run(asyncio.wait_for(journal.log.wait_durable("event", seq), 5))
+        settle(journal)
+
+    in_the_way = journal.log.directory / f".tally.a.{os.getpid()}.tmp"
+    (in_the_way / "x").mkdir(parents=True)
+    fill(20)
+    assert journal.snapshots.floor > (1, 9)
+    assert journal.log.epochs("event") == [(1, 1, 20)]
+    (in_the_way / "x").rmdir()
+    in_the_way.rmdir()
+    fill(20)
+    assert journal.log.epochs("event")[0][1] > 20
