@@ -1,7 +1,7 @@
 """What tools/bench-events sends: seeded predictions of 200 bytes each, and their labels.
 
 Invariants: the same seed gives the same bytes; a prediction takes 200 bytes on average as it stands
-in the log, with twelve features, four fields and one answer; no two of a pool are alike, and a
+in the log, with sixteen features, three fields and one answer; no two of a pool are alike, and a
 pool is larger than what a compressor of an envelope can look back on.
 
 Knows nothing about logs, buses or databases.
@@ -21,7 +21,7 @@ from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Scored
 FAMILY = "bench"
 KIND = "asked"
 SPEC = "5d41402abc4b2a76b9719d911017c592"
-FEATURES = 12
+FEATURES = 16
 START_S = 1_360_000_000.0
 POOL = 1 << 15
 
@@ -53,7 +53,7 @@ def predictions(count: int, seed: int) -> list[PredictionRecord]:
     """So many predictions, a fraction of a second apart."""
     chance, numbers = random.Random(seed), np.random.default_rng(seed)  # noqa: S311 - data
     features = numbers.normal(0.0, 10.0, (count, FEATURES)).astype("<f4")
-    features[:, :6] = np.round(features[:, :6])  # counts and sums of whole numbers, as windows have
+    features[:, :8] = np.round(features[:, :8])  # counts and sums of whole numbers, as windows have
     gaps = numbers.exponential(0.2, count)
     found, time_s = [], START_S
     for at in range(count):
@@ -61,7 +61,6 @@ def predictions(count: int, seed: int) -> list[PredictionRecord]:
         fields = {
             "carrier": chance.choice(("AA", "B6", "DL", "EV", "UA", "WN")),
             "dest": chance.choice(("ATL", "BOS", "LAX", "MIA", "ORD", "SFO")),
-            "tail": f"N{chance.randrange(100_000):05}",
             "distance": float(chance.randrange(90, 5000)),
         }
         scored = [Scored("2026-11-26.17", "stable", [chance.random()])]

@@ -97,8 +97,13 @@ def _labels_fine(labels: Sequence[Any]) -> bool:
 def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
     features = [record.features for record in asked]
     scored = [record.scored for record in asked]
-    chances = [record.propensity for record in asked]
-    if not _widths_fine([record.spec for record in asked], features, widths):
+    chances = {record.propensity for record in asked}  # few, most often
+    specs = {record.spec for record in asked}
+    if len(specs) > 1:
+        sizes = {(record.spec, len(record.features)) for record in asked}
+    else:
+        sizes = {(spec, size) for spec in specs for size in set(map(len, features))}
+    if not _widths_fine(sizes, widths):
         return False
     outputs = [arm.outputs for arms in scored for arm in arms]
     return (
@@ -113,13 +118,8 @@ def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
     )
 
 
-def _widths_fine(specs: list[str], features: list[bytes], widths: Mapping[str, int]) -> bool:
-    known, sizes = set(specs), set(map(len, features))
-    pairs = set(zip(specs, map(len, features), strict=True)) if len(known) > 1 else None
-    for spec, size in pairs or ((spec, size) for spec in known for size in sizes):
-        if size % 4 or size != 4 * widths.get(spec, size // 4):
-            return False
-    return True
+def _widths_fine(sizes: Iterable[tuple[str, int]], widths: Mapping[str, int]) -> bool:
+    return all(size % 4 == 0 and size == 4 * widths.get(spec, size // 4) for spec, size in sizes)
 
 
 def _label_refusal(record: LabelRecord) -> str:
