@@ -35,7 +35,7 @@ from edge_runtime.wire.messages import Report, Watermark
 
 DURABLE = "learner"
 COMMIT_BYTES_MIN, COMMIT_BYTES_MAX = 64 << 10, 4 << 20
-COMMIT_S = 0.02
+COMMIT_S = 0.01
 """How long a commit should take, however much waits: no device waits longer for its turn than for
 the commit that is under way and its own."""
 _IDLE_S = 1.0
