@@ -49,7 +49,7 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 log = logging.getLogger("cloud_learner")
 
 HOLD_OUT_ROWS = 3000
-STATUS_S = 0.02
+STATUS_S = 0.05
 STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
 MEND_S = 1.0

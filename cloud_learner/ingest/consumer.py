@@ -4,8 +4,8 @@ Why: the broker's memory of what it delivered is a convenience; what the learner
 its own transaction, and only after that does it acknowledge and tell the device.
 
 Invariants: an envelope is acknowledged, and a watermark published, only for what is committed. The
-loop never waits for disk: commits run in the thread "ingest". A commit takes what is there when the
-one before it is done, so that nothing lingers and a backlog goes in large portions. When the disk
+loop never waits for disk: commits run in the thread "ingest". A commit takes what is there a moment
+after the one before it, and at once where much is, as much as it can in its time. When the disk
 takes nothing, ingest pauses: it begins anew at the last commit, again and again, acknowledges
 nothing meanwhile, and goes on by itself. An unreachable broker is waited out and counted.
 
@@ -35,6 +35,9 @@ from edge_runtime.wire.messages import Report, Watermark
 
 DURABLE = "learner"
 COMMIT_BYTES_MIN, COMMIT_BYTES_MAX = 64 << 10, 4 << 20
+GATHER_S = 0.015
+"""How long the next commit waits for more when little is there: each has a price of its own, here, at
+the broker and at those who hear of it."""
 COMMIT_S = 0.01
 """How long a commit should take, however much waits: no device waits longer for its turn than for
 the commit that is under way and its own."""
@@ -42,7 +45,7 @@ _IDLE_S = 1.0
 _MESSAGES = 64
 _RETRY_S = 0.25
 _PAUSE_S_MAX = 10.0
-_PURGE_S = 0.1
+_PURGE_S = TELL_S = 0.1
 
 OnCommit = Callable[[Commit], Awaitable[None]]
 MakeIntake = Callable[[], Intake]
@@ -138,6 +141,8 @@ class Ingest:
                 await self._commit(messages, reported, thread)
                 took_s = self._clock.monotonic_s() - began_s
                 self._pace(sum(message.size for message in messages), took_s)
+                if self._queue.bytes < self._share:
+                    await asyncio.sleep(GATHER_S)
 
     def _pace(self, size: int, took_s: float) -> None:
         """Let commits become as large as they can be in COMMIT_S."""
@@ -217,6 +222,7 @@ class Ingest:
             for (device, watermark), success in zip(untold, told, strict=True):
                 if success and self._untold[device] is watermark:
                     del self._untold[device]
+            await asyncio.sleep(TELL_S)  # a device trims no better for hearing of each commit
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_RETRY_S if self._untold else None):
                     await self._news.wait()

@@ -36,7 +36,7 @@ from edge_runtime.events.watermarks import Floor, Watermarks
 from edge_runtime.events.withhold import Withhold
 from edge_runtime.wire import subjects
 
-_LINGER_S = 0.015
+_LINGER_S = 0.03
 _AHEAD, _READ_AT_ONCE = 8, 4  # envelopes
 _DEADLINE_S, _LOOK_S = 5.0, 0.05
 _POLL_S = 1.0
