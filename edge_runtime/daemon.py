@@ -171,7 +171,7 @@ def _stop_on_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
 
 def _status(runtime: Runtime, parts: Parts) -> dict[str, Any]:
     status = runtime.statistics() | {name: statistics() for name, statistics in parts.items()}
-    return status | {"health": standing.health(status)}
+    return status | {"health": standing.health(runtime.config, status)}
 
 
 def _served(runtime: Runtime) -> str:

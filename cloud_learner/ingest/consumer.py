@@ -36,8 +36,8 @@ from edge_runtime.wire.messages import Report, Watermark
 DURABLE = "learner"
 COMMIT_BYTES_MIN, COMMIT_BYTES_MAX = 64 << 10, 4 << 20
 GATHER_S = 0.015
-"""How long the next commit waits for more when little is there: each has a price of its own, here, at
-the broker and at those who hear of it."""
+"""How long the next commit waits for more when little is there: each has a price of its own, here,
+at the broker and at those who hear of it."""
 COMMIT_S = 0.01
 """How long a commit should take, however much waits: no device waits longer for its turn than for
 the commit that is under way and its own."""

@@ -54,14 +54,16 @@ def report(
     )
 
 
-def health(status: Mapping[str, Any]) -> dict[str, Any]:
+def health(config: EdgeConfig, status: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the device works worse than it should, and by what; `status` is all that it counts.
 
     It answers all the same: what stops answers is told by `ready`.
     """
     uplink = status.get("uplink", {})
+    nearly = 0.9 * (config.log.bytes_max_mb << 20)
     signs = {
         "log_failing": status["log"]["failing"],
+        "log_full": bool(config.nats) and status["log"]["bytes"] > nearly,
         "stream_full": uplink.get("held", 0),
         "duplicate_identity": uplink.get("duplicate_identity", 0),
     }
