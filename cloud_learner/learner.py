@@ -177,7 +177,7 @@ def open_intake(home: Home, rules: Rules, family: Family, clock: Clock) -> Intak
         stack.callback(db.close)
         archive = Archive(home.archive)
         stack.callback(archive.close)
-        raw = RawLog(home.raw)
+        raw = RawLog(home.raw, keep_s=86400.0 * family.config.archive.raw_days)
         stack.callback(raw.close)
         guard = Batcher(learning.batch_size, learning.device_cap)
         widths = {family.spec.hash: family.spec.size}

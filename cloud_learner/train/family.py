@@ -99,6 +99,12 @@ class Rollout(_Section, frozen=True):
     variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
 
 
+class ArchiveConfig(_Section, frozen=True):
+    """`[archive]`: how long messages are kept as they came."""
+
+    raw_days: Annotated[float, Meta(gt=0)] = 7.0
+
+
 class FamilyConfig(_Section, frozen=True):
     """The whole of family.toml."""
 
@@ -112,6 +118,7 @@ class FamilyConfig(_Section, frozen=True):
     lateness_s_max: Seconds = 3600.0
     learning: Learning = Learning()
     gates: Gates = Gates()
+    archive: ArchiveConfig = ArchiveConfig()
 
 
 class Family:

@@ -31,7 +31,7 @@ CONFIGURED = {
         *("Feature", "Window", "Lookup", "Cycle", "Standardise", "StaticTable"),
     ),
     "cloud_learner/train/family.py": (
-        *("EventKind", "Label", "Learning", "Gates", "Rollout", "FamilyConfig"),
+        *("EventKind", "Label", "Learning", "Gates", "Rollout", "ArchiveConfig", "FamilyConfig"),
     ),
 }
 
