@@ -171,10 +171,9 @@ def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, famil
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.send(envelopes)
             await cloud.until_learned(10)
-            await cloud.until(lambda: host.controller.status()["canary"] is not None)
+            await cloud.until(lambda: host.publisher.plan("coin").canary is not None)
             plan = host.publisher.plan("coin")
             canary = plan.canary
-            assert canary is not None
             assert plan.stable.release == home.origin().release
             assert plan.selector == {"site": "a"}
             assert host.gate.passed(canary.path, canary.sha256)
