@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,8 +26,7 @@ import msgspec  # noqa: E402
 from bench_events_model import Row, encoded, quantiles  # noqa: E402
 
 from cloud_learner.broker import Broker  # noqa: E402
-from cloud_learner.simulate.rig import Cloud, Device  # noqa: E402
-from edge_runtime.bus.base import Bus  # noqa: E402
+from cloud_learner.simulate.rig import Cloud, Device, dialling  # noqa: E402
 from edge_runtime.bus.nats import connect  # noqa: E402
 from edge_runtime.errors import CapacityError  # noqa: E402
 from edge_runtime.wire import codec, subjects  # noqa: E402
@@ -65,11 +63,7 @@ async def flood(url: str) -> None:
 
 async def be_honest(url: str, home: Path, seconds: float) -> None:
     """Predict at a steady pace, and print when each prediction was appended."""
-
-    async def to_broker(name: str) -> Bus:
-        return await connect(url, name=name)
-
-    device = Device(home, f"honest-{time.monotonic_ns()}", to_broker)
+    device = Device(home, f"honest-{time.monotonic_ns()}", dialling(url))
     await device.connect()
     print(device.name, device.log.epoch, flush=True)
     for _ in range(int((WARM_UP_S + seconds) / PACE_S)):
@@ -102,7 +96,7 @@ async def measure(home: Path, rounds: int, seconds: float) -> list[Row]:
     flooded: list[float] = []
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with Broker.start(home / "broker") as broker:
-        cloud = await Cloud.start(home / "learner", partial(_connect, broker.url))
+        cloud = await Cloud.start(home / "learner", dialling(broker.url))
         for _ in range(rounds):
             calm.append(await honest_p99(cloud, broker.url, home, seconds))
             async with another("flood", broker.url, niceness=19) as child:
@@ -117,10 +111,6 @@ async def measure(home: Path, rounds: int, seconds: float) -> list[Row]:
         Row(f"{name}, flooded ({taken:,} events taken)", 1000 * min(flooded), "ms"),
         Row(f"{name}, flooded to calm", min(flooded) / min(calm), "times", 1.2),
     ]
-
-
-async def _connect(url: str, name: str) -> Bus:
-    return await connect(url, name=name)
 
 
 async def honest_p99(cloud: Cloud, url: str, home: Path, seconds: float) -> float:

@@ -16,14 +16,13 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from bench_events_model import POOL, Row, encoded, quantiles
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, until
+from cloud_learner.simulate.rig import Cloud, dialling, until
 from edge_runtime.bus.base import Bus
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
@@ -113,10 +112,6 @@ async def drained_directly(url: str, log: EventLog, count: int) -> float:
     return count / took_s
 
 
-async def _named(url: str, name: str) -> Bus:
-    return await connect(url, name=name)
-
-
 @asynccontextmanager
 async def relay(url: str) -> AsyncIterator[tuple[str, list[int]]]:
     """A relay before the server at `url`: its own url, and the bytes that it passed on so far."""
@@ -158,7 +153,7 @@ async def online(home: Path, seconds: float) -> list[Row]:
             learned[reached + 1 : seq + 1] = time.perf_counter()
             reached = seq
 
-        cloud = await Cloud.start(home / "learner", partial(_named, broker.url), note)
+        cloud = await Cloud.start(home / "learner", dialling(broker.url), note)
         bus = await connect(broker.url, name=DEVICE)
         async with uplinked(log, bus):
             start_s = time.perf_counter()

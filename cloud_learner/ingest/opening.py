@@ -129,11 +129,8 @@ def _record(
     data: bytes, event_class: EventClass, widths: Mapping[str, int]
 ) -> tuple[Record | int, str]:
     """One record, or REFUSED and the reason."""
-    try:
-        omitted = _number.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        pass
-    else:
+    omitted = _omitted(data)
+    if omitted is not None:
         return (omitted, "") if omitted in OMITTED else (REFUSED, "bad_message")
     try:
         record = codec.decode_record(data)
@@ -141,6 +138,14 @@ def _record(
         return REFUSED, error.code
     reason = refusal(record, event_class, widths)
     return (REFUSED, reason) if reason else (record, "")
+
+
+def _omitted(data: bytes) -> int | None:
+    """The number that stands in the place of a record; None where no number stands."""
+    try:
+        return _number.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
 
 
 def _inflated(message: Incoming) -> bytes:

@@ -19,10 +19,15 @@ from pathlib import Path
 import msgspec
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice
+from cloud_learner.simulate.rig import (
+    Cloud,
+    Device,
+    delivered,
+    dialling,
+    examples,
+    missing_and_twice,
+)
 from cloud_learner.store.ingest_state import Lane
-from edge_runtime.bus.base import Bus
-from edge_runtime.bus.nats import connect
 
 PACE_S = 0.01
 PREDICTIONS = 5  # each PACE_S
@@ -45,10 +50,7 @@ async def broker_deaths(
     chance = random.Random(seed)  # noqa: S311 - moments, not secrets
     stalls_s = []
     with Broker.start(home / "broker") as broker:
-
-        async def to_broker(name: str) -> Bus:
-            return await connect(broker.url, name=name)
-
+        to_broker = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to_broker)
         device = Device(home, "device", to_broker)
         await device.connect()

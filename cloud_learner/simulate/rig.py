@@ -31,6 +31,7 @@ from cloud_learner.store.ingest_state import Account, Lane
 from cloud_learner.store.raw import RawLog
 from cloud_learner.streams import make_streams
 from edge_runtime.bus.base import Bus
+from edge_runtime.bus.nats import connect
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import HeadwaterError
 from edge_runtime.events.log import CLASSES, EventLog
@@ -51,6 +52,15 @@ _FAR_S = 20 * WINDOW_S
 
 Id = tuple[str, int, int]
 Connect = Callable[[str], Awaitable[Bus]]
+
+
+def dialling(url: str) -> Connect:
+    """How everybody comes to the broker at `url`."""
+
+    async def dial(name: str) -> Bus:
+        return await connect(url, name=name)
+
+    return dial
 
 
 def open_intake(home: Path) -> Intake:
@@ -203,6 +213,14 @@ async def until(condition: Callable[[], bool], wait_s: float = WAIT_S) -> None:
     async with asyncio.timeout(wait_s):
         while not condition():  # noqa: ASYNC110 - it is the state of others, who tell nobody
             await asyncio.sleep(0.005)
+
+
+async def live(cloud: Cloud, device: Device, count: int = 50) -> Uplink:
+    """Connect, predict so many, and wait until the learner holds them. Raises: TimeoutError."""
+    uplink = await device.connect()
+    device.predict(count)
+    await delivered(cloud, device)
+    return uplink
 
 
 async def delivered(cloud: Cloud, *devices: Device, wait_s: float = WAIT_S) -> None:

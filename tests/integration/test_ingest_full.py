@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import os
 import struct
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -42,15 +41,9 @@ ENVELOPES = 30
 
 
 @pytest.fixture
-def disk(tmp_path):
+def disk(small_disk):
     """A file system that is small."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    return small_disk(DISK)
 
 
 def fill(folder: Path, leaving: int) -> Path:

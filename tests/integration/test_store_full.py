@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 from pathlib import Path
 
 import duckdb
@@ -21,15 +20,9 @@ DISK = 2 << 20
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """A file system of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(small_disk):
+    """A file system that is small."""
+    return small_disk(DISK)
 
 
 def fill(folder: Path, leaving: int) -> Path:

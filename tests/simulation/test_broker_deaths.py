@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from functools import partial
 
 import pytest
 
 from cloud_learner.broker import Broker
 from cloud_learner.simulate.deaths import broker_deaths
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice, until
-from edge_runtime.bus.nats import connect
+from cloud_learner.simulate.rig import (
+    Cloud,
+    Device,
+    delivered,
+    dialling,
+    examples,
+    missing_and_twice,
+    until,
+)
 
 STALL_S = 5.0
-
-
-async def to_broker(broker, name):
-    return await connect(broker.url, name=name)
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(100, marks=pytest.mark.slow)])
@@ -40,7 +42,7 @@ def test_what_a_restored_broker_has_forgotten_comes_again(tmp_path):
 async def forget_and_go_on(home):
     """While no learner takes anything, the broker acknowledges what an old store does not hold."""
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to)
         device = Device(home, "device", to)
         uplink = await device.connect()

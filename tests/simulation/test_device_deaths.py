@@ -9,13 +9,11 @@ import asyncio
 import os
 import random
 import sys
-from functools import partial
 
 import pytest
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples
-from edge_runtime.bus.nats import connect
+from cloud_learner.simulate.rig import Cloud, Device, delivered, dialling, examples
 
 LIFE_S = 10_000.0  # of event time, more than any of them lasts
 CHILD = """
@@ -47,10 +45,6 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-async def to_broker(broker, name):
-    return await connect(broker.url, name=name)
-
-
 @pytest.mark.parametrize("times", [4, pytest.param(200, marks=pytest.mark.slow)])
 def test_what_was_durable_at_a_kill_is_learned_exactly_once(tmp_path, times):
     asyncio.run(kill_again_and_again(tmp_path, times, random.Random(times)))
@@ -59,7 +53,7 @@ def test_what_was_durable_at_a_kill_is_learned_exactly_once(tmp_path, times):
 async def kill_again_and_again(home, times, chance):
     told = {}
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to)
         for life in range(times):
             epoch, events, labels = await live_and_die(home, broker.url, LIFE_S * life, chance)

@@ -6,18 +6,20 @@ Promises P6 (offline at ten times the cap) and P11 (the stream is full, the lear
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice, until
-from edge_runtime.bus.nats import connect
+from cloud_learner.simulate.rig import (
+    Cloud,
+    Device,
+    delivered,
+    dialling,
+    examples,
+    missing_and_twice,
+    until,
+)
 from edge_runtime.wire import subjects
 
 CAP, SEGMENT = 256 << 10, 16 << 10
-
-
-async def to_broker(broker, name):
-    return await connect(broker.url, name=name)
 
 
 def test_ten_times_the_cap_offline_drops_the_oldest_events_and_tells_exactly_which(tmp_path):
@@ -26,7 +28,7 @@ def test_ten_times_the_cap_offline_drops_the_oldest_events_and_tells_exactly_whi
 
 async def offline(home):
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         device = Device(home, "device", to, bytes_max=CAP, segment_bytes=SEGMENT, linger_ms=1)
         for _ in range(400):
             device.predict(50)
@@ -74,7 +76,7 @@ def test_a_full_stream_is_waited_for_and_drains_by_itself_when_the_learner_comes
 
 async def full_stream(home):
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         operator = await to("operator")
         for name, wanted in (
             (subjects.EVENTS_STREAM, [subjects.EVENTS_ALL]),

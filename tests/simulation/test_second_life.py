@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from functools import partial
 
 import pytest
 
 from cloud_learner.broker import Broker
-from cloud_learner.simulate.rig import Cloud, Device, delivered, examples, missing_and_twice, until
-from edge_runtime.bus.nats import connect
+from cloud_learner.simulate.rig import (
+    Cloud,
+    Device,
+    delivered,
+    dialling,
+    examples,
+    live,
+    missing_and_twice,
+    until,
+)
 from edge_runtime.clock import ManualClock
 
 TEN_YEARS_S = 10 * 365.25 * 86400.0
-
-
-async def to_broker(broker, name):
-    return await connect(broker.url, name=name)
 
 
 async def alarm(cloud, uplink):
@@ -36,25 +39,19 @@ def test_a_disk_restored_from_an_old_image_loses_neither_life(tmp_path):
 
 async def restored(home):
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to)
         device = Device(home, "device", to)
-        await device.connect()
-        device.predict(50)
-        await delivered(cloud, device)
+        await live(cloud, device)
         await device.stop()
         shutil.copytree(home / "device", home / "image")
         later = Device(home, "device", to, start_s=device.time_s)
-        await later.connect()
-        later.predict(50)
-        await delivered(cloud, later)
+        await live(cloud, later)
         await later.stop()
         shutil.rmtree(home / "device")
         (home / "image").rename(home / "device")
         again = Device(home, "device", to, start_s=later.time_s)
-        uplink = await again.connect()
-        again.predict(50)
-        await delivered(cloud, again)
+        uplink = await live(cloud, again)
         await alarm(cloud, uplink)
         await again.stop()
         await cloud.stop()
@@ -69,18 +66,14 @@ def test_a_disk_that_was_wiped_loses_neither_life(tmp_path):
 
 async def wiped(home):
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to)
         device = Device(home, "device", to)
-        await device.connect()
-        device.predict(50)
-        await delivered(cloud, device)
+        await live(cloud, device)
         await device.stop()
         shutil.rmtree(home / "device")
         again = Device(home, "device", to, start_s=device.time_s)
-        uplink = await again.connect()
-        again.predict(50)
-        await delivered(cloud, again)
+        uplink = await live(cloud, again)
         await alarm(cloud, uplink)
         await again.stop()
         await cloud.stop()
@@ -94,12 +87,10 @@ def test_two_clones_at_once_are_both_heard_and_both_told(tmp_path):
 
 async def cloned(home):
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to)
         first = Device(home, "device", to)
-        await first.connect()
-        first.predict(20)
-        await delivered(cloud, first)
+        await live(cloud, first)
         await first.stop()
         shutil.copytree(home / "device", home / "other" / "device")
         one, two = (
@@ -136,19 +127,15 @@ class LeapingClock(ManualClock):
 
 async def leaping(home, leap_s):
     with Broker.start(home / "broker") as broker:
-        to = partial(to_broker, broker)
+        to = dialling(broker.url)
         cloud = await Cloud.start(home / "learner", to)
         clock = LeapingClock(1.8e9)
         device = Device(home, "device", to, clock=clock)
-        await device.connect()
-        device.predict(50)
-        await delivered(cloud, device)
+        await live(cloud, device)
         clock.leap_s = leap_s
         device.predict(50)
         await device.restart()
-        await device.connect()
-        device.predict(50)
-        await delivered(cloud, device)
+        await live(cloud, device)
         await device.stop()
         await cloud.stop()
     assert missing_and_twice(device.predicted, examples(home / "learner")) == (0, 0)
