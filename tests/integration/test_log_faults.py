@@ -192,25 +192,15 @@ def test_a_disk_that_hangs_is_seen_within_a_second_and_appends_go_on(tmp_path: P
         asyncio.run(log.wait_durable("event", last))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_met_early_and_the_log_recovers_when_there_is_space(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
-        (small / "other").write_bytes(bytes(5 << 20))
-        with EventLog(small / "log", device="EWR", segment_bytes=1 << 20) as log:
-            for _ in range(16):
-                last = log.append("event", bytes(256 * 1024))
-                log.append("label", b"label")
-            until(lambda: log.statistics()["failing"])
-            assert log.durable("event")[1] < last
-            (small / "other").unlink()
-            asyncio.run(log.wait_durable("event", last))
-            assert told(log, log.epoch, "event") == [bytes(256 * 1024)] * last
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+def test_a_full_disk_is_met_early_and_the_log_recovers_when_there_is_space(small_disk) -> None:
+    small = small_disk(8 << 20)
+    (small / "other").write_bytes(bytes(5 << 20))
+    with EventLog(small / "log", device="EWR", segment_bytes=1 << 20) as log:
+        for _ in range(16):
+            last = log.append("event", bytes(256 * 1024))
+            log.append("label", b"label")
+        until(lambda: log.statistics()["failing"])
+        assert log.durable("event")[1] < last
+        (small / "other").unlink()
+        asyncio.run(log.wait_durable("event", last))
+        assert told(log, log.epoch, "event") == [bytes(256 * 1024)] * last
