@@ -5,7 +5,10 @@ tests: the same examples in each run, no deadlines.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import threading
 import types
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,7 +19,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from edge_runtime.events.segment import SUFFIX
 from edge_runtime.features.spec import Spec
+from edge_runtime.files import OsFiles
 from edge_runtime.inference.package import Interface, Kind, metadata_of
 
 settings.register_profile("house", derandomize=True, deadline=None, print_blob=True)
@@ -281,3 +286,46 @@ def coin_graph(coin: types.SimpleNamespace, tmp_path_factory: pytest.TempPathFac
     family = Family.load(coin.write_family(folder))
     Graph(family.build_student(rows), rows).save(folder / "graph.onnx")
     return folder / "graph.onnx"
+
+
+class BadDisk(OsFiles):
+    """A real disk of which the syncs of segments fail with `error` while there is one, or with EIO
+    for so many `failures`, or hang until `free` is set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = self.failures = 0
+        self.calls = 0
+        self.free = threading.Event()
+        self.free.set()
+        self.asked = threading.Event()
+        self._segments: set[int] = set()
+
+    def create(self, path: Path, mode: int = 0o600) -> int:
+        fd = super().create(path, mode)
+        if path.suffix == SUFFIX:
+            self._segments.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        self._segments.discard(fd)
+        super().close(fd)
+
+    def sync(self, fd: int) -> None:
+        if fd in self._segments:
+            self.asked.set()
+            self.free.wait()
+            self.calls += 1
+            if self.failures:
+                self.failures -= 1
+                raise OSError(errno.EIO, "no")
+            if self.error:
+                raise OSError(self.error, os.strerror(self.error))
+        super().sync(fd)
+
+
+@pytest.fixture
+def bad_disk() -> BadDisk:
+    """A disk that can be told to refuse, or to hang."""
+    return BadDisk()

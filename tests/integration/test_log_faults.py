@@ -12,15 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from edge_runtime.events.log import PENDING_BYTES_MAX, EventLog
-from edge_runtime.events.segment import SUFFIX
-from edge_runtime.files import OsFiles
 
 _CHILD = """
 import sys
@@ -114,33 +111,6 @@ def test_a_kill_at_every_system_call_loses_nothing_durable(tmp_path: Path, call:
     assert kill_at_calls(tmp_path, [(call, when) for when in (*range(1, 30), *range(30, 120, 7))])
 
 
-class Disk(OsFiles):
-    """A real disk of which the syncs and writes of segments can be refused, or hang."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.error, self.free = 0, threading.Event()
-        self.free.set()
-        self._segments: set[int] = set()
-
-    def create(self, path: Path, mode: int = 0o600) -> int:
-        fd = super().create(path, mode)
-        if path.suffix == SUFFIX:
-            self._segments.add(fd)
-        return fd
-
-    def close(self, fd: int) -> None:
-        self._segments.discard(fd)
-        super().close(fd)
-
-    def sync(self, fd: int) -> None:
-        if fd in self._segments:
-            self.free.wait()
-            if self.error:
-                raise OSError(self.error, os.strerror(self.error))
-        super().sync(fd)
-
-
 def until(condition, within_s: float = 5.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
@@ -156,13 +126,12 @@ def fill(log: EventLog, megabytes: int) -> int:
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_refuses_for_long_is_seen_and_the_log_recovers_by_itself(
-    tmp_path: Path, error: int
+    tmp_path: Path, error: int, bad_disk
 ) -> None:
-    disk = Disk()
-    with EventLog(tmp_path, device="EWR", linger_ms=1.0, files=disk) as log:
+    with EventLog(tmp_path, device="EWR", linger_ms=1.0, files=bad_disk) as log:
         first = log.append("event", b"before")
         asyncio.run(log.wait_durable("event", first))
-        disk.error = error
+        bad_disk.error = error
         log.append("event", b"refused for now")
         until(lambda: log.statistics()["failing"], 1.0)
         last = fill(log, 80)
@@ -170,7 +139,7 @@ def test_a_disk_that_refuses_for_long_is_seen_and_the_log_recovers_by_itself(
         assert numbers["pending_bytes"] <= PENDING_BYTES_MAX
         assert (numbers["event_durable"], numbers["failing"]) == (1, 1)
         assert numbers["event_stalled"] > 0
-        disk.error = 0
+        bad_disk.error = 0
         asyncio.run(log.wait_durable("event", last))
         until(lambda: not log.statistics()["failing"])
         numbers_told = told(log, log.epoch, "event")
@@ -179,16 +148,17 @@ def test_a_disk_that_refuses_for_long_is_seen_and_the_log_recovers_by_itself(
         assert len(numbers_told) == last
 
 
-def test_a_disk_that_hangs_is_seen_within_a_second_and_appends_go_on(tmp_path: Path) -> None:
-    disk = Disk()
-    with EventLog(tmp_path, device="EWR", linger_ms=1.0, files=disk) as log:
-        disk.free.clear()
+def test_a_disk_that_hangs_is_seen_within_a_second_and_appends_go_on(
+    tmp_path: Path, bad_disk
+) -> None:
+    with EventLog(tmp_path, device="EWR", linger_ms=1.0, files=bad_disk) as log:
+        bad_disk.free.clear()
         log.append("event", b"in flight")
         until(lambda: log.statistics()["failing"], 1.0)
         last = fill(log, 40)
         assert log.durable("event") == (log.epoch, 0)
         assert log.statistics()["pending_bytes"] <= PENDING_BYTES_MAX
-        disk.free.set()
+        bad_disk.free.set()
         asyncio.run(log.wait_durable("event", last))
 
 

@@ -26,39 +26,6 @@ from edge_runtime.files import OsFiles
 ALL = 1 << 30
 
 
-class Disk(OsFiles):
-    """A disk that can be told not to sync segments, or to hang until it is told to go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failures = 0
-        self.calls = 0
-        self.free = threading.Event()
-        self.free.set()
-        self.asked = threading.Event()
-        self._segments: set[int] = set()
-
-    def create(self, path: Path, mode: int = 0o600) -> int:
-        fd = super().create(path, mode)
-        if path.suffix == SUFFIX:
-            self._segments.add(fd)
-        return fd
-
-    def close(self, fd: int) -> None:
-        self._segments.discard(fd)
-        super().close(fd)
-
-    def sync(self, fd: int) -> None:
-        if fd in self._segments:
-            self.asked.set()
-            self.free.wait()
-            self.calls += 1
-            if self.failures:
-                self.failures -= 1
-                raise OSError(errno.EIO, "no")
-        super().sync(fd)
-
-
 class Hasty(OsFiles):
     """A disk that is quick, for tests that open a log many times."""
 
@@ -197,14 +164,15 @@ def test_what_is_kept_in_memory_is_bounded_and_the_rest_is_read_from_disk(tmp_pa
         assert log.read("event", 1, 5, ALL, 99) == [(6, half)]
 
 
-def test_records_that_come_while_a_group_is_written_wait_for_no_other_bell(tmp_path: Path) -> None:
-    disk = Disk()
-    with opened(tmp_path, files=disk) as log:
+def test_records_that_come_while_a_group_is_written_wait_for_no_other_bell(
+    tmp_path: Path, bad_disk
+) -> None:
+    with opened(tmp_path, files=bad_disk) as log:
         for seq in range(1, 200):
-            disk.free.clear()
+            bad_disk.free.clear()
             log.append("event", b"first")
             log.append("label", b"beside")
-            disk.free.set()
+            bad_disk.free.set()
             log.append("event", b"second")
             wait_durable(log, "event", 2 * seq)
             wait_durable(log, "label", seq)
@@ -220,11 +188,10 @@ def test_a_commit_is_announced_after_it_is_durable(tmp_path: Path) -> None:
     assert seen[0] == (1, 1)
 
 
-def test_one_sync_serves_all_that_came_within_the_linger(tmp_path: Path) -> None:
-    disk = Disk()
-    with opened(tmp_path, files=disk, linger_ms=50.0) as log:
+def test_one_sync_serves_all_that_came_within_the_linger(tmp_path: Path, bad_disk) -> None:
+    with opened(tmp_path, files=bad_disk, linger_ms=50.0) as log:
         append_durably(log, numbered(1, 1000))
-        assert disk.calls == 1
+        assert bad_disk.calls == 1
 
 
 def test_who_waits_for_a_record_does_not_wait_for_the_linger(tmp_path: Path) -> None:
@@ -257,17 +224,16 @@ def test_the_linger_grows_while_each_commit_takes_one_record(
 
 
 def test_a_failed_sync_moves_nothing_and_the_records_go_into_a_new_file(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad_disk
 ) -> None:
     caplog.set_level("INFO", "edge_runtime")
-    disk = Disk()
-    with opened(tmp_path, files=disk) as log:
+    with opened(tmp_path, files=bad_disk) as log:
         append_durably(log, [b"record 1"])
-        disk.failures = 1
-        disk.free.clear()
+        bad_disk.failures = 1
+        bad_disk.free.clear()
         log.append("event", b"record 2")
         assert log.durable("event") == (1, 1)
-        disk.free.set()
+        bad_disk.free.set()
         wait_durable(log, "event", 2)
         assert log.statistics()["sync_errors"] == 1
         assert everything(log) == [(1, 1, b"record 1"), (1, 2, b"record 2")]
@@ -306,10 +272,11 @@ def test_a_segment_for_which_there_is_no_space_holds_none_of_it(tmp_path: Path) 
     assert disk.left == [-1, 0, -1, 0, -1, 0, -1]  # before each try, and after each failure
 
 
-def test_a_disk_that_keeps_failing_is_visible_and_nothing_becomes_durable(tmp_path: Path) -> None:
-    disk = Disk()
-    log = opened(tmp_path, files=disk)
-    disk.failures = 1_000_000
+def test_a_disk_that_keeps_failing_is_visible_and_nothing_becomes_durable(
+    tmp_path: Path, bad_disk
+) -> None:
+    log = opened(tmp_path, files=bad_disk)
+    bad_disk.failures = 1_000_000
     log.append("event", b"a")
     log.append("label", b"b")
     with pytest.raises(CapacityError) as refused:
@@ -321,12 +288,11 @@ def test_a_disk_that_keeps_failing_is_visible_and_nothing_becomes_durable(tmp_pa
     assert log.durable("event") == log.durable("label") == (1, 0)
 
 
-def test_a_hanging_disk_bounds_memory_and_the_oldest_events_go(tmp_path: Path) -> None:
-    disk = Disk()
-    with opened(tmp_path, files=disk) as log:
+def test_a_hanging_disk_bounds_memory_and_the_oldest_events_go(tmp_path: Path, bad_disk) -> None:
+    with opened(tmp_path, files=bad_disk) as log:
         append_durably(log, [b"kept"])
         append_durably(log, [b"kept"], "label")
-        disk.free.clear()
+        bad_disk.free.clear()
         count = 3 * PENDING_BYTES_MAX // RECORD_BYTES_MAX
         for _ in range(count):
             log.append("event", bytes(RECORD_BYTES_MAX))
@@ -335,7 +301,7 @@ def test_a_hanging_disk_bounds_memory_and_the_oldest_events_go(tmp_path: Path) -
         assert numbers["pending_bytes"] <= PENDING_BYTES_MAX
         assert numbers["event_stalled"] > count // 2
         assert numbers["label_stalled"] == 0
-        disk.free.set()
+        bad_disk.free.set()
         wait_durable(log, "event", count + 1)
         wait_durable(log, "label", labels[-1])
         told = delivered(log)
@@ -347,24 +313,22 @@ def test_a_hanging_disk_bounds_memory_and_the_oldest_events_go(tmp_path: Path) -
         assert delivered(log) == told
 
 
-def test_labels_go_from_memory_only_where_no_event_waits(tmp_path: Path) -> None:
-    disk = Disk()
-    with opened(tmp_path, files=disk) as log:
-        disk.free.clear()
+def test_labels_go_from_memory_only_where_no_event_waits(tmp_path: Path, bad_disk) -> None:
+    with opened(tmp_path, files=bad_disk) as log:
+        bad_disk.free.clear()
         for _ in range(PENDING_BYTES_MAX // RECORD_BYTES_MAX + 10):
             log.append("label", bytes(RECORD_BYTES_MAX))
         assert log.statistics()["label_stalled"] > 0
-        disk.free.set()
+        bad_disk.free.set()
 
 
-def test_who_waits_for_what_is_dropped_from_memory_is_told(tmp_path: Path) -> None:
-    disk = Disk()
-    log = opened(tmp_path, files=disk)
+def test_who_waits_for_what_is_dropped_from_memory_is_told(tmp_path: Path, bad_disk) -> None:
+    log = opened(tmp_path, files=bad_disk)
 
     async def drop_under_a_waiter() -> None:
-        disk.free.clear()
+        bad_disk.free.clear()
         log.append("event", b"in flight")
-        await asyncio.to_thread(disk.asked.wait, 5)
+        await asyncio.to_thread(bad_disk.asked.wait, 5)
         seq = log.append("event", b"to be dropped")
         waiter = asyncio.ensure_future(log.wait_durable("event", seq))
         await asyncio.sleep(0)
@@ -374,7 +338,7 @@ def test_who_waits_for_what_is_dropped_from_memory_is_told(tmp_path: Path) -> No
             await waiter
         with pytest.raises(CapacityError, match="record_dropped"):
             await log.wait_durable("event", seq)
-        disk.free.set()
+        bad_disk.free.set()
         await log.wait_durable("event", log.handed_out("event"))
         with pytest.raises(CapacityError, match="record_dropped"):
             await log.wait_durable("event", seq)
@@ -576,12 +540,11 @@ def test_only_what_is_owed_and_the_newest_epochs_are_remembered(tmp_path: Path) 
         assert log.prior(log.epoch) == log.epoch - 1
 
 
-def test_a_closed_log_refuses_and_tells_who_waits(tmp_path: Path) -> None:
-    disk = Disk()
-    log = opened(tmp_path, files=disk)
+def test_a_closed_log_refuses_and_tells_who_waits(tmp_path: Path, bad_disk) -> None:
+    log = opened(tmp_path, files=bad_disk)
 
     async def close_under_a_waiter() -> None:
-        disk.failures = 1_000_000
+        bad_disk.failures = 1_000_000
         waiter = asyncio.ensure_future(log.wait_durable("event", log.append("event", b"a")))
         await asyncio.sleep(0)
         with pytest.raises(CapacityError, match="log_not_durable"):
