@@ -82,9 +82,9 @@ async def full_stream(home):
             (subjects.EVENTS_STREAM, [subjects.EVENTS_ALL]),
             (subjects.STATE_STREAM, subjects.STATE_ALL),
         ):
-            await operator.ensure_stream(name, wanted, max_bytes=100_000, discard_new=True)
+            await operator.ensure_stream(name, wanted, max_bytes=2_000, discard_new=True)
         device = Device(home, "device", to)
-        device.predict(20_000)
+        device.predict(400)  # in less event time than labels may lag by
         uplink = await device.connect()
         failed = lambda: uplink.statistics().get("failed_stream_full", 0)  # noqa: E731
         await until(lambda: failed() >= 1)
