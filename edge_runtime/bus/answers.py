@@ -23,6 +23,10 @@ from edge_runtime.errors import CapacityError, TransportError
 _FULL_CODES = {10023, 10047, 10077}  # insufficient resources, storage limit, stream limit
 _FULL_WORDS = ("maximum", "insufficient", "exceeded")
 _NOT_ADMITTED = ("authorization violation", "authentication", "account")
+# Under TLS 1.3 a client learns only after its handshake that its certificate is not taken; by then
+# its first bytes may meet a closed socket, before it could read the alert that says so.
+_HUNG_UP = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+_HUNG_UP_WORDS = ("unexpected eof", "connection closed")
 _REFUSED = re.compile(r'permissions violation for (?P<what>publish|subscription) to "(?P<on>[^"]*)')
 _NO_KEY = "edge-runtime init makes a key; cloud-learner admit DEVICE KEY lets it in"
 
@@ -112,9 +116,8 @@ def dial_error(error: Exception, url: str, identity: Identity) -> TransportError
             f"the certificate of {url} is not trusted: {error.verify_message}",
             "name the authority that signed it as tls_ca, and the host as the certificate does",
         )
-    if isinstance(error, ssl.SSLError) or (
-        identity.tls and isinstance(error, ConnectionResetError)
-    ):
+    hung_up = isinstance(error, _HUNG_UP) or any(word in text for word in _HUNG_UP_WORDS)
+    if isinstance(error, ssl.SSLError) or (identity.tls and hung_up):
         hint = "if it asks for a certificate, name it with tls_cert and tls_key"
         return TransportError("tls_failed", f"no TLS with {url}: {error}", hint)
     if any(word in text for word in _NOT_ADMITTED):
