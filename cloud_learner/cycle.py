@@ -65,7 +65,9 @@ class Cycle:
         reservoir = Reservoir(learning.reservoir_rows, family.spec.size, learning.seed)
         with self._torch_random.used():
             teacher, student = family.build_teacher(reference), family.build_student(reference)
-        self.replicas = Replicas(teacher, reservoir, learning.replay_rows, learning.recent_rows)
+        self.replicas = Replicas(
+            teacher, reservoir, learning.stable.replay_rows, learning.fast.window_rows
+        )
         self.student = Student(student)
         self._graph: Graph | None = None
         self._learned: set[tuple[str, int, int]] = set()
@@ -186,7 +188,7 @@ class Cycle:
         return fresh
 
     def _train(self, rows: Rows) -> None:
-        replay_rows = self.family.config.learning.replay_rows
+        replay_rows = self.family.config.learning.student.replay_rows
         with self._torch_random.used():
             self.replicas.learn(rows, self._random)
             self.student.follow(self.replicas, rows, replay_rows, self._random)

@@ -160,14 +160,21 @@ device_cap = 30
 seed = 7
 bootstrap_passes = 3
 reservoir_rows = 400
+
+[learning.fast]
+window_rows = 100
+
+[learning.stable]
 replay_rows = 100
-recent_rows = 100
+
+[learning.student]
+replay_rows = 100
 
 [gates]
-static_auc_drop_max = 0.3
-recent_auc_drop_max = 0.5
-auc_min = 0.6
-int8_auc_gap_max = 0.05
+static_drop_max = 0.3
+recent_drop_max = 0.5
+quality_min = 0.6
+int8_gap_max = 0.05
 calibration_min = 0.2
 calibration_max = 5.0
 recent_rows_min = 2

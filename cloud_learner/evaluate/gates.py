@@ -23,10 +23,10 @@ class Limits(msgspec.Struct, frozen=True):
     `variants` are the forms that a release ships, the default one first.
     """
 
-    static_auc_drop_max: float
-    recent_auc_drop_max: float
-    auc_min: float
-    int8_auc_gap_max: float
+    static_drop_max: float
+    recent_drop_max: float
+    quality_min: float
+    int8_gap_max: float
     calibration_min: float
     calibration_max: float
     recent_rows_min: int
@@ -81,13 +81,15 @@ def _judge_form(variant: str, evidence: Evidence, limits: Limits) -> list[Verdic
     is_int8, verdicts = variant == "int8", []
     static = evidence.static if is_int8 else evidence.static_float
     recent = evidence.recent if is_int8 else evidence.recent_float
-    verdicts.append(_at_least("static_auc", static.auc, limits.auc_min, "AUC on the static set"))
+    verdicts.append(
+        _at_least("static_auc", static.auc, limits.quality_min, "AUC on the static set")
+    )
     if evidence.serving_static is not None:
-        reach = evidence.serving_static.auc - limits.static_auc_drop_max
+        reach = evidence.serving_static.auc - limits.static_drop_max
         verdicts.append(_at_least("static_drop", static.auc, reach, "AUC on the static set"))
     if is_int8:
         gap = abs(evidence.static_float.auc - static.auc)
-        verdicts.append(_at_most("int8_gap", gap, limits.int8_auc_gap_max, "AUC lost to int8"))
+        verdicts.append(_at_most("int8_gap", gap, limits.int8_gap_max, "AUC lost to int8"))
     if recent is not None:
         verdicts += _judge_recent(recent, evidence.serving_recent, limits)
     return verdicts
@@ -99,7 +101,7 @@ def _judge_recent(recent: ScoredSet, serving: ScoredSet | None, limits: Limits) 
         return [Verdict("recent_rows", "hold", recent.rows, limits.recent_rows_min, why)]
     verdicts = []
     if serving is not None:
-        reach = serving.auc - limits.recent_auc_drop_max
+        reach = serving.auc - limits.recent_drop_max
         verdicts.append(_at_least("recent_drop", recent.auc, reach, "AUC on the recent hold-out"))
     ratio, text = recent.calibration, "mean prediction over base rate"
     verdicts.append(_at_least("calibration_low", ratio, limits.calibration_min, text))

@@ -23,6 +23,8 @@ class Example(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `features` is float32, little-endian, in the order of the feature spec whose hash is `spec`;
     `scored` holds every arm that answered, the one that was served first. `arrived_s` is the wall
     time at which the label reached the learner, `matured_s` that at which the example was released.
+    `early` says that it was released before all outcomes could be known, with the importance
+    `weight` that makes up for it; the same prediction comes once more, mature, when they can be.
     """
 
     device: str
@@ -42,6 +44,8 @@ class Example(msgspec.Struct, frozen=True, array_like=True, gc=False):
     fields: dict[str, Value] = {}
     final: bool = True
     revision: int = 0
+    weight: float = 1.0
+    early: bool = False
 
     @property
     def id(self) -> tuple[str, int, int]:

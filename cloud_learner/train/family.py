@@ -16,15 +16,14 @@ import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from msgspec import Meta
 from torch import nn
 
+from cloud_learner.train.declaration import FamilyConfig, Learning
 from cloud_learner.train.tables import expanded
 from edge_runtime.errors import ConfigError, PackageError
 from edge_runtime.features.spec import Spec, parse_toml
@@ -32,93 +31,6 @@ from edge_runtime.inference.package import Interface, Kind, check_agreement
 from edge_runtime.wire.subjects import checked_name
 
 Rows = npt.NDArray[np.float32]
-Count = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0, lt=1)]
-Seconds = Annotated[float, Meta(ge=0)]
-Form = Literal["int8", "float32"]
-
-
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of family.toml."""
-
-
-class EventKind(_Section, frozen=True):
-    """`[events.<kind>]`: its fields and whether it asks for a prediction."""
-
-    fields: dict[str, Literal["str", "int", "float"]]
-    predicts: bool = False
-
-
-class Label(_Section, frozen=True):
-    """`[label]`: an example is used `window_s` after its prediction: all outcomes are known.
-
-    What has no label by then is dropped, or is an example of the outcome 0 (`negative`). A label
-    that comes up to `amend_s` later brings the example out once more.
-    """
-
-    window_s: Annotated[float, Meta(gt=0)]
-    policy: Literal["mature"] = "mature"
-    expiry: Literal["drop", "negative"] = "drop"
-    amend_s: Seconds = 0.0
-
-
-class Learning(_Section, frozen=True):
-    """`[learning]`: sizes in rows; the seed that makes training repeatable."""
-
-    batch_size: Annotated[int, Meta(ge=2)] = 500
-    device_cap: Count = 250
-    seed: Annotated[int, Meta(ge=0)] = 1
-    bootstrap_passes: Count = 2
-    reservoir_rows: Count = 20000
-    replay_rows: Annotated[int, Meta(ge=0)] = 1000
-    recent_rows: Count = 1000
-
-
-class Gates(_Section, frozen=True):
-    """`[gates]`: limits of the offline gate; AUC differences against the release that serves."""
-
-    static_auc_drop_max: float = 0.01
-    recent_auc_drop_max: float = 0.01
-    auc_min: float = 0.5
-    int8_auc_gap_max: float = 0.001
-    calibration_min: float = 0.7
-    calibration_max: float = 1.4
-    recent_rows_min: Count = 300
-
-
-class Rollout(_Section, frozen=True):
-    """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold.
-
-    `variants` are the forms that a release ships and devices choose from, the default one first.
-    """
-
-    selector: dict[str, str]
-    canary_share: Share = 0.2
-    margin: Annotated[float, Meta(gt=0)] = 0.0025
-    pairs_max: Count = 8000
-    variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
-
-
-class ArchiveConfig(_Section, frozen=True):
-    """`[archive]`: how long messages are kept as they came."""
-
-    raw_days: Annotated[float, Meta(gt=0)] = 7.0
-
-
-class FamilyConfig(_Section, frozen=True):
-    """The whole of family.toml."""
-
-    name: str
-    events: dict[str, EventKind]
-    label: Label
-    rollout: Rollout
-    output: str = "probability"
-    clock: Literal["event", "wall"] = "event"
-    skew_s_max: Seconds = 86400.0
-    lateness_s_max: Seconds = 3600.0
-    learning: Learning = Learning()
-    gates: Gates = Gates()
-    archive: ArchiveConfig = ArchiveConfig()
 
 
 class Family:
@@ -147,6 +59,11 @@ class Family:
         """The same family with only the named features."""
         return Family(self.folder, self.config, self.spec.subset(names), self._network)
 
+    def learning_otherwise(self, learning: Learning) -> Family:
+        """The same family with another schedule of learning."""
+        config = msgspec.structs.replace(self.config, learning=learning)
+        return Family(self.folder, config, self.spec, self._network)
+
     def build_teacher(self, rows: Rows) -> nn.Module:
         """The cloud's network, its scaling taken from the rows. Raises: ConfigError."""
         return self._built("build_teacher", rows)
@@ -163,8 +80,9 @@ class Family:
                 shape = tuple(network.eval()(few).shape)
         except Exception as error:
             raise _bad(path, f"{name} fails: {error!r}") from error
-        if shape != (len(few), 1):
-            raise _bad(path, f"{name}: logits of {len(few)} rows have shape {shape}")
+        wanted = (len(few), self.config.task.outputs)
+        if shape != wanted:
+            raise _bad(path, f"{name}: answers to {len(few)} rows have shape {shape}, not {wanted}")
         return network
 
     @property

@@ -130,7 +130,7 @@ def test_the_same_file_and_seed_give_the_same_package(made, tmp_path):
 
 def test_a_gate_that_refuses_ends_with_code_3_and_no_home(coin, tmp_path):
     folder = coin.write_family(
-        tmp_path / "coin", {"family.toml": ("auc_min = 0.6", "auc_min = 0.99")}
+        tmp_path / "coin", {"family.toml": ("quality_min = 0.6", "quality_min = 0.99")}
     )
     data = coin.write_csv(tmp_path / "data.csv", coin.stream(ROWS))
 

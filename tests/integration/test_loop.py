@@ -38,12 +38,12 @@ def lenient_family(folder):
     path = folder / "family.toml"
     text = path.read_text()
     for key, value in {
-        "static_auc_drop_max": 0.2,
-        "recent_auc_drop_max": 0.5,
+        "static_drop_max": 0.2,
+        "recent_drop_max": 0.5,
         "calibration_min": 0.1,
         "calibration_max": 10.0,
         "recent_rows_min": 60,
-        "int8_auc_gap_max": 0.01,
+        "int8_gap_max": 0.01,
     }.items():
         text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
         assert count == 1

@@ -30,9 +30,11 @@ CONFIGURED = {
     "edge_runtime/features/feature.py": (
         *("Feature", "Window", "Lookup", "Cycle", "Standardise", "StaticTable"),
     ),
-    "cloud_learner/train/family.py": (
-        *("EventKind", "Label", "Learning", "Gates", "Rollout", "ArchiveConfig", "FamilyConfig"),
+    "cloud_learner/train/declaration.py": (
+        *("EventKind", "Label", "Learning", "Fast", "Stable", "Scratch", "Distilled", "Drift"),
+        *("Gates", "Rollout", "ArchiveConfig", "FamilyConfig"),
     ),
+    "cloud_learner/stats/tasks.py": ("Task",),
 }
 
 
@@ -97,7 +99,7 @@ def fields_of(path: str, name: str) -> list[str]:
 )
 def test_every_configuration_key_is_documented(path, name):
     text = (ROOT / "docs/configuration.md").read_text()
-    sections = set(fields_of("cloud_learner/train/family.py", "FamilyConfig"))
+    sections = set(fields_of("cloud_learner/train/declaration.py", "FamilyConfig"))
     sections |= {"broker", "log", "http", "inference", "logging", "uplink"}
     fields = fields_of(path, name)
 
@@ -108,6 +110,7 @@ def test_every_configuration_key_is_documented(path, name):
         if field != "package"  # of EdgeConfig: local mode's, no key of the file
         and not re.search(rf"^\| `(?:[\w.<>]+\.)?{field}`", text, re.MULTILINE)
         and not (field in sections and f"`{field}." in text)
+        and f".{field}." not in text  # a table within a table
     ]
     assert missing == []
 

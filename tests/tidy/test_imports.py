@@ -57,6 +57,7 @@ HOMES = {
     "duckdb": ("cloud_learner/store/", "cloud_learner/experiment/", "models/"),
     "rocksdict": ("cloud_learner/store/rocks.py",),
     "starlette": ("cloud_learner/console/",),
+    "river": ("cloud_learner/stats/",),
 }
 Import = tuple[int, str]
 

@@ -11,10 +11,10 @@ from cloud_learner.evaluate.gates import Evidence, Limits, judge, outcome
 from cloud_learner.evaluate.offline import ScoredSet
 
 LIMITS = Limits(
-    static_auc_drop_max=0.01,
-    recent_auc_drop_max=0.02,
-    auc_min=0.6,
-    int8_auc_gap_max=0.001,
+    static_drop_max=0.01,
+    recent_drop_max=0.02,
+    quality_min=0.6,
+    int8_gap_max=0.001,
     calibration_min=0.7,
     calibration_max=1.4,
     recent_rows_min=300,

@@ -17,10 +17,10 @@ from cloud_learner.store.lineage import Lineage
 from edge_runtime.errors import TrustError
 
 LIMITS = Limits(
-    static_auc_drop_max=0.01,
-    recent_auc_drop_max=0.01,
-    auc_min=0.6,
-    int8_auc_gap_max=0.001,
+    static_drop_max=0.01,
+    recent_drop_max=0.01,
+    quality_min=0.6,
+    int8_gap_max=0.001,
     calibration_min=0.1,
     calibration_max=10.0,
     recent_rows_min=300,

@@ -1,0 +1,203 @@
+"""What family.toml may say: its tables as typed structs, with a default wherever one is sensible.
+
+Why: one declaration serves the loader, the documentation's test and everything that a family may
+tune; what differs from one model line to the next stands in its folder and nowhere else.
+
+Invariants: unknown keys are refused; a declaration that was read is within its bounds.
+
+Knows nothing about files. Documented in docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cloud_learner.stats.tasks import Task
+
+Count = Annotated[int, Meta(ge=1)]
+Whole = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Weight = Annotated[float, Meta(ge=0)]
+Form = Literal["int8", "float32"]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of family.toml."""
+
+
+class EventKind(Section, frozen=True):
+    """`[events.<kind>]`: its fields and whether it asks for a prediction."""
+
+    fields: dict[str, Literal["str", "int", "float"]]
+    predicts: bool = False
+
+
+class Label(Section, frozen=True):
+    """`[label]`: when a prediction and its label become an example.
+
+    `mature`: `window_s` after the prediction, when every outcome could be known. `arrival`: when
+    the label comes. `weighted`: `fast` learns a label that comes within `early_s` at once, weighted
+    by how rarely one of its outcome comes so soon, at most `weight_max`; the memory learns it when
+    it is mature. What has no label by then is dropped, or is an example of the outcome 0
+    (`negative`). A label that comes up to `amend_s` later brings the example out once more.
+    """
+
+    window_s: Positive
+    policy: Literal["mature", "arrival", "weighted"] = "mature"
+    early_s: Seconds = 0.0
+    weight_max: Annotated[float, Meta(ge=1)] = 10.0
+    expiry: Literal["drop", "negative"] = "drop"
+    amend_s: Seconds = 0.0
+
+
+class Fast(Section, frozen=True):
+    """`[learning.fast]`: `passes` over the newest `window_rows`, the micro-batch among them.
+
+    `keep` is the pull towards its own former answers (LwF), against 1 for the labels.
+    """
+
+    on: bool = True
+    passes: Count = 2
+    learning_rate: Positive = 3e-4
+    window_rows: Count = 1000
+    keep: Weight = 1.0
+
+
+class Stable(Section, frozen=True):
+    """`[learning.stable]`: `passes` over the micro-batch among `replay_rows` of the reservoir.
+
+    `keep` is the pull towards the answers stored with those (DER++), against 1 for the labels.
+    """
+
+    on: bool = True
+    passes: Count = 1
+    learning_rate: Positive = 1.5e-3
+    replay_rows: Whole = 1000
+    keep: Weight = 0.0
+
+
+class Scratch(Section, frozen=True):
+    """`[learning.scratch]`: a third replica, trained anew over the newest `window_rows`.
+
+    Every `every_s` of event time (0: never), and `on_alarm`.
+    """
+
+    on: bool = False
+    every_s: Seconds = 604800.0
+    on_alarm: bool = True
+    passes: Count = 3
+    learning_rate: Positive = 1e-3
+    window_rows: Count = 20000
+
+
+class Distilled(Section, frozen=True):
+    """`[learning.student]`: `passes` over what the replicas learned, and over `replay_rows`."""
+
+    passes: Count = 1
+    learning_rate: Positive = 2e-3
+    replay_rows: Whole = 1000
+
+
+class Learning(Section, frozen=True):
+    """`[learning]`: sizes in rows; the seed that makes training repeatable.
+
+    A micro-batch is cut at `batch_size` examples, or when they span `batch_s` of event time (0: by
+    count alone); at most `device_cap` of them are of one device. `contributors` is how many of the
+    largest devices of a micro-batch are tried without; `trim_share` of a micro-batch, the rows with
+    the largest loss, is left out while an alarm stands. `gradient_norm_max` 0 clips nothing.
+    """
+
+    batch_size: Annotated[int, Meta(ge=2)] = 500
+    batch_s: Seconds = 0.0
+    device_cap: Count = 250
+    seed: Whole = 1
+    bootstrap_passes: Count = 2
+    reservoir_rows: Count = 20000
+    gradient_norm_max: Weight = 1.0
+    contributors: Whole = 3
+    trim_share: Share = 0.1
+    fast: Fast = Fast()
+    stable: Stable = Stable()
+    scratch: Scratch = Scratch()
+    student: Distilled = Distilled()
+
+
+class Drift(Section, frozen=True):
+    """`[drift]`: what raises an alarm, and what an alarm does.
+
+    `delta` is the chance of a false alarm of a detector, `psi_max` the population stability index
+    of a feature. An alarm stands for `calm_batches` micro-batches after its last sign; while it
+    does, the gate allows `tighten` of the drops it allows otherwise.
+    """
+
+    on: bool = True
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 0.002
+    psi_max: Positive = 0.25
+    calm_batches: Count = 20
+    tighten: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    concepts: Whole = 4
+
+
+class Gates(Section, frozen=True):
+    """`[gates]`: limits of the offline gate; drops of quality against the release that serves.
+
+    Quality is AUC, accuracy, R squared or NDCG, by the task. `slices` names fields of the
+    predicting kind; a slice counts from `slice_rows_min` rows. `persistence_min` is the least kappa
+    over persistence, which answers with the label before.
+    """
+
+    static_drop_max: float = 0.01
+    recent_drop_max: float = 0.01
+    quality_min: float = 0.5
+    int8_gap_max: float = 0.001
+    calibration_min: float = 0.7
+    calibration_max: float = 1.4
+    recent_rows_min: Count = 300
+    slices: tuple[str, ...] = ()
+    slice_drop_max: float = 0.05
+    slice_rows_min: Count = 200
+    persistence_min: float | None = None
+    size_bytes_max: Count = 8_000_000
+    latency_us_max: Positive = 5000.0
+
+
+class Rollout(Section, frozen=True):
+    """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold.
+
+    `variants` are the forms that a release ships and devices choose from, the default one first.
+    """
+
+    selector: dict[str, str]
+    canary_share: Share = 0.2
+    margin: Positive = 0.0025
+    pairs_max: Count = 8000
+    variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
+
+
+class ArchiveConfig(Section, frozen=True):
+    """`[archive]`: how long messages are kept as they came."""
+
+    raw_days: Positive = 7.0
+
+
+class FamilyConfig(Section, frozen=True):
+    """The whole of family.toml."""
+
+    name: str
+    events: dict[str, EventKind]
+    label: Label
+    rollout: Rollout
+    task: Task = Task()
+    output: str = "probability"
+    clock: Literal["event", "wall"] = "event"
+    skew_s_max: Seconds = 86400.0
+    lateness_s_max: Seconds = 3600.0
+    learning: Learning = Learning()
+    drift: Drift = Drift()
+    gates: Gates = Gates()
+    archive: ArchiveConfig = ArchiveConfig()
