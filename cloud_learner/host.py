@@ -27,7 +27,9 @@ from cloud_learner.config import Home
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.gates import Limits
-from cloud_learner.evaluate.offline import HoldOut, load_set
+from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
+from cloud_learner.evaluate.offline import load_set
+from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
@@ -41,7 +43,13 @@ from cloud_learner.streams import make_streams
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
+from edge_runtime.errors import (
+    CapacityError,
+    ConfigError,
+    HeadwaterError,
+    RequestError,
+    TransportError,
+)
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
@@ -49,6 +57,7 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 log = logging.getLogger("cloud_learner")
 
 HOLD_OUT_ROWS = 3000
+HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
 STATUS_S = 0.05
 STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
@@ -135,8 +144,11 @@ class Host:
     ) -> None:
         self.home, self.family, self._bus, self._clock = home, family, bus, clock
         lineage = self.lineage = Lineage(home.lineage)
-        self.hold_out = hold_out or HoldOut(HOLD_OUT_ROWS)
-        self.gate = Gate(gate_limits(family), load_set(home.static), self.hold_out, lineage)
+        self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
+        if home.hold_out.exists():
+            self.hold_out.load(home.hold_out)
+        static, known = load_set(home.static), Keys.load(home.known)
+        self.gate = Gate(gate_limits(family), static, self.hold_out, lineage, known)
         for entry in lineage.read("verdict"):
             if entry["outcome"] == "pass":
                 for sha256 in {entry["sha256"], *entry.get("variants", {}).values()}:
@@ -164,20 +176,23 @@ class Host:
         finally:
             await reports.close()
             await self.controller.close()
+            self.hold_out.save(self.home.hold_out)
 
     async def submit(self, candidate: Candidate) -> Judgement:
         """Let the gate judge a candidate, and offer it if it passed."""
-        stable = self.controller.stable
         loop = asyncio.get_running_loop()
-        judgement = await loop.run_in_executor(
-            self.learner.thread,
-            self.gate.judge,
-            candidate.package,
-            candidate.float_package,
-            Path(stable.file) if stable else None,
-        )
+        judgement = await loop.run_in_executor(self.learner.thread, self._judge, candidate)
         if judgement.outcome == "pass":
             await self.controller.offer(self._releases.register(candidate, judgement))
+        return judgement
+
+    def _judge(self, candidate: Candidate) -> Judgement:
+        stable = self.controller.stable
+        judgement = self.gate.judge(
+            candidate.package, candidate.float_package, Path(stable.file) if stable else None
+        )
+        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
+            self.hold_out.save(self.home.hold_out)
         return judgement
 
     def status(self) -> LearnerStatus:
@@ -272,15 +287,57 @@ class Host:
 
 
 def campaign_rules(family: Family) -> Rules:
-    """The campaign's rules from the family's `[rollout]`."""
+    """The campaign's rules from the family's `[rollout]` and `[task]`."""
     section = msgspec.to_builtins(family.config.rollout)
-    return msgspec.convert({**section, "family": family.name}, Rules)
+    task = msgspec.to_builtins(family.config.task)
+    return msgspec.convert({**section, "family": family.name, "task": task}, Rules)
 
 
 def gate_limits(family: Family) -> Limits:
-    """The offline gate's limits from the family's `[gates]`, and the forms that must keep them."""
-    section = msgspec.to_builtins(family.config.gates)
-    return msgspec.convert({**section, "variants": family.config.rollout.variants}, Limits)
+    """The offline gate's limits from the family's `[gates]`, and what else bounds its rules.
+
+    Raises: ConfigError when `gates.slices` names what is no field of a predicting kind.
+    """
+    config = family.config
+    fields = {
+        name: None for kind in config.events.values() if kind.predicts for name in kind.fields
+    }
+    for name in config.gates.slices:
+        if name not in fields:
+            raise ConfigError(
+                "bad_family",
+                f"{family.folder / 'family.toml'}: gates.slices names {name!r}, which is no field "
+                "of a kind that predicts",
+                f"these have: {', '.join(fields)}",
+            )
+    return msgspec.convert(
+        {
+            **msgspec.to_builtins(config.gates),
+            "variants": config.rollout.variants,
+            "task": msgspec.to_builtins(config.task),
+            "tighten": config.drift.tighten,
+            "device_share": device_share(family),
+        },
+        Limits,
+    )
+
+
+def device_share(family: Family) -> float:
+    """What one device may have of the hold-out: no more than of a micro-batch, and half at most."""
+    learning = family.config.learning
+    return min(SHARE_MAX, learning.device_cap / learning.batch_size)
+
+
+def recent_hold_out(family: Family) -> HoldOut:
+    """An empty hold-out of the family; `load` brings back what an earlier process kept."""
+    config = family.config
+    return HoldOut(
+        HOLD_OUT_ROWS,
+        share=device_share(family),
+        rows_min=config.gates.recent_rows_min,
+        task=config.task,
+        fields=config.gates.slices,
+    )
 
 
 def release_signers(home: Home, gate: Gate) -> keys.Signers:
