@@ -77,6 +77,7 @@ class _Loaded(msgspec.Struct, frozen=True):
 
     runner: Runner
     size_bytes: int
+    latency_us: float
     static: ScoredSet
     broken_rows: int
 
@@ -154,7 +155,7 @@ class Gate:
         task, runner = self._limits.task, loaded.runner
         measured = Measured(
             size_bytes=loaded.size_bytes,
-            latency_us=row_us(runner, self._static),
+            latency_us=loaded.latency_us,
             broken_rows=loaded.broken_rows,
             static=loaded.static,
         )
@@ -189,7 +190,8 @@ class Gate:
         self._check_width(runner)
         outputs = score_batch(runner, self._static.features)
         scored = score(self._limits.task, self._static, outputs)
-        return _Loaded(runner, len(package), scored, _broken(outputs))
+        latency_us = row_us(runner, self._static)
+        return _Loaded(runner, len(package), latency_us, scored, _broken(outputs))
 
     def _check_width(self, runner: Runner) -> None:
         wanted = self._static.features.shape[1], self._limits.task.outputs

@@ -182,7 +182,7 @@ class _Form:
         small = self._evidence.small_slices[sort] + len(now) - judged
         if not judged:
             least = self._limits.slice_rows_min
-            why = f"no {sort} of {small} has {least} rows and a {self._measure}: not judged"
+            why = f"none of {small} slices by {sort} has {least} rows and a defined {self._measure}"
             return Verdict(rule, "hold", math.nan, reach, why, decides=False)
         reason = (
             f"{self._measure} lost at {sort}={value} is {drop:.4f}, must be at most {reach:.4f}"

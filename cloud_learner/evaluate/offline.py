@@ -30,7 +30,7 @@ from edge_runtime.inference.pipeline import score_batch
 from edge_runtime.inference.runner import Runner
 
 HOLD_OUT_SHARE = 10  # one example in so many
-LATENCY_ROWS, LATENCY_ROUNDS, LATENCY_S = 64, 5, 0.05
+LATENCY_ROWS, LATENCY_ROUNDS, LATENCY_S = 32, 3, 0.05
 SET_VERSION = 2  # 1 was a bare tuple of features, labels and width
 
 Matrix = npt.NDArray[np.float32]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cloud_learner.evaluate.gates import Limits
-from cloud_learner.evaluate.offline import EvaluationSet, HoldOut
+from cloud_learner.evaluate.holdout import HoldOut
+from cloud_learner.evaluate.offline import EvaluationSet
 from cloud_learner.gate import Gate, as_facts
 from cloud_learner.release import keys
 from cloud_learner.store.lineage import Lineage
@@ -111,7 +112,7 @@ def test_without_recent_rows_a_package_is_held(static, tmp_path, write_package):
     judgement = gate.judge(package, package, write_package()[0])
 
     assert judgement.outcome == "hold"
-    held = [v.rule for v in judgement.verdicts if v.outcome == "hold"]
+    held = [v.rule for v in judgement.verdicts if v.outcome == "hold" and v.decides]
     assert held == ["recent_rows", "float32_recent_rows"]
     assert not gate.passed("m/toy/r1.onnx", sha256(package))
 
@@ -150,7 +151,7 @@ def test_every_verdict_goes_to_lineage_with_its_evidence(gate, tmp_path, write_p
     first, second = Lineage(tmp_path / "lineage").read("verdict")
 
     assert (first["sha256"], first["outcome"]) == (sha256(package), "pass")
-    assert first["evidence"]["static"]["auc"] > 0.8
+    assert first["evidence"]["forms"]["int8"]["static"]["quality"] > 0.8
     assert (second["outcome"], second["verdicts"][0]["found"]) == ("fail", None)
 
 
