@@ -24,9 +24,10 @@ from cloud_learner.evaluate.slices import Keys
 from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import DataRow, read_rows
 from cloud_learner.gate import Gate, Judgement
-from cloud_learner.host import Releases, campaign_rules, gate_limits, release_signers
+from cloud_learner.host import Releases, release_signers
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
+from cloud_learner.rules import campaign_rules, gate_limits
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.dataset import Matrix, Rows, groups_of

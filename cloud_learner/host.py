@@ -21,13 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate
-from cloud_learner.evaluate.gates import Limits
-from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
+from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, Judgement
@@ -35,7 +32,8 @@ from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
-from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.rollout.campaign import Offer
+from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -45,7 +43,6 @@ from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
 from edge_runtime.errors import (
     CapacityError,
-    ConfigError,
     HeadwaterError,
     RequestError,
     TransportError,
@@ -56,7 +53,6 @@ from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
 log = logging.getLogger("cloud_learner")
 
-HOLD_OUT_ROWS = 3000
 HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
 STATUS_S = 0.05
 STATUS_KEPT_S = 1.0
@@ -284,60 +280,6 @@ class Host:
             await asyncio.sleep(MAINTAIN_S)
             with contextlib.suppress(TransportError, CapacityError):  # tried again in an hour
                 await self.publisher.maintain()
-
-
-def campaign_rules(family: Family) -> Rules:
-    """The campaign's rules from the family's `[rollout]` and `[task]`."""
-    section = msgspec.to_builtins(family.config.rollout)
-    task = msgspec.to_builtins(family.config.task)
-    return msgspec.convert({**section, "family": family.name, "task": task}, Rules)
-
-
-def gate_limits(family: Family) -> Limits:
-    """The offline gate's limits from the family's `[gates]`, and what else bounds its rules.
-
-    Raises: ConfigError when `gates.slices` names what is no field of a predicting kind.
-    """
-    config = family.config
-    fields = {
-        name: None for kind in config.events.values() if kind.predicts for name in kind.fields
-    }
-    for name in config.gates.slices:
-        if name not in fields:
-            raise ConfigError(
-                "bad_family",
-                f"{family.folder / 'family.toml'}: gates.slices names {name!r}, which is no field "
-                "of a kind that predicts",
-                f"these have: {', '.join(fields)}",
-            )
-    return msgspec.convert(
-        {
-            **msgspec.to_builtins(config.gates),
-            "variants": config.rollout.variants,
-            "task": msgspec.to_builtins(config.task),
-            "tighten": config.drift.tighten,
-            "device_share": device_share(family),
-        },
-        Limits,
-    )
-
-
-def device_share(family: Family) -> float:
-    """What one device may have of the hold-out: no more than of a micro-batch, and half at most."""
-    learning = family.config.learning
-    return min(SHARE_MAX, learning.device_cap / learning.batch_size)
-
-
-def recent_hold_out(family: Family) -> HoldOut:
-    """An empty hold-out of the family; `load` brings back what an earlier process kept."""
-    config = family.config
-    return HoldOut(
-        HOLD_OUT_ROWS,
-        share=device_share(family),
-        rows_min=config.gates.recent_rows_min,
-        task=config.task,
-        fields=config.gates.slices,
-    )
 
 
 def release_signers(home: Home, gate: Gate) -> keys.Signers:

@@ -27,8 +27,9 @@ from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import EvaluationSet
-from cloud_learner.host import HOLD_OUT_ROWS, Host, device_share
+from cloud_learner.host import Host
 from cloud_learner.release import keys, metadata
+from cloud_learner.rules import HOLD_OUT_ROWS, device_share
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus

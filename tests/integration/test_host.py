@@ -261,7 +261,7 @@ def test_a_restarted_host_claims_the_time_that_it_had_reached_before_anything_co
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.until(lambda: True)
             assert host.hold_out.rows().times_s.tolist() == held.times_s.tolist()
-            assert len(held) > 50
+            assert len(held) > 20
             assert cloud.status.clock_s >= before.clock_s > 2000.0
             assert cloud.status.events_archived == before.events_archived > 0
 

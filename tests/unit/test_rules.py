@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud_learner.host import campaign_rules, device_share, gate_limits
+from cloud_learner.rules import campaign_rules, device_share, gate_limits
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.family import Family
 from edge_runtime.errors import ConfigError
