@@ -56,7 +56,8 @@ class Isotonic:
 
     def __call__(self, scores: Floats) -> Floats:
         """The fitted value of each score, straight lines between the scores that are known."""
-        return np.interp(scores, self._edges, self._values)
+        fitted: Floats = np.interp(scores, self._edges, self._values)
+        return fitted
 
 
 def _pooled(means: Floats, counts: Floats) -> Floats:
