@@ -1,4 +1,4 @@
-"""Has the world changed? Four detectors over streams of numbers, each with its source.
+"""Has the world changed? Tests of numbers, histograms and vectors, each with its source.
 
 Why: a learner that does not notice a change defends yesterday. No single sign shows every change:
 the loss needs labels, scores and features come without, embeddings see what no column shows.
@@ -6,13 +6,13 @@ the loss needs labels, scores and features come without, embeddings see what no 
 | sign | detector |
 |---|---|
 | loss | `MeanShift`: ADWIN of river |
-| scores | `ScoreShift`: KSWIN of river, one test for each micro-batch |
+| scores | `ks_test`: KSWIN of river, one test for each micro-batch |
 | a feature | `psi`: population stability index of two histograms |
 | embeddings | `mmd_test`: maximum mean discrepancy with a permutation test |
 
 Invariants: the same values in the same order and the same seed give the same findings, also across
 `state` and `restore`. Every rate of false alarms holds for rows that are exchangeable; rows that
-depend on one another, as neighbours in time do, alarm more often.
+depend on one another, as neighbours in time do, alarm more often (`shifts` has an answer).
 
 Knows nothing about tasks, families and what an alarm does.
 """
@@ -31,8 +31,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 _CHECK_EVERY = 32  # values between two checks of ADWIN
-_TEST_ROWS = 200
-_KEPT_ROWS = 1000
 _PERMUTATIONS_AT_ONCE = 100
 _EXCEEDED_MAX = 10  # permutations beyond the found value after which the test is over
 
@@ -87,53 +85,6 @@ class Difference(msgspec.Struct, frozen=True):
     p: float
 
 
-class ScoreShift:
-    """KSWIN: do the newest values follow the distribution of those before them?
-
-    Raab, Heusinger & Schleif, "Reactive soft prototype computing for concept drift streams"
-    (Neurocomputing 2020). river tests after every value, which costs a quarter of a millisecond and
-    makes hundreds of dependent tests of a micro-batch. Here each micro-batch is tested once: at
-    most 200 of its values, evenly spaced, against as many drawn from the 1,000 before. A difference
-    below 0.1 is none, however sure it is.
-    """
-
-    def __init__(self, alpha: float, seed: int) -> None:
-        self._alpha, self._seed = alpha, seed
-        self._kept: list[float] = []
-        self._tests = 0
-
-    def add(self, values: Floats) -> Difference | None:
-        """Take a micro-batch of values; what differs, with the chance of it."""
-        from river.drift.kswin import KSWIN
-
-        recent = thinned(values, _TEST_ROWS).tolist()
-        kept, count = self._kept, len(recent)
-        self._kept = (kept + recent)[-_KEPT_ROWS:]
-        if not count or len(kept) < count:
-            return None
-        self._tests += 1
-        test = KSWIN(
-            alpha=self._alpha,
-            window_size=len(kept) + count,
-            stat_size=count,
-            seed=self._seed + self._tests,
-            window=kept + recent[:-1],
-        )
-        test.update(recent[-1])
-        if not test.drift_detected:
-            return None
-        self._kept = recent
-        return Difference(ks_distance(np.array(kept), np.array(recent)), float(test.p_value))
-
-    def state(self) -> dict[str, Any]:
-        """All that is needed to go on from here."""
-        return {"kept": list(self._kept), "tests": self._tests}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self._kept, self._tests = list(state["kept"]), state["tests"]
-
-
 def thinned(values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     """At most `count` of the values, evenly spaced, the last one among them."""
     if len(values) <= count:
@@ -141,6 +92,26 @@ def thinned(values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
     places: npt.NDArray[np.intp] = np.linspace(0, len(values) - 1, count).astype(np.intp)
     chosen: npt.NDArray[Any] = values[places]
     return chosen
+
+
+def ks_test(before: Floats, recent: Floats, seed: int) -> Difference:
+    """KSWIN: do the `recent` values follow the distribution of those `before`, which are more?
+
+    Raab, Heusinger & Schleif, "Reactive soft prototype computing for concept drift streams"
+    (Neurocomputing 2020): as many of the values before as are recent are drawn, and both compared
+    by Kolmogorov and Smirnov. river tests after every value, which costs a quarter of a millisecond
+    each time and makes hundreds of dependent tests of a micro-batch; this is one.
+    """
+    from river.drift.kswin import KSWIN
+
+    test = KSWIN(
+        window_size=len(before) + len(recent),
+        stat_size=len(recent),
+        seed=seed,
+        window=[*before.tolist(), *recent[:-1].tolist()],
+    )
+    test.update(float(recent[-1]))
+    return Difference(ks_distance(before, recent), float(test.p_value))
 
 
 def ks_distance(first: Floats, second: Floats) -> float:
@@ -213,7 +184,7 @@ def _mmd2(kernel: Floats, sides: Floats) -> Floats:
     weighted = sides @ kernel
     within_first = (weighted * sides).sum(1) / (n * (n - 1))
     across = (weighted * others).sum(1) / (n * m)
-    within_second = ((others @ kernel) * others).sum(1) / (m * (m - 1))
+    within_second = ((kernel.sum(0) - weighted) * others).sum(1) / (m * (m - 1))
     estimate: Floats = within_first + within_second - 2 * across
     return estimate
 

@@ -78,7 +78,8 @@ class Cbpe:
     """Expectations of `task`, calibrated on `labels` (rows,) and `outputs` (rows, outputs)."""
 
     def __init__(self, task: Task, labels: Matrix, outputs: Matrix) -> None:
-        self._task, self._fit = task, None
+        self._task = task
+        self._fit: Isotonic | None = None
         if not len(labels) or task.kind not in ("binary", "multiclass"):
             return
         right = labels if task.kind == "binary" else outputs.argmax(1) == labels
@@ -105,7 +106,8 @@ class Cbpe:
 
 def _confidence(outputs: Matrix) -> Floats:
     """The probability that is calibrated: of the outcome 1, or of the class that is answered."""
-    return outputs.max(1).astype(np.float64)
+    confidence: Floats = outputs.max(1).astype(np.float64)
+    return confidence
 
 
 def expected_auc(scores: Floats, chances: Floats) -> float:
