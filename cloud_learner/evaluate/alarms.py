@@ -8,8 +8,9 @@ is *cyclic* where it has come three times at even distances, or where the learne
 state for it.
 
 Invariants: an alarm stands for `calm_batches` micro-batches after its last sign. A sign that comes
-after three micro-batches without one is a change of its own, and raises an alarm of its own. Knows nothing
-about detectors, and nothing of what an alarm does.
+after three micro-batches without one is a change of its own, and raises an alarm of its own.
+
+Knows nothing about detectors, and nothing of what an alarm does.
 """
 
 from __future__ import annotations

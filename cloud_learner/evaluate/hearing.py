@@ -89,7 +89,8 @@ class Hearing:
         self._newest = fresh
         if not fresh:
             return []
-        shifts = self._shifts.judge(merged(list(fresh.values())))
+        found = merged(list(fresh.values()))
+        shifts = self._shifts.judge(found, found)
         signs = [Sign("feature", s.name, s.found, s.reach, s.levels) for s in shifts]
         return self._alarms.take(signs, batch, max(each.until_s for each in fresh.values()))
 

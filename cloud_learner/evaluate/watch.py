@@ -36,13 +36,13 @@ from cloud_learner.stats.estimate import Cbpe, Expected
 from cloud_learner.stats.shifts import EmbeddingShift, ScoreShift, usual_step
 from cloud_learner.stats.tasks import Task
 from edge_runtime.features.feature import Column
-from edge_runtime.features.histogram import Histograms
+from edge_runtime.features.histogram import Counts, Histograms
 
 Matrix = npt.NDArray[np.float32]
 
 LABELLED_ROWS = 3000  # that the label-free estimate is calibrated on
 CLASSES_WATCHED = 10
-FEATURE_MEMORY = 0.8  # of the histogram of recent rows, at each micro-batch: about five count
+FEATURE_ROWS = 500  # at least, of the newest micro-batches, that a histogram is judged by
 ESTIMATE_DROP_MIN = 0.02
 ESTIMATE_DRAWS = 100
 
@@ -75,7 +75,7 @@ class Watch:
         known = Histograms(self._columns)
         known.add(reference)
         self._features = ColumnShifts(self._columns, known, limits.psi_max, self._alpha)
-        self._recent: list[dict[int, float]] = [{} for _ in self._columns]
+        self._recent: list[Histograms] = []
         self._embeddings = EmbeddingShift(self._alpha, 1000 * seed)
         self._labels = np.zeros(0, np.float32)
         self._outputs = np.zeros((0, task.outputs), np.float32)
@@ -148,7 +148,7 @@ class Watch:
                 "loss": self._loss.state(),
                 "scores": [each.state() for each in self._scores],
                 "features": self._features.state(),
-                "recent": self._recent,
+                "recent": [(each.rows, each.counts) for each in self._recent],
                 "embeddings": self._embeddings.state(),
                 "labels": self._labels,
                 "outputs": self._outputs,
@@ -165,7 +165,7 @@ class Watch:
         for each, kept in zip(self._scores, state["scores"], strict=True):
             each.restore(kept)
         self._features.restore(state["features"])
-        self._recent = state["recent"]
+        self._recent = [self._histograms(*each) for each in state["recent"]]
         self._embeddings.restore(state["embeddings"])
         self._labels, self._outputs = state["labels"], state["outputs"]
         self._levels = state["levels"]
@@ -200,16 +200,21 @@ class Watch:
     def _see_features(self, features: Matrix) -> list[Sign]:
         new = Histograms(self._columns)
         new.add(features)
-        self._recent = [
-            _faded(old, more) for old, more in zip(self._recent, new.counts, strict=True)
-        ]
-        shifts = self._features.judge(self._recent)
+        self._recent.append(new)
+        while sum(each.rows for each in self._recent[1:]) >= FEATURE_ROWS:
+            del self._recent[0]
+        shifts = self._features.judge(_summed(self._recent), new.counts)
         return [Sign("feature", s.name, s.found, s.reach, s.levels) for s in shifts]
 
     def _see_embeddings(self, embeddings: Matrix) -> list[Sign]:
         level, shift = self._embeddings.add(embeddings.astype(np.float64))
         levels = self._level("embedding", "", level)
         return [] if shift is None else [Sign("embedding", "", shift.found, shift.reach, levels)]
+
+    def _histograms(self, rows: int, counts: list[Counts]) -> Histograms:
+        made = Histograms(self._columns)
+        made.rows, made.counts = rows, counts
+        return made
 
     def _level(self, source: str, name: str, level: float) -> list[float]:
         kept = [*self._levels.get((source, name), []), level][-LEVELS_KEPT:]
@@ -226,9 +231,13 @@ class Watch:
         return float(spread) * NormalDist().inv_cdf(1 - self._alpha)
 
 
-def _faded(old: dict[int, float], new: dict[int, int]) -> dict[int, float]:
-    """The recent histogram with a micro-batch more; what has faded to nothing is left out."""
-    kept = {bucket: FEATURE_MEMORY * count for bucket, count in old.items()}
-    for bucket, count in new.items():
-        kept[bucket] = kept.get(bucket, 0.0) + count
-    return {bucket: count for bucket, count in kept.items() if count > 1e-3}
+def _summed(parts: Sequence[Histograms]) -> list[Counts]:
+    """The histograms of all rows of `parts`, column by column."""
+    if len(parts) == 1:
+        return parts[0].counts
+    summed: list[Counts] = [{} for _ in parts[0].counts]
+    for part in parts:
+        for column, counts in zip(summed, part.counts, strict=True):
+            for bucket, count in counts.items():
+                column[bucket] = column.get(bucket, 0) + count
+    return summed

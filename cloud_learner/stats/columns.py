@@ -38,7 +38,7 @@ LEVELS_KEPT = 16
 
 
 class Shift(msgspec.Struct, frozen=True):
-    """A column that drifted: its PSI, what it must stay below, and its last PSIs, newest last."""
+    """A column that drifted: its PSI, what it must stay below, and those of its last looks."""
 
     name: str
     found: float
@@ -58,9 +58,13 @@ class ColumnShifts:
             for column, counts in zip(columns, reference.counts, strict=True)
         ]
 
-    def judge(self, found: Sequence[Counts]) -> list[Shift]:
-        """One look at the histogram of each column; those that have drifted since the last."""
-        shifts = (column.judge(counts) for column, counts in zip(self._columns, found, strict=True))
+    def judge(self, found: Sequence[Counts], newest: Sequence[Counts]) -> list[Shift]:
+        """One look at the histogram of each column; those that have drifted since the last.
+
+        `newest` are those of the rows that came last, from which the shape of a change is told.
+        """
+        looks = zip(self._columns, found, newest, strict=True)
+        shifts = [column.judge(counts, last) for column, counts, last in looks]
         return [shift for shift in shifts if shift is not None]
 
     def state(self) -> list[dict[str, Any]]:
@@ -86,16 +90,17 @@ class _Column:
         self._looks, self._usual = 0, 0.0
         self._levels: list[float] = []
 
-    def judge(self, found: Counts) -> Shift | None:
+    def judge(self, found: Counts, newest: Counts) -> Shift | None:
         if self._gathered:
-            self._gather(found)
+            self._gather(newest)
             return None
         grouped = self._grouped(found)
         rows = float(grouped.sum())
         if not rows:
             return None
         level = drift.psi(self._expected, grouped)
-        self._levels = [*self._levels, level][-LEVELS_KEPT:]
+        newest_level = drift.psi(self._expected, self._grouped(newest))
+        self._levels = [*self._levels, newest_level][-LEVELS_KEPT:]
         if self._looks < LOOKS:
             self._looks, self._usual = self._looks + 1, max(self._usual, level)
             return None

@@ -36,7 +36,10 @@ _EXCEEDED_MAX = 10  # permutations beyond the found value after which the test i
 
 
 class Rise(msgspec.Struct, frozen=True):
-    """A mean that rose: before and after the cut, and how many of the newest values are after."""
+    """A mean that rose: of what was cut off, and of the newest `rows` values, which were kept.
+
+    ADWIN cuts as little as it must, so values from before the change may be among the kept.
+    """
 
     before: float
     after: float

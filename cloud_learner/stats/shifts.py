@@ -2,7 +2,7 @@
 
 Why: a test asks whether two samples are alike, and in a real stream no two hours are: with its rows
 alike within an hour and unlike between hours, a test of rows that ought to be independent fires at
-every micro-batch. So a difference counts where it is both beyond chance and twice what has been
+every micro-batch. So a difference counts where it is both beyond chance and thrice what has been
 usual between neighbours lately; the first five teach what that is.
 
 Invariants: the same values in the same order and the same seed give the same findings, also across
@@ -23,7 +23,7 @@ from cloud_learner.stats.drift import Difference
 
 Floats = npt.NDArray[np.float64]
 
-HABIT = 2.0
+HABIT = 3.0
 _USUAL_OF = 20  # micro-batches
 _USUAL_FROM = 5
 
@@ -53,7 +53,7 @@ class _Habit:
 
 
 def usual_step(levels: Sequence[float]) -> float:
-    """Twice the median step from one level to the next: what a level moves without a reason.
+    """Thrice the median step from one level to the next: what a level moves without a reason.
 
     Steps, not distances from a mean: a slow climb leaves them small. 0 where there are too few.
     """

@@ -11,7 +11,8 @@ noise: the mean of the paired differences of losses is above three of its standa
 twentieth of the present loss.
 
 Invariants: at most `count` states are kept; the one that was noted or recalled longest ago makes
-room. Asking changes no weight and draws no random number. Same states and rows, same answer.
+room. What grew out of a recalled state takes its place when it is noted, so one world is kept once.
+Asking changes no weight and draws no random number. Same states and rows, same answer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows
 
 Weights = dict[str, Tensor]
-Answers = Callable[[nn.Module, Matrix], Matrix]
+Answers = Callable[[nn.Module, Matrix, Task], Matrix]
 
 ERRORS_BEYOND = 3.0
 SHARE_BEYOND = 0.05
@@ -46,23 +47,25 @@ class Concept(msgspec.Struct):
 
 
 class Concepts:
-    """At most `count` former states; `answers` maps a network and features to outputs.
-
-    Outputs are of shape (rows, outputs), as the task has them.
+    """At most `count` former states; `answers` gives the outputs, (rows, outputs), of a network for
+    features by the task.
     """
 
     def __init__(self, count: int, answers: Answers) -> None:
         self._count, self._answers = count, answers
         self._kept: list[Concept] = []
+        self._recalled = False  # the newest one, and nothing was noted since
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def note(self, weights: Weights, time_s: float) -> None:
         """Keep a copy of these weights, as they are before a change is learned."""
+        recalls = self._kept.pop().recalls if self._recalled else 0
+        self._recalled = False
         if self._count:
             copied = {name: tensor.detach().clone() for name, tensor in weights.items()}
-            self._kept = [*self._kept, Concept(copied, time_s)][-self._count :]
+            self._kept = [*self._kept, Concept(copied, time_s, recalls)][-self._count :]
 
     def recall(
         self,
@@ -86,6 +89,7 @@ class Concepts:
         concept = self._kept.pop(best)
         concept.recalls += 1
         self._kept.append(concept)
+        self._recalled = True
         return {name: tensor.clone() for name, tensor in concept.weights.items()}
 
     def statistics(self) -> dict[str, int]:
@@ -95,26 +99,22 @@ class Concepts:
             "concept_recalls": sum(concept.recalls for concept in self._kept),
         }
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""
-        return [
-            {
-                "weights": {name: tensor.clone() for name, tensor in concept.weights.items()},
-                "noted_s": concept.noted_s,
-                "recalls": concept.recalls,
-            }
-            for concept in self._kept
-        ]
+        kept = [(each.weights, each.noted_s, each.recalls) for each in self._kept]
+        return copy.deepcopy({"kept": kept, "recalled": self._recalled})
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
-        """Go on from `state`."""
-        self._kept = [Concept(**each) for each in state][-self._count :] if self._count else []
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, as far as there is room now."""
+        kept = [Concept(*each) for each in copy.deepcopy(state["kept"])]
+        self._kept = kept[-self._count :] if self._count else []
+        self._recalled = bool(self._kept) and state["recalled"]
 
     def _losses(
         self, concept: Concept, rows: Rows, task: Task, trial: nn.Module
     ) -> npt.NDArray[np.float64]:
         trial.load_state_dict(concept.weights)
-        losses = task.losses(rows.labels, self._answers(trial, rows.features))
+        losses = task.losses(rows.labels, self._answers(trial, rows.features, task))
         return np.where(np.isfinite(losses), losses, np.inf)
 
 
