@@ -31,7 +31,8 @@ from edge_runtime.wire.messages import FeatureSketch, PredictionRecord
 
 EVERY_S = 60.0
 ROWS_MIN = 500
-RECORDS_MAX = 64
+RECORDS_MAX = 32
+FOLD_ROWS = 256
 READ_BYTES_MAX = 1 << 18
 SPECS_MAX = 8
 
@@ -58,7 +59,7 @@ class Sketcher:
         if now_s < self._due_s:
             return []
         self._due_s = now_s + EVERY_S
-        full = [key for key, each in self._open.items() if each.histograms.rows >= ROWS_MIN]
+        full = [key for key, each in self._open.items() if each.rows >= ROWS_MIN]
         self._counts["sketches"] += len(full)
         return [self._open.pop(key).sketch(*key) for key in full]
 
@@ -101,20 +102,33 @@ class Sketcher:
 
 
 class _Open:
-    """The histogram of a spec in the making."""
+    """The histogram of a spec in the making; rows wait to be counted together, which is cheaper."""
 
     def __init__(self, spec: Spec) -> None:
-        self.histograms = Histograms(spec.columns)
+        self._histograms = Histograms(spec.columns)
+        self._waiting: list[bytes] = []
         self._until_s = -math.inf
 
+    @property
+    def rows(self) -> int:
+        return self._histograms.rows + len(self._waiting)
+
     def add(self, records: list[PredictionRecord]) -> None:
-        joined = b"".join(record.features for record in records)
-        self.histograms.add(np.frombuffer(joined, "<f4").reshape(len(records), -1))
+        self._waiting += [record.features for record in records]
         self._until_s = max(self._until_s, *(record.time_s for record in records))
+        if len(self._waiting) >= FOLD_ROWS:
+            self._fold()
 
     def sketch(self, family: str, spec: str) -> FeatureSketch:
-        columns = self.histograms.sketches()
-        return FeatureSketch(family, spec, self.histograms.rows, self._until_s, columns)
+        self._fold()
+        columns = self._histograms.sketches()
+        return FeatureSketch(family, spec, self._histograms.rows, self._until_s, columns)
+
+    def _fold(self) -> None:
+        count, joined = len(self._waiting), b"".join(self._waiting)
+        self._waiting = []
+        if count:
+            self._histograms.add(np.frombuffer(joined, "<f4").reshape(count, -1))
 
 
 def _prediction(data: bytes) -> PredictionRecord | None:

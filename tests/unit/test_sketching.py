@@ -104,14 +104,14 @@ def device(tmp_path, write_package):
 
 
 def test_a_sketch_comes_once_a_minute_of_rows_enough_and_is_told_once(device):
-    for _ in range(10):
+    for _ in range(20):
         device.ask(RECORDS_MAX)
         assert device.look() == []
     device.clock.advance(EVERY_S)
     [sketch] = device.look()
 
-    assert (sketch.family, sketch.rows) == ("toy", 10 * RECORDS_MAX)
-    assert sketch.until_s == 1.36e9 + 10 * RECORDS_MAX - 1
+    assert (sketch.family, sketch.rows) == ("toy", 20 * RECORDS_MAX)
+    assert sketch.until_s == 1.36e9 + 20 * RECORDS_MAX - 1
     columns = {each.name: counts_of(each, sketch.rows) for each in sketch.columns}
     distances = np.array([row[1] for row in device.asked], "f4")
     buckets, counts = np.unique(buckets_of(distances, NUMBER), return_counts=True)
@@ -135,19 +135,19 @@ def test_too_few_rows_wait_for_more(device):
 
 
 def test_a_flood_costs_no_more_than_a_look_may(device):
-    device.ask(10 * RECORDS_MAX)
+    device.ask(20 * RECORDS_MAX)
     device.look()
 
     assert device.runtime.sketcher.statistics()["sketched_rows"] == RECORDS_MAX
 
 
-def test_a_report_grows_by_the_bytes_of_its_sketch_and_by_one_without(device):
-    for _ in range(16):
+def test_a_sketch_takes_a_few_bytes_for_each_bucket(device):
+    for _ in range(32):
         device.ask(RECORDS_MAX, spread=3.7)
         device.look()
     device.clock.advance(EVERY_S)
     [sketch] = device.look()
 
-    size = len(codec.encode(sketch))
-    print(f"{size} bytes for {len(sketch.columns)} columns of {sketch.rows} rows")
-    assert size < 150 * len(sketch.columns)
+    size, buckets = len(codec.encode(sketch)), sum(len(each.counts) for each in sketch.columns)
+    print(f"{size} bytes for {buckets} buckets of {len(sketch.columns)} columns")
+    assert size < 60 + sum(len(each.name) + 8 for each in sketch.columns) + 4 * buckets
