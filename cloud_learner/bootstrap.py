@@ -84,7 +84,7 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
 def labelled_rows(family: Family, data: Path) -> tuple[Rows, float]:
     """All predicting rows with a label, their features by one engine a device; the last time."""
     features, labels, newest_s = [], [], 0.0
-    rows = read_rows(data, family.interface)
+    rows = read_rows(data, family.interface, task=family.config.task)
     for row, vector in featured(rows, family.interface, family.spec):
         if vector is not None:
             features.append(vector)
