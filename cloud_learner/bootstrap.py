@@ -59,6 +59,8 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     if len(rows) < ROWS_MIN:
         raise ConfigError("too_few_rows", f"{data} has {len(rows)} labelled rows of {ROWS_MIN}")
     tell(f"{len(rows):,} labelled rows from {data.name}, features by the device's engine")
+    if constants := family.constants(rows.features):
+        tell(f"never change, so nothing is learned from them: {', '.join(constants)}")
     learned, static = _split(rows, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(learned)
