@@ -47,8 +47,6 @@ def _broken_rules(config: FamilyConfig) -> Iterator[tuple[str, str]]:
             yield f"events.{name}.fields.{field}: is a column of every data file", "rename it"
     if learning.device_cap > learning.batch_size:
         yield "learning.device_cap is larger than learning.batch_size", EXAMPLE
-    if not (learning.fast.on or learning.stable.on or learning.scratch.on):
-        yield "learning: fast, stable and scratch are all off", "one of them has to learn"
     if label.policy == "weighted" and not 0 < label.early_s < label.window_s:
         hint = "label.policy = 'weighted' learns labels that come within early_s"
         yield f"label.early_s: {label.early_s} is not between 0 and label.window_s", hint
@@ -58,13 +56,19 @@ def _broken_rules(config: FamilyConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unknown_fields(config: FamilyConfig) -> Iterator[tuple[str, str]]:
-    """Keys that name a field which some predicting kind does not have."""
-    named = [("gates.slices", name) for name in config.gates.slices]
-    named += [("task.group", config.task.group)] if config.task.group else []
-    for key, field in named:
-        for kind, declared in config.events.items():
-            if declared.predicts and field not in declared.fields:
-                yield f"{key}: {field!r} is no field of {kind}", nearest(field, declared.fields)
+    """Slices are of some kind that predicts; what rankings compete in is of each of them."""
+    asking = {name: kind.fields for name, kind in config.events.items() if kind.predicts}
+    fields = [field for declared in asking.values() for field in declared]
+    for field in config.gates.slices:
+        if field not in fields:
+            yield (
+                f"gates.slices: {field!r} is no field of {', '.join(asking)}",
+                nearest(field, fields),
+            )
+    group = config.task.group
+    for kind, declared in asking.items():
+        if group and group not in declared:
+            yield f"task.group: {group!r} is no field of {kind}", nearest(group, declared)
 
 
 def read_specs(path: Path, problems: Problems) -> list[Spec]:

@@ -93,7 +93,7 @@ def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path
         (
             "window_rows = 100\n\n[learning.stable]",
             "on = false\n\n[learning.stable]\non = false",
-            "learning: fast, stable and scratch",
+            "learning: learning.fast.on and learning.stable.on",
         ),
         ('x = "float"', 'x = "float", label = "int"', "events.asked.fields.label"),
         ('y = "float"', 'y = "real"', "events.seen.fields.y"),
