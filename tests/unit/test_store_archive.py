@@ -40,6 +40,8 @@ def example(seq, time_s=10.0, **other):
         fields={"carrier": "UA", "distance": 1400},
         final=False,
         revision=3,
+        weight=2.5,
+        early=True,
     )
     return msgspec.structs.replace(plain, **other)
 
@@ -81,6 +83,8 @@ def test_an_example_comes_back_whole(tmp_path):
         "kind": "scheduled",
         "final": False,
         "revision": 3,
+        "weight": 2.5,
+        "early": True,
         "time": datetime(1970, 1, 1, 0, 0, 10),  # noqa: DTZ001 - Parquet's is without a zone
     }
 
