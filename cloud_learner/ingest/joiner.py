@@ -118,6 +118,7 @@ class Joiner:
         late = self._attaching.take(self._settling.advance(now_s), wall_s)
         self._settling.settle(self._attaching.touched, wall_s, now_s)
         self._attaching.take_late(late)
+        self._settling.forget()
         examples = self._releases.finish()
         self._waiting.finish()
         return examples

@@ -89,6 +89,9 @@ class Settling:
         for run in sorted(runs):
             own_s = self._clock.of(id_of(run)[0], now_s) - self._window_s
             self._settle_run(run, own_s, wall_s)
+
+    def forget(self) -> None:
+        """Forget what settled long ago; after the labels that may still speak of it."""
         old = self._waiting.take(FORGET, self.mature_s - self._keep_s, self._at_once)
         self.is_behind |= not old.is_all
         for run, last in old.runs.items():
