@@ -40,7 +40,7 @@ from cloud_learner.store.ingest_state import (
 )
 from cloud_learner.store.rocks import Transaction
 from cloud_learner.store.runs import SETTLE, LabelNumber, Waiting
-from edge_runtime.wire.messages import LabelRecord, PredictionRecord, Record
+from edge_runtime.wire.messages import LabelRecord, Mark, PredictionRecord, Record
 
 __all__ = ["Joiner", "Portion", "Rules"]
 
@@ -123,6 +123,12 @@ class Joiner:
         self._waiting.finish()
         return examples
 
+    def hear(self, device: str, marks: Iterable[Mark], now_s: float) -> None:
+        """A device said where its lanes end, and the accounts know: its labels may be under way."""
+        for mark in marks:
+            if mark.event_class == "label":
+                self._note_labels(device, mark.epoch, now_s)
+
     @property
     def clock_s(self) -> float:
         """The event time up to which everything that is due is released."""
@@ -173,7 +179,8 @@ class Joiner:
         device, epoch, event_class = lane
         account = self._accounts[lane]
         self.clock.hear(device, event_class, account.newest_s, now_s)
-        if event_class != "event":
+        if event_class == "label":
+            self._note_labels(device, epoch, now_s)
             return
         for key, labels in self._early.passed((device, epoch), account.seq):
             for at, label in enumerate(labels):
@@ -182,6 +189,12 @@ class Joiner:
                     self.counters["labels_unknown"] += 1
                 else:
                     self._attaching.hear(key, data, label, (0, at))
+
+    def _note_labels(self, device: str, epoch: int, now_s: float) -> None:
+        account = self._accounts.get((device, epoch, "label"))
+        if account is not None:
+            is_under_way = account.durable > account.seq
+            self.clock.note(device, epoch, now_s, is_under_way=is_under_way)
 
     def _label(self, portions: list[Portion]) -> None:
         """Labels, all of a commit at once: one look at what they speak of, in the order of keys."""

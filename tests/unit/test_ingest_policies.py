@@ -23,6 +23,7 @@ from edge_runtime.wire.messages import (
     WIRE_VERSION,
     Envelope,
     LabelRecord,
+    Mark,
     ObservationRecord,
     PredictionRecord,
     Record,
@@ -284,6 +285,20 @@ def test_a_label_for_what_expired_is_late_under_every_policy():
             stage.commit(label(1, 50.0), *beat(210.0))
             assert (stage.count("expired"), stage.count("labels_late")) == (1, 1), policy
             assert stage.examples == []
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_predictions_wait_for_labels_that_their_device_says_are_under_way(is_told):
+    with staged() as stage:
+        stage.commit(*beat(0.0))
+        stage.accounts["A", 1, "label"].durable = 2 if is_told else 0
+        stage.joiner.hear("A", [Mark(1, "label", 2)], 0.0)
+        for at in range(1, 30):  # a backlog drains: the events come, a label is held up
+            stage.commit(predict(10.0 * at))
+        stage.restart()
+        stage.commit(label(2, 15.0), *beat(1000.0))
+        assert stage.count("labels_late") == (0 if is_told else 1)
+        assert [each.time_s for each in stage.examples] == ([10.0] if is_told else [])
 
 
 delays = st.sampled_from([0.0, 1.0, 10.0, 50.0, 99.0, 100.0, 101.0, 149.0, 151.0])
