@@ -9,11 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloud_learner.ingest.accounting import Accounting
 from cloud_learner.ingest.guard import WAITING_BATCHES, Batcher, all_fine, refusal
+from cloud_learner.ingest.opening import Incoming, opened
 from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Certificate, Example
 from edge_runtime.errors import ConfigError
-from edge_runtime.wire.messages import LabelRecord, ObservationRecord, PredictionRecord, Scored
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import (
+    WIRE_VERSION,
+    Envelope,
+    LabelRecord,
+    ObservationRecord,
+    PredictionRecord,
+    Scored,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -111,6 +121,18 @@ def test_a_label_that_is_none_of_its_familys_task_is_refused(family, value, reas
     good = [label(family=name, value=0.0) for name in TASKS]
     for labels in ([record], [record] * 3, [*good, record, *good]):
         assert all_fine(labels, "label", {}, TASKS) == (reason == "")
+
+
+def test_a_refused_label_is_quarantined_by_name_and_the_account_stays_exact():
+    records = [label(family="binary", value=value) for value in (1.0, 2.0, 0.0)]
+    raws = [msgspec.Raw(codec.encode(record)) for record in records]
+    sent = codec.encode(Envelope(WIRE_VERSION, "A", 7, "label", 1, raws))
+    arrival = opened(Incoming("hw.ev.A.label", sent, 0.0, None), {}, TASKS)
+    assert {at: each.reason for at, each in arrival.what.refused.items()} == {1: "bad_label"}
+    accounting = Accounting({})
+    accounting.enter(arrival.lane, 0, "", arrival.what.records, 0)
+    account = accounting.accounts[arrival.lane]
+    assert (account.seq, account.archived, account.quarantined) == (3, 2, 1)
 
 
 def example(device, seq, time_s=None, *, early=False):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud_learner.ingest.early import EARLY_OF_ONE_MAX
 from cloud_learner.ingest.joiner import Joiner, Portion, Rules
 from cloud_learner.ingest.shares import MEMORY, Shares
 from cloud_learner.stats.tasks import Task
@@ -287,6 +288,18 @@ def test_a_label_for_what_expired_is_late_under_every_policy():
             assert stage.examples == []
 
 
+def test_of_many_labels_that_overtook_their_prediction_the_first_and_what_stands_are_kept(weighted):
+    said = [label(1, 11.0 + at, 1.0, final=False) for at in range(2 * EARLY_OF_ONE_MAX)]
+    weighted.commit(label(1, 10.0, 0.0, final=False), *said, label(1, 99.0, 0.0))
+    weighted.restart()
+    weighted.commit(predict(10.0), *beat(200.0))
+    assert [(each.early, each.label_time_s) for each in weighted.examples] == [
+        (True, 10.0),
+        (False, 99.0),
+    ]
+    assert weighted.joiner.waiting()["labels_waiting"] == 1  # of the beat, which speaks of nothing
+
+
 @pytest.mark.parametrize("is_told", [True, False])
 def test_predictions_wait_for_labels_that_their_device_says_are_under_way(is_told):
     with staged() as stage:
@@ -383,7 +396,7 @@ def plain(each):
 
 
 @pytest.mark.parametrize("policy", ["mature", "arrival", "weighted"])
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(data=st.data(), history=histories)
 def test_the_same_records_in_any_portions_give_the_same_examples(policy, data, history):
     rules = {"policy": policy, "amend_s": 50.0, "early_s": EARLY_S, "awaited": ("A", "B")}
