@@ -110,7 +110,9 @@ def arm_of(policy: Policy, family: Family, stream: Stream, warm: Index) -> Arm:
 class Incremental:
     """The production cycle; `teacher` answers as the replicas do that the student learns from."""
 
-    def __init__(self, family: Family, stream: Stream, warm: Index, logged: Family | None = None):
+    def __init__(
+        self, family: Family, stream: Stream, warm: Index, logged: Family | None = None
+    ) -> None:
         """`logged` is the family whose features the stream has, where `family` knows only some."""
         spec = (logged or family).spec
         self._columns = [spec.names.index(name) for name in family.spec.names]
@@ -180,9 +182,7 @@ class _Single(_Alone):
         with self._torch_random.used():
             self._replicas.pretrain(self._warm, learning.bootstrap_passes, self._random)
         self._cpu_s = time.thread_time() - started_s
-        self._taught = (
-            self._replicas.learn_fast if kind == "fast" else self._replicas.learn_stable
-        )
+        self._taught = self._replicas.learn_fast if kind == "fast" else self._replicas.learn_stable
 
     def learn(self, number: int, cut: Cut) -> None:  # noqa: ARG002 - the interface of arms
         rows, started_s = self._stream.rows_at(self._learnable(cut)), time.thread_time()

@@ -43,7 +43,7 @@ Tell = Callable[[str], None]
 
 
 def freshness(
-    folder: Path, data: Path, options: Options, out: Path, tell: Tell, workers: int = 0
+    folder: Path, data: Path, options: Options, out: Path, *, tell: Tell, workers: int = 0
 ) -> Report:
     """Measure, and write `freshness.csv`, `freshness.json` and `freshness.svg` into `out`.
 
@@ -64,7 +64,9 @@ def freshness(
     jobs = _jobs(family, options)
     steps = sum(len(settings[job.control].cuts) + 1 for job in jobs)
     played = run_all(_play, settings, jobs, steps, workers or workers_for(len(jobs)))
-    report = report_of(family, data, settings, options, played, time.monotonic() - started_s)
+    report = report_of(
+        family, data, settings, options, played=played, wall_s=time.monotonic() - started_s
+    )
     _write(report, out)
     return report
 
@@ -91,9 +93,7 @@ def setting_of(family: Family, asked: Asked, options: Options) -> Setting:
     )
 
 
-def _check(
-    options: Options, start_s: float, cuts: list[Cut], warm: Index, truth: Truth
-) -> None:
+def _check(options: Options, start_s: float, cuts: list[Cut], warm: Index, truth: Truth) -> None:
     if len(warm) < ROWS_MIN or len(truth) < ROWS_MIN or not cuts:
         raise ConfigError(
             "too_few_rows",

@@ -113,6 +113,7 @@ def report_of(
     data: Path,
     settings: dict[bool, Setting],
     options: Options,
+    *,
     played: Sequence[Played],
     wall_s: float,
 ) -> Report:
@@ -194,9 +195,7 @@ class _Lines:
             line
             for model in (STATIC, STUDENT, TEACHER)
             for each in played
-            if each.job.policy.kind == "incremental"
-            and each.job.seed == 0
-            and model in each.models
+            if each.job.policy.kind == "incremental" and each.job.seed == 0 and model in each.models
             for line in self._of([each], model)
         ]
 

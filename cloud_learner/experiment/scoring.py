@@ -68,7 +68,7 @@ class Truth(msgspec.Struct, frozen=True):
 
     def day_losses(self, losses: Floats) -> Floats:
         """Sums of the losses of each day."""
-        return np.bincount(self.days, losses)
+        return np.bincount(self.days, losses).astype(np.float64)
 
     def measures(self, outputs: Matrix) -> Measures:
         """How good `outputs` (rows, outputs) are."""

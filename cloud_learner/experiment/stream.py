@@ -194,27 +194,27 @@ def read_asked(family: Family, data: Path) -> Asked:
             groups.append(row.fields.get(group, ""))
     devices, times_s, known, labels = zip(*found, strict=True) if found else ((), (), (), ())
     features = np.stack(vectors) if vectors else np.zeros((0, family.spec.size), np.float32)
-    known_s = np.array(known, np.float64)
-    end_s = max(end_s, np.nanmax(known_s)) if np.isfinite(known_s).any() else end_s
+    all_known_s = np.array(known, np.float64)
+    end_s = max([end_s, *(each for each in known if not math.isnan(each))])
     return Asked(
         list(devices),
         np.array(times_s, np.float64),
-        known_s,
+        all_known_s,
         features,
         np.array(labels, np.float32),
         groups,
         start_s,
-        float(end_s),
+        end_s,
     )
 
 
-def streamed(family: Family, asked: Asked) -> Stream:
+def streamed(family: Family, asked: Asked, *, at_once: int = AT_ONCE) -> Stream:
     """What the joiner releases of `asked`, under the label policy of the family."""
     config = family.config
     with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
         joining = _Joining(config, asked, family.spec.hash, Path(folder))
         try:
-            found = list(joining.released())
+            found = list(joining.released(at_once))
         finally:
             joining.close()
     rows, released_s, known_s, labels, weights, early = (
@@ -268,11 +268,11 @@ class _Joining:
     def close(self) -> None:
         self._db.close()
 
-    def released(self) -> Iterator[tuple[int, float, float, float, float, bool]]:
+    def released(self, at_once: int) -> Iterator[tuple[int, float, float, float, float, bool]]:
         """Row, time of release, time of the label, label, weight, and whether it is early."""
         times_s = self._asked.times_s
-        for first in range(0, len(times_s), AT_ONCE):
-            rows = range(first, min(first + AT_ONCE, len(times_s)))
+        for first in range(0, len(times_s), at_once):
+            rows = range(first, min(first + at_once, len(times_s)))
             yield from self._commit(rows, float(times_s[rows[-1]]))
         yield from self._commit(range(0), self._asked.end_s)
 
@@ -296,9 +296,7 @@ class _Joining:
     def _entry(self, example: Example) -> tuple[int, float, float, float, float, bool]:
         row = self._rows[example.device][example.seq - 1]
         known_s = example.label_time_s
-        when_s = released_s(
-            self._config.label, example.time_s, known_s, early=example.early
-        )
+        when_s = released_s(self._config.label, example.time_s, known_s, early=example.early)
         return row, when_s, known_s, example.label, example.weight, example.early
 
     def _predictions(self, rows: range) -> Iterator[Portion]:
@@ -308,8 +306,9 @@ class _Joining:
         for row in rows:
             device, features = asked.devices[row], asked.features[row].astype("<f4").tobytes()
             time_s = float(asked.times_s[row])
-            what = (config.name, kind, time_s, {}, self._spec, features, 1.0, _NOBODY)
-            records[device].append(PredictionRecord(*what))
+            records[device].append(
+                PredictionRecord(config.name, kind, time_s, {}, self._spec, features, 1.0, _NOBODY)
+            )
         for device, some in records.items():
             yield self._portion((device, _EPOCH, "event"), some)
 

@@ -81,7 +81,10 @@ class AtCadence(msgspec.Struct, frozen=True):
 
 
 class Played(msgspec.Struct, frozen=True):
-    """A finished trajectory: by model, what each cadence came to; bytes of the int8 package."""
+    """A finished trajectory: by model, what each cadence came to.
+
+    `package_bytes` are those of the int8 package, whose size no training changes: of the control.
+    """
 
     job: Job
     models: dict[str, list[AtCadence]]
@@ -113,7 +116,7 @@ def play(setting: Setting, job: Job, tick: Tick) -> Played:
     return Played(
         job,
         {name: [*sheet.results(costs)] for name, sheet in sheets.items()},
-        len(arm.cycle.candidate().package) if isinstance(arm, Incremental) else 0,
+        len(arm.cycle.candidate().package) if job.control and isinstance(arm, Incremental) else 0,
         arm.failed if isinstance(arm, Incremental) else 0,
     )
 
@@ -157,9 +160,7 @@ class _Sheet:
     Versions only rise with time, so those that one answers for a cadence are rows in a row.
     """
 
-    def __init__(
-        self, setting: Setting, truth: Truth, answers: Callable[[Matrix], Matrix]
-    ) -> None:
+    def __init__(self, setting: Setting, truth: Truth, answers: Callable[[Matrix], Matrix]) -> None:
         self._truth, self._ask = truth, answers
         self._phases = [len(cadence.phases(setting.offsets)) for cadence in setting.cadences]
         self._versions = [

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -152,7 +153,7 @@ def is_none(worse: Interval) -> bool:
 
 def steps_of(lines: Sequence[Line], days: float) -> Iterator[Step]:
     """From each cadence to the next faster one; `days` is how long the scored stream is."""
-    for slower, faster in zip(lines, lines[1:], strict=False):
+    for slower, faster in pairwise(lines):
         change = faster.over_slower
         assert change is not None, "the slowest comes first"
         gain = -100 * change.mean / slower.loss
