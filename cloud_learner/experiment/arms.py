@@ -24,8 +24,9 @@ import numpy as np
 
 from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.experiment.asked import Index
 from cloud_learner.experiment.cadence import span_s
-from cloud_learner.experiment.stream import Cut, Index, Stream
+from cloud_learner.experiment.stream import Cut, Stream
 from cloud_learner.experiment.worlds import REFERENCE_ROWS
 from cloud_learner.train import checkpoint
 from cloud_learner.train.dataset import Matrix, Rows
@@ -165,7 +166,8 @@ class _Alone:
             [
                 position
                 for position in cut.positions
-                if not stream.released.early[position] and not is_held_out(stream.example(position))
+                if not stream.released.early[position]
+                and not is_held_out(stream.example(position), group=stream.group)
             ],
             np.intp,
         )

@@ -26,10 +26,11 @@ import msgspec
 
 from cloud_learner.console.freshness_figure import freshness_figure
 from cloud_learner.experiment.arms import Policy
+from cloud_learner.experiment.asked import Asked, Index, read_asked
 from cloud_learner.experiment.pool import run_all, workers_for
 from cloud_learner.experiment.report import Options, Report, as_csv, report_of
 from cloud_learner.experiment.scoring import Truth, later, truth_of
-from cloud_learner.experiment.stream import Asked, Cut, Index, read_asked, streamed
+from cloud_learner.experiment.stream import Cut, streamed
 from cloud_learner.experiment.trajectory import Job, Played, Setting, play, static_names
 from cloud_learner.train.family import Family
 from edge_runtime.errors import CapacityError, ConfigError

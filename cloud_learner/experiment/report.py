@@ -130,7 +130,7 @@ def report_of(
         "persistence": persistence(truth, asked, known),
     }
     package_bytes = max(each.package_bytes for each in played)
-    make = _Lines(setting, package_bytes, baselines["persistence"].accuracy)
+    make = _Lines(setting, package_bytes, baselines["persistence"])
     lines = [make.pooled(real, policy) for policy in options.policies]
     days = (float(truth.times_s[-1]) - setting.start_s) / DAY_S
     steps = [step for some in lines for step in steps_of(some, days)]
@@ -140,20 +140,8 @@ def report_of(
         data=data.name,
         data_sha256=_sha256([data]),
         family_sha256=_sha256(path for path in family.folder.iterdir() if path.is_file()),
-        code={
-            "version": metadata.version("headwater"),
-            "sha256": _sha256(
-                path
-                for package in ("cloud_learner", "edge_runtime")
-                for path in (_ROOT / package).rglob("*.py")
-            ),
-        },
-        machine={
-            "system": platform.platform(),
-            "processors": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "onnxruntime")},
-        },
+        code=_code(),
+        machine=_machine(),
         measure=truth.task.measure,
         predictions=len(asked),
         warm_up_examples=len(setting.warm),
@@ -181,7 +169,7 @@ def report_of(
 class _Lines:
     """Makes the lines of trajectories that share a setting."""
 
-    def __init__(self, setting: Setting, package_bytes: int, persisting: float) -> None:
+    def __init__(self, setting: Setting, package_bytes: int, persisting: Measures) -> None:
         self._setting, self._bytes, self._persisting = setting, package_bytes, persisting
 
     def pooled(self, played: Sequence[Played], policy: Policy) -> list[Line]:
@@ -249,6 +237,22 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.9g}" if math.isfinite(value) else ""
     return str(value)
+
+
+def _code() -> dict[str, str]:
+    packages = (_ROOT / name for name in ("cloud_learner", "edge_runtime"))
+    sources = (path for package in packages for path in package.rglob("*.py"))
+    return {"version": metadata.version("headwater"), "sha256": _sha256(sources)}
+
+
+def _machine() -> dict[str, Any]:
+    libraries = {name: metadata.version(name) for name in ("torch", "numpy", "onnxruntime")}
+    return {
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        **libraries,
+    }
 
 
 def _sha256(paths: Iterable[Path]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from cloud_learner.experiment.stream import Asked, Floats, Index
+from cloud_learner.experiment.asked import Asked, Floats, Index
 from cloud_learner.stats.tasks import Groups, Matrix, Task
 from cloud_learner.train.dataset import groups_of
 
@@ -147,9 +147,16 @@ def persistence(truth: Truth, asked: Asked, known: Matrix) -> Measures:
     return found
 
 
-def kappa(accuracy: float, persisting: float) -> float:
-    """Kappa over persistence: what part of its errors is gone. NaN where it makes none."""
-    return (accuracy - persisting) / (1 - persisting) if persisting < 1 else math.nan
+def kappa(found: Measures, persisting: Measures) -> float:
+    """Kappa over persistence: what part of its errors is gone; of regression, of squared ones.
+
+    NaN where persistence makes none.
+    """
+    if math.isnan(found.accuracy):
+        return 1 - found.loss / persisting.loss if persisting.loss else math.nan
+    if persisting.accuracy == 1:
+        return math.nan
+    return (found.accuracy - persisting.accuracy) / (1 - persisting.accuracy)
 
 
 def _labels_before(asked: Asked) -> Iterator[float]:

@@ -7,9 +7,9 @@ Time is that of the file: whatever happened before a moment, every device has to
 example is released at the event time at which the joint clock passes what its label policy waits
 for; a micro-batch with the example that completes it.
 
-Invariants: the same file gives the same arrays; how much goes through the joiner at once changes
-nothing. Features are those of prediction time. Nothing is kept on disk. Rows, of `Asked`, are
-predictions in the order of the file; positions, of `Released`, are examples in order of release.
+Invariants: the same predictions give the same arrays; how much goes through the joiner at once
+changes nothing. Nothing is kept on disk. Rows are predictions in the order of the file; positions
+are examples in order of release.
 
 Knows nothing about learning or scoring.
 """
@@ -17,7 +17,6 @@ Knows nothing about learning or scoring.
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,8 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cloud_learner.experiment.features import featured
-from cloud_learner.experiment.replay import read_rows
+from cloud_learner.experiment.asked import Asked, Floats, Index
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.joiner import Joiner, Portion, Rules
 from cloud_learner.store.examples import Batch, Example
@@ -44,49 +42,11 @@ from edge_runtime.wire.messages import (
     LabelRecord,
     PredictionRecord,
     Scored,
-    Value,
 )
 
 AT_ONCE = 5000  # rows that one commit takes in
 _EPOCH = 1
 _NOBODY = [Scored("", "stable", [0.0])]  # a record must have been scored; by whom is nothing here
-
-Floats = npt.NDArray[np.float64]
-Index = npt.NDArray[np.intp]
-
-
-class Asked(msgspec.Struct, frozen=True):
-    """All predictions of a file; arrays share the first dimension.
-
-    `labels` and `known_s` are NaN where the outcome never became known; `groups` are empty unless
-    the task ranks. `start_s` and `end_s` are the times of the first and the last that is known.
-    """
-
-    devices: list[str]
-    times_s: Floats
-    known_s: Floats
-    features: Matrix
-    labels: Matrix
-    groups: list[Value]
-    start_s: float
-    end_s: float
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def shuffled(self, seed: int) -> Asked:
-        """The same outcomes with their features, each at the time of another prediction.
-
-        What an answer depends on is then alike at all times. A label takes as long as it did.
-        """
-        order = np.random.default_rng(seed).permutation(len(self))
-        return msgspec.structs.replace(
-            self,
-            known_s=self.times_s + (self.known_s - self.times_s)[order],
-            features=self.features[order],
-            labels=self.labels[order],
-            groups=[self.groups[at] for at in order] if self.groups else [],
-        )
 
 
 class Released(msgspec.Struct, frozen=True):
@@ -172,40 +132,6 @@ class Stream(msgspec.Struct, frozen=True):
             weight=float(released.weights[position]),
             early=bool(released.early[position]),
         )
-
-
-def read_asked(family: Family, data: Path) -> Asked:
-    """All predictions of the file with their features. Raises: ConfigError, RequestError."""
-    group, interface = family.config.task.group, family.interface
-    found, groups, vectors = [], [], []
-    start_s = end_s = math.nan
-    for row, vector in featured(
-        read_rows(data, interface), interface, family.spec, unlabelled=True
-    ):
-        start_s = row.time_s if math.isnan(start_s) else start_s
-        end_s = row.time_s
-        if vector is None:
-            continue
-        known_s = math.nan if row.label_time_s is None else row.label_time_s
-        label = math.nan if row.label is None else row.label
-        found.append((sys.intern(row.device), row.time_s, known_s, label))
-        vectors.append(vector)
-        if group:
-            groups.append(row.fields.get(group, ""))
-    devices, times_s, known, labels = zip(*found, strict=True) if found else ((), (), (), ())
-    features = np.stack(vectors) if vectors else np.zeros((0, family.spec.size), np.float32)
-    all_known_s = np.array(known, np.float64)
-    end_s = max([end_s, *(each for each in known if not math.isnan(each))])
-    return Asked(
-        list(devices),
-        np.array(times_s, np.float64),
-        all_known_s,
-        features,
-        np.array(labels, np.float32),
-        groups,
-        start_s,
-        end_s,
-    )
 
 
 def streamed(family: Family, asked: Asked, *, at_once: int = AT_ONCE) -> Stream:

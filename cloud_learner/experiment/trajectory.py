@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cloud_learner.experiment.arms import Arm, Incremental, Policy, Spent, arm_of, seeded
+from cloud_learner.experiment.asked import Floats, Index
 from cloud_learner.experiment.cadence import Cadence, Versions
 from cloud_learner.experiment.scoring import Measures, Truth
-from cloud_learner.experiment.stream import Cut, Floats, Index, Stream
+from cloud_learner.experiment.stream import Cut, Stream
 from cloud_learner.stats.tasks import Matrix
 from cloud_learner.train.family import Family
 

@@ -24,9 +24,9 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
+from cloud_learner.experiment.asked import Floats
 from cloud_learner.experiment.cadence import Cadence
 from cloud_learner.experiment.scoring import Measures, Truth, kappa
-from cloud_learner.experiment.stream import Floats
 from cloud_learner.experiment.trajectory import AtCadence, Played
 from cloud_learner.stats.blocks import Interval, interval
 
@@ -88,7 +88,7 @@ def lines_of(
     truth: Truth,
     *,
     package_bytes: int,
-    persisting: float,
+    persisting: Measures,
 ) -> list[Line]:
     """The lines of one policy and model, of all its seeds, from the slowest to the fastest."""
     columns = [[each.models[model][at] for each in played] for at in range(len(cadences))]
@@ -110,7 +110,7 @@ def lines_of(
                 loss_max=max(each.loss for each in measures),
                 quality=mean.quality,
                 accuracy=mean.accuracy,
-                kappa=kappa(mean.accuracy, persisting),
+                kappa=kappa(mean, persisting),
                 calibration=mean.calibration,
                 over_slower=difference(days[at], days[at - 1], truth) if at else None,
                 over_fastest=over_fastest[at] if at < len(cadences) - 1 else None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cloud_learner.experiment.stream import Asked, read_asked, released_s, streamed
+from cloud_learner.experiment.asked import Asked, read_asked
+from cloud_learner.experiment.stream import released_s, streamed
 from cloud_learner.store.examples import Batch
 from cloud_learner.train.declaration import Label
 from cloud_learner.train.family import Family
