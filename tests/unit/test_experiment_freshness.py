@@ -85,7 +85,7 @@ def fixture_compass(tmp_path_factory):
         (folder / f"{name}.toml").write_text(text)
     (folder / "network.py").write_text(NETWORK)
 
-    def write(name, *, days=40, turns=0.4, every_s=HOUR_S / 2):
+    def write(name, *, days=40, turns=0.6, every_s=HOUR_S / 2):
         random = np.random.default_rng(6)
         path = folder.parent / f"{folder.name}-{name}.csv"
         with path.open("w", newline="") as file:
