@@ -29,6 +29,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 78.0, 690.0, 112.0, 392.0
 _BARS_TOP, _BARS_BOTTOM = 462.0, 532.0
 _LANES = {"updates": 562.0, "bytes": 584.0}
 _LABEL_GAP = 38.0
+_KEY_X = 236.0
 _LOOKS = (
     Look("", "", "#0060a8", "none", 3.0),
     Look("", "", "#a84300", "9 4", 2.4),
@@ -71,7 +72,8 @@ def take_away(lines: list[Line]) -> str:
     less = f"{100 * (1 - knee.loss / slowest.loss):.1f} % less error than {spoken(slowest)}"
     if knee is fastest:
         return f"The fresher, the better, up to {spoken(fastest)}: {less}"
-    return f"A new model {spoken(knee)} is enough: {less}, and faster brings nothing"
+    every = spoken(knee)
+    return f"{every[0].upper()}{every[1:]} is enough: {less}; faster is no better"
 
 
 def spoken(line: Line) -> str:
@@ -161,8 +163,12 @@ def _check(report: Report) -> str:
     verdict = "none, as it must be" if report.control_is_clean else "the experiment is NOT sound"
     return (
         f"Check: on the same data at shuffled times, newer data are worth {numbers}: {verdict}."
-        f"  Seeds {len(report.seeds)}, syncs at {report.offsets} offsets."
+        f" {_counted(len(report.seeds), 'seed')}, {_counted(report.offsets, 'offset')}."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _axes(frame: _Frame) -> Iterator[str]:
@@ -172,6 +178,12 @@ def _axes(frame: _Frame) -> Iterator[str]:
         yield stroke("grid", _LEFT, y, _RIGHT, y)
         yield text(_LEFT - 8, y + 4, f"{level:.{digits}f} %", "tick end")
     yield text(24, _TOP - 20, "Error (lower is better)", "name")
+    yield f'<circle cx="{_KEY_X}" cy="{_TOP - 24}" r="7" class="lead"/>'
+    yield text(_KEY_X + 14, _TOP - 20, "slowest that is good enough", "note")
+    yield f'<path class="lead" d="M{_KEY_X + 208} {_TOP - 32}v16m-4 0h8m-8 -16h8"/>'
+    yield text(_KEY_X + 220, _TOP - 20, "95 % interval against the fastest", "note")
+    yield f'<rect x="{_KEY_X + 440}" y="{_TOP - 32}" width="10" height="16" fill="#c9ced5"/>'
+    yield text(_KEY_X + 456, _TOP - 20, "luckiest to unluckiest", "note")
     yield stroke("axis", _LEFT, _BOTTOM, _RIGHT, _BOTTOM)
     for place, line in enumerate(frame.policies[0].lines):
         yield text(frame.x(place), _BOTTOM + 21, spoken(line), "name mid")
@@ -207,12 +219,14 @@ def _errors(frame: _Frame, policy: _Policy) -> Iterator[str]:
 
 
 def _names(frame: _Frame) -> Iterator[str]:
-    """Each policy beside its last point, moved down where they lie close."""
+    """Each policy beside its last point, moved apart where they lie close."""
     ends = sorted((frame.y(policy.lines[-1].loss), policy) for policy in frame.policies)
-    floor = -math.inf
-    for end, policy in ends:
-        y = round(max(end, floor, _TOP + 8), 1)
-        floor = y + _LABEL_GAP
+    heights: list[float] = []
+    for end, _ in ends:
+        heights.append(max(end, heights[-1] + _LABEL_GAP if heights else _TOP + 8))
+    beyond = max(heights[-1] - (_BOTTOM - 16), 0.0)
+    for (end, policy), height in zip(ends, heights, strict=True):
+        y = round(height - beyond, 1)
         x = frame.beside(frame.count - 1, policy, 12)
         knee = next(line for line in policy.lines if line.is_knee)
         yield f'<path class="lead" d="M{x + 6} {end}L{_RIGHT + 12} {y}"/>'
@@ -220,21 +234,17 @@ def _names(frame: _Frame) -> Iterator[str]:
         yield text(_RIGHT + 48, y + 1, policy.name, "name")
         note = f"enough: {spoken(knee)}; {frame.report.measure} {knee.quality:.3f}"
         yield text(_RIGHT + 48, y + 16, note, "note")
-    yield f'<circle cx="{_RIGHT + 26}" cy="{_BOTTOM - 40}" r="8" class="lead"/>'
-    yield text(_RIGHT + 48, _BOTTOM - 36, "slowest that is good enough", "note")
-    yield f'<path class="lead" d="M{_RIGHT + 26} {_BOTTOM - 22}v18m-4 0h8m-8 -18h8"/>'
-    yield text(_RIGHT + 48, _BOTTOM - 9, "95 %, against the fastest", "note")
 
 
 def _costs(frame: _Frame) -> Iterator[str]:
     """Bars for the rows of training, then updates and bytes as numbers."""
     yield text(24, _BARS_TOP - 18, "What it costs", "name")
     yield stroke("axis", _LEFT, _BARS_BOTTOM, _RIGHT, _BARS_BOTTOM)
-    width = min(34.0, 70.0 / len(frame.policies))
+    width = min(30.0, 60.0 / len(frame.policies))
     for policy in frame.policies:
         for place, line in enumerate(policy.lines):
             height = line.sample_passes / frame.passes_max * (_BARS_BOTTOM - _BARS_TOP)
-            x, y = frame.beside(place, policy, width + 4), round(_BARS_BOTTOM - height, 1)
+            x, y = frame.beside(place, policy, width + 14), round(_BARS_BOTTOM - height, 1)
             yield (
                 f'<rect x="{round(x - width / 2, 1)}" y="{y}" width="{width}"'
                 f' height="{round(height, 1)}" fill="{policy.look.colour}"/>'
