@@ -11,7 +11,9 @@ from xml.etree import ElementTree as ET
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from cloud_learner.cli import main
 from cloud_learner.console.freshness_figure import freshness_figure, short, spoken, take_away
 from cloud_learner.console.freshness_table import table
 from cloud_learner.experiment.freshness import freshness
@@ -160,11 +162,13 @@ def test_costs_are_of_what_was_shipped_and_every_pass_counts(found):
 
 
 def test_a_step_has_its_price_where_it_brings_something(found):
-    first, *_, last = [step for step in found.report.steps if step.policy == "incremental"]
+    _, step, last = [step for step in found.report.steps if step.policy == "incremental"]
 
-    assert (first.slower, first.faster, first.is_sure) == ("never", "10d", True)
-    assert first.gain_percent > 5
-    assert first.bytes_per_percent > 0
+    assert (step.slower, step.faster, step.is_sure) == ("10d", "1d", True)
+    assert step.gain_percent > 5
+    by = lines(found.report)
+    more = by["1d"].bytes_shipped - by["10d"].bytes_shipped
+    assert step.bytes_per_percent == pytest.approx(more / found.report.days / step.gain_percent)
     assert (last.slower, last.faster) == ("1d", "12h")
     assert last.is_sure == (last.bytes_per_percent is not None)
 
@@ -307,3 +311,22 @@ def test_what_is_no_policy_is_refused(text):
         options(policy=text)
 
     assert caught.value.code == "bad_policy"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cadence", "1d,7x"], "'7x' is no span of time"),
+        (["--policy", "scratch"], "is no span of time"),
+        (["--seeds", "0"], "0 is not in the range"),
+    ],
+)
+def test_a_wrong_option_is_told_and_is_usage(compass, found, tmp_path, arguments, said):
+    out = tmp_path / "out"
+    given = ["freshness", str(compass.folder), str(found.data), *arguments, "--out", str(out)]
+
+    done = CliRunner().invoke(main, given, catch_exceptions=False)
+
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert not out.exists()
