@@ -5,7 +5,7 @@ Why: a comparison is fair when the arms differ in nothing but what is compared.
 `incremental` is the production cycle with all that the family declares; the student answers.
 `fast` and `stable` are one such replica alone, of the student's network, taught by labels.
 `scratch:SPAN` trains that network anew for each version, on the examples of the last SPAN, with as
-many passes over an example as the schedule of `fast` makes.
+many passes over each as `fast` makes rows of a new one.
 
 Invariants: all arms start from the same warm-up rows and never train on held-out examples; every
 row of every step is counted. Same stream and seed, same bits.
@@ -262,8 +262,8 @@ class _Scratch(_Alone):
 
 
 def passes_per_example(learning: Learning) -> int:
-    """How often the schedule of `fast`, or else of `stable`, sees an example; rounded."""
-    size = learning.batch_size
-    if learning.fast.on:
-        return round(learning.fast.passes * max(learning.fast.window_rows, size) / size)
-    return round(learning.stable.passes * (learning.stable.replay_rows + size) / size)
+    """How many rows `fast`, or else `stable`, is shown for each new one; rounded."""
+    fast, stable = learning.fast, learning.stable
+    if fast.on:
+        return fast.passes * (2 if fast.window_rows else 1)
+    return round(stable.passes * (1 + stable.replay_rows / learning.batch_size))
