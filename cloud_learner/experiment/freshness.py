@@ -12,7 +12,7 @@ any, the experiment is broken.
 Invariants: the same file, family, code and options give the same CSV, byte for byte. Three files
 are written at the end, each with one rename; whatever comes before leaves nothing.
 
-Knows nothing about gates and devices. Method: docs/experiments.md.
+Knows nothing about gates and devices. What the control is, and why: docs/experiments.md.
 """
 
 from __future__ import annotations
