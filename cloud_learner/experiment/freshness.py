@@ -74,10 +74,10 @@ def freshness(
 
 def setting_of(family: Family, asked: Asked, options: Options) -> Setting:
     """The stream of `asked` with all that its trajectories share. Raises: ConfigError."""
-    learning, window_s = family.config.learning, family.config.label.window_s
+    window_s = family.config.label.window_s
     start_s = asked.start_s + WARM_UP * (asked.end_s - asked.start_s)
     stream = streamed(family, asked)
-    cuts = stream.cuts(learning.batch_size, learning.device_cap, start_s)
+    cuts = stream.cuts(family.config, start_s)
     warm = stream.known_before(start_s)
     truth = truth_of(family.config.task, asked, start_s, window_s)
     _check(options, start_s, cuts, warm, truth)

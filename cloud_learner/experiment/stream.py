@@ -33,7 +33,7 @@ from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import Account, Lane
 from cloud_learner.train.dataset import Matrix, Rows, groups_of
-from cloud_learner.train.declaration import FamilyConfig, Label
+from cloud_learner.train.declaration import FamilyConfig
 from cloud_learner.train.family import Family
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import (
@@ -76,9 +76,11 @@ class Stream(msgspec.Struct, frozen=True):
     asked: Asked
     released: Released
 
-    def cuts(self, size: int, cap: int, after_s: float) -> list[Cut]:
+    def cuts(self, config: FamilyConfig, after_s: float) -> list[Cut]:
         """The micro-batches of what is released after `after_s`, by the batcher of ingest."""
-        guard, cuts = Batcher(size, cap), []
+        learning, due_s = config.learning, rules_of(config).released_s
+        guard = Batcher(learning.batch_size, learning.device_cap, learning.batch_s, due_s)
+        cuts = []
         first = int(np.searchsorted(self.released.released_s, after_s, side="right"))
         places: dict[tuple[int, bool], int] = {}
         for position in range(first, len(self.released.rows)):
@@ -157,10 +159,20 @@ def streamed(family: Family, asked: Asked, *, at_once: int = AT_ONCE) -> Stream:
     return Stream(family.name, family.spec.hash, config.task.group, asked, released)
 
 
-def released_s(label: Label, time_s: float, known_s: float, *, early: bool) -> float:
-    """The event time at which the label policy lets an example out."""
-    at_once = label.policy == "arrival" or (label.policy == "weighted" and early)
-    return max(time_s, known_s) if at_once else time_s + label.window_s
+def rules_of(config: FamilyConfig) -> Rules:
+    """The family's label policy, where nobody is waited for: each device has told all by now."""
+    label = config.label
+    return Rules(
+        family=config.name,
+        label_window_s=label.window_s,
+        idle_s=math.inf,
+        expiry=label.expiry,
+        amend_s=label.amend_s,
+        policy=label.policy,
+        early_s=label.early_s,
+        weight_max=label.weight_max,
+        task=config.task,
+    )
 
 
 class _Joining:
@@ -174,14 +186,8 @@ class _Joining:
             for event_class in ("event", "label")
         }
         self._db = IngestDb(folder / "ingest")
-        rules = Rules(
-            family=config.name,
-            label_window_s=config.label.window_s,
-            idle_s=math.inf,
-            expiry=config.label.expiry,
-            amend_s=config.label.amend_s,
-        )
-        self._joiner = Joiner(rules, self._db, self._accounts, -math.inf, 0.0)
+        self._rules = rules_of(config)
+        self._joiner = Joiner(self._rules, self._db, self._accounts, -math.inf, 0.0)
         self._rows: defaultdict[str, list[int]] = defaultdict(list)
         self._seqs: list[int] = []
         for row, device in enumerate(asked.devices):
@@ -222,7 +228,7 @@ class _Joining:
     def _entry(self, example: Example) -> tuple[int, float, float, float, float, bool]:
         row = self._rows[example.device][example.seq - 1]
         known_s = example.label_time_s
-        when_s = released_s(self._config.label, example.time_s, known_s, early=example.early)
+        when_s = self._rules.released_s(example)
         return row, when_s, known_s, example.label, example.weight, example.early
 
     def _predictions(self, rows: range) -> Iterator[Portion]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from cloud_learner.experiment.asked import Asked, read_asked
-from cloud_learner.experiment.stream import released_s, streamed
+from cloud_learner.experiment.stream import streamed
 from cloud_learner.store.examples import Batch
-from cloud_learner.train.declaration import Label
 from cloud_learner.train.family import Family
 
 
@@ -94,7 +94,8 @@ def test_batches_are_cut_by_the_batcher_from_what_comes_after_the_warm_up(family
     some = asked([1.0] * 160, ["a", "a", "a", "b"] * 40)
     stream = streamed(family, some)
 
-    cuts = stream.cuts(size=20, cap=12, after_s=1045.0)
+    learning = msgspec.structs.replace(family.config.learning, batch_size=20, device_cap=12)
+    cuts = stream.cuts(family.learning_otherwise(learning).config, after_s=1045.0)
 
     batch = stream.batch(1, cuts[0])
     assert isinstance(batch, Batch)
@@ -123,16 +124,33 @@ def test_a_shuffle_keeps_each_outcome_with_its_features_and_its_delay():
         assert pair[features[0]] == (label, delay)
 
 
-@pytest.mark.parametrize(
-    ("policy", "early", "expected"),
-    [
-        ("mature", False, 120.0),
-        ("arrival", False, 103.0),
-        ("weighted", True, 103.0),
-        ("weighted", False, 120.0),
-    ],
-)
-def test_an_example_is_due_when_its_label_policy_says(policy, early, expected):
-    label = Label(window_s=20.0, policy=policy, early_s=5.0)
+def with_label(family, **label):
+    """The family with another label policy."""
+    replace = msgspec.structs.replace
+    config = replace(family.config, label=replace(family.config.label, **label))
+    return Family(family.folder, config, family.spec, family._network)
 
-    assert released_s(label, 100.0, 103.0, early=early) == expected
+
+def test_by_arrival_an_example_comes_out_with_its_label(family):
+    some = asked([5, 30, None, 3, 0, *[1] * 60])
+
+    released = streamed(with_label(family, policy="arrival"), some).released
+
+    # Row 1 comes too late for its window; row 3 is known at 1006, after row 4 at 1004.
+    assert released.rows[:4].tolist() == [4, 0, 3, 5]
+    assert (released.released_s == some.known_s[released.rows]).all()
+
+
+def test_by_weight_a_soon_label_comes_out_at_once_and_once_more_mature(family):
+    some = asked([float(at % 15) for at in range(120)])
+
+    released = streamed(with_label(family, policy="weighted", early_s=5.0), some).released
+
+    early = released.rows[released.early]
+    assert sorted(early.tolist()) == [row for row in range(120) if row % 15 <= 5]
+    assert (released.released_s[released.early] == some.known_s[early]).all()
+    mature = released.rows[~released.early]
+    assert mature.tolist() == [row for row in range(120) if some.times_s[row] + 20 < some.end_s]
+    assert (np.diff(released.released_s) >= 0).all()
+    assert (released.weights[~released.early] == 1).all()
+    assert (released.weights[released.early] >= 1).all()
