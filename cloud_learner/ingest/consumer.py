@@ -70,7 +70,7 @@ class Ingest:
         self._bus, self._clock, self._on_commit = bus, clock, on_commit
         self._make_intake = make_intake
         self.intake: Intake | None = make_intake()
-        self.learned = 0
+        self.learned: dict[str, int] = {}
         self.paused = ""
         self.totals = self.intake.accounting.totals()
         self.duplicates: list[str] = []
@@ -170,7 +170,7 @@ class Ingest:
                     await loop.run_in_executor(thread, self._renew)
                 intake = self.intake
                 assert intake is not None
-                work = partial(intake.commit, messages, marks, learned=self.learned)
+                work = partial(intake.commit, messages, marks, learned=dict(self.learned))
                 commit = await loop.run_in_executor(thread, work)
                 break
             except (CapacityError, OSError) as error:
@@ -184,8 +184,8 @@ class Ingest:
     async def _deliver(self, commit: Commit, intake: Intake, thread: ThreadPoolExecutor) -> None:
         if self.paused:  # a commit that failed may have been made true after all
             loop = asyncio.get_running_loop()
-            missed = partial(intake.caught_up, *self._delivered)
-            commit.batches, commit.examples = await loop.run_in_executor(thread, missed)
+            missed = partial(intake.catch_up, commit, self._delivered)
+            await loop.run_in_executor(thread, missed)
         self.paused = ""
         self._delivered = intake.reached
         self._numbers, self.totals = commit.counters, commit.totals

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.store.archive import Archive
@@ -61,8 +61,14 @@ WINDOW_S = 20.0
 def opened(home: Path) -> Intake:
     """An intake over the files in `home`."""
     rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=60.0, expiry="negative")
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(10, 10), clock=ManualClock(), widths={})
+    db, raw, archive = (
+        IngestDb(home / "db", ["fam"]),
+        RawLog(home / "raw"),
+        Archive(home / "archive"),
+    )
+    return Intake(
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+    )
 
 
 def incoming(path: Path) -> list[Incoming]:
@@ -133,7 +139,7 @@ class Story:
         self.accounts = intake.accounting.accounts
         intake.close()
         db = IngestDb(quiet / "db")
-        self.batches = list(db.batches_after(0))
+        self.batches = list(db.batches_after("fam", 0))
         db.close()
         self.raw = [message.data for message in RawLog(quiet / "raw").replay()]
         assert len(self.batches) > 30
@@ -160,7 +166,7 @@ class Story:
         intake = opened(self.home)
         accounts, counters = intake.accounting.accounts, intake.counters() | intake.waiting()
         reached = intake.reached
-        batches = list(intake.batches_after(0))
+        batches = list(intake.batches_after("fam", 0))
         rows = intake.query("SELECT device, epoch, seq FROM examples")
         intake.abandon()
         raw = [message.data for message in RawLog(self.home / "raw").replay()]
@@ -181,7 +187,7 @@ class Story:
         self.check(0)
         intake = opened(self.home)
         assert intake.accounting.accounts == self.accounts, self.seed
-        assert list(intake.batches_after(0)) == self.batches, self.seed
+        assert list(intake.batches_after("fam", 0)) == self.batches, self.seed
         released = intake.reached[1]
         assert intake.counters()["predictions"] == released >= 2 * PREDICTIONS
         assert len(set(intake.query("SELECT device, epoch, seq FROM examples"))) == released

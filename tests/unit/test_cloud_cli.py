@@ -103,8 +103,10 @@ def home(tmp_path):
     db = IngestDb(Home(tmp_path).ingest_db)
     change = db.begin()
     dropped = {"dropped": 7, "sampled_out": 2}
-    put_account(change, ("EWR", 5, "event"), Account(1010, 9.0, 1000, 1, dropped, 3, 1500))
-    put_account(change, ("EWR", 5, "label"), Account(4, 9.0, 4))
+    put_account(
+        change, ("EWR", 5, "event"), Account(1010, {"coin": 9.0}, 1000, 1, dropped, 3, 1500)
+    )
+    put_account(change, ("EWR", 5, "label"), Account(4, {"coin": 9.0}, 4))
     db.commit(change, db.meta(), {})
     yield tmp_path
     db.close()
