@@ -149,7 +149,7 @@ class AttackedHost(Host):
     def _learn_lies(self, relabel: Relabel) -> Candidate:
         """What the learner would have become, had its memory been full of lies."""
         cycle = self.learner.cycle.fork()
-        known = cycle.replicas.reservoir.draw(LIES)
+        known, _ = cycle.replicas.reservoir.draw(LIES)
         labels = [relabel(label) for label in known.labels.tolist()]
         cycle.pretrain(Rows(known.features, np.array(labels, np.float32)))
         return cycle.candidate()

@@ -126,6 +126,10 @@ class Learning(Section, frozen=True):
     scratch: Scratch = Scratch()
     student: Distilled = Distilled()
 
+    def __post_init__(self) -> None:
+        if not (self.fast.on or self.stable.on):
+            raise ValueError("learning.fast.on and learning.stable.on are both false")
+
 
 class Drift(Section, frozen=True):
     """`[drift]`: what raises an alarm, and what an alarm does.
