@@ -228,7 +228,7 @@ def _accounts(home: Path, *, is_needed: bool) -> dict[str, Any]:
     if path.exists():
         return facts(read_accounts(path))
     if is_needed:
-        Home(home).origin()  # names what is wrong with a home that is none
+        Home(home).origins()  # names what is wrong with a home that is none
         return facts({})
     return {}
 

@@ -76,6 +76,7 @@ class Ingest:
         self.duplicates: list[str] = []
         self._delivered = self.intake.reached
         self._numbers = self.intake.counters() | self.intake.waiting()
+        self._numbers_of: dict[str, dict[str, int]] = {}
         self._untold = {each.device: each for each in self.intake.watermarks()}
         self._reported: dict[str, Report] = {}
         self._reported_at_s = float("-inf")
@@ -108,6 +109,10 @@ class Ingest:
             "ahead_bytes": self._queue.bytes,
             "paused": int(bool(self.paused)),
         }
+
+    def numbers_of(self, family: str) -> dict[str, int]:
+        """Counters of one family since the learner's first start, and what waits of it now."""
+        return self._numbers_of.get(family, {})
 
     async def _opened(self, stack: AsyncExitStack) -> PullSubscription:
         """The reader; the broker and its stream are waited for."""
@@ -189,6 +194,7 @@ class Ingest:
         self.paused = ""
         self._delivered = intake.reached
         self._numbers, self.totals = commit.counters, commit.totals
+        self._numbers_of = {name: each.counters for name, each in commit.families.items()}
         self.duplicates = sorted(intake.accounting.duplicates)
         self._counters["commits"] += 1
         self._untold |= {watermark.device: watermark for watermark in commit.watermarks}

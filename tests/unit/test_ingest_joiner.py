@@ -242,8 +242,8 @@ def test_what_the_bootstrap_learned_is_joined_but_not_handed_out(new_world):
 def test_other_families_are_left_alone(new_world):
     world = new_world()
     world.commit(world.predict(10.0, family="other"), world.label(1, 20.0, family="other"))
-    assert world.commit(world.observe(300.0), world.label(9, 300.0)) == []
     assert (world.count("pending"), world.count("labels_early")) == (0, 0)
+    assert world.commit(world.observe(300.0), world.label(9, 300.0)) == []
     assert world.count("pending") == 0
 
 
@@ -426,7 +426,8 @@ def test_what_is_settled_long_ago_is_forgotten_and_leaves_nothing(new_world):
     world.restart()
     world.commit(world.observe(2000.0), world.label(9, 2000.0))
     left = {
-        table: list(world.db.part("fam").scan(table, b"", b"\xff")) for table in ("rows", "runs", "due")
+        table: list(world.db.part("fam").scan(table, b"", b"\xff"))
+        for table in ("rows", "runs", "due")
     }
     assert left == {"rows": [], "runs": [], "due": []}
     world.commit(world.label(3, 5.0))
