@@ -87,7 +87,7 @@ def serve(home: Path, nats: str, **files: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_by_key
 def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> None:
-    """What became of every record of every device, and what the learner says about itself.
+    """What became of every record of every device, and what the learner says of each family.
 
     The accounts are read from the home, whether or not the learner runs: archived + quarantined +
     dropped is the mark, for each device, epoch and class. With --nats, the learner's own word too.
@@ -99,6 +99,10 @@ def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> Non
     if as_json:
         click.echo(json.dumps({**said, **accounts}))
         return
+    if families := said.pop("families", {}):
+        from cloud_learner.console.families import table as families_table
+
+        click.echo(families_table(families))
     for name, value in said.items():
         click.echo(f"{name:>24}  {value}")
     if accounts:
@@ -251,7 +255,9 @@ async def _status(url: str, access: Access) -> dict[str, Any]:
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
     clock_s = found.clock_s if math.isfinite(found.clock_s) else None  # JSON knows no infinity
-    return {"clock_s": clock_s, "stage": found.stage, **found.counters, "detail": detail}
+    families = detail.pop("families", {})
+    head = {"clock_s": clock_s, "stage": found.stage, "families": families}
+    return {**head, **found.counters, "detail": detail}
 
 
 def _guarded(call: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -144,3 +145,16 @@ def test_a_gate_that_refuses_ends_with_code_3_and_no_home(coin, tmp_path):
     assert not (tmp_path / "home" / "keys").exists()
     (verdict,) = Lineage(tmp_path / "home" / "lineage").read("verdict")
     assert verdict["outcome"] == "fail"
+
+
+def test_a_bootstrap_that_was_killed_before_its_last_write_is_done_again(made, tmp_path):
+    folder, data, home, _, _ = made
+    again = Home(tmp_path / "home")
+    shutil.copytree(home.root, again.root)
+    again.of("coin").marker.unlink()
+
+    bootstrap(folder, data, again, lambda _text: None)
+
+    assert again.of("coin").origin() == home.of("coin").origin()
+    assert [entry["counter"] for entry in Lineage(again.lineage).read("release")] == [1]
+    assert again.trusted_root.read_bytes() == home.trusted_root.read_bytes()
