@@ -99,12 +99,10 @@ def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> Non
     if as_json:
         click.echo(json.dumps({**said, **accounts}))
         return
-    if families := said.pop("families", {}):
-        from cloud_learner.console.families import table as families_table
+    if said:
+        from cloud_learner.console.families import text
 
-        click.echo(families_table(families))
-    for name, value in said.items():
-        click.echo(f"{name:>24}  {value}")
+        click.echo(text(said))
     if accounts:
         from cloud_learner.console.accounts import table
 

@@ -41,6 +41,8 @@ class FamilyHome:
         self.graph = root / "graph.onnx"
         self.reference = root / "reference.set"
         self.static = root / "static.set"
+        self.known = root / "known.keys"
+        self.hold_out = root / "recent.hold-out"
         self.marker = root / "origin.json"
 
     def write_origin(self, origin: Origin) -> None:

@@ -22,11 +22,11 @@ from typing import Any
 
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
-from cloud_learner.evaluate.offline import HoldOut
+from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.gate import Judgement
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
-from cloud_learner.releasing import HOLD_OUT_ROWS, Releasing, release_signers
+from cloud_learner.releasing import Releasing, release_signers
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.streams import make_streams
@@ -62,7 +62,7 @@ class Host:
         self.publisher = Publisher(home.root, bus, release_signers(home, self._passed), clock)
         self.releasing: dict[str, Releasing] = {}
         for family in families:
-            hold_out = hold_outs.get(family.name, HoldOut(HOLD_OUT_ROWS))
+            hold_out = hold_outs.get(family.name)
             part = lineage.of(family.name)
             self.releasing[family.name] = Releasing(
                 home, family, part, self.publisher, hold_out=hold_out, clock=clock
@@ -81,9 +81,8 @@ class Host:
     async def run(self) -> None:
         """Serve until cancelled."""
         await self._furnish()
-        controllers = [each.controller for each in self.releasing.values()]
-        for controller in controllers:
-            await controller.start()
+        for releasing in self.releasing.values():
+            await releasing.controller.start()
         reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
         try:
             async with asyncio.TaskGroup() as group:
@@ -93,8 +92,8 @@ class Host:
                 group.create_task(self._mend())
         finally:
             await reports.close()
-            for controller in controllers:
-                await controller.close()
+            for releasing in self.releasing.values():
+                await releasing.close()
 
     async def submit(self, family: str, candidate: Candidate) -> Judgement:
         """Let a family's gate judge a candidate, and offer it if it passed."""

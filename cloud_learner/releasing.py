@@ -17,18 +17,18 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate
-from cloud_learner.evaluate.gates import Limits
-from cloud_learner.evaluate.offline import HoldOut, load_set
+from cloud_learner.evaluate.holdout import HoldOut
+from cloud_learner.evaluate.offline import load_set
+from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
-from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.rollout.campaign import Offer
+from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -36,7 +36,7 @@ from cloud_learner.train.family import Family
 from edge_runtime.clock import Clock
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 
-HOLD_OUT_ROWS = 3000
+HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
 
 
 class Releases:
@@ -116,12 +116,17 @@ class Releasing:
         lineage: Lineage,
         publisher: Publisher,
         *,
-        hold_out: HoldOut,
+        hold_out: HoldOut | None,
         clock: Clock,
     ) -> None:
         """`lineage` is the family's own part; the gate trusts what it passed in earlier lives."""
-        self.family, self.hold_out, own = family, hold_out, home.of(family.name)
-        self.gate = Gate(gate_limits(family), load_set(own.static), hold_out, lineage)
+        self.family, own = family, home.of(family.name)
+        self._kept = own.hold_out
+        self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
+        if self._kept.exists():
+            self.hold_out.load(self._kept)
+        static, known = load_set(own.static), Keys.load(own.known)
+        self.gate = Gate(gate_limits(family), static, self.hold_out, lineage, known)
         for sha256 in passed_before(lineage):
             self.gate.trust(sha256)
         self.releases = Releases(family.name, Registry(home.registry), lineage)
@@ -130,16 +135,24 @@ class Releasing:
 
     async def submit(self, candidate: Candidate, thread: Executor) -> Judgement:
         """Let the gate judge a candidate in `thread`, and offer it if it passed."""
-        stable = self.controller.stable
-        judgement = await asyncio.get_running_loop().run_in_executor(
-            thread,
-            self.gate.judge,
-            candidate.package,
-            candidate.float_package,
-            Path(stable.file) if stable else None,
-        )
+        loop = asyncio.get_running_loop()
+        judgement = await loop.run_in_executor(thread, self._judge, candidate)
         if judgement.outcome == "pass":
             await self.controller.offer(self.releases.register(candidate, judgement))
+        return judgement
+
+    async def close(self) -> None:
+        """Let what is under way reach the disk, and keep the hold-out."""
+        await self.controller.close()
+        self.hold_out.save(self._kept)
+
+    def _judge(self, candidate: Candidate) -> Judgement:
+        stable = self.controller.stable
+        judgement = self.gate.judge(
+            candidate.package, candidate.float_package, Path(stable.file) if stable else None
+        )
+        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
+            self.hold_out.save(self._kept)
         return judgement
 
     async def examples(self, examples: Sequence[Example]) -> None:
@@ -176,15 +189,3 @@ def release_signers(home: Home, passed: Callable[[str, str], bool]) -> keys.Sign
     signers = keys.load(home.root)
     gate = keys.GateSigner(signers.gate, lambda path, sha256: passed(path.split("/")[1], sha256))
     return replace(signers, gate=gate)
-
-
-def campaign_rules(family: Family) -> Rules:
-    """The campaign's rules from the family's `[rollout]`."""
-    section = msgspec.to_builtins(family.config.rollout)
-    return msgspec.convert({**section, "family": family.name}, Rules)
-
-
-def gate_limits(family: Family) -> Limits:
-    """The offline gate's limits from the family's `[gates]`, and the forms that must keep them."""
-    section = msgspec.to_builtins(family.config.gates)
-    return msgspec.convert({**section, "variants": family.config.rollout.variants}, Limits)

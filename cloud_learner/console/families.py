@@ -18,6 +18,12 @@ from cloud_learner.console.state import moment
 _COLUMNS = ("family", "stage", "serves", "on trial", "learned to", "batches", "waiting", "failed")
 
 
+def text(said: Mapping[str, Any]) -> str:
+    """All that the learner said: the table, then a line for each number over all families."""
+    rest = [f"{name:>24}  {value}" for name, value in said.items() if name != "families"]
+    return "\n".join([table(said["families"]), *rest])
+
+
 def table(families: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each family below a heading, and one for each failure."""
     rows = [_COLUMNS, *(_row(name, said) for name, said in sorted(families.items()))]

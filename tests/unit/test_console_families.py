@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cloud_learner.console.families import table
+from cloud_learner.console.families import table, text
 
 
 def said(*, failure: str = "", resting: int = 0, canary: str | None = None) -> dict:
@@ -31,6 +31,12 @@ def test_each_family_has_a_line_and_each_failure_one_more():
     ]
     assert lines[2].split()[:4] == ["dice", "rests", "r00001-aa", "-"]
     assert lines[3:] == ["dice: batch 7: no"]
+
+
+def test_numbers_over_all_families_follow_the_table():
+    lines = text({"stage": "idle", "families": {"coin": said()}, "cycles": 9}).splitlines()
+
+    assert [line.split() for line in lines[2:]] == [["stage", "idle"], ["cycles", "9"]]
 
 
 def test_a_family_that_has_reached_no_time_says_so():
