@@ -253,8 +253,7 @@ async def _status(url: str, access: Access) -> dict[str, Any]:
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
     clock_s = found.clock_s if math.isfinite(found.clock_s) else None  # JSON knows no infinity
-    families = detail.pop("families", {})
-    head = {"clock_s": clock_s, "stage": found.stage, "families": families}
+    head = {"clock_s": clock_s, "stage": found.stage, "families": detail.pop("families", {})}
     return {**head, **found.counters, "detail": detail}
 
 
