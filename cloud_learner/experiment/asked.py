@@ -22,7 +22,7 @@ from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import read_rows
 from cloud_learner.train.dataset import Matrix
 from cloud_learner.train.family import Family
-from edge_runtime.wire.messages import Value
+from edge_runtime.wire.messages import Fields
 
 Floats = npt.NDArray[np.float64]
 Index = npt.NDArray[np.intp]
@@ -31,8 +31,9 @@ Index = npt.NDArray[np.intp]
 class Asked(msgspec.Struct, frozen=True):
     """All predictions of a file; arrays share the first dimension.
 
-    `labels` and `known_s` are NaN where the outcome never became known; `groups` are empty unless
-    the task ranks. `start_s` and `end_s` are the times of the first and the last that is known.
+    `labels` and `known_s` are NaN where the outcome never became known; `fields` holds those that
+    the task or the label window asks for, and is empty where neither does. `start_s` and `end_s`
+    are the times of the first and the last that is known.
     """
 
     devices: list[str]
@@ -40,7 +41,7 @@ class Asked(msgspec.Struct, frozen=True):
     known_s: Floats
     features: Matrix
     labels: Matrix
-    groups: list[Value]
+    fields: list[Fields]
     start_s: float
     end_s: float
 
@@ -58,17 +59,18 @@ class Asked(msgspec.Struct, frozen=True):
             known_s=self.times_s + (self.known_s - self.times_s)[order],
             features=self.features[order],
             labels=self.labels[order],
-            groups=[self.groups[at] for at in order] if self.groups else [],
+            fields=[self.fields[at] for at in order] if self.fields else [],
         )
 
 
 def read_asked(family: Family, data: Path) -> Asked:
     """All predictions of the file with their features. Raises: ConfigError, RequestError."""
-    group, interface = family.config.task.group, family.interface
-    found, groups, vectors = [], [], []
+    config, interface = family.config, family.interface
+    wanted = [name for name in (config.task.group, config.label.window_field) if name]
+    found, fields, vectors = [], [], []
     start_s = end_s = math.nan
     for row, vector in featured(
-        read_rows(data, interface, task=family.config.task),
+        read_rows(data, interface, task=config.task),
         interface,
         family.spec,
         unlabelled=True,
@@ -81,8 +83,8 @@ def read_asked(family: Family, data: Path) -> Asked:
         label = math.nan if row.label is None else row.label
         found.append((sys.intern(row.device), row.time_s, known_s, label))
         vectors.append(vector)
-        if group:
-            groups.append(row.fields.get(group, ""))
+        if wanted:
+            fields.append({name: row.fields[name] for name in wanted if name in row.fields})
     devices, times_s, known, labels = zip(*found, strict=True) if found else ((), (), (), ())
     features = np.stack(vectors) if vectors else np.zeros((0, family.spec.size), np.float32)
     all_known_s = np.array(known, np.float64)
@@ -93,7 +95,7 @@ def read_asked(family: Family, data: Path) -> Asked:
         all_known_s,
         features,
         np.array(labels, np.float32),
-        groups,
+        fields,
         start_s,
         end_s,
     )

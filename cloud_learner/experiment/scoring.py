@@ -95,7 +95,7 @@ def truth_of(task: Task, asked: Asked, after_s: float, window_s: float) -> Truth
     labels, times_s = asked.labels[rows], asked.times_s[rows]
     span_s = float(times_s[-1] - times_s[0]) if len(rows) else 0.0
     day_s = min(DAY_S, span_s / BLOCKS_MIN) or DAY_S
-    fields = [{task.group: asked.groups[row]} if task.group else {} for row in rows]
+    fields = [asked.fields[row] if task.group else {} for row in rows]
     constant = _constant(task, labels, len(labels))
     return Truth(
         task,

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cloud_learner.experiment.asked import Asked, Floats, Index
-from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.joiner import Joiner, Portion, Rules
+from cloud_learner.ingest.joiner import Joiner, Portion
+from cloud_learner.rules import batcher, label_rules
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import Account, Lane
@@ -78,9 +78,7 @@ class Stream(msgspec.Struct, frozen=True):
 
     def cuts(self, config: FamilyConfig, after_s: float) -> list[Cut]:
         """The micro-batches of what is released after `after_s`, by the batcher of ingest."""
-        learning, due_s = config.learning, rules_of(config).released_s
-        guard = Batcher(learning.batch_size, learning.device_cap, learning.batch_s, due_s)
-        cuts = []
+        guard, cuts = batcher(config, label_rules(config, idle_s=math.inf)), []
         first = int(np.searchsorted(self.released.released_s, after_s, side="right"))
         places: dict[tuple[int, bool], int] = {}
         for position in range(first, len(self.released.rows)):
@@ -104,7 +102,7 @@ class Stream(msgspec.Struct, frozen=True):
     def rows_at(self, positions: Index) -> Rows:
         """Examples as rows to learn from."""
         rows = self.released.rows[positions]
-        fields = [{self.group: self.asked.groups[row]} for row in rows] if self.group else []
+        fields = [self.asked.fields[row] for row in rows] if self.group else []
         return Rows(
             self.asked.features[rows],
             self.released.labels[positions],
@@ -130,7 +128,7 @@ class Stream(msgspec.Struct, frozen=True):
             scored=[],
             arrived_s=0.0,
             matured_s=0.0,
-            fields={self.group: asked.groups[row]} if self.group else {},
+            fields=asked.fields[row] if asked.fields else {},
             weight=float(released.weights[position]),
             early=bool(released.early[position]),
         )
@@ -159,22 +157,6 @@ def streamed(family: Family, asked: Asked, *, at_once: int = AT_ONCE) -> Stream:
     return Stream(family.name, family.spec.hash, config.task.group, asked, released)
 
 
-def rules_of(config: FamilyConfig) -> Rules:
-    """The family's label policy, where nobody is waited for: each device has told all by now."""
-    label = config.label
-    return Rules(
-        family=config.name,
-        label_window_s=label.window_s,
-        idle_s=math.inf,
-        expiry=label.expiry,
-        amend_s=label.amend_s,
-        policy=label.policy,
-        early_s=label.early_s,
-        weight_max=label.weight_max,
-        task=config.task,
-    )
-
-
 class _Joining:
     """Drives a joiner over a database of its own, from arrays in the order of time."""
 
@@ -185,8 +167,8 @@ class _Joining:
             for device in dict.fromkeys(asked.devices)
             for event_class in ("event", "label")
         }
-        self._db = IngestDb(folder / "ingest")
-        self._rules = rules_of(config)
+        self._db = IngestDb(folder / "ingest", [config.name])
+        self._rules = label_rules(config, idle_s=math.inf)
         self._joiner = Joiner(self._rules, self._db, self._accounts, -math.inf, 0.0)
         self._rows: defaultdict[str, list[int]] = defaultdict(list)
         self._seqs: list[int] = []
@@ -213,7 +195,7 @@ class _Joining:
     ) -> Iterator[tuple[int, float, float, float, float, bool]]:
         portions = [*self._predictions(rows), *self._labels(now_s)]
         for account in self._accounts.values():
-            account.newest_s = now_s
+            account.newest_s = {self._config.name: now_s}
         lanes = list(self._accounts)
         while True:
             change = self._db.begin()
@@ -237,10 +219,9 @@ class _Joining:
         records: defaultdict[str, list[PredictionRecord]] = defaultdict(list)
         for row in rows:
             device, features = asked.devices[row], asked.features[row].astype("<f4").tobytes()
-            time_s = float(asked.times_s[row])
-            records[device].append(
-                PredictionRecord(config.name, kind, time_s, {}, self._spec, features, 1.0, _NOBODY)
-            )
+            time_s, fields = float(asked.times_s[row]), asked.fields[row] if asked.fields else {}
+            what = (config.name, kind, time_s, fields, self._spec, features, 1.0, _NOBODY)
+            records[device].append(PredictionRecord(*what))
         for device, some in records.items():
             yield self._portion((device, _EPOCH, "event"), some)
 

@@ -16,8 +16,11 @@ import msgspec
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
+from edge_runtime.wire.messages import Fields
 
 _NEVER_S = float("-inf")
+AHEAD_S_MAX = 10 * 366 * 86_400.0
+"""A prediction whose window would begin later than this is treated as if its field were empty."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +30,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     that must be heard before time starts to pass. An event may take its device's time to
     `ahead_s_max` after its arrival, no further. `amend_s` is how long after its window (event
     time) a label may still amend an example.
+
+    `window_field` names the field of a prediction that says how many seconds after it its window
+    begins: when what it is about is over, and `label_window_s` runs.
 
     `policy` says when a labelled prediction is released: `mature` when its window is over,
     `arrival` when the joint clock has passed the time of its first label, `weighted` when it is
@@ -42,6 +48,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     learn_from_s: float = _NEVER_S
     ahead_s_max: float = float("inf")
     awaited: tuple[str, ...] = ()
+    window_field: str = ""
     policy: Literal["mature", "arrival", "weighted"] = "mature"
     early_s: float = 0.0
     weight_max: float = 10.0
@@ -54,7 +61,14 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
         """
         if example.early or self.policy == "arrival":
             return example.label_time_s
-        return example.time_s + self.label_window_s
+        return self.begins_s(example.time_s, example.fields) + self.label_window_s
+
+    def begins_s(self, time_s: float, fields: Fields) -> float:
+        """When the label window of a prediction of that time begins."""
+        ahead = fields.get(self.window_field, 0.0) if self.window_field else 0.0
+        if isinstance(ahead, str) or not 0 < ahead < AHEAD_S_MAX:
+            return time_s
+        return time_s + ahead
 
     def may_amend(self, time_s: float, label_s: float) -> bool:
         """Whether a label of that time may amend the example of a prediction of that time."""
