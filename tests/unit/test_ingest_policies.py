@@ -63,7 +63,7 @@ class Stage:
 
     def __init__(self, folder: Path, at_once: int = 10**6, **rules) -> None:
         self.rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=5.0, **rules)
-        self.db, self.at_once = IngestDb(folder / "db"), at_once
+        self.db, self.at_once = IngestDb(folder / "db", ["fam"]), at_once
         self.accounts: dict[Lane, Account] = {}
         self.counts: Counter[str] = Counter()
         self.examples: list = []
@@ -95,7 +95,8 @@ class Stage:
     def portion(self, lane, records):
         account = self.accounts.setdefault(lane, Account())
         first, account.seq = account.seq + 1, account.seq + len(records)
-        account.newest_s = max(account.newest_s, *(record.time_s for record in records))
+        newest_s = max(record.time_s for record in records)
+        account.newest_s["fam"] = max(account.newest_s.get("fam", newest_s), newest_s)
         raws = [msgspec.Raw(codec.encode(record)) for record in records]
         envelope = codec.encode(Envelope(WIRE_VERSION, *lane, first, raws))
         return Portion(lane, first, records, envelope, 7.0)
