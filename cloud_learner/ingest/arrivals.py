@@ -56,7 +56,7 @@ class Arrivals:
     """Takes messages in; `accounting` is moved, `meta` numbers what is quarantined.
 
     `ahead_s_max` says of each family how far after its arrival an event may lie; `widths` are the
-    numbers of features of the known specs, by hash, `tasks` the families' tasks.
+    numbers of features of the known specs, by hash, `tasks` those of the families.
     """
 
     def __init__(

@@ -144,6 +144,8 @@ class Intake:
         now_s, wall_s = self._clock.monotonic_s(), self._clock.now_s()
         for device, marks in (reported or {}).items():
             self.accounting.hear(device, marks)
+            for joiner in self.joiners.values():
+                joiner.hear(device, marks, now_s)
         families = {
             family: self._released(family, portions, change, wall_s, now_s)
             for family, portions in taken.portions.items()

@@ -8,11 +8,11 @@ alone: one may replay years while another lives in the present. The clock never 
 at the minimum over the devices that are not silent. A device's own time is the newest event time of
 its class `event`; its labels hold it back while they lag, by at most one label window, since labels
 travel in a class of their own; by any lag, while the device's last report says that more of them
-are under way. A device (or class) that was silent for `idle_s` of wall time holds nobody; a device
-that is awaited but was never heard holds the clock for the same time, and so does one whose events
-come and get no newer: a clock that stands still must not stop everybody's. A device whose labels
-are under way and stay away holds up its own unlabelled predictions for PATIENCE times as long, and
-nobody else's.
+are under way, of whatever family. A device (or class) that was silent for `idle_s` of wall time
+holds nobody; a device that is awaited but was never heard holds the clock for the same time, and so
+does one whose events come and get no newer: a clock that stands still must not stop everybody's. A
+device whose labels are under way and stay away holds up its own unlabelled predictions for PATIENCE
+times as long, and nobody else's.
 
 Knows nothing about predictions or examples.
 """

@@ -130,7 +130,7 @@ def test_a_refused_label_is_quarantined_by_name_and_the_account_stays_exact():
     arrival = opened(Incoming("hw.ev.A.label", sent, 0.0, None), {}, TASKS)
     assert {at: each.reason for at, each in arrival.what.refused.items()} == {1: "bad_label"}
     accounting = Accounting({})
-    accounting.enter(arrival.lane, 0, "", arrival.what.records, 0)
+    accounting.enter(arrival.lane, 0, "", arrival.what.records, 0, newest_s={})
     account = accounting.accounts[arrival.lane]
     assert (account.seq, account.archived, account.quarantined) == (3, 2, 1)
 

@@ -95,8 +95,8 @@ class Stage:
     def portion(self, lane, records):
         account = self.accounts.setdefault(lane, Account())
         first, account.seq = account.seq + 1, account.seq + len(records)
-        newest_s = account.newest_s.get("fam", float("-inf"))
-        account.newest_s = {"fam": max(newest_s, *(record.time_s for record in records))}
+        newest_s = max(record.time_s for record in records)
+        account.newest_s["fam"] = max(account.newest_s.get("fam", newest_s), newest_s)
         raws = [msgspec.Raw(codec.encode(record)) for record in records]
         envelope = codec.encode(Envelope(WIRE_VERSION, *lane, first, raws))
         return Portion(lane, first, records, envelope, 7.0)
