@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.compaction import Compaction
-from cloud_learner.store.examples import Batch, Example
+from cloud_learner.store.examples import Batch, Example, Form
 from cloud_learner.store.ingest_db import (
     IngestDb,
     put_batch,
@@ -27,7 +27,7 @@ from cloud_learner.store.ingest_db import (
     put_files,
     trim_batches,
 )
-from cloud_learner.store.ingest_state import Id, IngestState, Meta, number_key
+from cloud_learner.store.ingest_state import IngestState, Meta, number_key
 from cloud_learner.store.rocks import Transaction
 from edge_runtime.errors import CapacityError
 
@@ -45,7 +45,7 @@ class Outlet:
         self.counters = guard.counters
         self._db, self._archive, self._guard = db, archive, guard
         guard.restore(state.meta.batch, [example for _, example in state.unbatched])
-        self._numbers: dict[Id, int] = {example.id: at for at, example in state.unbatched}
+        self._numbers: dict[Form, int] = {example.form: at for at, example in state.unbatched}
         self._unwritten = list(state.unarchived)
         self._for_files_only = list(state.for_files_only)
         self._since_s = now_s
@@ -73,18 +73,18 @@ class Outlet:
         """
         if not self._unwritten:
             self._since_s = now_s
-        dropped = {example.id for example in self._guard.add(examples)}
+        dropped = {example.form for example in self._guard.add(examples)}
         for example in examples:
-            for_batches = example.id not in dropped
+            for_batches = example.form not in dropped
             number = self._keep(example, meta, change, for_batches=for_batches)
             if for_batches:
-                self._numbers[example.id] = number
+                self._numbers[example.form] = number
         for example in others:
             self._keep(example, meta, change, for_batches=False)
         batches = []
         while (batch := self._guard.next()) is not None:
             batches.append(batch)
-            numbers = [self._numbers.pop(example.id) for example in batch.examples]
+            numbers = [self._numbers.pop(example.form) for example in batch.examples]
             put_batch(change, batch.number, numbers)
         meta.batch = self._guard.number
         return batches

@@ -1,7 +1,9 @@
-"""Distillation: one student of device size that answers as the weighted replicas do.
+"""Distillation: one student of device size that follows as `fast` does and remembers as `stable`.
 
 Why: a device cannot hold the networks of the cloud; soft targets carry more than labels do (Hinton,
-Vinyals & Dean 2015). The student is kept from cycle to cycle and follows its teachers.
+Vinyals & Dean 2015). On the newest rows the student answers as the weighted replicas do, on rows of
+the reservoir as the replica that remembers: where new and old look different, one network can hold
+both (docs/experiments.md). It is kept from cycle to cycle.
 
 Invariants: same rows, teachers and seed give the same bits. The student never sees a label: what it
 knows it has from the replicas.
@@ -44,11 +46,15 @@ class Student:
         return self.replica.answers(features)
 
     def follow(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
-        """Passes over the rows and a replay, towards the teachers' answers."""
+        """Passes over the rows, each with as many of the window, and a replay."""
+        recent = teachers.recent(rows)
+        targets = teachers.answers(recent.rows.features)
         for _ in range(self._distilled.passes):
+            index = recent.drawn(random)
             replayed, _ = teachers.reservoir.draw(self._distilled.replay_rows)
-            features = np.concatenate([rows.features, replayed.features])
-            self.replica.follow(features, teachers.answers(features), random)
+            features = np.concatenate([recent.rows.features[index], replayed.features])
+            remembered = teachers.remembered(replayed.features)
+            self.replica.follow(features, np.concatenate([targets[index], remembered]), random)
 
     def pretrain(
         self, teachers: Replicas, rows: Rows, passes: int, random: np.random.Generator

@@ -24,7 +24,7 @@ EDGE_ORDER = (
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
-    ("config",),
+    ("config", "exits"),
     ("children", "nats_server", "server_check"),
     ("broker",),
     ("admission", "streams"),
