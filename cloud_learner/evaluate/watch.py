@@ -89,6 +89,11 @@ class Watch:
         return bool(self.standing)
 
     @property
+    def hurts(self) -> bool:
+        """Whether one stands that says that the answers are worse, not only that rows are other."""
+        return any(alarm.source in ("loss", "estimate") for alarm in self.standing)
+
+    @property
     def standing(self) -> list[Alarm]:
         """The alarms that stand."""
         return self._alarms.standing(self.batch)

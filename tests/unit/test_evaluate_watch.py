@@ -101,6 +101,7 @@ def test_rows_that_move_are_alarms_of_scores_feature_and_embedding():
     assert ("sudden", "feature", "x") in named(raised)
     assert ("sudden", "embedding", "") in named(raised)
     assert not any(each.name == "carrier" for each in raised)
+    assert (world.watch.stands, world.watch.hurts) == (True, False)
 
 
 def test_a_change_that_comes_back_at_even_distances_is_cyclic():
@@ -119,6 +120,7 @@ def test_an_alarm_stands_until_its_batches_are_calm():
     world.live(25)
     [alarm] = world.live(2, turned=0.7)[:1]
     assert [each.source for each in world.watch.standing] == ["loss"]
+    assert world.watch.hurts
 
     world.live(alarm.batch + 9 - world.batch)
     assert world.watch.stands
