@@ -51,7 +51,7 @@ class World:
             outputs = self.answers(features)
             labels = self.labels(outputs, level)
             raised += self.watch.observe(
-                *(labels, outputs, features, features[:, :2]),
+                *(labels, outputs, features, lambda rows: rows[:, :2]),
                 batch=self.batch,
                 time_s=60.0 * self.batch,
             )
@@ -63,7 +63,7 @@ def named(alarms):
 
 
 @pytest.mark.parametrize(
-    "worlds", [pytest.param(3, id="few"), pytest.param(40, id="many", marks=pytest.mark.slow)]
+    "worlds", [pytest.param(2, id="few"), pytest.param(40, id="many", marks=pytest.mark.slow)]
 )
 def test_a_world_that_stands_still_raises_fewer_alarms_than_delta_of_its_micro_batches(worlds):
     alarms = [each for seed in range(worlds) for each in World(100 + seed).live(100)]
