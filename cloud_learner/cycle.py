@@ -4,16 +4,21 @@ Why: the live learner and the replayed worlds must learn in exactly the same way
 
 Invariants: the same batches in the same order give the same bits; nothing held out is trained on;
 the ledger holds every id that was trained on, and an id that is already in it is counted and left
-out, and so is an example of another feature spec. Commit point: one rename of the checkpoint, which
-names the last batch it contains; after a crash, batches above it are learned again from the same
-state as if for the first time.
+out, and so is an example of another feature spec; an early example is learned by `fast` alone, and
+its mature form by all others. A batch that would leave a weight that is no number is learned by
+nobody: everything stands as before it. Commit point: one rename of the checkpoint, which names the
+last batch it contains; after a crash, batches above it are learned again from the same state as if
+for the first time.
 
 Knows nothing about gates, keys and the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +31,20 @@ from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.train import checkpoint
-from cloud_learner.train.dataset import Matrix, Reservoir, Rows, rows_of
+from cloud_learner.train.dataset import Matrix, Rows, rows_of
 from cloud_learner.train.distill import Student
+from cloud_learner.train.ensemble import Replicas
 from cloud_learner.train.family import Family
-from cloud_learner.train.replica import Replicas
+from cloud_learner.train.ledger import Entered, Ledger
+from cloud_learner.train.teaching import Lesson, Teaching, TrainingError
+from cloud_learner.train.trust import HeldOut, Trust
 from edge_runtime.errors import ConfigError
 from edge_runtime.features.spec import Spec
 
 GOLDEN_ROWS = 8
 CALIBRATION_ROWS = 1000
 STUDENT_PASSES = 4
+HELD_OUT_ROWS = 500
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -46,7 +55,15 @@ class Candidate(msgspec.Struct, frozen=True):
     float_package: bytes
     learned_through_s: float
     arrived_s: float
-    weights: tuple[float, float]
+    weights: dict[str, float]
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What learning has cost: micro-batches, rows of all training steps, seconds of processor."""
+
+    updates: int
+    sample_passes: int
+    cpu_s: float
 
 
 class Cycle:
@@ -57,49 +74,82 @@ class Cycle:
 
         `logged` is the spec of the examples' values, where the family knows only some of them.
         """
-        learning = family.config.learning
+        task, learning = family.config.task, family.config.learning
         self.family, self._reference, self._logged = family, reference, logged or family.spec
         self._columns = [self._logged.names.index(name) for name in family.spec.names]
         self._torch_random = checkpoint.settle(learning.seed)
         self._random = np.random.default_rng(learning.seed)
-        reservoir = Reservoir(learning.reservoir_rows, family.spec.size, learning.seed)
         with self._torch_random.used():
             teacher, student = family.build_teacher(reference), family.build_student(reference)
-        self.replicas = Replicas(
-            teacher, reservoir, learning.stable.replay_rows, learning.fast.window_rows
+        held_out = partial(is_held_out, group=family.config.task.group)
+        self.ledger = Ledger(self._logged.hash, held_out)
+        self.teaching = Teaching(
+            Replicas(teacher, task, learning, family.spec.size),
+            Student(student, task, learning),
+            Trust(task, learning.contributors),
+            HeldOut(HELD_OUT_ROWS, family.spec.size),
         )
-        self.student = Student(student)
         self._graph: Graph | None = None
-        self._learned: set[tuple[str, int, int]] = set()
         self.number = 0
-        self.learned_twice = 0
-        self.other_spec = 0
+        self.failed = 0
         self.whole = True
+        self._cpu_s = 0.0
         self._learned_through_s = 0.0
         self._arrived_s = 0.0
 
     @property
+    def replicas(self) -> Replicas:
+        """The teachers."""
+        return self.teaching.replicas
+
+    @property
+    def student(self) -> Student:
+        """What is distilled from them."""
+        return self.teaching.student
+
+    @property
     def examples_learned(self) -> int:
         """Entries of the ledger."""
-        return len(self._learned)
+        return len(self.ledger)
+
+    @property
+    def cost(self) -> Cost:
+        """What all learning has cost so far, the bootstrap's included."""
+        passes = self.replicas.sample_passes + self.student.replica.sample_passes
+        return Cost(self.number, passes, self._cpu_s)
+
+    def answers(self, features: Matrix) -> Matrix:
+        """The student's answers (rows, outputs), in floating point."""
+        return self.student.answers(features)
 
     def pretrain(self, rows: Rows) -> None:
         """Learn what was known before the stream."""
         passes = self.family.config.learning.bootstrap_passes
-        with self._torch_random.used():
+        with self._working():
             self.replicas.pretrain(rows, passes, self._random)
             self.student.pretrain(self.replicas, rows, STUDENT_PASSES, self._random)
 
     def learn(self, batch: Batch) -> None:
-        """Learn one micro-batch; if it raises, `whole` is false: this state is not to be kept."""
+        """Learn one micro-batch; if it raises anything else, `whole` is false: this state is not
+        to be kept.
+
+        Raises: TrainingError; then the batch is passed over, and the state is whole.
+        """
         self.whole = False
-        fresh = self._enter(batch.examples)
-        if fresh:
-            self._train(rows_of(fresh, self._columns))
         self.number = batch.number
+        entered = self.ledger.enter(batch.examples)
         for example in batch.examples:
             self._learned_through_s = max(self._learned_through_s, example.time_s)
             self._arrived_s = max(self._arrived_s, example.matured_s)
+        try:
+            if entered.examples:
+                with self._working():
+                    learning = self.family.config.learning
+                    self.teaching.learn(self._lesson(entered), learning, self._random)
+        except TrainingError:
+            self.failed += 1
+            self.whole = True
+            raise
         self.whole = True
 
     def candidate(self) -> Candidate:
@@ -109,7 +159,8 @@ class Cycle:
         """
         plain = self._exported().package(self.student.network, {})
         int8 = quantized(plain, self._calibration_rows())
-        facts = {"batch": self.number, "weights": list(self.replicas.weights)}
+        weights = self.replicas.weights
+        facts = {"batch": self.number, "weights": weights}
         family, golden = self.family, self._reference[:GOLDEN_ROWS]
         return Candidate(
             self.number,
@@ -117,7 +168,7 @@ class Cycle:
             sealed(plain, family.interface, family.spec, golden, {**facts, "form": "float32"}),
             self._learned_through_s,
             self._arrived_s,
-            self.replicas.weights,
+            weights,
         )
 
     def keep_graph(self, path: Path) -> None:
@@ -151,51 +202,56 @@ class Cycle:
             ) from error
 
     def _take(self, state: dict[str, Any]) -> None:
-        self.replicas.restore(state["replicas"])
-        self.student.restore(state["student"])
+        self.teaching.restore(state["teaching"])
+        self.ledger.restore(state["ledger"])
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
-        self._learned = set(state["ledger"])
-        self.number = state["number"]
-        self.learned_twice = state["learned_twice"]
+        self.number, self.failed = state["number"], state["failed"]
         self._learned_through_s = state["learned_through_s"]
         self._arrived_s = state["arrived_s"]
+        self._cpu_s = state["cpu_s"]
 
     def _state(self) -> dict[str, Any]:
         return {
-            "replicas": self.replicas.state(),
-            "student": self.student.state(),
+            "teaching": self.teaching.state(),
+            "ledger": self.ledger.state(),
             "random": self._random.bit_generator.state,
             "torch_random": self._torch_random.state,
-            "ledger": list(self._learned),
             "number": self.number,
-            "learned_twice": self.learned_twice,
+            "failed": self.failed,
             "learned_through_s": self._learned_through_s,
             "arrived_s": self._arrived_s,
+            "cpu_s": self._cpu_s,
         }
 
-    def _enter(self, examples: Sequence[Example]) -> list[Example]:
-        """Those of the examples to train on, entered in the ledger."""
-        fresh = []
-        for example in examples:
-            if example.id in self._learned:
-                self.learned_twice += 1
-            elif example.spec != self._logged.hash:
-                self.other_spec += 1
-            elif not is_held_out(example):
-                self._learned.add(example.id)
-                fresh.append(example)
-        return fresh
+    def _lesson(self, entered: Entered) -> Lesson:
+        return Lesson(
+            self._rows_of(entered.examples),
+            [example.device for example in entered.examples],
+            entered.follow,
+            entered.remember,
+            self._rows_of(entered.held_out),
+            [example.device for example in entered.held_out],
+            self._learned_through_s,
+        )
 
-    def _train(self, rows: Rows) -> None:
-        replay_rows = self.family.config.learning.student.replay_rows
+    def _rows_of(self, examples: Sequence[Example]) -> Rows:
+        if not examples:
+            return Rows.none(self.family.spec.size)
+        return rows_of(examples, self._columns, self.family.config.task.group)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Draw from the own stream of random numbers, and count the processor's time."""
+        started_s = time.thread_time()
         with self._torch_random.used():
-            self.replicas.learn(rows, self._random)
-            self.student.follow(self.replicas, rows, replay_rows, self._random)
+            yield
+        self._cpu_s += time.thread_time() - started_s
 
     def _exported(self) -> Graph:
         if self._graph is None:
-            self._graph = Graph(self.student.network, self._reference[:64])
+            task = self.family.config.task
+            self._graph = Graph(self.student.network, self._reference[:64], task)
         return self._graph
 
     def _calibration_rows(self) -> Matrix:

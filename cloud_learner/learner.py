@@ -114,8 +114,8 @@ class Learner:
             "candidates": self.candidates,
             "micro_batches_skipped": self.skipped,
             "examples_learned": self.cycle.examples_learned,
-            "learned_twice": self.cycle.learned_twice,
-            "other_spec": self.cycle.other_spec,
+            "learned_twice": self.cycle.ledger.learned_twice,
+            "other_spec": self.cycle.ledger.other_spec,
             "batches_waiting": len(self._waiting),
         }
 

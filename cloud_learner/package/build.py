@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, numpy_helper
 from torch import Tensor, nn
 
+from cloud_learner.stats.tasks import Task
 from edge_runtime.errors import PackageError
 from edge_runtime.files import write_atomic
 
@@ -33,26 +34,30 @@ INPUT, OUTPUT = "features", "probability"
 OPSET = 18
 
 Matrix = npt.NDArray[np.float32]
+_BINARY = Task()
 
 
 class _Answering(nn.Module):
-    """The student as a device runs it: probabilities, not logits."""
+    """The student as a device runs it: answers, not logits."""
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, task: Task) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.kind = student, task.kind
 
     def forward(self, features: Tensor) -> Tensor:
-        return torch.sigmoid(self.student(features))
+        logits: Tensor = self.student(features)
+        if self.kind == "binary":
+            return torch.sigmoid(logits)
+        return torch.softmax(logits, dim=1) if self.kind == "multiclass" else logits
 
 
 class Graph:
     """The exported graph of one student architecture."""
 
-    def __init__(self, student: nn.Module, rows: Matrix) -> None:
+    def __init__(self, student: nn.Module, rows: Matrix, task: Task = _BINARY) -> None:
         """Export with `rows` (at least two) as example input. Raises: PackageError."""
-        self._model = _export(student, rows[:2])
-        self._check(student, rows)
+        self._model = _export(_Answering(copy.deepcopy(student), task).eval(), rows[:2])
+        self._check(student, rows, task)
 
     @classmethod
     def load(cls, path: Path) -> Graph:
@@ -76,13 +81,13 @@ class Graph:
         onnx.helper.set_model_props(model, dict(metadata))
         return model
 
-    def _check(self, student: nn.Module, rows: Matrix) -> None:
+    def _check(self, student: nn.Module, rows: Matrix, task: Task) -> None:
         """Swapping must reach every weight: other weights must give what torch gives for them."""
         other = copy.deepcopy(student).eval()
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.mul_(0.9).add_(0.01)
-            expected = torch.sigmoid(other(torch.from_numpy(rows))).numpy()
+            expected = _Answering(other, task).eval()(torch.from_numpy(rows)).numpy()
         found = _reference(self.package(other, {}), rows)
         if not np.allclose(expected, found, atol=1e-4):
             gap = float(np.abs(expected - found).max())
@@ -91,12 +96,12 @@ class Graph:
             )
 
 
-def _export(student: nn.Module, rows: Matrix) -> ModelProto:
+def _export(answering: nn.Module, rows: Matrix) -> ModelProto:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
-            _Answering(copy.deepcopy(student).eval()).eval(),
+            answering,
             (torch.from_numpy(rows),),
             input_names=[INPUT],
             output_names=[OUTPUT],

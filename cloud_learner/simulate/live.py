@@ -287,13 +287,13 @@ class Live:
         status = self.watch.status
         if status is None:
             return LearnerRow()
-        weights = self.watch.detail.get("weights", (0.0, 0.0))
+        weights = self.watch.detail.get("weights", {})
         p50_s, p99_s = quantiles(status.freshness_s)
         return LearnerRow(
             events_per_s=rate,
             archived=status.events_archived,
             cycle=status.counters["cycles"],
-            weights=dict(zip(("fast", "stable"), weights, strict=True)),
+            weights=weights,
             freshness_p50_s=p50_s,
             freshness_p99_s=p99_s,
         )

@@ -1,16 +1,14 @@
-"""Rows in memory: what the replicas learn from, and the reservoir that remembers the past.
+"""Rows in memory: what networks learn from, as arrays that share their first dimension.
 
-Why: a micro-batch alone makes a network forget; a uniform sample of everything seen is the cheapest
-memory there is (Vitter's reservoir sampling).
+Why: examples are for the ledger and the archive; arithmetic wants matrices.
 
-Invariants: same rows and same seed give the same reservoir; its size never passes its bound.
+Invariants: all arrays of a `Rows` have as many entries as there are labels.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -46,6 +44,11 @@ class Rows(msgspec.Struct, frozen=True):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @classmethod
+    def none(cls, width: int) -> Rows:
+        """No rows of so many features."""
+        return cls(np.zeros((0, width), np.float32), _NONE)
 
     def take(self, index: npt.NDArray[np.intp]) -> Rows:
         """The rows at these positions."""
@@ -83,57 +86,3 @@ def groups_of(fields: Sequence[Mapping[str, Value]], group: str) -> Groups:
     """A number for each row, alike where the field `group` is; (rows,) int64."""
     names = [f"{each.get(group, '')}".encode() for each in fields]
     return np.array([zlib.crc32(name) << 31 | zlib.adler32(name) >> 1 for name in names], np.int64)
-
-
-class Reservoir:
-    """A uniform sample of all rows ever added, at most `bound` of them."""
-
-    def __init__(self, bound: int, width: int, seed: int) -> None:
-        self._features = np.zeros((bound, width), np.float32)
-        self._labels = np.zeros(bound, np.float32)
-        self._random = np.random.default_rng(seed)
-        self.seen = 0
-
-    def __len__(self) -> int:
-        return min(self.seen, len(self._labels))
-
-    def add(self, rows: Rows) -> None:
-        """Give each new row the chance that is its due."""
-        bound = len(self._labels)
-        places = np.arange(self.seen, self.seen + len(rows))
-        drawn = self._random.integers(0, places + 1)
-        places = np.where(places < bound, places, drawn)
-        kept = places < bound
-        self._features[places[kept]] = rows.features[kept]
-        self._labels[places[kept]] = rows.labels[kept]
-        self.seen += len(rows)
-
-    def draw(self, count: int) -> Rows:
-        """`count` rows, with replacement; none while it is empty."""
-        index = self._random.integers(0, len(self), size=count if len(self) else 0)
-        return Rows(self._features[index], self._labels[index])
-
-    def spread(self, count: int) -> Matrix:
-        """Features of at most `count` rows, evenly spaced; looking changes no later draw."""
-        places = np.linspace(0, len(self) - 1, min(count, len(self)))
-        return self._features[places.astype(np.intp)]
-
-    def state(self) -> dict[str, Any]:
-        """All that is needed to go on from here."""
-        size = len(self)
-        return {
-            "features": self._features[:size].copy(),
-            "labels": self._labels[:size].copy(),
-            "seen": self.seen,
-            "random": self._random.bit_generator.state,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises: ValueError when it is of another bound or width."""
-        size = len(state["labels"])
-        if size != min(state["seen"], len(self._labels)):
-            raise ValueError(f"{size} rows kept of {state['seen']} are no reservoir of this bound")
-        self._features[:size] = state["features"]
-        self._labels[:size] = state["labels"]
-        self.seen = state["seen"]
-        self._random.bit_generator.state = state["random"]

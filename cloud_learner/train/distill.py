@@ -1,7 +1,9 @@
-"""Distillation: one student of device size that answers as the weighted replicas do.
+"""Distillation: one student of device size that follows as `fast` does and remembers as `stable`.
 
-Why: a device cannot hold two networks of the cloud's size; soft targets carry more than labels do
-(Hinton, Vinyals & Dean 2015). The student is kept from cycle to cycle and follows its teachers.
+Why: a device cannot hold the networks of the cloud; soft targets carry more than labels do (Hinton,
+Vinyals & Dean 2015). On the newest rows the student answers as the weighted replicas do, on rows of
+the reservoir as the replica that remembers: where new and old look different, one network can hold
+both (docs/experiments.md). It is kept from cycle to cycle.
 
 Invariants: same rows, teachers and seed give the same bits. The student never sees a label: what it
 knows it has from the replicas.
@@ -12,50 +14,60 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from cloud_learner.train.dataset import Rows, concatenate
-from cloud_learner.train.replica import Replica, Replicas, chunks
-
-LEARNING_RATE = 2e-3
+from cloud_learner.stats.tasks import Task
+from cloud_learner.train.dataset import Matrix, Rows
+from cloud_learner.train.declaration import Learning
+from cloud_learner.train.ensemble import Replicas
+from cloud_learner.train.replica import Replica
 
 
 class Student:
     """The student network; `network` is the moving average that becomes a candidate."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._replica = Replica(network, LEARNING_RATE, averaged=True)
+    def __init__(self, network: nn.Module, task: Task, learning: Learning) -> None:
+        self._distilled = learning.student
+        self.replica = Replica(
+            network,
+            task,
+            learning.student.learning_rate,
+            gradient_norm_max=learning.gradient_norm_max,
+            averaged=True,
+        )
 
     @property
     def network(self) -> nn.Module:
         """What is exported."""
-        return self._replica.average
+        return self.replica.average
 
-    def follow(
-        self, teachers: Replicas, rows: Rows, replay_rows: int, random: np.random.Generator
-    ) -> None:
-        """One pass over the rows and a replay, towards the teachers' answers."""
-        self._pass(teachers, concatenate([rows, teachers.reservoir.draw(replay_rows)]), random)
+    def answers(self, features: Matrix) -> Matrix:
+        """Answers of shape (rows, outputs), in floating point."""
+        return self.replica.answers(features)
+
+    def follow(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
+        """Passes over the rows, each with as many of the window, and a replay."""
+        recent = teachers.recent(rows)
+        targets = teachers.answers(recent.rows.features)
+        for _ in range(self._distilled.passes):
+            index = recent.drawn(random)
+            replayed, _ = teachers.reservoir.draw(self._distilled.replay_rows)
+            features = np.concatenate([recent.rows.features[index], replayed.features])
+            remembered = teachers.remembered(replayed.features)
+            self.replica.follow(features, np.concatenate([targets[index], remembered]), random)
 
     def pretrain(
         self, teachers: Replicas, rows: Rows, passes: int, random: np.random.Generator
     ) -> None:
         """Several passes before the stream begins."""
         for _ in range(passes):
-            self._pass(teachers, rows, random)
+            targets = teachers.answers(rows.features)
+            self.replica.follow(rows.features, targets, random)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""
-        return self._replica.state()
+        return self.replica.state()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self._replica.restore(state)
-
-    def _pass(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
-        targets = torch.from_numpy(teachers.answers(rows.features))
-        features = torch.from_numpy(rows.features)
-        for index in chunks(len(rows), random):
-            chosen = torch.from_numpy(index)
-            self._replica.step(features[chosen], targets[chosen])
+        self.replica.restore(state)

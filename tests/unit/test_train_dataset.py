@@ -1,27 +1,15 @@
-"""Rows in memory and the reservoir: bounded, uniform, repeatable."""
+"""Rows in memory: arrays that stay together."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from cloud_learner.train.dataset import Reservoir, Rows, concatenate
+from cloud_learner.train.dataset import Rows, concatenate, groups_of
 
 
 def rows(start, count, width=2):
     numbers = np.arange(start, start + count, dtype=np.float32)
     return Rows(np.tile(numbers[:, None], width), numbers)
-
-
-def filled(count, bound=100, seed=1, step=37):
-    reservoir = Reservoir(bound, 2, seed)
-    for start in range(0, count, step):
-        reservoir.add(rows(start, min(step, count - start)))
-    return reservoir
-
-
-def kept(reservoir):
-    return reservoir.state()["labels"]
 
 
 def test_rows_are_taken_and_joined_in_order():
@@ -31,62 +19,17 @@ def test_rows_are_taken_and_joined_in_order():
     assert len(joined) == 5
 
 
-def test_until_it_is_full_a_reservoir_keeps_every_row():
-    assert kept(filled(80)).tolist() == list(range(80))
+def test_weights_are_one_and_groups_none_where_they_are_not_given():
+    joined = concatenate([Rows(np.zeros((2, 1), "f4"), np.zeros(2, "f4"), np.array([3, 4], "f4"))])
+
+    assert rows(0, 3).weights.tolist() == [1, 1, 1]
+    assert rows(0, 3).groups.tolist() == [0, 0, 0]
+    assert joined.take(np.array([1])).weights.tolist() == [4]
 
 
-def test_a_reservoir_never_passes_its_bound_and_keeps_labels_with_their_features():
-    reservoir = filled(5000)
-    drawn = reservoir.draw(500)
+def test_rows_of_one_value_of_a_field_are_one_group():
+    fields = [{"query": "a"}, {"query": "b"}, {"query": "a"}, {"query": 7}, {}]
+    groups = groups_of(fields, "query").tolist()
 
-    assert (len(reservoir), reservoir.seen) == (100, 5000)
-    assert len(set(kept(reservoir))) == 100
-    assert np.array_equal(drawn.features[:, 0], drawn.labels)
-
-
-def test_every_row_ever_added_has_the_same_chance():
-    counts = np.zeros(4)
-    for seed in range(200):
-        counts += np.histogram(kept(filled(1000, seed=seed)), bins=4, range=(0, 1000))[0]
-
-    share = counts / counts.sum()
-    assert np.abs(share - 0.25).max() < 0.015, share  # 20,000 rows: five standard deviations
-
-
-def test_an_empty_reservoir_draws_and_spreads_nothing():
-    empty = Reservoir(10, 2, 1)
-
-    assert len(empty.draw(5)) == 0
-    assert len(empty.spread(5)) == 0
-
-
-def test_looking_at_a_spread_changes_no_later_draw():
-    looked, untouched = filled(300), filled(300)
-
-    spread = looked.spread(40)
-
-    assert spread.shape == (40, 2)
-    assert len({row[0] for row in spread.tolist()}) == 40
-    assert looked.spread(1000).shape == (100, 2)
-    assert np.array_equal(looked.draw(50).labels, untouched.draw(50).labels)
-
-
-def test_the_same_rows_and_seed_give_the_same_reservoir_and_another_seed_another():
-    assert np.array_equal(kept(filled(1000)), kept(filled(1000)))
-    assert not np.array_equal(kept(filled(1000)), kept(filled(1000, seed=2)))
-
-
-def test_a_restored_reservoir_goes_on_as_the_first_would_have():
-    first, second = filled(1000), Reservoir(100, 2, 99)
-    second.restore(first.state())
-    for each in (first, second):
-        each.add(rows(1000, 500))
-
-    assert np.array_equal(kept(first), kept(second))
-    assert np.array_equal(first.draw(20).labels, second.draw(20).labels)
-
-
-@pytest.mark.parametrize(("bound", "width"), [(50, 2), (200, 2), (100, 3)])
-def test_a_reservoir_of_another_size_is_not_restored(bound, width):
-    with pytest.raises(ValueError, match=r"reservoir|broadcast|shape"):
-        Reservoir(bound, width, 1).restore(filled(1000).state())
+    assert groups[0] == groups[2]
+    assert len(set(groups)) == 4

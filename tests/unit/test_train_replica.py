@@ -1,4 +1,4 @@
-"""Replicas and student: repeatable, weighed before they learn; one that hurts is not heard."""
+"""A replica: what one step does, for every task, and what it can never do."""
 
 from __future__ import annotations
 
@@ -7,171 +7,175 @@ import pytest
 import torch
 from torch import nn
 
-from cloud_learner.train.dataset import Reservoir, Rows
-from cloud_learner.train.distill import Student
-from cloud_learner.train.replica import CHUNK_ROWS, Replica, Replicas, chunks, probabilities
+from cloud_learner.stats.tasks import Task
+from cloud_learner.train.dataset import Rows
+from cloud_learner.train.replica import CHUNK_ROWS, Replica, chunks, chunks_of
+
+TASKS = {
+    "binary": Task(),
+    "multiclass": Task(kind="multiclass", classes=3),
+    "regression": Task(kind="regression", scale=2.0),
+    "ranking": Task(kind="ranking", group="query"),
+}
 
 
-def network(seed=0):
+def network(outputs=1, seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+    return nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, outputs))
 
 
-def rows(count, seed=0, flip=False):
+def rows(count, kind="binary", seed=0):
+    """Labels that two features tell; of ranking, within groups of five."""
     random = np.random.default_rng(seed)
     features = random.normal(size=(count, 2)).astype(np.float32)
-    labels = (features[:, 0] > 0) != flip
-    return Rows(features, labels.astype(np.float32))
-
-
-def replicas(recent_rows=200):
-    return Replicas(network(), Reservoir(300, 2, 1), replay_rows=100, recent_rows=recent_rows)
-
-
-def spoil(replica, value):
-    """Let a replica answer one extreme, whatever it is asked."""
-    with torch.no_grad():
-        for each in (replica.network, replica.average):
-            each[-1].weight.zero_()
-            each[-1].bias.fill_(value)
+    groups = np.arange(count) // 5
+    truth = {
+        "binary": features[:, 0] > 0,
+        "multiclass": np.digitize(features[:, 0], [-0.5, 0.5]),
+        "regression": 3 * features[:, 0] - features[:, 1],
+        "ranking": np.digitize(features[:, 0] + groups % 7 * 0.0, [0.0, 1.0]),
+    }
+    return Rows(features, truth[kind].astype(np.float32), groups=groups.astype(np.int64))
 
 
 def values(parameters):
     return [p.detach().clone() for p in parameters]
 
 
-def test_every_row_is_in_exactly_one_chunk():
-    found = chunks(2 * CHUNK_ROWS + 7, np.random.default_rng(0))
-
-    assert [len(each) for each in found] == [CHUNK_ROWS, CHUNK_ROWS, 7]
-    assert sorted(np.concatenate(found)) == list(range(2 * CHUNK_ROWS + 7))
-
-
-@pytest.mark.parametrize(("bad", "weights"), [("fast", (0.0, 1.0)), ("stable", (1.0, 0.0))])
-def test_a_replica_that_hurts_gets_weight_zero_and_is_not_heard(bad, weights):
-    both = replicas()
-    for number in range(4):
-        spoil(getattr(both, bad), 20.0)
-        both._weigh(rows(100, seed=number))
-
-    good = both.stable if bad == "fast" else both.fast
-    features = rows(20, seed=9).features
-    assert both.weights == weights
-    assert np.array_equal(good.answers(features), both.answers(features))
+def moved(replica, start):
+    return sum(
+        float((p - s).abs().sum()) for p, s in zip(values(replica.parameters()), start, strict=True)
+    )
 
 
-def test_a_replica_that_recovers_gets_its_weight_back():
-    both = replicas()
-    kept = both.fast.state()["network"]
-    kept = {name: value.clone() for name, value in kept.items()}
-    for number in range(4):
-        spoil(both.fast, 20.0)
-        both._weigh(rows(100, seed=number))
-    both.fast.network.load_state_dict(kept)
-    for number in range(120):
-        both._weigh(rows(100, seed=number))
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_task_is_learned(kind):
+    task, random = TASKS[kind], np.random.default_rng(0)
+    replica = Replica(network(task.outputs), task, 1e-2)
+    test = rows(500, kind, seed=9)
+    before = task.quality(test.labels, replica.answers(test.features), test.groups)
 
-    assert both.weights[0] > 0.3
+    for number in range(30):
+        replica.train(rows(500, kind, seed=number), random)
 
-
-def test_equal_replicas_weigh_the_same_and_answer_as_either_does():
-    both = replicas()
-    features = rows(20).features
-
-    assert both.weights == (0.5, 0.5)
-    assert np.allclose(both.fast.answers(features), both.answers(features), atol=1e-6)
+    after = task.quality(test.labels, replica.answers(test.features), test.groups)
+    assert after > max(before, 0.85), (before, after)
 
 
-def test_rows_are_weighed_on_before_they_are_learned():
-    both, weighed_only = replicas(), replicas()
-    spoil(both.fast, 1.0)
-    spoil(weighed_only.fast, 1.0)
-    weighed_only._weigh(rows(200))
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_replica_follows_the_answers_of_another(kind):
+    task, random = TASKS[kind], np.random.default_rng(0)
+    teacher = Replica(network(task.outputs, seed=4), task, 1e-2)
+    student = Replica(network(task.outputs, seed=5), task, 1e-2)
+    for number in range(40):
+        features = rows(500, kind, seed=number).features
+        student.follow(features, teacher.answers(features), random)
 
-    both.learn(rows(200), np.random.default_rng(0))
-
-    assert weighed_only.weights == both.weights
-
-
-def test_learning_makes_both_replicas_better():
-    both, random, test = replicas(), np.random.default_rng(0), rows(500, seed=99)
-
-    def brier(replica):
-        return np.mean((replica.answers(test.features) - test.labels) ** 2)
-
-    fast, stable = brier(both.fast), brier(both.stable)
-    for number in range(300):
-        both.learn(rows(200, seed=number), random)
-
-    assert brier(both.fast) < 0.98 * fast
-    assert brier(both.stable) < 0.5 * stable
+    test = rows(200, kind, seed=99).features
+    assert np.abs(student.answers(test) - teacher.answers(test)).mean() < 0.03
 
 
-def test_the_same_rows_and_seed_give_the_same_bits_also_after_a_restore():
-    def learned(restored_at=None):
-        torch.manual_seed(4)
-        both, random = replicas(), np.random.default_rng(0)
-        for number in range(4):
-            if number == restored_at:
-                torch_state = torch.get_rng_state()
-                state, other = both.state(), replicas()
-                other.restore(state)
-                torch.set_rng_state(torch_state)
-                both = other
-            both.learn(rows(150, seed=number), random)
-        return both.answers(rows(50, seed=7).features), both.weights
+def test_a_row_of_weight_zero_teaches_nothing_and_a_larger_weight_more():
+    some = rows(100)
 
+    def gradient(weights):
+        torch.manual_seed(0)
+        replica = Replica(network(), TASKS["binary"], 1e-3)
+        replica.step(Rows(some.features, some.labels, np.array(weights, np.float32)))
+        return replica.network[0].weight.grad
+
+    half = [1.0] * 50 + [0.0] * 50
+    other = some.take(np.arange(50))
     torch.manual_seed(0)
-    first, again, restored = learned(), learned(), learned(restored_at=2)
-    assert np.array_equal(first[0], again[0])
-    assert first[1] == again[1] == restored[1]
+    alone = Replica(network(), TASKS["binary"], 1e-3)
+    alone.step(other)
+
+    assert torch.allclose(2 * gradient(half), alone.network[0].weight.grad, atol=1e-6)
+    assert torch.allclose(3 * gradient([1.0] * 100), gradient([3.0] * 100), atol=1e-6)
+
+
+def test_rows_without_an_anchor_are_pulled_by_their_label_alone():
+    some = rows(100)
+    unknown = np.full((100, 1), np.nan, np.float32)
+
+    def after(anchors, keep):
+        torch.manual_seed(0)
+        replica = Replica(network(), TASKS["binary"], 1e-3)
+        replica.step(some, anchors, keep)
+        return replica.answers(some.features)
+
+    assert np.array_equal(after(None, 0.0), after(unknown, 1.0))
+    assert not np.array_equal(after(None, 0.0), after(np.zeros_like(unknown), 1.0))
+
+
+def test_a_gradient_is_clipped_before_it_moves_anything():
+    wild = Rows(rows(50).features * 1e6, rows(50).labels)
+    replica = Replica(network(), TASKS["binary"], 1e-3, gradient_norm_max=1.0)
+
+    replica.step(wild)
+
+    norms = [float(p.grad.norm()) ** 2 for p in replica.network.parameters()]
+    assert sum(norms) ** 0.5 <= 1.0 + 1e-5
 
 
 def test_the_moving_average_follows_buffers_too():
     torch.manual_seed(0)
-    replica = Replica(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), 1e-3, averaged=True)
+    layers = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    replica = Replica(layers, TASKS["binary"], 1e-3, averaged=True)
     some = rows(100)
-    replica.step(torch.from_numpy(some.features) + 5, torch.from_numpy(some.labels))
+    replica.step(Rows(some.features + 5, some.labels))
 
     assert torch.equal(replica.network[0].running_mean, replica.average[0].running_mean)
 
 
 def test_an_average_moves_less_than_its_network():
-    torch.manual_seed(0)
-    replica = Replica(network(), 1e-2, averaged=True)
-    start, some = values(replica.network.parameters()), rows(100)
-    replica.step(torch.from_numpy(some.features), torch.from_numpy(some.labels))
+    replica = Replica(network(), TASKS["binary"], 1e-2, averaged=True)
+    start = values(replica.network.parameters())
+    replica.step(rows(100))
 
-    moved = [
-        sum(
-            float((p - s).abs().sum())
-            for p, s in zip(values(each.parameters()), start, strict=True)
-        )
-        for each in (replica.network, replica.average)
-    ]
-    assert 0 < moved[1] < 0.1 * moved[0]
+    assert 0 < moved(replica.average, start) < 0.1 * moved(replica.network, start)
 
 
-def test_pretraining_lets_both_replicas_start_from_the_same_network():
-    both = replicas()
-    both.pretrain(rows(400), 3, np.random.default_rng(0))
-    features = rows(30, seed=5).features
+def test_a_fork_goes_its_own_way():
+    replica = Replica(network(), TASKS["binary"], 1e-2)
+    replica.step(rows(100))
+    start = values(replica.network.parameters())
+    fork = replica.fork()
+    fork.step(rows(100, seed=1))
 
-    assert np.array_equal(both.fast.answers(features), both.stable.answers(features))
-    assert len(both.reservoir) == 300
+    assert moved(replica.network, start) == 0 < moved(fork.network, start)
 
 
-def test_a_student_answers_as_its_teachers_do_and_never_sees_a_label():
-    def student_of(labels_flipped):
-        both = replicas()
-        spoil(both.fast, 2.0)
-        spoil(both.stable, 2.0)
-        torch.manual_seed(3)
-        student, random = Student(network(5)), np.random.default_rng(0)
-        for number in range(40):
-            student.follow(both, rows(200, seed=number, flip=labels_flipped), 0, random)
-        return probabilities(student.network, rows(50, seed=77).features)
+def test_every_row_of_every_pass_is_counted():
+    replica, random = Replica(network(), TASKS["binary"], 1e-2), np.random.default_rng(0)
+    replica.train(rows(CHUNK_ROWS + 7), random)
+    replica.follow(rows(30).features, replica.answers(rows(30).features), random)
 
-    answers = student_of(labels_flipped=False)
-    assert np.array_equal(answers, student_of(labels_flipped=True))
-    assert answers.mean() > probabilities(network(5), rows(50, seed=77).features).mean() + 0.01
+    assert replica.sample_passes == CHUNK_ROWS + 37
+
+
+def test_a_weight_that_is_no_number_is_seen():
+    replica = Replica(network(), TASKS["binary"], 1e-2)
+    assert replica.is_finite
+    with torch.no_grad():
+        replica.network[0].bias[3] = float("nan")
+
+    assert not replica.is_finite
+
+
+def test_every_row_is_in_exactly_one_chunk():
+    found = chunks(2 * CHUNK_ROWS + 7, np.random.default_rng(0))
+
+    assert max(len(each) for each in found) <= CHUNK_ROWS
+    assert max(len(each) for each in found) - min(len(each) for each in found) <= 1
+    assert sorted(np.concatenate(found)) == list(range(2 * CHUNK_ROWS + 7))
+
+
+def test_no_group_is_torn_apart():
+    some = rows(1004, "ranking")
+    found = chunks_of(some, np.random.default_rng(0))
+
+    assert sorted(np.concatenate(found)) == list(range(1004))
+    assert len(found) > 2
+    homes = [set(some.groups[each].tolist()) for each in found]
+    assert sum(map(len, homes)) == len(set(some.groups.tolist()))
