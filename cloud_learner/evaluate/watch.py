@@ -111,11 +111,11 @@ class Watch:
         """Take micro-batch `batch`, before it is learned; the alarms that it raises.
 
         `labels` (rows,), `outputs` (rows, outputs) of the student, `features` (rows, columns);
-        `embed` gives the student's last hidden layer for features. Rows whose outputs are no finite
+        `embed` gives the student's last hidden layer for features. Rows that are not all finite
         numbers are left out.
         """
         self.batch, self.time_s = batch, time_s
-        sound = np.isfinite(outputs).all(1)
+        sound = np.isfinite(outputs).all(1) & np.isfinite(features).all(1)
         if not self._limits.on or not sound.any():
             return []
         labels, outputs, features = labels[sound], outputs[sound], features[sound]

@@ -125,7 +125,7 @@ class EmbeddingShift:
         if min(len(kept), len(recent)) < self.OF_EACH:
             return 0.0, None
         embedded = embed(np.concatenate([kept, recent]))
-        if embedded is None:
+        if embedded is None or not np.isfinite(embedded).all():
             return 0.0, None
         self._tests += 1
         before, now = np.split(embedded.astype(np.float64), [len(kept)])

@@ -170,16 +170,30 @@ def test_every_task_is_watched_by_its_loss(task):
     assert np.isnan(watch.estimate(np.ones((50, 1), "f4"))[0].quality)
 
 
-def test_answers_that_are_no_numbers_are_left_out():
+@pytest.mark.parametrize("broken", ["outputs", "features"])
+def test_rows_that_are_no_numbers_are_left_out(broken):
     world = World(11)
     features = world.features(ROWS)
     outputs = world.answers(features)
     labels = world.labels(outputs)
-    outputs[:] = np.nan
+    {"outputs": outputs, "features": features}[broken][:, 0] = [np.nan, np.inf] * (ROWS // 2)
 
     assert world.watch.observe(labels, outputs, features, batch=1, time_s=1.0) == []
     world.batch = 1
     assert world.live(20) == []
+
+
+def test_embeddings_that_overflow_raise_nothing_and_leave_the_rest_watched():
+    world = World(11)
+    features = world.features(ROWS)
+    outputs = world.answers(features)
+    for batch in range(1, 12):
+        raised = world.watch.observe(
+            *(world.labels(outputs), outputs, features, lambda rows: np.full_like(rows, np.inf)),
+            batch=batch,
+            time_s=1.0,
+        )
+        assert raised == []
 
 
 def test_a_family_that_watches_nothing_has_no_alarm():
