@@ -19,9 +19,12 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
+import msgspec
+
 from cloud_learner.config import FamilyHome
 from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.offline import load_set
+from cloud_learner.rules import label_rules
 from cloud_learner.store.examples import Batch
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family
@@ -52,6 +55,10 @@ class Course:
         self.is_fresh = False
         self._commits: deque[tuple[int, float]] = deque()
         self._since: list[Batch] = []  # the checkpoint
+        trust = self.cycle.teaching.trust
+        self._quarantined = {name: each.reason for name, each in trust.quarantined.items()}
+        self._released_s = label_rules(family.config, idle_s=0.0).released_s
+        self._told = max((entry["batch"] for entry in lineage.read("alarm")), default=0)
         self._failed = {e["batch"]: bool(e["whole"]) for e in lineage.read("failed") if e["batch"]}
 
     def take(self, batches: Iterable[Batch], clock_s: float) -> None:
@@ -74,6 +81,7 @@ class Course:
             self._pass_over(batch, error)
         else:
             self.failure, self.is_fresh = "", True
+            self._tell(batch.number)
         if self.cycle.whole:
             self._since.append(batch)
         else:
@@ -88,10 +96,7 @@ class Course:
             return
         batch = self.waiting.popleft()
         self.number = batch.number
-        label, last = self.family.config.label, batch.examples[-1]
-        comes_at_once = last.early or label.policy == "arrival"
-        due_s = last.label_time_s if comes_at_once else last.time_s + label.window_s
-        self.clock_s = max(self.clock_s, due_s)
+        self.clock_s = max(self.clock_s, self._released_s(batch.examples[-1]))
         self.skipped += self.is_fresh and bool(self.waiting)
         self._settle_clock()
 
@@ -133,9 +138,31 @@ class Course:
             "examples_learned": self.cycle.examples_learned,
             "learned_twice": self.cycle.ledger.learned_twice,
             "other_spec": self.cycle.ledger.other_spec,
+            "quarantined_devices": len(self.cycle.teaching.trust.quarantined),
+            "quarantined_rows": self.cycle.teaching.trust.counters["quarantined_rows"],
+            "trimmed_rows": self.cycle.teaching.trimmed_rows,
+            **self.cycle.teaching.concepts.statistics(),
             "batches_waiting": len(self.waiting),
             "resting": int(self.rests),
         }
+
+    def _tell(self, number: int) -> None:
+        """What was noticed in a batch, once: alarms, and whose rows are not learned."""
+        if number <= self._told:
+            return
+        self._told = number
+        alarms = [msgspec.to_builtins(alarm) for alarm in self.cycle.alarms]
+        trust = self.cycle.teaching.trust
+        reasons = {name: each.reason for name, each in trust.quarantined.items()}
+        new = {name: why for name, why in reasons.items() if name not in self._quarantined}
+        self._quarantined = reasons
+        try:
+            for alarm in alarms:
+                self._lineage.append("alarm", **alarm)
+            for device, reason in new.items():
+                self._lineage.append("quarantine", batch=number, device=device, reason=reason)
+        except CapacityError as full:
+            log.warning("%s", full)
 
     def _pass_over(self, batch: Batch, error: Exception) -> None:
         """Once in lineage, also when a restart comes by again."""

@@ -145,22 +145,9 @@ class Learner:
 
 def strand(home: Home, family: Family) -> Strand:
     """How a family's labels count and how its batches are cut. Raises: ConfigError."""
-    config, label, learning = family.config, family.config.label, family.config.learning
-    rules = Rules(
-        family=family.name,
-        label_window_s=label.window_s,
-        idle_s=IDLE_S,
-        expiry=label.expiry,
-        amend_s=label.amend_s,
-        policy=label.policy,
-        early_s=label.early_s,
-        weight_max=label.weight_max,
-        task=config.task,
-        learn_from_s=home.of(family.name).origin().learned_through_s,
-        ahead_s_max=config.skew_s_max if config.clock == "wall" else float("inf"),
-    )
-    size, cap = learning.batch_size, learning.device_cap
-    return Strand(rules, Batcher(size, cap, learning.batch_s, rules.released_s))
+    learn_from_s = home.of(family.name).origin().learned_through_s
+    rules = label_rules(family.config, idle_s=IDLE_S, learn_from_s=learn_from_s)
+    return Strand(rules, batcher(family.config, rules))
 
 
 def open_intake(home: Home, families: Sequence[Family], clock: Clock) -> Intake:

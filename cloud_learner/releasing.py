@@ -149,7 +149,10 @@ class Releasing:
     def _judge(self, candidate: Candidate) -> Judgement:
         stable = self.controller.stable
         judgement = self.gate.judge(
-            candidate.package, candidate.float_package, Path(stable.file) if stable else None
+            candidate.package,
+            candidate.float_package,
+            Path(stable.file) if stable else None,
+            alarmed=candidate.alarmed,
         )
         if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
             self.hold_out.save(self._kept)

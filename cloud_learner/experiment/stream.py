@@ -194,8 +194,9 @@ class _Joining:
         self, rows: range, now_s: float
     ) -> Iterator[tuple[int, float, float, float, float, bool]]:
         portions = [*self._predictions(rows), *self._labels(now_s)]
-        for account in self._accounts.values():
+        for (device, _, event_class), account in self._accounts.items():
             account.newest_s = {self._config.name: now_s}
+            self._joiner.clock.hear(device, event_class, now_s, now_s)
         lanes = list(self._accounts)
         while True:
             change = self._db.begin()
