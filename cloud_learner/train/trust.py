@@ -1,10 +1,11 @@
 """Bounded trust: whose rows of a micro-batch are learned, and why the others are not.
 
 Why: a cap bounds how much of a batch a hostile device can be; within the cap its rows still pull.
-A device whose absence would make the candidate better, measured on held-out rows of others, is
+A device without whose pull the candidate would be better, measured on held-out rows of others, is
 quarantined: what it says is looked at again with every batch, and learned again once it no longer
-harms. Leaving out rows with a large loss costs quality on clean data, so it is done on alarm alone
-(Shen & Sanghavi 2019; the figures stand in docs/experiments.md).
+harms. Only its own pull is taken away, not its place in the mean, or who is merely different would
+seem to harm, since the others' pull would grow in its absence. Leaving out rows with a large loss
+costs quality on clean data, so it is done on alarm alone (Shen & Sanghavi 2019).
 
 Invariants: at most `contributors` devices of a batch are tried, the largest first, and a device is
 never judged by rows of its own. At least half of a batch is always learned. Same rows, same answer.
@@ -83,9 +84,9 @@ class HeldOut:
         """All of them."""
         return self._rows
 
-    def without(self, device: str) -> Rows:
-        """Those of other devices."""
-        return self._rows.take(np.flatnonzero([name != device for name in self._devices]))
+    def is_of_another(self, device: str) -> Mask:
+        """Which rows are of other devices, (rows,)."""
+        return np.array([name != device for name in self._devices], bool)
 
     def state(self) -> tuple[Any, ...]:
         """All that is needed to go on from here."""
@@ -111,12 +112,17 @@ class Trust:
         self, replica: Replica, rows: Rows, devices: Sequence[str], held_out: HeldOut
     ) -> Mask:
         """Which rows may be learned, shape (rows,)."""
-        counts = Counter(devices)
-        tried = [name for name, _ in counts.most_common(self._contributors) if counts[name] > 1]
+        names, counts = np.array(devices), Counter(devices)
+        tried = [name for name, _ in counts.most_common(self._contributors)]
         tried += [name for name in counts if name in self.quarantined and name not in tried]
-        if len(counts) > 1:
+        if len(counts) > 1 and tried and len(held_out.rows) >= JUDGES_MIN:
+            with_all = self._losses_after(replica, rows, held_out.rows)
             for device in tried:
-                self._judge(device, replica, rows, devices, held_out)
+                without = _unweighted(rows, names == device)
+                gains = with_all - self._losses_after(replica, without, held_out.rows)
+                others = held_out.is_of_another(device)
+                if others.sum() >= JUDGES_MIN:
+                    self._judge(device, counts[device], gains[others])
         admitted = np.array([name not in self.quarantined for name in devices], bool)
         if admitted.sum() * 2 < len(rows):  # a majority is no outlier
             return np.ones(len(rows), bool)
@@ -137,36 +143,28 @@ class Trust:
         self.quarantined = dict(state["quarantined"])
         self.counters = Counter(state["counters"])
 
-    def _judge(
-        self, device: str, replica: Replica, rows: Rows, devices: Sequence[str], held_out: HeldOut
-    ) -> None:
-        judges = held_out.without(device)
-        if len(judges) < JUDGES_MIN:
-            return
-        theirs = np.array([name == device for name in devices], bool)
-        gain, error = self._gain_without(replica, rows, theirs, judges)
+    def _judge(self, device: str, rows: int, gains: npt.NDArray[np.float64]) -> None:
+        """`gains` are how much lower the losses of others' held-out rows are without the device."""
+        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
         harm = HARM_MEMORY * self._harm.get(device, 0.0) + (gain / error if error else 0.0)
         self._harm[device] = harm
         known = device in self.quarantined
         if harm > HARM_MAX or (known and harm > HARM_CALM):
             self.counters["quarantines"] += int(not known)
-            self.quarantined[device] = Quarantined(device, int(theirs.sum()), gain, harm)
+            self.quarantined[device] = Quarantined(device, rows, gain, harm)
         else:
             self.quarantined.pop(device, None)
-
-    def _gain_without(
-        self, replica: Replica, rows: Rows, theirs: Mask, judges: Rows
-    ) -> tuple[float, float]:
-        """How much lower the loss is without the rows, and the standard error of that."""
-        others = rows.take(np.flatnonzero(~theirs))
-        with_them, without = (self._losses_after(replica, each, judges) for each in (rows, others))
-        gains = with_them - without
-        return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
 
     def _losses_after(self, replica: Replica, rows: Rows, judges: Rows) -> npt.NDArray[np.float64]:
         trial = replica.fork()
         trial.step(rows)
         return self._task.losses(judges.labels, trial.answers(judges.features))
+
+
+def _unweighted(rows: Rows, left_out: Mask) -> Rows:
+    """The same rows, of which some pull nowhere; the others pull no more than before."""
+    weights = np.where(left_out, np.float32(0), rows.weights)
+    return Rows(rows.features, rows.labels, weights, rows.groups)
 
 
 def trimmed(losses: npt.NDArray[np.float64], share: float) -> Mask:
