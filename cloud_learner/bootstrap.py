@@ -19,16 +19,18 @@ import numpy as np
 from cloud_learner.config import Home, Origin
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate, Cycle
-from cloud_learner.evaluate.offline import EvaluationSet, save_set
+from cloud_learner.evaluate.offline import EvaluationSet, Words, save_set
+from cloud_learner.evaluate.slices import Keys
 from cloud_learner.experiment.features import featured
-from cloud_learner.experiment.replay import read_rows
+from cloud_learner.experiment.replay import DataRow, read_rows
 from cloud_learner.gate import Gate, Judgement
-from cloud_learner.host import Releases, campaign_rules, gate_limits, release_signers
+from cloud_learner.host import Releases, release_signers
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
+from cloud_learner.rules import campaign_rules, gate_limits
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
-from cloud_learner.train.dataset import Rows
+from cloud_learner.train.dataset import Matrix, Rows, groups_of
 from cloud_learner.train.family import Family
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import SystemClock
@@ -61,17 +63,22 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     tell(f"{len(rows):,} labelled rows from {data.name}, features by the device's engine")
     learned, static = _split(rows, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
-    cycle.pretrain(learned)
+    cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
     candidate = cycle.candidate()
     home.root.mkdir(parents=True, exist_ok=True)
     save_set(home.static, static)
     save_set(home.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
+    indices = [at for at, column in enumerate(family.spec.columns) if column.indices]
+    known = Keys.of(indices, learned)
+    known.save(home.known)
     cycle.save(home.checkpoint)
     cycle.keep_graph(home.graph)
-    gate = Gate(gate_limits(family), static, None, Lineage(home.lineage))
+    gate = Gate(gate_limits(family), static, None, Lineage(home.lineage), known)
     judgement = gate.judge(candidate.package, candidate.float_package, None)
     if judgement.outcome != "pass":
-        reasons = "; ".join(v.reason for v in judgement.verdicts if v.outcome != "pass")
+        reasons = "; ".join(
+            v.reason for v in judgement.verdicts if v.decides and v.outcome != "pass"
+        )
         raise RefusedError("gate_refused", f"the first release did not pass: {reasons}")
     release = asyncio.run(_sign(family, home, candidate, judgement, gate))
     home.write_origin(
@@ -81,24 +88,43 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     return judgement
 
 
-def labelled_rows(family: Family, data: Path) -> tuple[Rows, float]:
+def labelled_rows(family: Family, data: Path) -> tuple[EvaluationSet, float]:
     """All predicting rows with a label, their features by one engine a device; the last time."""
-    features, labels, newest_s = [], [], 0.0
+    found, features, newest_s = [], [], 0.0
     rows = read_rows(data, family.interface)
     for row, vector in featured(rows, family.interface, family.spec):
         if vector is not None:
             features.append(vector)
-            labels.append(row.label)
+            found.append(row)
         newest_s = row.time_s
     table = np.stack(features) if features else np.zeros((0, family.spec.size), np.float32)
-    return Rows(table, np.array(labels, np.float32)), newest_s
+    return _as_set(family, found, table), newest_s
 
 
-def _split(rows: Rows, seed: int) -> tuple[Rows, EvaluationSet]:
-    order = np.random.default_rng(seed).permutation(len(rows))
-    cut = len(rows) // STATIC_SHARE
-    static = rows.take(np.sort(order[:cut]))
-    return rows.take(order[cut:]), EvaluationSet(static.features, static.labels)
+def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> EvaluationSet:
+    group, slices = family.config.task.group, family.config.gates.slices
+    times_s = np.array([row.time_s for row in rows], np.float64)
+    known_s = np.array([row.label_time_s for row in rows], np.float64)
+    return EvaluationSet(
+        features,
+        np.array([row.label for row in rows], np.float32),
+        groups_of([row.fields for row in rows], group) if group else np.zeros(len(rows), np.int64),
+        times_s,
+        known_s - times_s,
+        devices=Words.of(row.device for row in rows),
+        fields={name: Words.of(f"{row.fields.get(name, '')}" for row in rows) for name in slices},
+    )
+
+
+def _split(rows: EvaluationSet, seed: int) -> tuple[EvaluationSet, EvaluationSet]:
+    """What is learned, and the static set; rows that compete are in one of them together."""
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(rows))
+    static = np.arange(len(rows)) < len(rows) // STATIC_SHARE
+    if rows.groups.any():
+        groups = random.permutation(np.unique(rows.groups))
+        static = np.isin(rows.groups[order], groups[: len(groups) // STATIC_SHARE])
+    return rows.take(order[~static]), rows.take(np.sort(order[static]))
 
 
 async def _sign(

@@ -40,6 +40,8 @@ class Home:
         self.graph = root / "graph.onnx"
         self.reference = root / "reference.set"
         self.static = root / "static.set"
+        self.known = root / "known.keys"
+        self.hold_out = root / "recent.hold-out"
         self.trusted_root = root / "trust" / "root.json"
         self.broker = root / "broker"
         self.learner_key = root / "learner.nk"

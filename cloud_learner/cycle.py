@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class Cycle:
         self._random = np.random.default_rng(learning.seed)
         with self._torch_random.used():
             teacher, student = family.build_teacher(reference), family.build_student(reference)
-        self.ledger = Ledger(self._logged.hash, is_held_out)
+        held_out = partial(is_held_out, group=family.config.task.group)
+        self.ledger = Ledger(self._logged.hash, held_out)
         self.teaching = Teaching(
             Replicas(teacher, task, learning, family.spec.size),
             Student(student, task, learning),

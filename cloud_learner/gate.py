@@ -19,11 +19,33 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from cloud_learner.evaluate.gates import Evidence, Limits, Outcome, Verdict, judge, outcome
-from cloud_learner.evaluate.offline import EvaluationSet, HoldOut, ScoredSet, score
+from cloud_learner.evaluate.ages import age_groups, known_age_groups, score_groups
+from cloud_learner.evaluate.baseline import over_persistence
+from cloud_learner.evaluate.gates import (
+    Evidence,
+    Limits,
+    Measured,
+    Outcome,
+    Verdict,
+    judge,
+    outcome,
+)
+from cloud_learner.evaluate.holdout import HoldOut, largest_share
+from cloud_learner.evaluate.offline import (
+    EvaluationSet,
+    Mask,
+    Matrix,
+    ScoredSet,
+    row_us,
+    score,
+)
+from cloud_learner.evaluate.slices import Keys, Slices, score_slices, slices
 from cloud_learner.store.lineage import Lineage
 from edge_runtime.errors import PackageError
+from edge_runtime.inference.pipeline import score_batch
+from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import load_arm
 
 
@@ -41,15 +63,43 @@ class Judgement(msgspec.Struct, frozen=True):
     variants: dict[str, str]
 
 
+class _Recent(msgspec.Struct, frozen=True):
+    """The recent hold-out as it is during one judgement, cut into what is judged apart."""
+
+    rows: EvaluationSet
+    slices: Slices
+    ages: list[Mask]
+    label_ages: list[Mask]
+
+
+class _Loaded(msgspec.Struct, frozen=True):
+    """A package that was proved here, and how it did on the static set, which never changes."""
+
+    runner: Runner
+    size_bytes: int
+    latency_us: float
+    static: ScoredSet
+    broken_rows: int
+
+
 class Gate:
     """Judges the candidates of one family."""
 
     def __init__(
-        self, limits: Limits, static: EvaluationSet, hold_out: HoldOut | None, lineage: Lineage
+        self,
+        limits: Limits,
+        static: EvaluationSet,
+        hold_out: HoldOut | None,
+        lineage: Lineage,
+        keys: Keys | None = None,
     ) -> None:
-        """`hold_out` is None at the bootstrap, when there is no stream yet."""
+        """`hold_out` is None at the bootstrap, when there is no stream yet.
+
+        `keys` are those that the bootstrap saw; without them no slice of new keys is judged.
+        """
         self._limits, self._static, self._lineage = limits, static, lineage
-        self._hold_out = hold_out
+        self._hold_out, self._keys = hold_out, keys
+        self._serving: tuple[str, _Loaded] | None = None
         self._passed: set[str] = set()
         self.counts = {"judged": 0, "pass": 0, "fail": 0, "hold": 0}
 
@@ -61,14 +111,19 @@ class Gate:
         """A package that this gate passed in an earlier life, as its own lineage says."""
         self._passed.add(sha256)
 
-    def judge(self, package: bytes, float_package: bytes, serving: Path | None) -> Judgement:
-        """Score a candidate's int8 and float form beside what serves, and rule on it."""
+    def judge(
+        self, package: bytes, float_package: bytes, serving: Path | None, *, alarmed: bool = False
+    ) -> Judgement:
+        """Score a candidate's int8 and float form beside what serves, and rule on it.
+
+        While an alarm stands (`alarmed`), less is allowed to be lost.
+        """
         forms = {"int8": package, "float32": float_package}
         shipped = {name: _sha256(forms[name]) for name in self._limits.variants}
         sha256 = shipped[self._limits.variants[0]]
         try:
-            evidence = self._evidence(package, float_package, serving)
-            verdicts = judge(evidence, self._limits)
+            evidence = self._evidence(forms, serving)
+            verdicts = judge(evidence, self._limits, alarmed=alarmed)
             judgement = Judgement(sha256, outcome(verdicts), verdicts, evidence, shipped)
         except PackageError as error:
             broken = Verdict("loads", "fail", math.nan, math.nan, str(error))
@@ -76,25 +131,76 @@ class Gate:
         self._remember(judgement)
         return judgement
 
-    def _evidence(self, package: bytes, float_package: bytes, serving: Path | None) -> Evidence:
-        recent = self._hold_out.rows() if self._hold_out is not None else None
-        static, recent_score = self._score(package, recent)
-        static_float, recent_float = self._score(float_package, recent)
-        serving_static = serving_recent = None
-        if serving is not None:
-            serving_static, serving_recent = self._score(serving.read_bytes(), recent)
+    def _evidence(self, forms: dict[str, bytes], serving: Path | None) -> Evidence:
+        recent = self._recent() if self._hold_out is not None else None
+        measured = {name: self._measure(self._load(data), recent) for name, data in forms.items()}
         return Evidence(
-            static, static_float, recent_score, serving_static, serving_recent, recent_float
+            forms=measured,
+            serving=self._measure(self._served(serving), recent) if serving is not None else None,
+            small_slices=recent.slices.small if recent is not None else {},
+            largest_share=largest_share(recent.rows) if recent is not None else math.nan,
         )
 
-    def _score(
-        self, package: bytes, recent: EvaluationSet | None
-    ) -> tuple[ScoredSet, ScoredSet | None]:
+    def _recent(self) -> _Recent:
+        assert self._hold_out is not None
+        rows, limits, keys = self._hold_out.rows(), self._limits, self._keys
+        return _Recent(
+            rows,
+            slices(rows, limits.slices, keys, limits.slice_rows_min),
+            age_groups(rows, keys.indices if keys is not None else ()),
+            known_age_groups(rows),
+        )
+
+    def _measure(self, loaded: _Loaded, recent: _Recent | None) -> Measured:
+        task, runner = self._limits.task, loaded.runner
+        measured = Measured(
+            size_bytes=loaded.size_bytes,
+            latency_us=loaded.latency_us,
+            broken_rows=loaded.broken_rows,
+            static=loaded.static,
+        )
+        if recent is None:
+            return measured
+        rows = recent.rows
+        outputs = score_batch(runner, rows.features)
+        return msgspec.structs.replace(
+            measured,
+            broken_rows=loaded.broken_rows + _broken(outputs),
+            recent=score(task, rows, outputs),
+            slices=score_slices(task, rows, outputs, recent.slices.large),
+            ages=score_groups(task, rows, outputs, recent.ages),
+            label_ages=score_groups(task, rows, outputs, recent.label_ages),
+            over_persistence=over_persistence(task, rows, outputs),
+        )
+
+    def _served(self, path: Path) -> _Loaded:
+        """What serves, loaded once for as long as it does."""
+        package = path.read_bytes()
+        sha256 = _sha256(package)
+        if self._serving is None or self._serving[0] != sha256:
+            self._serving = sha256, self._load(package)
+        return self._serving[1]
+
+    def _load(self, package: bytes) -> _Loaded:
+        """A runner takes a file, and none but these bytes may be in it."""
         with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
             path = Path(folder) / "package.onnx"
             path.write_bytes(package)
             runner = load_arm(path, None, "candidate", "candidate", 1.0).runner
-            return score(runner, self._static), None if recent is None else score(runner, recent)
+        self._check_width(runner)
+        outputs = score_batch(runner, self._static.features)
+        scored = score(self._limits.task, self._static, outputs)
+        latency_us = row_us(runner, self._static)
+        return _Loaded(runner, len(package), latency_us, scored, _broken(outputs))
+
+    def _check_width(self, runner: Runner) -> None:
+        wanted = self._static.features.shape[1], self._limits.task.outputs
+        if (runner.features, runner.scores) != wanted:
+            raise PackageError(
+                "wrong_signature",
+                f"the package takes {runner.features} features and gives {runner.scores} outputs; "
+                f"this family has {wanted[0]} and {wanted[1]}",
+            )
 
     def _remember(self, judgement: Judgement) -> None:
         self.counts["judged"] += 1
@@ -102,6 +208,11 @@ class Gate:
         if judgement.outcome == "pass":
             self._passed.update(judgement.variants.values())
         self._lineage.append("verdict", **as_facts(judgement))
+
+
+def _broken(outputs: Matrix) -> int:
+    """How many rows were answered with what is no number."""
+    return int((~np.isfinite(outputs).all(1)).sum())
 
 
 def _sha256(data: bytes) -> str:

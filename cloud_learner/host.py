@@ -21,19 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate
-from cloud_learner.evaluate.gates import Limits
-from cloud_learner.evaluate.offline import HoldOut, load_set
+from cloud_learner.evaluate.holdout import HoldOut
+from cloud_learner.evaluate.offline import load_set
+from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
-from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.rollout.campaign import Offer
+from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -41,14 +41,19 @@ from cloud_learner.streams import make_streams
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
+from edge_runtime.errors import (
+    CapacityError,
+    HeadwaterError,
+    RequestError,
+    TransportError,
+)
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
 log = logging.getLogger("cloud_learner")
 
-HOLD_OUT_ROWS = 3000
+HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
 STATUS_S = 0.05
 STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
@@ -135,8 +140,11 @@ class Host:
     ) -> None:
         self.home, self.family, self._bus, self._clock = home, family, bus, clock
         lineage = self.lineage = Lineage(home.lineage)
-        self.hold_out = hold_out or HoldOut(HOLD_OUT_ROWS)
-        self.gate = Gate(gate_limits(family), load_set(home.static), self.hold_out, lineage)
+        self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
+        if home.hold_out.exists():
+            self.hold_out.load(home.hold_out)
+        static, known = load_set(home.static), Keys.load(home.known)
+        self.gate = Gate(gate_limits(family), static, self.hold_out, lineage, known)
         for entry in lineage.read("verdict"):
             if entry["outcome"] == "pass":
                 for sha256 in {entry["sha256"], *entry.get("variants", {}).values()}:
@@ -164,20 +172,23 @@ class Host:
         finally:
             await reports.close()
             await self.controller.close()
+            self.hold_out.save(self.home.hold_out)
 
     async def submit(self, candidate: Candidate) -> Judgement:
         """Let the gate judge a candidate, and offer it if it passed."""
-        stable = self.controller.stable
         loop = asyncio.get_running_loop()
-        judgement = await loop.run_in_executor(
-            self.learner.thread,
-            self.gate.judge,
-            candidate.package,
-            candidate.float_package,
-            Path(stable.file) if stable else None,
-        )
+        judgement = await loop.run_in_executor(self.learner.thread, self._judge, candidate)
         if judgement.outcome == "pass":
             await self.controller.offer(self._releases.register(candidate, judgement))
+        return judgement
+
+    def _judge(self, candidate: Candidate) -> Judgement:
+        stable = self.controller.stable
+        judgement = self.gate.judge(
+            candidate.package, candidate.float_package, Path(stable.file) if stable else None
+        )
+        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
+            self.hold_out.save(self.home.hold_out)
         return judgement
 
     def status(self) -> LearnerStatus:
@@ -269,18 +280,6 @@ class Host:
             await asyncio.sleep(MAINTAIN_S)
             with contextlib.suppress(TransportError, CapacityError):  # tried again in an hour
                 await self.publisher.maintain()
-
-
-def campaign_rules(family: Family) -> Rules:
-    """The campaign's rules from the family's `[rollout]`."""
-    section = msgspec.to_builtins(family.config.rollout)
-    return msgspec.convert({**section, "family": family.name}, Rules)
-
-
-def gate_limits(family: Family) -> Limits:
-    """The offline gate's limits from the family's `[gates]`, and the forms that must keep them."""
-    section = msgspec.to_builtins(family.config.gates)
-    return msgspec.convert({**section, "variants": family.config.rollout.variants}, Limits)
 
 
 def release_signers(home: Home, gate: Gate) -> keys.Signers:

@@ -23,6 +23,7 @@ import msgspec
 
 from cloud_learner.rollout.evidence import ArmTally, PairEvidence
 from cloud_learner.stats.sequential import PairedTest
+from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 
@@ -34,7 +35,7 @@ DECISIONS_MAX = 100
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """How a family's campaign decides. Brier differences; `canary_share` of answers in [0, 1).
+    """How a family's campaign decides. `margin` is of bounded losses, `canary_share` of answers.
 
     The numbers were found by simulation: with differences of standard deviation 0.03 / 0.04 / 0.05
     an equal model is promoted after 1,900 / 2,300 / 2,600 paired labels (median), one that answers
@@ -48,6 +49,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     alpha_promote: float = 0.02
     alpha_stop: float = 0.01
     pairs_max: int = 8000
+    task: Task = Task()
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,6 +185,7 @@ class Campaign:
             stable=ArmTally(stable.release),
             canary=ArmTally(offer.release),
             test=PairedTest.start(rules.margin, rules.alpha_promote, rules.alpha_stop),
+            task=rules.task,
         )
         where = " ".join(f"{key}={value}" for key, value in rules.selector.items())
         note = f"{offer.release} is on trial against {stable.release} on {where or 'all devices'}"
@@ -238,8 +241,8 @@ def describe(evidence: PairEvidence, reason: Literal["promoted", "harm", "undeci
     facts = evidence.statistics()
     old, new = evidence.stable.release, evidence.canary.release
     numbers = (
-        f"after {evidence.pairs:,} paired labels: Brier {facts['canary_brier']:.4f} against "
-        f"{facts['stable_brier']:.4f}, mean difference {facts['mean_difference']:+.4f}"
+        f"after {evidence.pairs:,} paired labels: mean loss {facts['canary_loss']:.4f} against "
+        f"{facts['stable_loss']:.4f}, mean difference {facts['mean_difference']:+.4f}"
     )
     test = evidence.test
     if reason == "promoted":

@@ -14,18 +14,21 @@ Knows nothing about plans, devices' attributes or where examples come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import msgspec
+import numpy as np
 
 from cloud_learner.stats.sequential import PairedTest, Verdict
+from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
 
 Position = tuple[float, int, int]
 
 
 class ArmTally(msgspec.Struct):
-    """What the counted pairs say about one arm; `loss_sum` is the sum of squared errors."""
+    """What the counted pairs say about one arm; `loss_sum` sums `Task.bounded_losses`."""
 
     release: str
     answered: int = 0
@@ -39,6 +42,7 @@ class PairEvidence(msgspec.Struct, kw_only=True):
     stable: ArmTally
     canary: ArmTally
     test: PairedTest
+    task: Task = Task()
     devices: dict[str, int] = {}
     positions: dict[str, Position] = {}
     other_pair: int = 0
@@ -59,18 +63,29 @@ class PairEvidence(msgspec.Struct, kw_only=True):
             self.other_pair += 1
         elif not self._advance(example):
             self.repeated += 1
-        elif not all(0 <= value <= 1 for value in (*outputs, example.label)):
+        elif not self._is_usable(example.label, outputs):
             self.unusable += 1
         else:
             self._count(example, *outputs)
 
-    def _outputs(self, example: Example) -> tuple[float, float] | None:
+    def _outputs(self, example: Example) -> tuple[list[float], list[float]] | None:
         """What stable and canary answered, in this order; None when others or one alone did."""
         if example.family != self.family or len(example.scored) != 2:
             return None
         by_release = {scored.release: scored.outputs for scored in example.scored}
         old, new = by_release.get(self.stable.release), by_release.get(self.canary.release)
-        return (old[0], new[0]) if old and new else None
+        return (old, new) if old and new else None
+
+    def _is_usable(self, label: float, outputs: Sequence[list[float]]) -> bool:
+        """Whether this is a label of the task, and these are answers to it."""
+        if self.task.why_unfit(label):
+            return False
+        if any(len(answer) != self.task.outputs for answer in outputs):
+            return False
+        numbers = [value for answer in outputs for value in answer]
+        if self.task.kind in ("binary", "multiclass"):
+            return all(0 <= value <= 1 for value in numbers)
+        return all(map(math.isfinite, numbers))
 
     def _advance(self, example: Example) -> bool:
         """Move the device's position forward; False when it stands there already or beyond."""
@@ -81,8 +96,10 @@ class PairEvidence(msgspec.Struct, kw_only=True):
         self.positions[example.device] = position
         return True
 
-    def _count(self, example: Example, old: float, new: float) -> None:
-        old_loss, new_loss = (old - example.label) ** 2, (new - example.label) ** 2
+    def _count(self, example: Example, old: list[float], new: list[float]) -> None:
+        labels = np.array([example.label, example.label], np.float32)
+        losses = self.task.bounded_losses(labels, np.array([old, new], np.float32))
+        old_loss, new_loss = losses.tolist()
         self.stable.loss_sum += old_loss
         self.canary.loss_sum += new_loss
         answering = example.scored[0].release
@@ -104,8 +121,8 @@ class PairEvidence(msgspec.Struct, kw_only=True):
             "canary": self.canary.release,
             "pairs": self.pairs,
             "mean_difference": test.difference_sum / pairs,
-            "stable_brier": self.stable.loss_sum / pairs,
-            "canary_brier": self.canary.loss_sum / pairs,
+            "stable_loss": self.stable.loss_sum / pairs,
+            "canary_loss": self.canary.loss_sum / pairs,
             "stable_answered": self.stable.answered,
             "canary_answered": self.canary.answered,
             "margin": test.margin,

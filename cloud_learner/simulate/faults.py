@@ -19,14 +19,17 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined] # no __all__
 
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
-from cloud_learner.evaluate.offline import EvaluationSet, HoldOut
-from cloud_learner.host import HOLD_OUT_ROWS, Host
+from cloud_learner.evaluate.holdout import HoldOut
+from cloud_learner.evaluate.offline import EvaluationSet
+from cloud_learner.host import Host
 from cloud_learner.release import keys, metadata
+from cloud_learner.rules import HOLD_OUT_ROWS, device_share
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
@@ -46,8 +49,13 @@ Relabel = Callable[[float], float]
 class PoisonedHoldOut(HoldOut):
     """A hold-out that lies while `poisoned` is set."""
 
-    def __init__(self, bound: int) -> None:
-        super().__init__(bound)
+    def __init__(self, family: Family) -> None:
+        super().__init__(
+            HOLD_OUT_ROWS,
+            share=device_share(family),
+            rows_min=family.config.gates.recent_rows_min,
+            fields=family.config.gates.slices,
+        )
         self.poisoned = False
 
     def rows(self) -> EvaluationSet:
@@ -56,7 +64,7 @@ class PoisonedHoldOut(HoldOut):
         if not self.poisoned:
             return rows
         lies = [poisoned(label, index) for index, label in enumerate(rows.labels.tolist())]
-        return EvaluationSet(rows.features, np.array(lies, np.float32))
+        return msgspec.structs.replace(rows, labels=np.array(lies, np.float32))
 
 
 def poisoned(label: float, index: int) -> float:
@@ -81,7 +89,7 @@ class AttackedHost(Host):
     """
 
     def __init__(self, home: Home, family: Family, bus: Bus, clock: Clock) -> None:
-        self._poison = PoisonedHoldOut(HOLD_OUT_ROWS)
+        self._poison = PoisonedHoldOut(family)
         super().__init__(home, family, bus, clock, hold_out=self._poison)
         self._attacks = home.root / "attacks"
         self._attacks.mkdir(exist_ok=True)

@@ -56,8 +56,8 @@ def test_the_package_learned_something_and_a_device_can_load_it(made):
     arm = load_arm(path, judgement.sha256, "stable", "r1", 1.0)
 
     assert arm.info.family == "coin"
-    assert judgement.evidence.static.auc > 0.65
-    assert judgement.evidence.static.rows == 600 // 8
+    assert judgement.evidence.forms["int8"].static.quality > 0.65
+    assert judgement.evidence.forms["int8"].static.rows == 600 // 8
 
 
 def test_static_rows_are_set_aside_before_anything_is_learned(made):

@@ -127,7 +127,7 @@ def test_a_release_ships_both_forms_judged_and_signed_under_one_counter(home: Ho
         assert verdict["variants"] == hashes
         assert all(found.host.gate.passed("", sha256) for sha256 in hashes.values())
         rules = {each["rule"] for each in verdict["verdicts"]}
-        assert {"static_auc", "float32_static_auc", "int8_gap"} <= rules
+        assert {"static_quality", "float32_static_quality", "int8_gap"} <= rules
 
     play(home, stage)
 

@@ -33,6 +33,7 @@ CLOUD_ORDER = (
     STEPS,
     ("cycle",),
     ("learner", "gate", "publisher", "controller"),
+    ("rules",),
     ("host",),
     ("experiment", "console"),
     ("bootstrap", "serve"),

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from cloud_learner.evaluate.gates import Limits
-from cloud_learner.evaluate.offline import EvaluationSet, HoldOut
+from cloud_learner.evaluate.holdout import HoldOut
+from cloud_learner.evaluate.offline import EvaluationSet
+from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, as_facts
 from cloud_learner.release import keys
+from cloud_learner.stats.tasks import Task
+from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from edge_runtime.errors import TrustError
 
@@ -111,7 +115,7 @@ def test_without_recent_rows_a_package_is_held(static, tmp_path, write_package):
     judgement = gate.judge(package, package, write_package()[0])
 
     assert judgement.outcome == "hold"
-    held = [v.rule for v in judgement.verdicts if v.outcome == "hold"]
+    held = [v.rule for v in judgement.verdicts if v.outcome == "hold" and v.decides]
     assert held == ["recent_rows", "float32_recent_rows"]
     assert not gate.passed("m/toy/r1.onnx", sha256(package))
 
@@ -150,7 +154,7 @@ def test_every_verdict_goes_to_lineage_with_its_evidence(gate, tmp_path, write_p
     first, second = Lineage(tmp_path / "lineage").read("verdict")
 
     assert (first["sha256"], first["outcome"]) == (sha256(package), "pass")
-    assert first["evidence"]["static"]["auc"] > 0.8
+    assert first["evidence"]["forms"]["int8"]["static"]["quality"] > 0.8
     assert (second["outcome"], second["verdicts"][0]["found"]) == ("fail", None)
 
 
@@ -179,3 +183,123 @@ def test_a_gate_trusts_what_it_passed_in_an_earlier_life(gate):
     gate.trust("0" * 64)
 
     assert gate.passed("m/toy/r1.onnx", "0" * 64)
+
+
+def stream(count, features, **changes):
+    """Examples of two devices, half of whose labels are what `sum(x)` says."""
+    random = np.random.default_rng(5)
+    return [
+        Example(
+            device="ab"[number % 2],
+            epoch=1,
+            seq=number,
+            family="toy",
+            time_s=float(number),
+            label_time_s=number + 5.0,
+            features=row.astype("<f4").tobytes(),
+            spec="",
+            label=float((row.sum() > 0) ^ (random.random() < 0.1)),
+            propensity=1.0,
+            scored=[],
+            arrived_s=0.0,
+            matured_s=0.0,
+            fields={"carrier": "UA" if number % 3 else "AA"},
+            **changes,
+        )
+        for number, row in enumerate(features)
+    ]
+
+
+@pytest.fixture
+def recent():
+    features = np.random.default_rng(6).normal(size=(6000, 5)).astype(np.float32) * 100
+    hold_out = HoldOut(1000, rows_min=300, fields=("carrier",))
+    hold_out.add(stream(6000, features))
+    return hold_out
+
+
+def test_on_a_stream_every_rule_has_its_verdict(static, recent, tmp_path, write_package):
+    limits = msgspec.structs.replace(LIMITS, slices=("carrier",), slice_rows_min=50)
+    keys = Keys({}, {"carrier": ["UA"]})
+    gate = Gate(limits, static, recent, Lineage(tmp_path / "lineage"), keys)
+    package, better = (write_package(bias)[0].read_bytes() for bias in (0.0, 0.1))
+
+    judgement = gate.judge(better, better, write_package()[0])
+
+    assert package != better
+    assert judgement.outcome == "pass"
+    verdicts = {each.rule: each for each in judgement.verdicts}
+    for rule in ("slice_device", "slice_carrier", "slice_keys"):
+        assert "(2 judged, 0 too small)" in verdicts[rule].reason
+    assert verdicts["recent_devices"].found <= 0.5
+    assert verdicts["persistence"].found > 0.5
+    form = judgement.evidence.forms["int8"]
+    assert sum(group.rows for group in form.ages) == form.recent.rows > 300
+    (told,) = Lineage(tmp_path / "lineage").read("verdict")
+    assert told["evidence"]["forms"]["int8"]["slices"]["keys"]["new"]["rows"] > 100
+
+
+def test_what_one_device_lies_about_does_not_outweigh_the_others(
+    static, recent, tmp_path, write_package
+):
+    lies = np.random.default_rng(7).normal(size=(9000, 5)).astype(np.float32) * 100
+    turned = [
+        msgspec.structs.replace(each, device="liar", label=1.0 - each.label)
+        for each in stream(9000, lies)
+    ]
+    recent.add(turned)
+    gate = Gate(LIMITS, static, recent, Lineage(tmp_path / "lineage"))
+    package = write_package()[0]
+
+    judgement = gate.judge(package.read_bytes(), package.read_bytes(), package)
+
+    found = judgement.evidence
+    assert found.largest_share <= 0.5
+    assert found.forms["int8"].recent.quality > 0.5
+
+
+def test_answers_that_are_no_numbers_fail(static, tmp_path, write_package):
+    broken = EvaluationSet(static.features.copy(), static.labels)
+    broken.features[0] = np.nan  # what a model makes of it is no number
+    gate = Gate(LIMITS, broken, None, Lineage(tmp_path / "lineage"))
+    package = write_package()[0].read_bytes()
+
+    judgement = gate.judge(package, package, None)
+
+    assert judgement.outcome == "fail"
+    assert judgement.evidence.forms["int8"].broken_rows == 1
+    failed = {each.rule for each in judgement.verdicts if each.outcome == "fail"}
+    assert failed == {"finite_answers", "float32_finite_answers"}
+
+
+def test_a_static_set_of_one_class_or_none_holds(static, tmp_path, write_package):
+    package = write_package()[0].read_bytes()
+    for labels in (np.ones(500, np.float32), np.zeros(0, np.float32)):
+        rows = EvaluationSet(static.features[: len(labels)], labels)
+        gate = Gate(LIMITS, rows, None, Lineage(tmp_path / f"lineage{len(labels)}"))
+
+        assert gate.judge(package, package, None).outcome == "hold"
+
+
+def test_a_package_of_another_number_of_outputs_fails(static, tmp_path, write_package):
+    limits = msgspec.structs.replace(LIMITS, task=Task(kind="multiclass", classes=3))
+    gate = Gate(limits, static, None, Lineage(tmp_path / "lineage"))
+    package = write_package()[0].read_bytes()
+
+    judgement = gate.judge(package, package, None)
+
+    assert judgement.verdicts[0].reason.startswith("the package takes 5 features and gives 1")
+
+
+def test_another_release_that_serves_is_scored_anew(static, tmp_path, write_package):
+    gate = Gate(LIMITS, static, None, Lineage(tmp_path / "lineage"))
+    package = write_package()[0].read_bytes()
+    served = tmp_path / "served.onnx"
+    qualities = []
+    for content in (package, package, write_package(0.4)[0].read_bytes()):
+        served.write_bytes(content)
+        found = gate.judge(package, package, served).evidence.serving
+        qualities.append((found.static.quality, found.static.loss))
+
+    assert qualities[0] == qualities[1]
+    assert qualities[0] != qualities[2]

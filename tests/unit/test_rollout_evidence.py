@@ -9,6 +9,7 @@ import pytest
 
 from cloud_learner.rollout.evidence import ArmTally, PairEvidence
 from cloud_learner.stats.sequential import PairedTest
+from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
 from edge_runtime.wire.messages import Scored
 
@@ -49,8 +50,8 @@ def test_a_pair_counts_as_the_difference_of_squared_errors_new_minus_old():
     evidence.add([pair(1, old=0.4, new=0.6, label=1.0), pair(2, old=0.1, new=0.3, label=0.0)])
     assert evidence.pairs == 2
     assert evidence.test.difference_sum == pytest.approx((0.16 - 0.36) + (0.09 - 0.01))
-    assert evidence.statistics()["stable_brier"] == pytest.approx((0.36 + 0.01) / 2)
-    assert evidence.statistics()["canary_brier"] == pytest.approx((0.16 + 0.09) / 2)
+    assert evidence.statistics()["stable_loss"] == pytest.approx((0.36 + 0.01) / 2)
+    assert evidence.statistics()["canary_loss"] == pytest.approx((0.16 + 0.09) / 2)
 
 
 def test_the_order_of_the_arms_says_who_answered_and_changes_no_difference():
@@ -102,6 +103,33 @@ def test_an_example_of_another_family_is_no_evidence():
 def test_numbers_that_are_no_probabilities_are_counted_and_decide_nothing(numbers):
     evidence = new_evidence()
     assert evidence.add([pair(1, **numbers)]) == "hold"
+    assert (evidence.pairs, evidence.unusable) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "old", "new", "difference"),
+    [
+        (Task(kind="multiclass", classes=3), 2.0, [0.2, 0.2, 0.6], [0.0, 0.0, 1.0], -0.12),
+        (Task(kind="regression", scale=10.0), 40.0, [45.0], [42.0], 0.04 - 0.25),
+        (Task(kind="ranking", group="query", scale=2.0), 1.0, [1.0], [3.0], 1.0),
+        (Task(kind="regression", scale=1.0), 0.0, [0.0], [1e6], 1.0),  # a full miss, no more
+    ],
+)
+def test_each_task_is_compared_by_its_own_bounded_loss(task, label, old, new, difference):
+    evidence = new_evidence()
+    evidence.task = task
+    evidence.add([example(1, [("r1", old), ("r2", new)], label=label)])
+    assert evidence.test.difference_sum == pytest.approx(difference, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "new"),
+    [(3.0, [0.2, 0.2, 0.6]), (0.5, [0.2, 0.2, 0.6]), (1.0, [0.4, 0.6]), (1.0, [0.2, 0.2, 1.6])],
+)
+def test_what_is_no_answer_or_label_of_three_classes_decides_nothing(label, new):
+    evidence = new_evidence()
+    evidence.task = Task(kind="multiclass", classes=3)
+    evidence.add([example(1, [("r1", [0.2, 0.2, 0.6]), ("r2", new)], label=label)])
     assert (evidence.pairs, evidence.unusable) == (0, 1)
 
 

@@ -1,0 +1,73 @@
+"""What a family's declaration says to the domains that judge: limits, shares, rules of a campaign.
+
+Why: the bootstrap, the host and whoever judges elsewhere must read the same declaration in the same
+way; the gate and the campaign themselves know no families.
+
+Invariants: a declaration that cannot be kept is refused here, with its file and key.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from cloud_learner.evaluate.gates import Limits
+from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
+from cloud_learner.rollout.campaign import Rules
+from cloud_learner.train.family import Family
+from edge_runtime.errors import ConfigError
+
+HOLD_OUT_ROWS = 3000
+
+
+def campaign_rules(family: Family) -> Rules:
+    """The campaign's rules from the family's `[rollout]` and `[task]`."""
+    section = msgspec.to_builtins(family.config.rollout)
+    task = msgspec.to_builtins(family.config.task)
+    return msgspec.convert({**section, "family": family.name, "task": task}, Rules)
+
+
+def gate_limits(family: Family) -> Limits:
+    """The offline gate's limits from the family's `[gates]`, and what else bounds its rules.
+
+    Raises: ConfigError when `gates.slices` names what is no field of a predicting kind.
+    """
+    config = family.config
+    fields = {
+        name: None for kind in config.events.values() if kind.predicts for name in kind.fields
+    }
+    for name in config.gates.slices:
+        if name not in fields:
+            raise ConfigError(
+                "bad_family",
+                f"{family.folder / 'family.toml'}: gates.slices names {name!r}, which is no field "
+                "of a kind that predicts",
+                f"these have: {', '.join(fields)}",
+            )
+    return msgspec.convert(
+        {
+            **msgspec.to_builtins(config.gates),
+            "variants": config.rollout.variants,
+            "task": msgspec.to_builtins(config.task),
+            "tighten": config.drift.tighten,
+            "device_share": device_share(family),
+        },
+        Limits,
+    )
+
+
+def device_share(family: Family) -> float:
+    """What one device may have of the hold-out: no more than of a micro-batch, and half at most."""
+    learning = family.config.learning
+    return min(SHARE_MAX, learning.device_cap / learning.batch_size)
+
+
+def recent_hold_out(family: Family) -> HoldOut:
+    """An empty hold-out of the family; `load` brings back what an earlier process kept."""
+    config = family.config
+    return HoldOut(
+        HOLD_OUT_ROWS,
+        share=device_share(family),
+        rows_min=config.gates.recent_rows_min,
+        task=config.task,
+        fields=config.gates.slices,
+    )
