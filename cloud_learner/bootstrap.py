@@ -61,6 +61,8 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     if len(rows) < ROWS_MIN:
         raise ConfigError("too_few_rows", f"{data} has {len(rows)} labelled rows of {ROWS_MIN}")
     tell(f"{len(rows):,} labelled rows from {data.name}, features by the device's engine")
+    if constants := family.constants(rows.features):
+        tell(f"never change, so nothing is learned from them: {', '.join(constants)}")
     learned, static = _split(rows, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
@@ -91,7 +93,7 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
 def labelled_rows(family: Family, data: Path) -> tuple[EvaluationSet, float]:
     """All predicting rows with a label, their features by one engine a device; the last time."""
     found, features, newest_s = [], [], 0.0
-    rows = read_rows(data, family.interface)
+    rows = read_rows(data, family.interface, task=family.config.task)
     for row, vector in featured(rows, family.interface, family.spec):
         if vector is not None:
             features.append(vector)

@@ -91,7 +91,7 @@ def run(var: Path, *, full: bool) -> int:
         next_steps=[
             "cloud-learner demo --full      # the whole year",
             f"less {home.lineage / 'lineage.jsonl'}      # every verdict and decision",
-            "cat models/flight_delay/README.md      # how to make a family of your own",
+            "cat models/README.md                   # how to make a family of your own",
         ],
     )
     Console().print(table)

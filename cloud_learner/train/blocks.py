@@ -37,7 +37,8 @@ class Inputs(nn.Module):
 
     A number x becomes asinh(x / scale), straight near zero and a logarithm beyond, standardised.
     `compress_beyond` is that scale, in the numbers' own units; without it each column has its
-    own, its spread in `rows` (rows, columns). Every word has `word_width` numbers.
+    own, its spread in `rows` (rows, columns), or its size where it never changed there: what is
+    new later then counts by how much it differs. Every word has `word_width` numbers.
     """
 
     words: Tensor
@@ -79,12 +80,15 @@ class Inputs(nn.Module):
     def _standardise(self, numbers: list[int], rows: Tensor, scale: float | None) -> None:
         self.register_buffer("numbers", torch.tensor(numbers))
         if scale is None:
-            self.register_buffer("scale", _spread(rows[:, numbers]))
+            size = rows[:, numbers].abs().amax(0)
+            size = torch.where(size > 0, size, 1.0)
+            self.register_buffer("scale", _spread(rows[:, numbers], size))
         else:
             self.scale = scale
         compressed = self._compressed(rows)
+        spread = _spread(compressed, torch.ones(len(numbers)))
         self.register_buffer("mean", compressed.mean(0))
-        self.register_buffer("inverse_std", 1.0 / (_spread(compressed) + _CONSTANT))
+        self.register_buffer("inverse_std", 1.0 / (spread + _CONSTANT))
 
     def _compressed(self, features: Tensor) -> Tensor:
         return torch.asinh(features.index_select(1, self.numbers) / self.scale)
@@ -129,7 +133,7 @@ def perceptron(
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
-def _spread(columns: Tensor) -> Tensor:
-    """The standard deviation of each column; 1 where it never changed."""
+def _spread(columns: Tensor, otherwise: Tensor) -> Tensor:
+    """The standard deviation of each column; `otherwise` where it never changed."""
     spread = columns.std(0, correction=min(1, len(columns) - 1))
-    return torch.where(spread > _CONSTANT * (1 + columns.abs().amax(0)), spread, 1.0)
+    return torch.where(spread > _CONSTANT * columns.abs().amax(0), spread, otherwise)

@@ -41,13 +41,15 @@ def test_any_spec_gives_finite_logits_of_the_shape_that_was_asked_for(kind, coun
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("kind", SPECS)
-def test_any_spec_can_be_exported_and_its_weights_swapped(kind):
+@pytest.mark.parametrize(("kind", "nodes"), [("words", 11), ("numbers", 12), ("both", 18)])
+def test_any_spec_can_be_exported_its_weights_swapped_and_costs_few_nodes(kind, nodes):
     from cloud_learner.package.build import Graph
 
     spec, rows = made(kind)
 
-    Graph(Network(spec, rows, hidden=(8,)), rows)  # compares the answers of swapped weights
+    graph = Graph(Network(spec, rows, hidden=(8, 8)), rows)  # compares answers of swapped weights
+
+    assert len(graph._model.graph.node) == nodes  # each of them is time on a device
 
 
 def test_numbers_of_any_unit_are_told_apart_alike():
@@ -78,6 +80,17 @@ def test_a_column_that_never_changed_says_nothing_until_it_does():
 
     assert same == pytest.approx(0.0, abs=1e-5)
     assert 0.05 < other < 4.0
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e6])
+def test_a_column_that_begins_to_change_counts_by_how_much_whatever_its_unit(size):
+    spec, rows = made("numbers")
+    rows[:, 2] = size
+    inputs = Inputs(spec, rows)
+
+    told = inputs(torch.tensor([[0.0, 0.0, 2 * size], [0.0, 0.0, 0.5 * size]]))[:, 2].tolist()
+
+    assert told == pytest.approx([0.562, -0.400], abs=0.001)
 
 
 def test_equal_words_of_different_columns_have_vectors_of_their_own():
