@@ -56,7 +56,7 @@ class Label(Section, frozen=True):
 
 
 class Fast(Section, frozen=True):
-    """`[learning.fast]`: `passes` over the newest `window_rows`, the micro-batch among them.
+    """`[learning.fast]`: `passes` over the micro-batch, each with as many of `window_rows` before.
 
     `keep` is the pull towards its own former answers (LwF), against 1 for the labels.
     """
@@ -64,7 +64,7 @@ class Fast(Section, frozen=True):
     on: bool = True
     passes: Count = 2
     learning_rate: Positive = 3e-4
-    window_rows: Count = 1000
+    window_rows: Whole = 1000
     keep: Weight = 1.0
 
 
