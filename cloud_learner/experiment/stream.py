@@ -180,7 +180,7 @@ def read_asked(family: Family, data: Path) -> Asked:
     found, groups, vectors = [], [], []
     start_s = end_s = math.nan
     for row, vector in featured(
-        read_rows(data, interface), interface, family.spec, unlabelled=True
+        read_rows(data, interface, task=family.config.task), interface, family.spec, unlabelled=True
     ):
         start_s = row.time_s if math.isnan(start_s) else start_s
         end_s = row.time_s
