@@ -10,18 +10,19 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, TransportError
+from cloud_learner.exits import guarded as _guarded
+from cloud_learner.exits import tell as _tell
+from edge_runtime.errors import TransportError
 
 if TYPE_CHECKING:
     from edge_runtime.bus.access import Access
 
-T = TypeVar("T")
 _HOME = click.option(
     "--home", type=click.Path(path_type=Path), default=Path("var/cloud"), help="The learner's home."
 )
@@ -87,7 +88,7 @@ def serve(home: Path, nats: str, **files: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_by_key
 def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> None:
-    """What became of every record of every device, and what the learner says about itself.
+    """What became of every record of every device, and what the learner says of each family.
 
     The accounts are read from the home, whether or not the learner runs: archived + quarantined +
     dropped is the mark, for each device, epoch and class. With --nats, the learner's own word too.
@@ -99,12 +100,44 @@ def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> Non
     if as_json:
         click.echo(json.dumps({**said, **accounts}))
         return
-    for name, value in said.items():
-        click.echo(f"{name:>24}  {value}")
+    if said:
+        from cloud_learner.console.families import text
+
+        click.echo(text(said))
     if accounts:
         from cloud_learner.console.accounts import table
 
         click.echo(table(accounts))
+
+
+@main.command()
+@click.argument("family", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--cadence", default="never,30d,7d,1d,1h", show_default=True, help="How often.")
+@click.option(
+    "--policy",
+    default="incremental",
+    show_default=True,
+    help="Also fast, stable, and scratch:SPAN such as scratch:30d; several with commas.",
+)
+@click.option("--offsets", default=5, type=click.IntRange(1), help="Phases of each cadence.")
+@click.option("--seeds", default=3, type=click.IntRange(1), help="Trajectories of each policy.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("var/freshness"))
+def freshness(
+    family: Path, data: Path, *, cadence: str, policy: str, offsets: int, seeds: int, out: Path
+) -> None:
+    """What it is worth to ship new models of FAMILY more often, measured on DATA.
+
+    Example: cloud-learner freshness models/flight_delay january.parquet --policy incremental
+    """
+    from cloud_learner.console.freshness_table import table
+    from cloud_learner.experiment.freshness import freshness as run
+    from cloud_learner.experiment.report import Options
+
+    options = _guarded(lambda: Options.of(cadence, policy, offsets, seeds))
+    report = _guarded(lambda: run(family, data, options, out, tell=_tell))
+    click.echo(table(report))
+    _tell(f"{out}: freshness.csv, freshness.json, freshness.svg")
 
 
 @main.command()
@@ -228,7 +261,7 @@ def _accounts(home: Path, *, is_needed: bool) -> dict[str, Any]:
     if path.exists():
         return facts(read_accounts(path))
     if is_needed:
-        Home(home).origin()  # names what is wrong with a home that is none
+        Home(home).origins()  # names what is wrong with a home that is none
         return facts({})
     return {}
 
@@ -251,46 +284,8 @@ async def _status(url: str, access: Access) -> dict[str, Any]:
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
     clock_s = found.clock_s if math.isfinite(found.clock_s) else None  # JSON knows no infinity
-    return {"clock_s": clock_s, "stage": found.stage, **found.counters, "detail": detail}
-
-
-def _guarded(call: Callable[[], T]) -> T:
-    """The result of `call`; an error becomes its text and its exit code."""
-    try:
-        return call()
-    except (HeadwaterError, OSError) as error:
-        _fail([error])
-    except ExceptionGroup as group:  # what a task raised comes out of its group
-        errors, defects = group.split((HeadwaterError, OSError))
-        if errors is None or defects is not None:
-            raise
-        _fail(list(_leaves(errors)))
-
-
-def _fail(errors: list[Exception]) -> NoReturn:
-    for error in errors:
-        click.echo(f"error: {error}", err=True)
-    sys.exit(_exit_code(errors[0]))
-
-
-def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
-    for error in group.exceptions:
-        if isinstance(error, ExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
-
-
-def _exit_code(error: Exception) -> int:
-    if isinstance(error, HeadwaterError) and error.code == "gate_refused":
-        return 3
-    if isinstance(error, ConfigError | RequestError):
-        return 2
-    return 4 if isinstance(error, TransportError) else 1
-
-
-def _tell(text: str) -> None:
-    click.echo(text, err=True)
+    head = {"clock_s": clock_s, "stage": found.stage, "families": detail.pop("families", {})}
+    return {**head, **found.counters, "detail": detail}
 
 
 if __name__ == "__main__":

@@ -25,17 +25,22 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.evaluate.watch import Watch
 from cloud_learner.package.build import Graph
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.train import checkpoint
+from cloud_learner.train.concepts import Concepts
 from cloud_learner.train.dataset import Matrix, Rows, rows_of
 from cloud_learner.train.distill import Student
 from cloud_learner.train.ensemble import Replicas
 from cloud_learner.train.family import Family
+from cloud_learner.train.hidden import embeddings_of
 from cloud_learner.train.ledger import Entered, Ledger
+from cloud_learner.train.replica import answers_of
 from cloud_learner.train.teaching import Lesson, Teaching, TrainingError
 from cloud_learner.train.trust import HeldOut, Trust
 from edge_runtime.errors import ConfigError
@@ -48,7 +53,10 @@ HELD_OUT_ROWS = 500
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A student that may become a release: its int8 package and the float form it came from."""
+    """A student that may become a release: its int8 package and the float form it came from.
+
+    `alarmed` says that an alarm stands, so that the gate has to be strict.
+    """
 
     number: int
     package: bytes
@@ -56,6 +64,7 @@ class Candidate(msgspec.Struct, frozen=True):
     learned_through_s: float
     arrived_s: float
     weights: dict[str, float]
+    alarmed: bool = False
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -74,7 +83,7 @@ class Cycle:
 
         `logged` is the spec of the examples' values, where the family knows only some of them.
         """
-        task, learning = family.config.task, family.config.learning
+        task, learning, drift = family.config.task, family.config.learning, family.config.drift
         self.family, self._reference, self._logged = family, reference, logged or family.spec
         self._columns = [self._logged.names.index(name) for name in family.spec.names]
         self._torch_random = checkpoint.settle(learning.seed)
@@ -88,7 +97,10 @@ class Cycle:
             Student(student, task, learning),
             Trust(task, learning.contributors),
             HeldOut(HELD_OUT_ROWS, family.spec.size),
+            Concepts(drift.concepts, answers_of),
         )
+        self.watch = Watch(drift, task, family.spec.columns, reference, learning.seed)
+        self.alarms: list[Alarm] = []
         self._graph: Graph | None = None
         self.number = 0
         self.failed = 0
@@ -145,7 +157,8 @@ class Cycle:
             if entered.examples:
                 with self._working():
                     learning = self.family.config.learning
-                    self.teaching.learn(self._lesson(entered), learning, self._random)
+                    lesson = self._watched(self._lesson(entered))
+                    self.teaching.learn(lesson, learning, self._random)
         except TrainingError:
             self.failed += 1
             self.whole = True
@@ -169,6 +182,7 @@ class Cycle:
             self._learned_through_s,
             self._arrived_s,
             weights,
+            self.watch.stands,
         )
 
     def keep_graph(self, path: Path) -> None:
@@ -204,6 +218,7 @@ class Cycle:
     def _take(self, state: dict[str, Any]) -> None:
         self.teaching.restore(state["teaching"])
         self.ledger.restore(state["ledger"])
+        self.watch.restore(state["watch"])
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
@@ -215,6 +230,7 @@ class Cycle:
         return {
             "teaching": self.teaching.state(),
             "ledger": self.ledger.state(),
+            "watch": self.watch.state(),
             "random": self._random.bit_generator.state,
             "torch_random": self._torch_random.state,
             "number": self.number,
@@ -234,6 +250,23 @@ class Cycle:
             [example.device for example in entered.held_out],
             self._learned_through_s,
         )
+
+    def _watched(self, lesson: Lesson) -> Lesson:
+        """The lesson, knowing what alarms stand; `alarms` are those that its mature rows raise."""
+        rows = lesson.rows.take(np.flatnonzero(lesson.remember))
+        self.alarms = []
+        if len(rows):
+            self.alarms = self.watch.observe(
+                *(rows.labels, self.answers(rows.features), rows.features),
+                partial(embeddings_of, self.student.network),
+                batch=self.number,
+                time_s=lesson.time_s,
+            )
+        is_new = any(alarm.source == "loss" for alarm in self.alarms)
+        can_recall = self.watch.hurts and len(rows) > 0
+        if can_recall and self.teaching.recall(rows, lesson.time_s, is_new=is_new):
+            self.alarms += self.watch.recalled()
+        return msgspec.structs.replace(lesson, alarmed=self.watch.hurts, alarm_is_new=is_new)
 
     def _rows_of(self, examples: Sequence[Example]) -> Rows:
         if not examples:

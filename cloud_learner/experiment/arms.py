@@ -5,7 +5,7 @@ Why: a comparison is fair when the arms differ in nothing but what is compared.
 `incremental` is the production cycle with all that the family declares; the student answers.
 `fast` and `stable` are one such replica alone, of the student's network, taught by labels.
 `scratch:SPAN` trains that network anew for each version, on the examples of the last SPAN, with as
-many passes over an example as the schedule of `fast` makes.
+many passes over each as `fast` makes rows of a new one.
 
 Invariants: all arms start from the same warm-up rows and never train on held-out examples; every
 row of every step is counted. Same stream and seed, same bits.
@@ -24,8 +24,9 @@ import numpy as np
 
 from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.experiment.asked import Index
 from cloud_learner.experiment.cadence import span_s
-from cloud_learner.experiment.stream import Cut, Index, Stream
+from cloud_learner.experiment.stream import Cut, Stream
 from cloud_learner.experiment.worlds import REFERENCE_ROWS
 from cloud_learner.train import checkpoint
 from cloud_learner.train.dataset import Matrix, Rows
@@ -110,7 +111,9 @@ def arm_of(policy: Policy, family: Family, stream: Stream, warm: Index) -> Arm:
 class Incremental:
     """The production cycle; `teacher` answers as the replicas do that the student learns from."""
 
-    def __init__(self, family: Family, stream: Stream, warm: Index, logged: Family | None = None):
+    def __init__(
+        self, family: Family, stream: Stream, warm: Index, logged: Family | None = None
+    ) -> None:
         """`logged` is the family whose features the stream has, where `family` knows only some."""
         spec = (logged or family).spec
         self._columns = [spec.names.index(name) for name in family.spec.names]
@@ -163,7 +166,8 @@ class _Alone:
             [
                 position
                 for position in cut.positions
-                if not stream.released.early[position] and not is_held_out(stream.example(position))
+                if not stream.released.early[position]
+                and not is_held_out(stream.example(position), group=stream.group)
             ],
             np.intp,
         )
@@ -180,9 +184,7 @@ class _Single(_Alone):
         with self._torch_random.used():
             self._replicas.pretrain(self._warm, learning.bootstrap_passes, self._random)
         self._cpu_s = time.thread_time() - started_s
-        self._taught = (
-            self._replicas.learn_fast if kind == "fast" else self._replicas.learn_stable
-        )
+        self._taught = self._replicas.learn_fast if kind == "fast" else self._replicas.learn_stable
 
     def learn(self, number: int, cut: Cut) -> None:  # noqa: ARG002 - the interface of arms
         rows, started_s = self._stream.rows_at(self._learnable(cut)), time.thread_time()
@@ -260,8 +262,8 @@ class _Scratch(_Alone):
 
 
 def passes_per_example(learning: Learning) -> int:
-    """How often the schedule of `fast`, or else of `stable`, sees an example; rounded."""
-    size = learning.batch_size
-    if learning.fast.on:
-        return round(learning.fast.passes * max(learning.fast.window_rows, size) / size)
-    return round(learning.stable.passes * (learning.stable.replay_rows + size) / size)
+    """How many rows `fast`, or else `stable`, is shown for each new one; rounded."""
+    fast, stable = learning.fast, learning.stable
+    if fast.on:
+        return fast.passes * (2 if fast.window_rows else 1)
+    return round(stable.passes * (1 + stable.replay_rows / learning.batch_size))

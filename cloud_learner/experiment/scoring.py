@@ -20,11 +20,12 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from cloud_learner.experiment.stream import Asked, Floats, Index
+from cloud_learner.experiment.asked import Asked, Floats, Index
 from cloud_learner.stats.tasks import Groups, Matrix, Task
 from cloud_learner.train.dataset import groups_of
 
 DAY_S = 86_400.0
+LATER_SHARE = 0.25
 BLOCKS_MIN = 20  # a stream of fewer days is cut into so many blocks
 
 
@@ -67,7 +68,7 @@ class Truth(msgspec.Struct, frozen=True):
 
     def day_losses(self, losses: Floats) -> Floats:
         """Sums of the losses of each day."""
-        return np.bincount(self.days, losses)
+        return np.bincount(self.days, losses).astype(np.float64)
 
     def measures(self, outputs: Matrix) -> Measures:
         """How good `outputs` (rows, outputs) are."""
@@ -94,7 +95,7 @@ def truth_of(task: Task, asked: Asked, after_s: float, window_s: float) -> Truth
     labels, times_s = asked.labels[rows], asked.times_s[rows]
     span_s = float(times_s[-1] - times_s[0]) if len(rows) else 0.0
     day_s = min(DAY_S, span_s / BLOCKS_MIN) or DAY_S
-    fields = [{task.group: asked.groups[row]} for row in rows] if task.group else []
+    fields = [asked.fields[row] if task.group else {} for row in rows]
     constant = _constant(task, labels, len(labels))
     return Truth(
         task,
@@ -105,6 +106,21 @@ def truth_of(task: Task, asked: Asked, after_s: float, window_s: float) -> Truth
         ((times_s - after_s) // day_s).astype(np.intp),
         day_s,
         float(task.losses(labels, constant).mean()) if len(rows) else math.nan,
+    )
+
+
+def later(truth: Truth) -> Truth:
+    """The rows of the last three quarters of the stream, each as if asked a quarter earlier."""
+    first_s, last_s = float(truth.times_s[0]), float(truth.times_s[-1])
+    shift = max(int((last_s - first_s) * LATER_SHARE / truth.day_s), 1)
+    chosen = np.flatnonzero(truth.days >= truth.days[0] + shift)
+    return msgspec.structs.replace(
+        truth,
+        rows=truth.rows[chosen],
+        times_s=truth.times_s[chosen] - shift * truth.day_s,
+        labels=truth.labels[chosen],
+        groups=truth.groups[chosen],
+        days=truth.days[chosen] - shift,
     )
 
 
@@ -131,9 +147,16 @@ def persistence(truth: Truth, asked: Asked, known: Matrix) -> Measures:
     return found
 
 
-def kappa(accuracy: float, persisting: float) -> float:
-    """Kappa over persistence: what part of its errors is gone. NaN where it makes none."""
-    return (accuracy - persisting) / (1 - persisting) if persisting < 1 else math.nan
+def kappa(found: Measures, persisting: Measures) -> float:
+    """Kappa over persistence: what part of its errors is gone; of regression, of squared ones.
+
+    NaN where persistence makes none.
+    """
+    if math.isnan(found.accuracy):
+        return 1 - found.loss / persisting.loss if persisting.loss else math.nan
+    if persisting.accuracy == 1:
+        return math.nan
+    return (found.accuracy - persisting.accuracy) / (1 - persisting.accuracy)
 
 
 def _labels_before(asked: Asked) -> Iterator[float]:

@@ -7,9 +7,9 @@ Time is that of the file: whatever happened before a moment, every device has to
 example is released at the event time at which the joint clock passes what its label policy waits
 for; a micro-batch with the example that completes it.
 
-Invariants: the same file gives the same arrays; how much goes through the joiner at once changes
-nothing. Features are those of prediction time. Nothing is kept on disk. Rows, of `Asked`, are
-predictions in the order of the file; positions, of `Released`, are examples in order of release.
+Invariants: the same predictions give the same arrays; how much goes through the joiner at once
+changes nothing. Nothing is kept on disk. Rows are predictions in the order of the file; positions
+are examples in order of release.
 
 Knows nothing about learning or scoring.
 """
@@ -17,7 +17,6 @@ Knows nothing about learning or scoring.
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,15 +26,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cloud_learner.experiment.features import featured
-from cloud_learner.experiment.replay import read_rows
-from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.joiner import Joiner, Portion, Rules
+from cloud_learner.experiment.asked import Asked, Floats, Index
+from cloud_learner.ingest.joiner import Joiner, Portion
+from cloud_learner.rules import batcher, label_rules
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import Account, Lane
 from cloud_learner.train.dataset import Matrix, Rows, groups_of
-from cloud_learner.train.declaration import FamilyConfig, Label
+from cloud_learner.train.declaration import FamilyConfig
 from cloud_learner.train.family import Family
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import (
@@ -44,49 +42,11 @@ from edge_runtime.wire.messages import (
     LabelRecord,
     PredictionRecord,
     Scored,
-    Value,
 )
 
 AT_ONCE = 5000  # rows that one commit takes in
 _EPOCH = 1
 _NOBODY = [Scored("", "stable", [0.0])]  # a record must have been scored; by whom is nothing here
-
-Floats = npt.NDArray[np.float64]
-Index = npt.NDArray[np.intp]
-
-
-class Asked(msgspec.Struct, frozen=True):
-    """All predictions of a file; arrays share the first dimension.
-
-    `labels` and `known_s` are NaN where the outcome never became known; `groups` are empty unless
-    the task ranks. `start_s` and `end_s` are the times of the first and the last that is known.
-    """
-
-    devices: list[str]
-    times_s: Floats
-    known_s: Floats
-    features: Matrix
-    labels: Matrix
-    groups: list[Value]
-    start_s: float
-    end_s: float
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def shuffled(self, seed: int) -> Asked:
-        """The same outcomes with their features, each at the time of another prediction.
-
-        What an answer depends on is then alike at all times. A label takes as long as it did.
-        """
-        order = np.random.default_rng(seed).permutation(len(self))
-        return msgspec.structs.replace(
-            self,
-            known_s=self.times_s + (self.known_s - self.times_s)[order],
-            features=self.features[order],
-            labels=self.labels[order],
-            groups=[self.groups[at] for at in order] if self.groups else [],
-        )
 
 
 class Released(msgspec.Struct, frozen=True):
@@ -116,9 +76,9 @@ class Stream(msgspec.Struct, frozen=True):
     asked: Asked
     released: Released
 
-    def cuts(self, size: int, cap: int, after_s: float) -> list[Cut]:
+    def cuts(self, config: FamilyConfig, after_s: float) -> list[Cut]:
         """The micro-batches of what is released after `after_s`, by the batcher of ingest."""
-        guard, cuts = Batcher(size, cap), []
+        guard, cuts = batcher(config, label_rules(config, idle_s=math.inf)), []
         first = int(np.searchsorted(self.released.released_s, after_s, side="right"))
         places: dict[tuple[int, bool], int] = {}
         for position in range(first, len(self.released.rows)):
@@ -142,7 +102,7 @@ class Stream(msgspec.Struct, frozen=True):
     def rows_at(self, positions: Index) -> Rows:
         """Examples as rows to learn from."""
         rows = self.released.rows[positions]
-        fields = [{self.group: self.asked.groups[row]} for row in rows] if self.group else []
+        fields = [self.asked.fields[row] for row in rows] if self.group else []
         return Rows(
             self.asked.features[rows],
             self.released.labels[positions],
@@ -168,53 +128,19 @@ class Stream(msgspec.Struct, frozen=True):
             scored=[],
             arrived_s=0.0,
             matured_s=0.0,
-            fields={self.group: asked.groups[row]} if self.group else {},
+            fields=asked.fields[row] if asked.fields else {},
             weight=float(released.weights[position]),
             early=bool(released.early[position]),
         )
 
 
-def read_asked(family: Family, data: Path) -> Asked:
-    """All predictions of the file with their features. Raises: ConfigError, RequestError."""
-    group, interface = family.config.task.group, family.interface
-    found, groups, vectors = [], [], []
-    start_s = end_s = math.nan
-    for row, vector in featured(
-        read_rows(data, interface, task=family.config.task), interface, family.spec, unlabelled=True
-    ):
-        start_s = row.time_s if math.isnan(start_s) else start_s
-        end_s = row.time_s
-        if vector is None:
-            continue
-        known_s = math.nan if row.label_time_s is None else row.label_time_s
-        label = math.nan if row.label is None else row.label
-        found.append((sys.intern(row.device), row.time_s, known_s, label))
-        vectors.append(vector)
-        if group:
-            groups.append(row.fields.get(group, ""))
-    devices, times_s, known, labels = zip(*found, strict=True) if found else ((), (), (), ())
-    features = np.stack(vectors) if vectors else np.zeros((0, family.spec.size), np.float32)
-    known_s = np.array(known, np.float64)
-    end_s = max(end_s, np.nanmax(known_s)) if np.isfinite(known_s).any() else end_s
-    return Asked(
-        list(devices),
-        np.array(times_s, np.float64),
-        known_s,
-        features,
-        np.array(labels, np.float32),
-        groups,
-        start_s,
-        float(end_s),
-    )
-
-
-def streamed(family: Family, asked: Asked) -> Stream:
+def streamed(family: Family, asked: Asked, *, at_once: int = AT_ONCE) -> Stream:
     """What the joiner releases of `asked`, under the label policy of the family."""
     config = family.config
     with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
         joining = _Joining(config, asked, family.spec.hash, Path(folder))
         try:
-            found = list(joining.released())
+            found = list(joining.released(at_once))
         finally:
             joining.close()
     rows, released_s, known_s, labels, weights, early = (
@@ -231,12 +157,6 @@ def streamed(family: Family, asked: Asked) -> Stream:
     return Stream(family.name, family.spec.hash, config.task.group, asked, released)
 
 
-def released_s(label: Label, time_s: float, known_s: float, *, early: bool) -> float:
-    """The event time at which the label policy lets an example out."""
-    at_once = label.policy == "arrival" or (label.policy == "weighted" and early)
-    return max(time_s, known_s) if at_once else time_s + label.window_s
-
-
 class _Joining:
     """Drives a joiner over a database of its own, from arrays in the order of time."""
 
@@ -247,15 +167,9 @@ class _Joining:
             for device in dict.fromkeys(asked.devices)
             for event_class in ("event", "label")
         }
-        self._db = IngestDb(folder / "ingest")
-        rules = Rules(
-            family=config.name,
-            label_window_s=config.label.window_s,
-            idle_s=math.inf,
-            expiry=config.label.expiry,
-            amend_s=config.label.amend_s,
-        )
-        self._joiner = Joiner(rules, self._db, self._accounts, -math.inf, 0.0)
+        self._db = IngestDb(folder / "ingest", [config.name])
+        self._rules = label_rules(config, idle_s=math.inf)
+        self._joiner = Joiner(self._rules, self._db, self._accounts, -math.inf, 0.0)
         self._rows: defaultdict[str, list[int]] = defaultdict(list)
         self._seqs: list[int] = []
         for row, device in enumerate(asked.devices):
@@ -268,11 +182,11 @@ class _Joining:
     def close(self) -> None:
         self._db.close()
 
-    def released(self) -> Iterator[tuple[int, float, float, float, float, bool]]:
+    def released(self, at_once: int) -> Iterator[tuple[int, float, float, float, float, bool]]:
         """Row, time of release, time of the label, label, weight, and whether it is early."""
         times_s = self._asked.times_s
-        for first in range(0, len(times_s), AT_ONCE):
-            rows = range(first, min(first + AT_ONCE, len(times_s)))
+        for first in range(0, len(times_s), at_once):
+            rows = range(first, min(first + at_once, len(times_s)))
             yield from self._commit(rows, float(times_s[rows[-1]]))
         yield from self._commit(range(0), self._asked.end_s)
 
@@ -280,8 +194,9 @@ class _Joining:
         self, rows: range, now_s: float
     ) -> Iterator[tuple[int, float, float, float, float, bool]]:
         portions = [*self._predictions(rows), *self._labels(now_s)]
-        for account in self._accounts.values():
-            account.newest_s = now_s
+        for (device, _, event_class), account in self._accounts.items():
+            account.newest_s = {self._config.name: now_s}
+            self._joiner.clock.hear(device, event_class, now_s, now_s)
         lanes = list(self._accounts)
         while True:
             change = self._db.begin()
@@ -296,9 +211,7 @@ class _Joining:
     def _entry(self, example: Example) -> tuple[int, float, float, float, float, bool]:
         row = self._rows[example.device][example.seq - 1]
         known_s = example.label_time_s
-        when_s = released_s(
-            self._config.label, example.time_s, known_s, early=example.early
-        )
+        when_s = self._rules.released_s(example)
         return row, when_s, known_s, example.label, example.weight, example.early
 
     def _predictions(self, rows: range) -> Iterator[Portion]:
@@ -307,8 +220,8 @@ class _Joining:
         records: defaultdict[str, list[PredictionRecord]] = defaultdict(list)
         for row in rows:
             device, features = asked.devices[row], asked.features[row].astype("<f4").tobytes()
-            time_s = float(asked.times_s[row])
-            what = (config.name, kind, time_s, {}, self._spec, features, 1.0, _NOBODY)
+            time_s, fields = float(asked.times_s[row]), asked.fields[row] if asked.fields else {}
+            what = (config.name, kind, time_s, fields, self._spec, features, 1.0, _NOBODY)
             records[device].append(PredictionRecord(*what))
         for device, some in records.items():
             yield self._portion((device, _EPOCH, "event"), some)

@@ -22,18 +22,22 @@ import numpy as np
 import numpy.typing as npt
 
 from cloud_learner.experiment.arms import Arm, Incremental, Policy, Spent, arm_of, seeded
+from cloud_learner.experiment.asked import Floats, Index
 from cloud_learner.experiment.cadence import Cadence, Versions
 from cloud_learner.experiment.scoring import Measures, Truth
-from cloud_learner.experiment.stream import Cut, Floats, Index, Stream
+from cloud_learner.experiment.stream import Cut, Stream
 from cloud_learner.stats.tasks import Matrix
 from cloud_learner.train.family import Family
 
 Tick = Callable[[], None]
-STUDENT, TEACHER, STATIC = "student", "teacher", "without windows"
+STUDENT, TEACHER, STATIC, LATER = "student", "teacher", "without windows", "student, later rows"
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What all trajectories of a stream share; `warm` are positions known by `start_s`."""
+    """What all trajectories of a stream share; `warm` are positions known by `start_s`.
+
+    `later` are rows of later times, as if they had been asked earlier.
+    """
 
     folder: Path
     stream: Stream
@@ -41,14 +45,15 @@ class Setting(msgspec.Struct, frozen=True):
     warm: Index
     start_s: float
     truth: Truth
+    later: Truth
     cadences: list[Cadence]
     offsets: int
 
-    def versions(self, cadence: Cadence) -> list[Versions]:
-        """The version that answers each scored row, for each phase."""
+    def versions(self, cadence: Cadence, times_s: Floats) -> list[Versions]:
+        """The version that answers at each of the times, for each phase."""
         ready_s = np.array([cut.released_s for cut in self.cuts])
         return [
-            cadence.versions(self.truth.times_s, ready_s, self.start_s, phase)
+            cadence.versions(times_s, ready_s, self.start_s, phase)
             for phase in cadence.phases(self.offsets)
         ]
 
@@ -77,7 +82,10 @@ class AtCadence(msgspec.Struct, frozen=True):
 
 
 class Played(msgspec.Struct, frozen=True):
-    """A finished trajectory: by model, what each cadence came to; bytes of the int8 package."""
+    """A finished trajectory: by model, what each cadence came to.
+
+    `package_bytes` are those of the int8 package, whose size no training changes: of the control.
+    """
 
     job: Job
     models: dict[str, list[AtCadence]]
@@ -89,27 +97,27 @@ def play(setting: Setting, job: Job, tick: Tick) -> Played:
     """Learn the stream and score it; `tick` is called once for each micro-batch."""
     family = seeded(Family.load(setting.folder), job.seed)
     arm = _arm(setting, job, family)
-    models = {STATIC if job.static else STUDENT: arm.answers}
+    sheets = {STATIC if job.static else STUDENT: _Sheet(setting, setting.truth, arm.answers)}
+    if job.policy.kind == "incremental" and not job.static:
+        sheets[LATER] = _Sheet(setting, setting.later, arm.answers)
     if job.compares_teacher and isinstance(arm, Incremental):
-        models[TEACHER] = arm.teacher
-    sheets = {name: _Sheet(setting) for name in models}
+        sheets[TEACHER] = _Sheet(setting, setting.truth, arm.teacher)
     learning, readying = [arm.spent], [Spent(0, 0.0)]
     for version in range(len(setting.cuts) + 1):
         if version:
             arm.learn(version, setting.cuts[version - 1])
             learning.append(arm.spent)
-        wanted = sheets[next(iter(sheets))].wanted(version)
-        if wanted is not None:
+        if any(sheet.wants(version) for sheet in sheets.values()):
             arm.ready()
-            for name, answers in models.items():
-                sheets[name].fill(version, wanted, answers)
+        for sheet in sheets.values():
+            sheet.fill(version)
         readying.append(arm.spent)
         tick()
     costs = _Costs(learning, readying[1:])
     return Played(
         job,
         {name: [*sheet.results(costs)] for name, sheet in sheets.items()},
-        len(arm.cycle.candidate().package) if isinstance(arm, Incremental) else 0,
+        len(arm.cycle.candidate().package) if job.control and isinstance(arm, Incremental) else 0,
         arm.failed if isinstance(arm, Incremental) else 0,
     )
 
@@ -148,37 +156,37 @@ class _Costs:
 
 
 class _Sheet:
-    """The answers to all scored rows, for each cadence and phase."""
+    """The answers to all rows of a truth, for each cadence and phase.
 
-    def __init__(self, setting: Setting) -> None:
-        self._truth = setting.truth
+    Versions only rise with time, so those that one answers for a cadence are rows in a row.
+    """
+
+    def __init__(self, setting: Setting, truth: Truth, answers: Callable[[Matrix], Matrix]) -> None:
+        self._truth, self._ask = truth, answers
         self._phases = [len(cadence.phases(setting.offsets)) for cadence in setting.cadences]
         self._versions = [
-            versions for cadence in setting.cadences for versions in setting.versions(cadence)
+            versions
+            for cadence in setting.cadences
+            for versions in setting.versions(cadence, truth.times_s)
         ]
-        outputs = self._truth.task.outputs
-        self._answers = [
-            np.zeros((len(self._truth), outputs), np.float32) for _ in self._versions
-        ]
+        shape = (len(truth), truth.task.outputs)
+        self._answers = [np.zeros(shape, np.float32) for _ in self._versions]
         self._features = setting.stream.asked.features
 
-    def wanted(self, version: int) -> slice | None:
-        """From the first to the last scored row that a version answers; None where there is none.
+    def wants(self, version: int) -> bool:
+        """Whether the version answers anything."""
+        return any(rows.start < rows.stop for rows in self._rows(version))
 
-        Versions only rise with time, so for each cadence and phase they are rows in a row.
-        """
-        ends = [self._rows_of(versions, version) for versions in self._versions]
-        some = [rows for rows in ends if rows.start < rows.stop]
+    def fill(self, version: int) -> None:
+        """Ask for the answers of a version, once for a row, and enter them where it served."""
+        rows = self._rows(version)
+        some = [each for each in rows if each.start < each.stop]
         if not some:
-            return None
-        return slice(min(rows.start for rows in some), max(rows.stop for rows in some))
-
-    def fill(self, version: int, wanted: slice, answers: Callable[[Matrix], Matrix]) -> None:
-        """Ask for the answers to the wanted rows, and enter them where the version served."""
-        found = answers(self._features[self._truth.rows[wanted]])
-        for versions, sheet in zip(self._versions, self._answers, strict=True):
-            rows = self._rows_of(versions, version)
-            sheet[rows] = found[rows.start - wanted.start : rows.stop - wanted.start]
+            return
+        first, end = min(each.start for each in some), max(each.stop for each in some)
+        found = self._ask(self._features[self._truth.rows[first:end]])
+        for each, sheet in zip(rows, self._answers, strict=True):
+            sheet[each] = found[each.start - first : each.stop - first]
 
     def results(self, costs: _Costs) -> Iterator[AtCadence]:
         """What each cadence came to."""
@@ -186,18 +194,18 @@ class _Sheet:
         for count in self._phases:
             phases = range(first, first + count)
             used = [np.unique(self._versions[at]) for at in phases]
-            losses = sum(truth.losses(self._answers[at]) for at in phases) / count
+            losses = np.mean([truth.losses(self._answers[at]) for at in phases], axis=0)
             spent = np.mean([costs.of(versions) for versions in used], axis=0)
             yield AtCadence(
                 [truth.measures(self._answers[at]) for at in phases],
-                truth.day_losses(np.asarray(losses)),
+                truth.day_losses(losses),
                 float(np.mean([np.count_nonzero(versions) for versions in used])),
                 float(spent[0]),
                 float(spent[1]),
             )
             first += count
 
-    @staticmethod
-    def _rows_of(versions: Versions, version: int) -> slice:
-        start, stop = np.searchsorted(versions, [version, version + 1])
-        return slice(int(start), int(stop))
+    def _rows(self, version: int) -> list[slice]:
+        """The rows that the version answers, for each cadence and phase."""
+        ends = [np.searchsorted(each, [version, version + 1]) for each in self._versions]
+        return [slice(int(start), int(stop)) for start, stop in ends]

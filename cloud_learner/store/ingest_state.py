@@ -33,7 +33,10 @@ _ROW = struct.Struct("<dBI")  # time, state, place in the run
 _ROWS = np.dtype([("time_s", "<f8"), ("state", "u1"), ("place", "<u4")])
 _LABEL = struct.Struct("<dd?d")
 _REVISION = struct.Struct("<I")
+_EARLY = struct.Struct("<d")
 _FIRST = _REVISION.pack(0)
+_REVISION_AT = _ROW.size + _LABEL.size
+_EARLY_AT = _REVISION_AT + _REVISION.size
 _STATE_AT = 8
 _MOMENT = struct.Struct(">d")
 _SIGN, _ALL = 1 << 63, (1 << 64) - 1
@@ -41,14 +44,15 @@ _CLASS_BYTE: dict[EventClass, bytes] = {"event": b"e", "label": b"l"}
 
 
 class Account(msgspec.Struct, gc=False):
-    """What became of the records 1 to `seq` of a lane; `newest_s` is their newest event time.
+    """What became of the records 1 to `seq` of a lane; `newest_s` holds the newest event time of
+    each family's records among them.
 
     `dropped` counts by reason what the device never sent. `prior` is the epoch before this one in
     the log of the device; `durable` is where the lane ends there, by the device's last report.
     """
 
     seq: int = 0
-    newest_s: float = _NEVER_S
+    newest_s: dict[str, float] = {}
     archived: int = 0
     quarantined: int = 0
     dropped: dict[str, int] = {}
@@ -78,11 +82,17 @@ class Label(msgspec.Struct, frozen=True, gc=False):
         """A stored label."""
         return cls(*_LABEL.unpack_from(data, at))
 
+    @classmethod
+    def all_unpacked(cls, data: bytes) -> list[Label]:
+        """Stored labels, one after the other."""
+        return [cls(*each) for each in _LABEL.iter_unpack(data)]
+
 
 class Row(msgspec.Struct, gc=False):
     """Where a prediction stands: its time, its state, the label that stands for it so far.
 
-    `place` is how far it lies from the first number of its run; `revision` counts amendments.
+    `place` is how far it lies from the first number of its run; `revision` counts amendments;
+    `early` is the outcome that it went out with before its time, if it did.
     """
 
     time_s: float
@@ -90,13 +100,15 @@ class Row(msgspec.Struct, gc=False):
     place: int
     label: Label | None = None
     revision: int = 0
+    early: float | None = None
 
     def packed(self) -> bytes:
         """The row as it is stored; `pending_rows` makes the same of new ones."""
         head = _ROW.pack(self.time_s, self.state, self.place)
         if self.label is None:
             return head
-        return head + self.label.packed() + _REVISION.pack(self.revision)
+        early = b"" if self.early is None else _EARLY.pack(self.early)
+        return head + self.label.packed() + _REVISION.pack(self.revision) + early
 
     @classmethod
     def unpacked(cls, data: bytes) -> Row:
@@ -104,8 +116,9 @@ class Row(msgspec.Struct, gc=False):
         if len(data) == _ROW.size:
             return cls(*_ROW.unpack(data))
         time_s, state, place = _ROW.unpack_from(data)
-        (revision,) = _REVISION.unpack_from(data, len(data) - _REVISION.size)
-        return cls(time_s, state, place, Label.unpacked(data, _ROW.size), revision)
+        (revision,) = _REVISION.unpack_from(data, _REVISION_AT)
+        early = _EARLY.unpack_from(data, _EARLY_AT)[0] if len(data) > _EARLY_AT else None
+        return cls(time_s, state, place, Label.unpacked(data, _ROW.size), revision, early)
 
 
 def pending_rows(
@@ -139,33 +152,42 @@ def labelled(row: bytes, label: Label) -> bytes:
     return row + label.packed() + _FIRST
 
 
+class Progress(msgspec.Struct, array_like=True):
+    """How far one family is: the event time up to which all that is mature was released, the number
+    of its last batch, and up to which number its batches were forgotten.
+    """
+
+    clock_s: float = _NEVER_S
+    batch: int = 0
+    trimmed: int = 0
+
+
 class Meta(msgspec.Struct, array_like=True):
-    """The numbers of a commit. `released` and `quarantined` number what came out and what was
-    refused; examples up to `archived` lie in files, of which `file` is the newest.
+    """The numbers of a commit. `released` and `quarantined` number what came out, of all families,
+    and what was refused; examples up to `archived` lie in files, of which `file` is the newest.
 
     `raw` is the position of the raw log: file and offset, None before the first message.
     """
 
     version: int
     commit: int = 0
-    clock_s: float = _NEVER_S
-    batch: int = 0
-    trimmed: int = 0
     released: int = 0
     archived: int = 0
     file: int = 0
     quarantined: int = 0
     raw: tuple[int, int] | None = None
+    families: dict[str, Progress] = {}
 
 
 class IngestState(msgspec.Struct):
-    """What a start reads back. `unbatched` and `unarchived` are numbered, in release order; no
+    """What a start reads back. `counters` are those of each family, by its name, and under "" those
+    that belong to none; `unbatched` and `unarchived` are numbered, in release order; no
     batch will hold the numbers in `for_files_only`.
     """
 
     meta: Meta
     accounts: dict[Lane, Account] = {}
-    counters: dict[str, int] = {}
+    counters: dict[str, dict[str, int]] = {}
     unbatched: list[tuple[int, Example]] = []
     unarchived: list[tuple[int, Example]] = []
     for_files_only: list[int] = []

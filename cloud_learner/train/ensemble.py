@@ -55,7 +55,8 @@ class Replicas:
     """
 
     def __init__(self, network: nn.Module, task: Task, learning: Learning, width: int) -> None:
-        self._network, self._task, self._learning = network, task, learning
+        self._network, self.task, self._learning = network, task, learning
+        self._width = width
         self.reservoir = Reservoir(learning.reservoir_rows, width, task.outputs, learning.seed)
         self.fast = self._replica(learning.fast.learning_rate) if learning.fast.on else None
         rate = learning.stable.learning_rate
@@ -91,7 +92,7 @@ class Replicas:
 
     def answers(self, features: Matrix) -> Matrix:
         """The weighted mean of the replicas' answers (rows, outputs)."""
-        mixed = np.zeros((len(features), self._task.outputs), np.float32)
+        mixed = np.zeros((len(features), self.task.outputs), np.float32)
         for name, weight in self.weights.items():
             if weight:
                 mixed += np.float32(weight) * self.all[name].answers(features)
@@ -116,7 +117,7 @@ class Replicas:
 
     def losses(self, rows: Rows) -> npt.NDArray[np.float64]:
         """Of the mixed answers, (rows,)."""
-        return self._task.losses(rows.labels, self.answers(rows.features))
+        return self.task.losses(rows.labels, self.answers(rows.features))
 
     def learn_fast(self, rows: Rows, random: np.random.Generator) -> None:
         """Passes of `fast` over the rows, each with as many of the window."""
@@ -136,7 +137,7 @@ class Replicas:
         stable = self._learning.stable
         for _ in range(stable.passes):
             replayed, answers = self.reservoir.draw(stable.replay_rows)
-            unknown = np.full((len(rows), self._task.outputs), np.nan, np.float32)
+            unknown = np.full((len(rows), self.task.outputs), np.nan, np.float32)
             anchors = np.concatenate([unknown, answers])
             self.stable.train(concatenate([rows, replayed]), random, anchors, stable.keep)
 
@@ -151,6 +152,10 @@ class Replicas:
         answering = self.stable or self.fast
         assert answering is not None, "a family has fast or stable"
         self.reservoir.add(remember, answering.answers(remember.features))
+
+    def forget_newest(self) -> None:
+        """Let go of the window of `fast`: it is of a world that has gone."""
+        self._newest = Newest(self._learning.fast.window_rows, self._width)
 
     def learn_from_scratch(self, recent: Rows, random: np.random.Generator) -> None:
         """Train `scratch` anew; `recent` are held-out rows, by which it is weighed at once."""
@@ -213,7 +218,7 @@ class Replicas:
     def _replica(self, learning_rate: float, *, averaged: bool = False) -> Replica:
         return Replica(
             copy.deepcopy(self._network),
-            self._task,
+            self.task,
             learning_rate,
             gradient_norm_max=self._learning.gradient_norm_max,
             averaged=averaged,
@@ -230,5 +235,5 @@ class Replicas:
         return self._merit[best] + HEDGE_RATE * (others[best] - self._loss(replica, recent))
 
     def _loss(self, replica: Replica, rows: Rows) -> float:
-        losses = self._task.losses(rows.labels, replica.answers(rows.features))
+        losses = self.task.losses(rows.labels, replica.answers(rows.features))
         return float(np.minimum(losses, LOSS_MAX).mean())

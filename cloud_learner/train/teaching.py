@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from cloud_learner.train.concepts import Concepts
 from cloud_learner.train.dataset import Rows, concatenate
 from cloud_learner.train.declaration import Learning
 from cloud_learner.train.distill import Student
@@ -58,10 +59,15 @@ class Teaching:
     """Replicas and student of a family, and what decides about their lessons."""
 
     def __init__(
-        self, replicas: Replicas, student: Student, trust: Trust, held_out: HeldOut
+        self,
+        replicas: Replicas,
+        student: Student,
+        trust: Trust,
+        held_out: HeldOut,
+        concepts: Concepts,
     ) -> None:
         self.replicas, self.student = replicas, student
-        self.trust, self.held_out = trust, held_out
+        self.trust, self.held_out, self.concepts = trust, held_out, concepts
         self.seconds: dict[str, float] = {}
         self.trimmed_rows = 0
         self._scratch_s: float | None = None
@@ -86,9 +92,29 @@ class Teaching:
             )
         self.replicas.keep(follow, remember)
 
+    def recall(self, rows: Rows, time_s: float, *, is_new: bool) -> bool:
+        """Let `fast` be what it once was where that fits new rows better; whether it did.
+
+        A world that is new is noted first: `fast` as it stands knows the one before.
+        """
+        fast = self.replicas.fast
+        if fast is None:
+            return False
+        if is_new:
+            self.concepts.note(fast.network.state_dict(), time_s)
+        task = self.replicas.task
+        losses = task.losses(rows.labels, fast.answers(rows.features))
+        weights = self.concepts.recall(rows, task, fast.network, losses)
+        if weights is None:
+            return False
+        fast.start_from(weights)
+        self.replicas.forget_newest()
+        return True
+
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""
         return {
+            "concepts": self.concepts.state(),
             "replicas": self.replicas.state(),
             "student": self.student.state(),
             "trust": self.trust.state(),
@@ -99,6 +125,7 @@ class Teaching:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
+        self.concepts.restore(state["concepts"])
         self.replicas.restore(state["replicas"])
         self.student.restore(state["student"])
         self.trust.restore(state["trust"])

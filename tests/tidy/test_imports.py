@@ -24,16 +24,17 @@ EDGE_ORDER = (
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
-    ("config",),
+    ("config", "exits"),
     ("children", "nats_server", "server_check"),
     ("broker",),
     ("admission", "streams"),
     ("stats",),
     ("store",),
     STEPS,
-    ("cycle",),
-    ("learner", "gate", "publisher", "controller"),
     ("rules",),
+    ("cycle",),
+    ("course", "gate", "publisher", "controller"),
+    ("learner", "releasing"),
     ("host",),
     ("experiment", "console"),
     ("bootstrap", "serve"),

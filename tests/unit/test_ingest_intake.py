@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cloud_learner.ingest.accounting import LANES_MAX, LANES_TOLD_MAX
 from cloud_learner.ingest.guard import NUMBER_MAX, Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.store.archive import Archive
@@ -41,8 +41,14 @@ BAD = msgspec.Raw(msgspec.msgpack.encode([77, "from", "the", "future"]))
 
 def opened(home: Path, **more: float) -> Intake:
     rules = Rules(family="fam", label_window_s=100.0, idle_s=60.0, **more)
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(10, 10), clock=ManualClock(), widths={})
+    db, raw, archive = (
+        IngestDb(home / "db", ["fam"]),
+        RawLog(home / "raw"),
+        Archive(home / "archive"),
+    )
+    return Intake(
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+    )
 
 
 @pytest.fixture
@@ -146,7 +152,7 @@ def test_a_device_hears_first_of_the_lanes_that_came_last(intake):
 def test_a_clock_that_was_ahead_moves_a_devices_time_no_further_than_its_arrival(tmp_path):
     intake = opened(tmp_path, ahead_s_max=10.0)
     intake.commit([incoming(envelope([seen(3e8)]))])
-    assert intake.accounting.accounts[LANE].newest_s == 10.0
+    assert intake.accounting.accounts[LANE].newest_s == {"fam": 10.0}
     intake.close()
 
 
@@ -289,3 +295,42 @@ def test_whatever_comes_in_whatever_order_every_number_is_accounted_for_once(see
         held = {lane: each for lane, each in accounts.items() if each.seq}
         assert read_accounts(Path(folder) / "db") == held
         intake.close()
+
+
+def record(what):
+    return msgspec.Raw(codec.encode(what))
+
+
+def labels(*values, first=1, time_s=2.0):
+    told = [LabelRecord("fam", 7, first + at, v, time_s + at) for at, v in enumerate(values)]
+    lane = ("A", 7, "label")
+    return incoming(envelope(map(record, told), first, lane=lane), "hw.ev.A.label")
+
+
+def test_a_label_outside_of_its_familys_task_is_quarantined_and_its_neighbours_are_not(intake):
+    commit = intake.commit([labels(1.0, 2.0, 0.0)])
+    assert account(intake, ("A", 7, "label")) == (3, 2, 1, {})
+    assert commit.counters["quarantined_bad_label"] == 1
+
+
+def test_early_and_mature_form_of_an_example_lie_in_batches_once_each_through_restarts(tmp_path):
+    rules = {"policy": "weighted", "early_s": 10.0}
+    first = opened(tmp_path, **rules)
+    scored = [Scored("r1", "stable", [0.5])]
+    asked = [
+        record(PredictionRecord("fam", "k", 1.0 + at, {}, "spec", b"", 1.0, scored))
+        for at in range(10)
+    ]
+    first.commit([incoming(envelope(asked)), labels(*[1.0] * 10)])
+    first.commit([incoming(envelope([seen(8.0)], 11)), labels(1.0, first=11, time_s=8.0)])
+    first.abandon()
+    second = opened(tmp_path, **rules)
+    second.commit([incoming(envelope([seen(500.0)], 12)), labels(1.0, first=12, time_s=500.0)])
+    batches = list(second.batches_after("fam", 0))
+    forms = [each.form for batch in batches for each in batch.examples]
+    assert len(forms) == len(set(forms)) == 20
+    assert [sum(each.early for each in batch.examples) for batch in batches] == [10, 0]
+    second.commit([], flush=True)
+    rows = second.query("SELECT early, count(*) FROM examples GROUP BY early ORDER BY early")
+    assert rows == [(False, 10), (True, 10)]
+    second.close()
