@@ -61,7 +61,7 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     if len(rows) < ROWS_MIN:
         raise ConfigError("too_few_rows", f"{data} has {len(rows)} labelled rows of {ROWS_MIN}")
     tell(f"{len(rows):,} labelled rows from {data.name}, features by the device's engine")
-    learned, static = _split(rows, family.config.learning.seed)
+    learned, static = rows.set_aside(STATIC_SHARE, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
     candidate = cycle.candidate()
@@ -114,17 +114,6 @@ def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> Evaluation
         devices=Words.of(row.device for row in rows),
         fields={name: Words.of(f"{row.fields.get(name, '')}" for row in rows) for name in slices},
     )
-
-
-def _split(rows: EvaluationSet, seed: int) -> tuple[EvaluationSet, EvaluationSet]:
-    """What is learned, and the static set; rows that compete are in one of them together."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(rows))
-    static = np.arange(len(rows)) < len(rows) // STATIC_SHARE
-    if rows.groups.any():
-        groups = random.permutation(np.unique(rows.groups))
-        static = np.isin(rows.groups[order], groups[: len(groups) // STATIC_SHARE])
-    return rows.take(order[~static]), rows.take(np.sort(order[static]))
 
 
 async def _sign(

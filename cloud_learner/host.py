@@ -33,7 +33,7 @@ from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
 from cloud_learner.rollout.campaign import Offer
-from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
+from cloud_learner.rules import campaign_rules, check_spec, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -139,6 +139,7 @@ class Host:
         hold_out: HoldOut | None = None,
     ) -> None:
         self.home, self.family, self._bus, self._clock = home, family, bus, clock
+        check_spec(home, family)
         lineage = self.lineage = Lineage(home.lineage)
         self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
         if home.hold_out.exists():
