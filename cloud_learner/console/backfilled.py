@@ -24,14 +24,16 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [_line(row, widths) for row in rows]
     for name, each in filled["devices"].items():
         lines += [f"{name}: {text}" for text in _notes(each)]
-    lines += [
-        f"{filled['envelopes']:,} envelopes read, {filled['unreadable']:,} unreadable, "
-        f"{filled['damaged_bytes']:,} bytes damaged",
-        f"{filled['twins']:,} examples added, {released['learned']:,} learned, "
-        f"{released['held_out']:,} held out, {released['static']:,} in the static set",
-        f"release {released['release']} is offered",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_sums(filled, released)])
+
+
+def _sums(filled: Mapping[str, Any], released: Mapping[str, Any]) -> Iterator[str]:
+    unread = f"{filled['unreadable']:,} unreadable, {filled['damaged_bytes']:,} bytes damaged"
+    yield f"{filled['envelopes']:,} envelopes read, {unread}"
+    parts = f"{released['learned']:,} learned, {released['held_out']:,} held out"
+    static = f"{released['static']:,} in the static set"
+    yield f"{filled['twins']:,} examples added, {parts}, {static}"
+    yield f"release {released['release']} is offered"
 
 
 def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -48,7 +50,8 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
     if found["lacking"]:
         yield "predictions without " + _counted(found["lacking"])
     if found["explained"]:
-        yield f"{found['explained']:,} of {found['compared']:,} differ from what was logged, by gaps"
+        share = f"{found['explained']:,} of {found['compared']:,}"
+        yield f"{share} differ from what was logged, all after a gap"
     if found["unknown_spec"]:
         yield f"{found['unknown_spec']:,} of a spec that the registry does not know, not compared"
 

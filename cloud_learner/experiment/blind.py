@@ -5,8 +5,9 @@ it must know which of its values the device would have seen otherwise.
 
 A window over seconds is whole again when its span lies behind the gap, one over the last entries
 of a key when that key has as many newer ones, a decayed mean when what came before weighs nothing
-any more. What is missing may be as far ahead of the event clock as the family lets events be, so a
-gap ends that much later than the first event after it.
+any more. How far the device's event clock went in a gap is known only from what follows, of which
+each event may be late: so a gap ends after SETTLED events, and what is missing may be as far ahead
+of the newest of them as the family lets events be.
 
 Invariants: a feature that is not named sees exactly what it would see without the gaps.
 
@@ -24,7 +25,10 @@ from edge_runtime.features.spec import Spec
 from edge_runtime.wire.messages import Fields, Value
 
 HALF_LIVES = 128  # then a value of 2**62 adds nothing to a double near 1
+SETTLED = 16
 NOTHING: frozenset[str] = frozenset()
+
+Concerns = Callable[[Feature], bool]
 
 
 class Blind:
@@ -33,32 +37,39 @@ class Blind:
     def __init__(self, spec: Spec, skew_s: float) -> None:
         self._skew_s = skew_s
         self._windows = [each for each in spec.features if each.window is not None]
-        self._awaited: set[str] = set()  # features of gaps after which no event has come yet
+        self._awaited: set[str] = set()  # the features of gaps that have not ended
+        self._left = 0  # events until they have
         self._until_s: dict[str, float] = {}  # of windows over seconds
         self._since: dict[str, _Since] = {}  # of the others
         self._clear_s = -math.inf
         self._newest_s = -math.inf
 
-    def gap(self, concerns: Callable[[Feature], bool] = lambda _feature: True) -> None:
+    def gap(self, concerns: Concerns = lambda _feature: True) -> None:
         """Something is missing here, which the windows of the features that it concerns lack."""
         self._awaited.update(each.name for each in self._windows if concerns(each))
+        self._left = SETTLED
 
     def reach(self, time_s: float) -> None:
-        """An event of this time comes, before it is seen: gaps before it end."""
+        """An event of this time comes, before it is seen: it may be the one with which gaps end."""
         self._newest_s = max(self._newest_s, time_s)
         if not self._awaited:
             return
-        missing_s = self._newest_s + self._skew_s
-        for feature in self._windows:
+        self._left -= 1
+        if not self._left:
+            names, self._awaited = self._awaited, set()
+            self.miss(self._newest_s + self._skew_s, lambda feature: feature.name in names)
+
+    def miss(self, time_s: float, concerns: Concerns) -> None:
+        """Something is missing to those that it concerns, of no later time than this."""
+        for feature in filter(concerns, self._windows):
             window = feature.window
-            if window is None or feature.name not in self._awaited:
+            assert window is not None
+            if window.span_s is None:
+                self._since[feature.name] = _Since(window, time_s)
                 continue
-            if window.span_s is not None:
-                self._until_s[feature.name] = missing_s + window.span_s
-                self._clear_s = max(self._clear_s, missing_s + window.span_s)
-            else:
-                self._since[feature.name] = _Since(window, missing_s)
-        self._awaited.clear()
+            until_s = max(time_s + window.span_s, self._until_s.get(feature.name, -math.inf))
+            self._until_s[feature.name] = until_s
+            self._clear_s = max(self._clear_s, until_s)
 
     def see(self, kind: str, time_s: float, fields: Fields) -> None:
         """What the windows see, once they have seen it."""

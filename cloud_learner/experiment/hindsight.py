@@ -25,7 +25,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from cloud_learner.experiment.blind import NOTHING, Blind
+from cloud_learner.experiment.blind import NOTHING, SETTLED, Blind
 from cloud_learner.experiment.lanes import NOT_KEPT, REFUSED, Lost
 from cloud_learner.experiment.needs import Common, Needs, common
 from edge_runtime.features.engine import Engine
@@ -106,7 +106,8 @@ class Hindsight:
         """An empty log and empty windows."""
         spec, skew_s = self._spec, self._interface.skew_s_max
         self._engine = Engine(spec, lateness_s=self._interface.lateness_s_max)
-        self._newest_s = -math.inf
+        self._newest_s = self._newest_s_max = -math.inf
+        self._unsettled = 0  # events until the event clock is known again
         self._start, self._gaps, self._swaps = (Blind(spec, skew_s) for _ in range(3))
         self._blinds = (self._start, self._gaps, self._swaps)
         self._logged, self._unlogged = Answered(), Answered()
@@ -144,37 +145,62 @@ class Hindsight:
         if prior == NO_PRIOR:
             self._forget()
         elif last is None:
+            self._unsettled = SETTLED
             self._start.gap()
         elif 0 < prior < last:  # of a disk that was cloned, or put back
             self._counts["lost"][OTHER_LIFE] += 1
+            self._unsettled = SETTLED
             self._gaps.gap()
 
     def _lose(self, lost: Lost, *, first: bool) -> None:
         is_start = first and self._newest_s == -math.inf and lost.reason == NOT_KEPT
         self._counts["lost"][BEFORE if is_start else lost.reason] += lost.count
+        self._unsettled = SETTLED
         (self._start if is_start else self._gaps).gap()
 
     def _reach(self, time_s: float, number: tuple[int, int], told: _Labels | None) -> None:
         """An event comes: labels that are known by then are shown before it."""
         for blind in self._blinds:
             blind.reach(time_s)
+        if self._unsettled:
+            self._unsettled -= 1
+            newest_s = max(self._newest_s, time_s) + self._interface.skew_s_max
+            self._newest_s_max = math.inf if self._unsettled else newest_s
         if told is not None:
             self._show(told, max(time_s, self._newest_s), number)
 
     def _show(self, told: _Labels, until_s: float, number: tuple[int, int]) -> None:
+        self._miss_labels(told)
+        for label in told.due(until_s, number):
+            if label.family == self._interface.family and label.final:
+                self._show_one(label)
+        self._miss_labels(told)
+
+    def _miss_labels(self, told: _Labels) -> None:
+        """Labels that are missing before the next one may have come at any moment until it does."""
         for lost in told.lost():
             self._counts["lost"][lost.reason] += lost.count
-            if not self._logs_labels:  # else the log of events says what windows saw of labels
-                self._gaps.gap(_is_over_labels)
-        interface = self._interface
-        for label in told.due(until_s, number):
-            if label.family != interface.family or not label.final:
-                continue
-            late_s = self._newest_s - label.time_s
-            fields = self._unlogged.record((label.epoch, label.seq), label.value)
-            if fields is not None and -interface.skew_s_max <= late_s <= interface.lateness_s_max:
-                self._unlogged.forget(fields)
-                self._see(LABEL, label.time_s, fields)
+        if told.is_missing and not self._logs_labels:  # else the log of events says what was seen
+            self._gaps.gap(lambda feature: _is_over(feature, LABEL))
+
+    def _show_one(self, label: LabelRecord) -> None:
+        late_s = self._newest_s - label.time_s
+        fields = self._unlogged.record((label.epoch, label.seq), label.value)
+        if fields is None or late_s < -self._interface.skew_s_max or self._is_late(label.time_s):
+            return
+        self._unlogged.forget(fields)
+        self._see(LABEL, label.time_s, fields)
+
+    def _is_late(self, time_s: float, kind: str = LABEL) -> bool:
+        """Whether windows pass over what is of this time. After a gap the device's event clock may
+        be ahead of ours, as far as `_newest_s_max`.
+        """
+        lateness_s = self._interface.lateness_s_max
+        if time_s < self._newest_s - lateness_s:
+            return True
+        if time_s < self._newest_s_max - lateness_s:
+            self._gaps.miss(time_s, lambda feature: _is_over(feature, kind))
+        return False
 
     def _predict(self, epoch: int, seq: int, record: PredictionRecord) -> Vector | None:
         found, fields = self.found, record.fields
@@ -252,9 +278,8 @@ class Hindsight:
             return
         if time_s > self._newest_s:
             self._newest_s = time_s
-        elif time_s < self._newest_s - self._interface.lateness_s_max:
-            return
-        self._see(kind, time_s, fields)
+        if not self._is_late(time_s, kind):
+            self._see(kind, time_s, fields)
 
     def _move_label(self, time_s: float, logged: Fields) -> None:
         """A label as it was logged for windows, with the fields that those of now ask for."""
@@ -269,11 +294,11 @@ class Hindsight:
     def _see(self, kind: str, time_s: float, fields: Fields) -> None:
         if kind == LABEL:
             if missing := self._engine.label_fields - fields.keys():
-                self._gaps.gap(lambda feature: _is_keyed_by(feature, missing))
+                self._gaps.miss(time_s, lambda feature: _is_keyed_by(feature, missing))
         else:
             for name, whose in self._needs.unseen(kind, fields).items():
                 self._counts["lost"][f"without {kind}.{name}"] += 1
-                self._gaps.gap(lambda feature, whose=whose: feature.name in whose)  # type: ignore[misc]
+                self._gaps.miss(time_s, lambda feature, whose=whose: feature.name in whose)  # type: ignore[misc]
         see(self._engine, kind, time_s, fields)
         for blind in self._blinds:
             blind.see(kind, time_s, fields)
@@ -285,6 +310,7 @@ class _Labels:
     def __init__(self, lane: Lane) -> None:
         self._lane = iter(lane)
         self._lost: list[Lost] = []
+        self.is_missing = False
         self._head: LabelRecord | None = None
         self._next()
 
@@ -299,23 +325,24 @@ class _Labels:
             self._next()
 
     def lost(self) -> list[Lost]:
-        """What is missing before the label that is next."""
+        """What is missing before the label that is next; said once, `is_missing` until it comes."""
         lost, self._lost = self._lost, []
         return lost
 
     def _next(self) -> None:
-        self._head = None
+        self._head, self.is_missing = None, False
         for _, record in self._lane:
             if isinstance(record, Lost):
                 self._lost.append(record)
+                self.is_missing = True
                 continue
             assert isinstance(record, LabelRecord), "ingest refuses others in this class"
             self._head = record
             return
 
 
-def _is_over_labels(feature: Feature) -> bool:
-    return feature.window is not None and feature.window.over == LABEL
+def _is_over(feature: Feature, kind: str) -> bool:
+    return feature.window is not None and feature.window.over == kind
 
 
 def _is_keyed_by(feature: Feature, fields: Collection[str]) -> bool:
