@@ -34,7 +34,6 @@ from cloud_learner.experiment.progress import Progress
 from cloud_learner.experiment.successor import Released, release
 from cloud_learner.experiment.twins import Twins, Vectors
 from cloud_learner.package.inspect import spec_of
-from cloud_learner.store.archive import Archive
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.raw import Position, RawLog
@@ -168,12 +167,9 @@ def fill(home: Home, db: IngestDb, family: Family, known: Known, tell: Tell) -> 
                 vectors.write(device, (each for each in found if each.spec != filled.spec))
                 filled.devices[device] = hindsight.found
             _judge(family, filled)
-            archive = Archive(home.archive)
-            stack.callback(archive.close)
-            archive.adopt(db.files())
             progress = Progress("examples", len(vectors.days()), tell)
             twins = Twins(family.name, family.spec.hash, vectors)
-            filled.twins = twins.write(db, archive, progress.step)
+            filled.twins = twins.write(db, home.archive, progress.step)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return filled

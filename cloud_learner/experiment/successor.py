@@ -34,7 +34,6 @@ from cloud_learner.host import Releases, release_signers
 from cloud_learner.publisher import Publisher
 from cloud_learner.rollout.campaign import Offer
 from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
-from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -143,16 +142,13 @@ def _history(home: Home, family: Family, names: list[str]) -> _History:
     """The newest examples under the family's spec, in order, those that are held out apart."""
     sql = _NEWEST.format(family=family.name, spec=family.spec.hash, limit=ROWS_MAX)
     hold_out, free, held_out = recent_hold_out(family), list[Example](), 0
-    archive, task = Archive(home.archive), family.config.task
-    try:
-        for examples in examples_of(archive, names, sql):
-            hold_out.add(examples)
-            fit = [each for each in examples if not task.why_unfit(each.label)]
-            kept = [each for each in fit if not is_held_out(each, task.group)]
-            held_out += len(fit) - len(kept)
-            free += kept
-    finally:
-        archive.close()
+    task = family.config.task
+    for examples in examples_of(home.archive, names, sql):
+        hold_out.add(examples)
+        fit = [each for each in examples if not task.why_unfit(each.label)]
+        kept = [each for each in fit if not is_held_out(each, task.group)]
+        held_out += len(fit) - len(kept)
+        free += kept
     return _History(_as_set(family, free), hold_out, held_out)
 
 

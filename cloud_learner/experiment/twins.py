@@ -16,7 +16,7 @@ Knows nothing about how vectors come about.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,23 @@ from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_db import IngestDb, put_files
 from cloud_learner.store.ingest_state import number_key
-from edge_runtime.errors import CapacityError
+from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.wire.messages import Scored, Value
 
 ROWS = 20_000
 """So many rows at once are in memory, about, and lie in a file."""
 
 _fields = msgspec.json.Decoder(dict[str, Value]).decode
-_VECTOR = "device::VARCHAR, epoch::BIGINT, seq::BIGINT, time_s::DOUBLE, spec::VARCHAR, features"
 _NONE = (
     "(SELECT '' AS device, 0 AS epoch, 0 AS seq, 0.0 AS time_s, '' AS spec, "
     "NULL::FLOAT[] AS features WHERE false)"
 )
-_COPY = "COPY (SELECT {}::FLOAT[] AS features FROM batch) TO {} (FORMAT parquet, COMPRESSION zstd)"
+_COPY = """
+COPY (
+    SELECT device::VARCHAR AS device, epoch, seq, time_s, spec::VARCHAR AS spec,
+    features::FLOAT[] AS features FROM batch
+) TO {} (FORMAT parquet, COMPRESSION zstd)
+"""
 _TWINS = """
 SELECT e.* EXCLUDE (features, spec, time), v.features AS features, '{spec}' AS spec
 FROM examples e JOIN {vectors} v USING (device, epoch, seq, spec)
@@ -74,7 +78,7 @@ class Vectors:
                 path = self._directory / f"{self._files:06d}.parquet"
                 connection.register("batch", _columns(device, some))
                 try:
-                    connection.execute(_COPY.format(_VECTOR, parquet.quoted(path)))
+                    connection.execute(_COPY.format(parquet.quoted(path)))
                 except duckdb.Error as error:
                     raise CapacityError("disk_full", f"{path} was not written: {error}") from error
 
@@ -104,18 +108,29 @@ class Twins(msgspec.Struct, frozen=True):
     spec: str
     vectors: Vectors
 
-    def write(self, db: IngestDb, archive: Archive, step: Callable[[], None]) -> int:
+    def write(self, db: IngestDb, directory: Path, step: Callable[[], None]) -> int:
         """Give each example with a vector its twin, where it has none; returns how many got one.
 
-        `step` is called for each of `vectors.days()`. Raises: CapacityError; nothing is named then.
+        The archive is in `directory`; `step` is called for each of `vectors.days()`.
+        Raises: CapacityError, ConfigError; then no twin is named.
         """
-        _file_what_waits(db, archive)
+        archive = Archive(directory)
+        try:
+            archive.adopt(db.files())
+            _file_what_waits(db, archive)
+            return self._write(db, directory, archive, step)
+        finally:
+            archive.close()
+
+    def _write(
+        self, db: IngestDb, directory: Path, archive: Archive, step: Callable[[], None]
+    ) -> int:
         state = db.load()
         prefix = f"family={quote(self.family, safe='')}/"
         names = [name for name in state.files if name.startswith(prefix)]
         new, written = list[str](), 0
         for start_s, end_s in self.vectors.days():
-            for twins in examples_of(archive, names, self._sql(start_s, end_s)):
+            for twins in examples_of(directory, names, self._sql(start_s, end_s)):
                 state.meta.file += 1
                 new += archive.write(twins, state.meta.file)
                 written += len(twins)
@@ -135,15 +150,24 @@ class Twins(msgspec.Struct, frozen=True):
         )
 
 
-def examples_of(archive: Archive, names: list[str], sql: str) -> Iterator[list[Example]]:
-    """What a query of whole rows of the view `examples` finds, ROWS at a time."""
-    found: Any = archive.query(sql, names)
-    columns = [name for name in found.columns if name in Example.__struct_fields__]
-    places = [found.columns.index(name) for name in columns]
-    while rows := found.fetchmany(ROWS):
-        yield [
-            _example(dict(zip(columns, map(row.__getitem__, places), strict=True))) for row in rows
-        ]
+def examples_of(directory: Path, names: Sequence[str], sql: str) -> Iterator[list[Example]]:
+    """What a query of the view `examples`, over named files of the archive in `directory`, finds,
+    ROWS at a time. Raises: ConfigError `archive_damaged`.
+    """
+    source = parquet.read([directory / name for name in names]) if names else f"({parquet.EMPTY})"
+    try:
+        with parquet.connect() as connection:
+            connection.execute(f"CREATE VIEW examples AS SELECT * FROM {source}")
+            found = connection.execute(sql)
+            columns = [column[0] for column in found.description or ()]
+            while rows := found.fetchmany(ROWS):
+                yield [_example(dict(zip(columns, row, strict=True))) for row in rows]
+    except duckdb.Error as error:
+        raise ConfigError(
+            "archive_damaged",
+            f"{directory}: a file of examples cannot be read: {error}",
+            "restore the learner's home from a copy",
+        ) from error
 
 
 def _file_what_waits(db: IngestDb, archive: Archive) -> None:
@@ -163,7 +187,8 @@ def _file_what_waits(db: IngestDb, archive: Archive) -> None:
 
 def _example(row: dict[str, Any]) -> Example:
     """An example from its columns; a column that its file had not is as by default."""
-    row = {name: value for name, value in row.items() if value is not None}
+    names = Example.__struct_fields__
+    row = {name: value for name, value in row.items() if value is not None and name in names}
     row["features"] = np.array(row["features"], "<f4").tobytes()
     row["fields"] = _fields(row.get("fields", "{}"))
     row["scored"] = [
