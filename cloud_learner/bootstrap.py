@@ -4,8 +4,8 @@ Why: a fleet needs a model before it can have a stream; what lies in files today
 went through no device, so it goes through the device's engine here.
 
 Invariants: the first release passes the same gate and is signed by the same keys as every later
-one. One row in eight is set aside before anything is learned and never trained on. The home becomes
-a home with the last write.
+one. One row in eight is set aside before anything is learned and never trained on. A family is one
+of the home's with the last write; to the families that the home has nothing happens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from cloud_learner.evaluate.slices import Keys
 from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import DataRow, read_rows
 from cloud_learner.gate import Gate, Judgement
-from cloud_learner.host import Releases, release_signers
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
+from cloud_learner.releasing import Releases, passed_before, release_signers
+from cloud_learner.rollout.campaign import Offer
 from cloud_learner.rules import campaign_rules, gate_limits
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -48,50 +49,71 @@ class RefusedError(PackageError):
 
 
 def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
-    """Learn from `data`, gate and sign the first release into `home`.
+    """Learn from `data`, gate and sign the first release of a family into `home`.
 
+    A home that is one already gets the family in addition.
     Raises: ConfigError (bad family, data or home), RefusedError when the gate says no.
     """
     family = Family.load(folder)
-    if (home.root / "bootstrap.json").exists():
-        raise ConfigError(
-            "home_exists", f"{home.root} is already a home; it is unchanged", "give another --home"
-        )
+    _refuse_known(family, home)
+    if home.root.exists():
+        with home.owned():  # who may not have it hears that before the rows are read
+            pass
     rows, learned_through_s = labelled_rows(family, data)
     if len(rows) < ROWS_MIN:
         raise ConfigError("too_few_rows", f"{data} has {len(rows)} labelled rows of {ROWS_MIN}")
     tell(f"{len(rows):,} labelled rows from {data.name}, features by the device's engine")
+    if constants := family.constants(rows.features):
+        tell(f"never change, so nothing is learned from them: {', '.join(constants)}")
+    with home.owned():
+        _refuse_known(family, home)
+        return _bootstrapped(family, rows, learned_through_s, home, tell)
+
+
+def _refuse_known(family: Family, home: Home) -> None:
+    if family.name in home.families():
+        raise ConfigError(
+            "family_exists",
+            f"{home.root} has the family {family.name!r} already; it is unchanged",
+            "give another --home, or the family another name",
+        )
+
+
+def _bootstrapped(
+    family: Family, rows: EvaluationSet, learned_through_s: float, home: Home, tell: Tell
+) -> Judgement:
     learned, static = rows.set_aside(STATIC_SHARE, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
     candidate = cycle.candidate()
-    home.root.mkdir(parents=True, exist_ok=True)
-    save_set(home.static, static)
-    save_set(home.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
+    own = home.of(family.name)
+    own.root.mkdir(parents=True, exist_ok=True)
+    save_set(own.static, static)
+    save_set(own.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
     indices = [at for at, column in enumerate(family.spec.columns) if column.indices]
     known = Keys.of(indices, learned)
-    known.save(home.known)
-    cycle.save(home.checkpoint)
-    cycle.keep_graph(home.graph)
-    gate = Gate(gate_limits(family), static, None, Lineage(home.lineage), known)
+    known.save(own.known)
+    cycle.save(own.checkpoint)
+    cycle.keep_graph(own.graph)
+    part = Lineage(home.lineage).of(family.name)
+    gate = Gate(gate_limits(family), static, None, part, known)
     judgement = gate.judge(candidate.package, candidate.float_package, None)
     if judgement.outcome != "pass":
         reasons = "; ".join(
             v.reason for v in judgement.verdicts if v.decides and v.outcome != "pass"
         )
         raise RefusedError("gate_refused", f"the first release did not pass: {reasons}")
-    release = asyncio.run(_sign(family, home, candidate, judgement, gate))
-    home.write_origin(
-        Origin(family.name, str(folder.resolve()), learned_through_s, release, judgement.sha256)
-    )
-    tell(f"release {release} passed the gate and is signed by learner and gate")
+    first = asyncio.run(_sign(family, home, candidate, judgement))
+    folder = str(family.folder.resolve())
+    own.write_origin(Origin(family.name, folder, learned_through_s, first.release, first.sha256))
+    tell(f"release {first.release} passed the gate and is signed by learner and gate")
     return judgement
 
 
 def labelled_rows(family: Family, data: Path) -> tuple[EvaluationSet, float]:
     """All predicting rows with a label, their features by one engine a device; the last time."""
     found, features, newest_s = [], [], 0.0
-    rows = read_rows(data, family.interface)
+    rows = read_rows(data, family.interface, task=family.config.task)
     for row, vector in featured(rows, family.interface, family.spec):
         if vector is not None:
             features.append(vector)
@@ -116,20 +138,25 @@ def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> Evaluation
     )
 
 
-async def _sign(
-    family: Family, home: Home, candidate: Candidate, judgement: Judgement, gate: Gate
-) -> str:
-    """Offer the candidate to a campaign whose publisher signs to disk; nobody listens yet."""
+async def _sign(family: Family, home: Home, candidate: Candidate, judgement: Judgement) -> Offer:
+    """Offer the candidate to a campaign whose publisher signs to disk; nobody listens yet.
+
+    A bootstrap that was killed may have come this far: then what it has signed is the first.
+    """
     clock, lineage = SystemClock(), Lineage(home.lineage)
-    keys.create(home.root, [family.name])
-    release = Releases(family.name, Registry(home.registry), lineage)
-    offer = release.register(candidate, judgement)
+    keys.admit(home.root, family.name)
+    release = Releases(family.name, Registry(home.registry), lineage.of(family.name))
     bus = await MemoryBroker().connect(name="bootstrap")
-    publisher = Publisher(home.root, bus, release_signers(home, gate), clock)
-    publish = release.publishing(publisher)
-    controller = Controller(campaign_rules(family), home.campaign, publish, lineage, clock)
+    known = {name: passed_before(lineage.of(name)) for name in (*home.families(), family.name)}
+    signers = release_signers(home, lambda name, sha256: sha256 in known.get(name, ()))
+    publish = release.publishing(Publisher(home.root, bus, signers, clock))
+    campaign, part = home.of(family.name).campaign, lineage.of(family.name)
+    controller = Controller(campaign_rules(family), campaign, publish, part, clock)
     await controller.start()
-    await controller.offer(offer)
+    if controller.stable is None:
+        await controller.offer(release.register(candidate, judgement))
+    first = controller.stable
+    assert first is not None
     await controller.close()
     await bus.close()
-    return offer.release
+    return first

@@ -109,7 +109,7 @@ def serve(home: Path, nats: str, **files: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @_by_key
 def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> None:
-    """What became of every record of every device, and what the learner says about itself.
+    """What became of every record of every device, and what the learner says of each family.
 
     The accounts are read from the home, whether or not the learner runs: archived + quarantined +
     dropped is the mark, for each device, epoch and class. With --nats, the learner's own word too.
@@ -121,8 +121,10 @@ def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> Non
     if as_json:
         click.echo(json.dumps({**said, **accounts}))
         return
-    for name, value in said.items():
-        click.echo(f"{name:>24}  {value}")
+    if said:
+        from cloud_learner.console.families import text
+
+        click.echo(text(said))
     if accounts:
         from cloud_learner.console.accounts import table
 
@@ -250,7 +252,7 @@ def _accounts(home: Path, *, is_needed: bool) -> dict[str, Any]:
     if path.exists():
         return facts(read_accounts(path))
     if is_needed:
-        Home(home).origin()  # names what is wrong with a home that is none
+        Home(home).origins()  # names what is wrong with a home that is none
         return facts({})
     return {}
 
@@ -273,7 +275,9 @@ async def _status(url: str, access: Access) -> dict[str, Any]:
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
     clock_s = found.clock_s if math.isfinite(found.clock_s) else None  # JSON knows no infinity
-    return {"clock_s": clock_s, "stage": found.stage, **found.counters, "detail": detail}
+    families = detail.pop("families", {})
+    head = {"clock_s": clock_s, "stage": found.stage, "families": families}
+    return {**head, **found.counters, "detail": detail}
 
 
 def _guarded(call: Callable[[], T]) -> T:

@@ -1,12 +1,12 @@
-"""The root of the learning trust domain: ingest, joiner and cycle, one family.
+"""The root of the learning trust domain: one ingest, and a course for each family.
 
 Why: somebody must bring the stream to the trainer without either waiting for the other's disk or
 gradient; ingest runs on the loop and its thread, training in a thread of its own.
 
-Invariants: every batch that ingest committed is learned exactly once, in order; after a restart
-those above the checkpoint are read again from the ingest database. When several batches wait, only
-the last of them makes a candidate; the others are counted as skipped. `clock_s` never claims what
-was not learned.
+Invariants: every batch that ingest committed is dealt with exactly once, in order, by its family;
+after a restart those above the checkpoint are read again from the ingest database. Families take
+turns, a batch each, so none waits for more than one batch of each other. When several batches of a
+family wait, only the last of them makes a candidate; the others are counted as skipped.
 
 Knows nothing about gates, releases and plans: `submit` does.
 """
@@ -15,33 +15,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from cloud_learner.config import Home
-from cloud_learner.cycle import Candidate, Cycle
-from cloud_learner.evaluate.offline import load_set
+from cloud_learner.course import Course
+from cloud_learner.cycle import Candidate
 from cloud_learner.ingest.consumer import Ingest
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Commit, Intake
+from cloud_learner.ingest.intake import Commit, Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.store.archive import Archive
-from cloud_learner.store.examples import Batch, Example
+from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.raw import RawLog
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, HeadwaterError
 
 IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
-CHECKPOINT_CYCLES = 10
 WAITING_BATCHES_MAX = 400  # that ingest may be ahead of the trainer; they are in memory
 
-Submit = Callable[[Candidate], Awaitable[object]]
-OnExamples = Callable[[list[Example]], Awaitable[None]]
+Submit = Callable[[str, Candidate], Awaitable[object]]
+OnExamples = Callable[[str, list[Example]], Awaitable[None]]
 
 
 class Learner:
@@ -50,44 +50,30 @@ class Learner:
     def __init__(
         self,
         home: Home,
-        family: Family,
+        families: Sequence[Family],
+        lineage: Lineage,
         bus: Bus,
         clock: Clock,
         *,
         submit: Submit,
         on_examples: OnExamples,
     ) -> None:
-        origin, config = home.origin(), family.config
-        self._home, self._clock = home, clock
         self._submit, self._on_examples = submit, on_examples
-        self.cycle = Cycle(family, load_set(home.reference).features)
-        self.cycle.restore(home.checkpoint)
-        self.cycle.take_graph(home.graph)
-        self._label_window_s = config.label.window_s
-        rules = Rules(
-            family=family.name,
-            label_window_s=config.label.window_s,
-            idle_s=IDLE_S,
-            expiry=config.label.expiry,
-            amend_s=config.label.amend_s,
-            learn_from_s=origin.learned_through_s,
-            ahead_s_max=config.skew_s_max if config.clock == "wall" else float("inf"),
-        )
-        make = partial(open_intake, home, rules, family, clock)
+        self.courses = {
+            family.name: Course(family, home.of(family.name), lineage.of(family.name))
+            for family in families
+        }
+        make = partial(open_intake, home, families, clock)
         self.ingest = Ingest(bus, make, clock, on_commit=self._on_commit)
-        self.ingest.learned = self.cycle.number
         intake = self.ingest.intake
         assert intake is not None
-        self._waiting: deque[Batch] = deque(intake.batches_after(self.cycle.number))
-        last = self._waiting[-1].number if self._waiting else self.cycle.number
-        self._commits = deque([(last, intake.clock_s)])
+        for name, course in self.courses.items():
+            course.take(intake.batches_after(name, course.number), intake.clock_s(name))
+            self.ingest.learned[name] = course.saved
         self._wake, self._learned = asyncio.Event(), asyncio.Event()
         self.progress = asyncio.Event()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
-        self.clock_s = float("-inf")
-        self.candidates = 0
-        self.skipped = 0
-        self._settle_clock()
+        self.progress.set()
 
     async def run(self) -> None:
         """Ingest and train until cancelled."""
@@ -97,70 +83,83 @@ class Learner:
                 group.create_task(self._train())
         finally:
             self.thread.shutdown()
-            if self.cycle.whole:
-                self.cycle.save(self._home.checkpoint)
+            for course in self.courses.values():
+                course.save()
 
     @property
     def archived(self) -> int:
         """Records that were taken for facts, of all starts."""
         return self.ingest.totals["archived"]
 
+    @property
+    def clock_s(self) -> float:
+        """The event time that every family has reached."""
+        return min(course.clock_s for course in self.courses.values())
+
     def statistics(self) -> dict[str, int]:
-        """Counters of ingest and training."""
-        return {
-            **self.ingest.totals,
-            **self.ingest.statistics(),
-            "cycles": self.cycle.number,
-            "candidates": self.candidates,
-            "micro_batches_skipped": self.skipped,
-            "examples_learned": self.cycle.examples_learned,
-            "learned_twice": self.cycle.ledger.learned_twice,
-            "other_spec": self.cycle.ledger.other_spec,
-            "batches_waiting": len(self._waiting),
-        }
+        """Counters of ingest and training, over all families."""
+        trained: Counter[str] = Counter()
+        for course in self.courses.values():
+            trained.update(course.statistics())
+        return {**self.ingest.totals, **self.ingest.statistics(), **trained}
+
+    def statistics_of(self, family: str) -> dict[str, int]:
+        """The same of one family, where a number is a family's."""
+        return {**self.ingest.numbers_of(family), **self.courses[family].statistics()}
 
     async def _on_commit(self, commit: Commit) -> None:
-        self._waiting.extend(commit.batches)
-        last = self._waiting[-1].number if self._waiting else self.cycle.number
-        self._commits.append((last, commit.clock_s))
-        self._settle_clock()
+        for name, released in commit.families.items():
+            self.courses[name].take(released.batches, released.clock_s)
+        self.progress.set()
         self._wake.set()
-        await self._on_examples(commit.examples)
-        while len(self._waiting) > WAITING_BATCHES_MAX:
+        for name, released in commit.families.items():
+            await self._on_examples(name, released.examples)
+        while any(len(each.waiting) > WAITING_BATCHES_MAX for each in self.courses.values()):
             self._learned.clear()
             await self._learned.wait()
 
     async def _train(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            while self._waiting:
-                await loop.run_in_executor(self.thread, self.cycle.learn, self._waiting[0])
-                matured_s = self._waiting.popleft().examples[-1].time_s + self._label_window_s
-                self.clock_s = max(self.clock_s, matured_s)
-                if self._waiting:
-                    self.skipped += 1
-                else:
-                    candidate = await loop.run_in_executor(self.thread, self.cycle.candidate)
-                    self.candidates += 1
-                    await self._submit(candidate)
-                self._settle_clock()
-                self._learned.set()
-                if self.cycle.number % CHECKPOINT_CYCLES == 0:
-                    save = self.cycle.save
-                    await loop.run_in_executor(self.thread, save, self._home.checkpoint)
-                    self.ingest.learned = self.cycle.number
             self._wake.clear()
-            await self._wake.wait()
+            waiting = [course for course in self.courses.values() if course.waiting]
+            for course in waiting:
+                await self._turn(course)
+            if not waiting:
+                await self._wake.wait()
 
-    def _settle_clock(self) -> None:
-        """Event time is that of a commit when every batch that it brought has been learned."""
-        done = self._waiting[0].number - 1 if self._waiting else self.cycle.number
-        while self._commits and self._commits[0][0] <= done:
-            self.clock_s = max(self.clock_s, self._commits.popleft()[1])
+    async def _turn(self, course: Course) -> None:
+        """One batch of a family, and a candidate if no other waits."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.thread, course.learn)
+        course.done()
+        if course.is_fresh and not course.waiting:
+            candidate = await loop.run_in_executor(self.thread, course.candidate)
+            if candidate is not None:
+                try:
+                    await self._submit(course.family.name, candidate)
+                except HeadwaterError as error:
+                    course.note(error)
+        self.ingest.learned[course.family.name] = course.saved
         self.progress.set()
+        self._learned.set()
 
 
-def open_intake(home: Home, rules: Rules, family: Family, clock: Clock) -> Intake:
+def strand(home: Home, family: Family) -> Strand:
+    """How a family's labels count and how its batches are cut. Raises: ConfigError."""
+    config = family.config
+    rules = Rules(
+        family=family.name,
+        label_window_s=config.label.window_s,
+        idle_s=IDLE_S,
+        expiry=config.label.expiry,
+        amend_s=config.label.amend_s,
+        learn_from_s=home.of(family.name).origin().learned_through_s,
+        ahead_s_max=config.skew_s_max if config.clock == "wall" else float("inf"),
+    )
+    return Strand(rules, Batcher(config.learning.batch_size, config.learning.device_cap))
+
+
+def open_intake(home: Home, families: Sequence[Family], clock: Clock) -> Intake:
     """Ingest over what lies in `home`, as its last commit left it.
 
     Raises: ConfigError, CapacityError; then nothing stays open.
@@ -171,16 +170,16 @@ def open_intake(home: Home, rules: Rules, family: Family, clock: Clock) -> Intak
             f"{home.root} holds an ingest database of an earlier release; nothing was changed",
             "bootstrap a new home: the devices send again what they still hold",
         )
-    learning = family.config.learning
+    raw_days = max(family.config.archive.raw_days for family in families)
     with contextlib.ExitStack() as stack:
-        db = IngestDb(home.ingest_db)
+        db = IngestDb(home.ingest_db, [family.name for family in families])
         stack.callback(db.close)
         archive = Archive(home.archive)
         stack.callback(archive.close)
-        raw = RawLog(home.raw, keep_s=86400.0 * family.config.archive.raw_days)
+        raw = RawLog(home.raw, keep_s=86400.0 * raw_days)
         stack.callback(raw.close)
-        guard = Batcher(learning.batch_size, learning.device_cap)
-        widths = {family.spec.hash: family.spec.size}
-        intake = Intake(db, raw, archive, rules, guard, clock=clock, widths=widths)
+        strands = [strand(home, family) for family in families]
+        widths = {family.spec.hash: family.spec.size for family in families}
+        intake = Intake(db, raw, archive, strands, clock=clock, widths=widths)
         stack.pop_all()
         return intake

@@ -60,12 +60,12 @@ def gate_limits(family: Family) -> Limits:
 
 def check_spec(home: Home, family: Family) -> None:
     """Raises: ConfigError `other_spec` when the home learns under other features than these."""
-    spec = spec_of(Registry(home.registry).path(home.origin().sha256))
+    spec = spec_of(Registry(home.registry).path(home.of(family.name).origin().sha256))
     if spec.hash != family.spec.hash:
         raise ConfigError(
             "other_spec",
-            f"{family.folder / 'features.toml'} is not what {home.root} learns under: it changed, "
-            "or a backfill did not end; nothing was changed",
+            f"{family.folder / 'features.toml'} is not what {home.root} learns {family.name} "
+            "under: it changed, or a backfill did not end; nothing was changed",
             f"cloud-learner backfill {family.folder} --home {home.root}",
         )
 

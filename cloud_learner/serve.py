@@ -15,7 +15,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ class Serves(Protocol):
         """Serve until cancelled."""
 
 
-MakeHost = Callable[[Home, Family, Bus, Clock], Serves]
+MakeHost = Callable[[Home, Sequence[Family], Bus, Clock], Serves]
 
 
 def serve_home(
@@ -54,11 +54,14 @@ def serve_home(
 
     The child lets in whom the home admits. `access` is how we come in; by default by our own key.
 
-    Raises: ConfigError (no_home, bad_family, ...), with nothing started.
+    All families of the home are served; one that is added is served from the next start on.
+
+    Raises: ConfigError (no_home, already_owned, bad_family, ...), with nothing started.
     """
     admissions = Admissions(home)
-    family = Family.load(Path(home.origin().folder))
+    families = load_families(home)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(home.owned())
         url = nats or stack.enter_context(Broker.start(home.broker, admissions.rules())).url
         _yield_to_others()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -67,7 +70,12 @@ def serve_home(
         if access is None or not (access.key or access.credentials):
             access = replace(access or Access(), key=admissions.access().key)
         bus = bus_nats.connect(url, name="learner", access=access)
-        uvloop.run(_serve(bus, lambda bus: make_host(home, family, bus, SystemClock())))
+        uvloop.run(_serve(bus, lambda bus: make_host(home, families, bus, SystemClock())))
+
+
+def load_families(home: Home) -> list[Family]:
+    """The families of a home. Raises: ConfigError."""
+    return [Family.load(Path(origin.folder)) for origin in home.origins().values()]
 
 
 async def _serve(connecting: Coroutine[Any, Any, Bus], make: Callable[[Bus], Serves]) -> None:

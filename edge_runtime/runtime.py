@@ -31,6 +31,7 @@ from edge_runtime.device.asking import Asking, Event, Prediction
 from edge_runtime.device.family import Family
 from edge_runtime.device.releases import Releases
 from edge_runtime.device.serving import ModelInfo, Serving
+from edge_runtime.device.sketching import Sketcher
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import position
@@ -64,6 +65,7 @@ class Runtime:
         self._serving = Serving(slots, config.inference, self._refused)
         self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
         self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
+        self.sketcher = Sketcher(self.log, self._members, clock)
         self._ends = contextlib.ExitStack()
         self._closed = False
 

@@ -66,11 +66,12 @@ async def cloud_side(
             poll_s=config.poll_s,
             prove=prover.prove,
             durable=partial(ends, journal.log),
+            sketches=runtime.sketcher.look,
         )
         journal.on_commit = uplink.wake
         parts |= {
             "uplink": uplink.statistics,
-            "agent": agent.statistics,
+            "agent": lambda: agent.statistics() | runtime.sketcher.statistics(),
             "bus": lambda: bus.statistics() | {"connected": int(bus.connected)},
         }
         parts["prover"] = prover.statistics

@@ -26,7 +26,7 @@ from bench_events_model import FAMILY, FEATURES, POOL, SPEC, START_S, Row, encod
 
 from cloud_learner.ingest.accounting import Accounting
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.ingest.opening import Incoming, Opened, opened
 from cloud_learner.ingest.sequencer import Sequencer
@@ -49,9 +49,13 @@ COLD_SHARE = 4  # of the labels, how many are joined with nothing in memory: one
 def intake(home: Path) -> Intake:
     """An intake over the files in `home`."""
     rules = Rules(family=FAMILY, label_window_s=WINDOW_S, idle_s=60.0)
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
+    db, raw, archive = (
+        IngestDb(home / "db", [FAMILY]),
+        RawLog(home / "raw"),
+        Archive(home / "archive"),
+    )
     guard = Batcher(500, 500)
-    return Intake(db, raw, archive, rules, guard, clock=SystemClock(), widths=WIDTHS)
+    return Intake(db, raw, archive, [Strand(rules, guard)], clock=SystemClock(), widths=WIDTHS)
 
 
 def message(device: str, event_class: EventClass, base_seq: int, records: list[bytes]) -> Incoming:

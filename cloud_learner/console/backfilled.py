@@ -1,4 +1,4 @@
-"""What a backfill came to, as lines for a terminal: by device how far back, how much, what is missing.
+"""What a backfill came to, in lines: by device how far back, how much, and what is missing.
 
 Why: a history with holes must say so to whoever is about to trust it.
 

@@ -8,7 +8,7 @@ values that the old spec has too must be those that were logged; then each label
 twin, and the first release of the new spec is learned from them (see `successor`).
 
 Invariants: nothing is changed before every device was replayed and compared. The home is ours
-alone meanwhile: whoever serves it holds the ingest database, and so do we. What was done is done
+alone meanwhile. What was done is done
 once: after a kill at any moment, the same call comes to the same end. Its folder `backfill` in the
 home is only for its own use, and may be removed.
 
@@ -92,21 +92,21 @@ def backfill(folder: Path, home: Home, tell: Tell) -> Backfilled:
     Raises: ConfigError (unknown_family, already_owned, no_raw, field_missing, no_history,
     too_few_rows), SkewError, RefusedError, CapacityError. What serves is unchanged then.
     """
-    family, origin = Family.load(folder), home.origin()
-    if origin.family != family.name:
+    family, origins = Family.load(folder), home.origins()
+    if family.name not in origins:
         raise ConfigError(
             "unknown_family",
-            f"{home.root} is the home of {origin.family}, not of {family.name}",
-            f"cloud-learner bootstrap {folder} DATA --home HOME",
+            f"{home.root} has no family {family.name!r}, but {', '.join(origins)}",
+            f"cloud-learner bootstrap {folder} DATA --home {home.root}",
         )
     spec = family.spec.hash
-    if spec_of(Registry(home.registry).path(origin.sha256)).hash == spec:
+    if spec_of(Registry(home.registry).path(origins[family.name].sha256)).hash == spec:
         tell(f"{home.root} learns {family.name} under these features already; nothing to do")
         return Backfilled(family.name, spec)
     with owned(home) as db:
-        filled = fill(home, db, family, known_releases(home), tell)
+        filled = fill(home, db, family, known_releases(home, family.name), tell)
         tell(f"{filled.whole:,} predictions have a vector, {filled.twins:,} examples were added")
-        released = release(home, family, db.files(), db.meta().batch, tell)
+        released = release(home, family, db, tell)
     tell(f"release {released.release} passed the gate and is offered; serve the home again")
     return Backfilled(family.name, spec, filled, released)
 
@@ -114,28 +114,20 @@ def backfill(folder: Path, home: Home, tell: Tell) -> Backfilled:
 @contextlib.contextmanager
 def owned(home: Home) -> Iterator[IngestDb]:
     """The ingest database of a home that nobody serves. Raises: ConfigError."""
-    if not home.ingest_db.exists():
-        raise _no_raw(home)
-    try:
+    with home.owned():
+        if not home.ingest_db.exists():
+            raise _no_raw(home)
         db = IngestDb(home.ingest_db)
-    except ConfigError as error:
-        if error.code != "already_owned":
-            raise
-        raise ConfigError(
-            "already_owned",
-            f"{home.root} is being served; nothing was changed",
-            "stop `cloud-learner serve` first: devices keep what they log meanwhile",
-        ) from error
-    try:
-        yield db
-    finally:
-        db.close()
+        try:
+            yield db
+        finally:
+            db.close()
 
 
-def known_releases(home: Home) -> Known:
-    """What the home's own lineage and registry say of the releases so far."""
+def known_releases(home: Home, family: str) -> Known:
+    """What the home's own lineage and registry say of the family's releases so far."""
     registry, specs, saw_labels = Registry(home.registry), dict[str, Spec](), set[str]()
-    for entry in Lineage(home.lineage).read("release"):
+    for entry in Lineage(home.lineage).of(family).read("release"):
         try:
             spec = spec_of(registry.path(entry["sha256"]))
         except HeadwaterError:  # gone, or damaged: what was logged under it is only not compared

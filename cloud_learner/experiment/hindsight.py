@@ -276,8 +276,7 @@ class Hindsight:
         if kind == LABEL:
             self._move_label(time_s, fields)
             return
-        if time_s > self._newest_s:
-            self._newest_s = time_s
+        self._newest_s = max(self._newest_s, time_s)
         if not self._is_late(time_s, kind):
             self._see(kind, time_s, fields)
 

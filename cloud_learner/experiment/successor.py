@@ -8,8 +8,8 @@ with the home's own counter, lineage and campaign: rows that are held out are ke
 of eight others becomes the static set, the rest is learned.
 
 Invariants: nothing of the home is changed before the gate has passed the candidate. Commit point:
-`Home.write_origin`, the last act; until then the home is of the old spec for whoever serves it (see
-`rules.check_spec`), and the same call does everything again, with the same result.
+`FamilyHome.write_origin`, the last act; until then the home is of the old spec for whoever serves
+it (see `rules.check_spec`), and the same call does everything again, with the same result.
 
 Knows nothing about raw envelopes.
 """
@@ -24,17 +24,18 @@ import numpy as np
 
 from cloud_learner.config import Home, Origin
 from cloud_learner.controller import Controller
-from cloud_learner.cycle import Cycle
+from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import EvaluationSet, Words, is_held_out, save_set
 from cloud_learner.evaluate.slices import Keys
-from cloud_learner.experiment.twins import examples_of
+from cloud_learner.experiment.twins import examples_of, files_of
 from cloud_learner.gate import Gate, Judgement
-from cloud_learner.host import Releases, release_signers
 from cloud_learner.publisher import Publisher
+from cloud_learner.releasing import Releases, passed_before, release_signers
 from cloud_learner.rollout.campaign import Offer
 from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Batch, Example
+from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.dataset import Rows, groups_of
@@ -81,13 +82,12 @@ class _History(msgspec.Struct):
     held_out: int
 
 
-def release(home: Home, family: Family, names: list[str], batch: int, tell: Tell) -> Released:
-    """Learn from the examples in the files `names`, gate, sign and offer a release.
+def release(home: Home, family: Family, db: IngestDb, tell: Tell) -> Released:
+    """Learn the archive's examples under the family's features; gate, sign and offer a release.
 
-    Learning goes on with the micro-batch after `batch`.
     Raises: ConfigError `too_few_rows`; RefusedError when the gate says no.
     """
-    past = _history(home, family, names)
+    past = _history(home, family, files_of(db, family.name))
     if len(past.rows) < ROWS_MIN:
         raise ConfigError(
             "too_few_rows",
@@ -99,34 +99,24 @@ def release(home: Home, family: Family, names: list[str], batch: int, tell: Tell
     tell(f"{len(learned):,} examples to learn, {past.held_out:,} held out, {len(static):,} static")
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
-    cycle.learn(Batch(batch, []))  # what comes next is the micro-batch after it
+    cycle.learn(Batch(db.meta().families[family.name].batch, []))  # the next one comes after it
     indices = [at for at, column in enumerate(family.spec.columns) if column.indices]
     known = Keys.of(indices, learned)
-    gate = Gate(gate_limits(family), static, _recent(past, family), Lineage(home.lineage), known)
+    own, part = home.of(family.name), Lineage(home.lineage).of(family.name)
+    gate = Gate(gate_limits(family), static, _recent(past, family), part, known)
     candidate = cycle.candidate()
     judgement = gate.judge(candidate.package, candidate.float_package, None)
     if judgement.outcome != "pass":
         raise _refused(judgement)
-    save_set(home.static, static)
-    save_set(home.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
-    known.save(home.known)
-    past.hold_out.save(home.hold_out)
-    cycle.keep_graph(home.graph)
-    cycle.save(home.checkpoint)
-    lineage = Lineage(home.lineage)
-    releases = Releases(family.name, Registry(home.registry), lineage)
-    offer = releases.register(candidate, judgement)
-    asyncio.run(_offer(home, family, releases, offer, gate))
-    origin = home.origin()
-    home.write_origin(
-        Origin(
-            family.name,
-            str(family.folder.resolve()),
-            origin.learned_through_s,
-            offer.release,
-            judgement.sha256,
-        )
-    )
+    save_set(own.static, static)
+    save_set(own.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
+    known.save(own.known)
+    past.hold_out.save(own.hold_out)
+    cycle.keep_graph(own.graph)
+    cycle.save(own.checkpoint)
+    offer = asyncio.run(_offer(home, family, candidate, judgement))
+    through_s, folder = own.origin().learned_through_s, str(family.folder.resolve())
+    own.write_origin(Origin(family.name, folder, through_s, offer.release, offer.sha256))
     return Released(
         offer.release, offer.counter, len(learned), past.held_out, len(static), judgement
     )
@@ -169,18 +159,23 @@ def _as_set(family: Family, examples: list[Example]) -> EvaluationSet:
     )
 
 
-async def _offer(home: Home, family: Family, releases: Releases, offer: Offer, gate: Gate) -> None:
+async def _offer(home: Home, family: Family, candidate: Candidate, judgement: Judgement) -> Offer:
     """Hand the release to the home's campaign; its publisher signs to disk, nobody listens yet."""
-    clock = SystemClock()
+    clock, lineage = SystemClock(), Lineage(home.lineage)
+    part = lineage.of(family.name)
+    releases = Releases(family.name, Registry(home.registry), part)
+    offer = releases.register(candidate, judgement)
     bus = await MemoryBroker().connect(name="backfill")
-    publisher = Publisher(home.root, bus, release_signers(home, gate), clock)
-    lineage = Lineage(home.lineage)
-    publish = releases.publishing(publisher)
-    controller = Controller(campaign_rules(family), home.campaign, publish, lineage, clock)
+    known = {name: passed_before(lineage.of(name)) for name in home.families()}
+    signers = release_signers(home, lambda name, sha256: sha256 in known.get(name, ()))
+    publish = releases.publishing(Publisher(home.root, bus, signers, clock))
+    campaign = home.of(family.name).campaign
+    controller = Controller(campaign_rules(family), campaign, publish, part, clock)
     await controller.start()
     await controller.offer(offer)
     await controller.close()
     await bus.close()
+    return offer
 
 
 def _refused(judgement: Judgement) -> RefusedError:

@@ -126,8 +126,7 @@ class Twins(msgspec.Struct, frozen=True):
         self, db: IngestDb, directory: Path, archive: Archive, step: Callable[[], None]
     ) -> int:
         state = db.load()
-        prefix = f"family={quote(self.family, safe='')}/"
-        names = [name for name in state.files if name.startswith(prefix)]
+        names = files_of(db, self.family)
         new, written = list[str](), 0
         for start_s, end_s in self.vectors.days():
             for twins in examples_of(directory, names, self._sql(start_s, end_s)):
@@ -148,6 +147,12 @@ class Twins(msgspec.Struct, frozen=True):
             start_s=start_s,
             end_s=end_s,
         )
+
+
+def files_of(db: IngestDb, family: str) -> list[str]:
+    """The names of the files of examples of a family."""
+    prefix = f"family={quote(family, safe='')}/"
+    return [name for name in db.files() if name.startswith(prefix)]
 
 
 def examples_of(directory: Path, names: Sequence[str], sql: str) -> Iterator[list[Example]]:

@@ -56,11 +56,11 @@ class Accounting:
         records: Sequence[Record | int],
         prior: int,
         *,
-        newest_s_max: float = float("inf"),
+        newest_s: Mapping[str, float],
     ) -> None:
         """Account for `lost` numbers and then for `records`, which follow the mark.
 
-        No event moves the lane's time beyond `newest_s_max`: its clock was wrong.
+        `newest_s` is how far they move the time of each family in the lane.
         """
         account = self._account(lane)
         self._totals.subtract(_parts(account))
@@ -69,12 +69,11 @@ class Accounting:
             self._note_prior(lane, prior)
         if lost:
             self._drop(account, reason, lost)
-        whole = [record.time_s for record in records if not isinstance(record, int)]
-        if len(whole) < len(records):
-            self._enter_rest(account, [each for each in records if isinstance(each, int)])
-        account.archived += len(whole)
-        newest_s = min(max(whole, default=account.newest_s), newest_s_max)
-        account.newest_s = max(account.newest_s, newest_s)
+        rest = [record for record in records if isinstance(record, int)]
+        self._enter_rest(account, rest)
+        account.archived += len(records) - len(rest)
+        for family, time_s in newest_s.items():
+            account.newest_s[family] = max(account.newest_s.get(family, time_s), time_s)
         account.seq += lost + len(records)
         assert account.is_balanced, f"{lane}: {account}"
         self._totals.update(_parts(account))
@@ -139,7 +138,7 @@ class Accounting:
     def _account(self, lane: Lane) -> Account:
         account = self.accounts.get(lane)
         if account is None:
-            account = self.accounts[lane] = Account(dropped={})
+            account = self.accounts[lane] = Account(dropped={}, newest_s={})
             self._lanes.setdefault(lane[0], []).append(lane)
         return account
 

@@ -70,12 +70,13 @@ class Ingest:
         self._bus, self._clock, self._on_commit = bus, clock, on_commit
         self._make_intake = make_intake
         self.intake: Intake | None = make_intake()
-        self.learned = 0
+        self.learned: dict[str, int] = {}
         self.paused = ""
         self.totals = self.intake.accounting.totals()
         self.duplicates: list[str] = []
         self._delivered = self.intake.reached
         self._numbers = self.intake.counters() | self.intake.waiting()
+        self._numbers_of: dict[str, dict[str, int]] = {}
         self._untold = {each.device: each for each in self.intake.watermarks()}
         self._reported: dict[str, Report] = {}
         self._reported_at_s = float("-inf")
@@ -108,6 +109,10 @@ class Ingest:
             "ahead_bytes": self._queue.bytes,
             "paused": int(bool(self.paused)),
         }
+
+    def numbers_of(self, family: str) -> dict[str, int]:
+        """Counters of one family since the learner's first start, and what waits of it now."""
+        return self._numbers_of.get(family, {})
 
     async def _opened(self, stack: AsyncExitStack) -> PullSubscription:
         """The reader; the broker and its stream are waited for."""
@@ -170,7 +175,7 @@ class Ingest:
                     await loop.run_in_executor(thread, self._renew)
                 intake = self.intake
                 assert intake is not None
-                work = partial(intake.commit, messages, marks, learned=self.learned)
+                work = partial(intake.commit, messages, marks, learned=dict(self.learned))
                 commit = await loop.run_in_executor(thread, work)
                 break
             except (CapacityError, OSError) as error:
@@ -184,11 +189,12 @@ class Ingest:
     async def _deliver(self, commit: Commit, intake: Intake, thread: ThreadPoolExecutor) -> None:
         if self.paused:  # a commit that failed may have been made true after all
             loop = asyncio.get_running_loop()
-            missed = partial(intake.caught_up, *self._delivered)
-            commit.batches, commit.examples = await loop.run_in_executor(thread, missed)
+            missed = partial(intake.catch_up, commit, self._delivered)
+            await loop.run_in_executor(thread, missed)
         self.paused = ""
         self._delivered = intake.reached
         self._numbers, self.totals = commit.counters, commit.totals
+        self._numbers_of = {name: each.counters for name, each in commit.families.items()}
         self.duplicates = sorted(intake.accounting.duplicates)
         self._counters["commits"] += 1
         self._untold |= {watermark.device: watermark for watermark in commit.watermarks}

@@ -5,68 +5,81 @@ Why: decoding, joining and writing together take longer than an event loop may w
 Invariants: state moves in memory first, then the messages are appended to the raw log, now and then
 released examples are written to Parquet, then one transaction of the ingest database is the commit
 point for all of it. If any step raises, memory is ahead of the disk and the intake must be thrown
-away; a new one goes on from what was committed, and what no transaction names is removed. Of every
-lane each number up to the mark is archived, quarantined or dropped, once. Garbage never raises: it
-is quarantined and counted.
+away; a new one goes on from what was committed, and what no transaction names is removed. A lane
+carries the records of all families; each family's joiner sees its own, so what comes out for a
+family does not depend on which others there are.
 
 Knows nothing about the broker: a message's subject, headers and bytes, and an opaque token for it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
 from cloud_learner.ingest.accounting import Accounting
+from cloud_learner.ingest.arrivals import Arrivals
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.joiner import Joiner, Portion, Rules
-from cloud_learner.ingest.opening import Incoming, Opened, opened
+from cloud_learner.ingest.opening import Incoming
 from cloud_learner.ingest.outlet import Outlet
-from cloud_learner.ingest.sequencer import Accepted, Sequencer
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
-from cloud_learner.store.ingest_db import IngestDb, put_quarantined
-from cloud_learner.store.raw import Position, RawLog, RawMessage
+from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.raw import Position, RawLog
 from cloud_learner.store.rocks import Transaction
 from edge_runtime.clock import Clock
-from edge_runtime.errors import ConfigError, RequestError
-from edge_runtime.wire import subjects
-from edge_runtime.wire.codec import ENCODING_HEADER
-from edge_runtime.wire.messages import (
-    LabelRecord,
-    Mark,
-    ObservationRecord,
-    PredictionRecord,
-    Watermark,
-)
+from edge_runtime.wire.messages import Mark, Watermark
 
 EXPIRE_S = 600.0
+
+
+class Strand(NamedTuple):
+    """What a family brings to the intake: how its labels count and how its batches are cut."""
+
+    rules: Rules
+    guard: Batcher
+
+
+class Released(msgspec.Struct):
+    """What came out for one family.
+
+    `clock_s` is the joint event time up to which all mature examples are released; `batches` are
+    new ones, `examples` all that were released, batched or not, and `amended` those that came out
+    once more; `counters` are this family's part of the commit's.
+    """
+
+    clock_s: float
+    examples: list[Example]
+    amended: list[Example]
+    batches: list[Batch]
+    counters: dict[str, int] = {}
 
 
 class Commit(msgspec.Struct):
     """What one commit made true.
 
-    `clock_s` is the joint event time up to which all mature examples are released; `batches` are
-    new ones, `examples` all that were released, batched or not, and `amended` those that came out
-    once more; `counters` count since the learner's first start, and also hold what waits now;
-    `totals` are sums over the accounts.
+    `families` holds what came out for each; `counters` count since the learner's first start, over
+    all families, and also hold what waits now; `totals` are sums over the accounts.
     """
 
     number: int
-    clock_s: float
     records: int
-    examples: list[Example]
-    amended: list[Example]
-    batches: list[Batch]
+    families: dict[str, Released]
     counters: dict[str, int]
     totals: dict[str, int]
     watermarks: list[Watermark]
     done: list[Any]
+
+
+class Reached(NamedTuple):
+    """The number of each family's last batch, and of what was released last."""
+
+    batches: dict[str, int]
+    released: int
 
 
 class Intake:
@@ -77,105 +90,124 @@ class Intake:
         db: IngestDb,
         raw: RawLog,
         archive: Archive,
-        rules: Rules,
-        guard: Batcher,
+        strands: Sequence[Strand],
         *,
         clock: Clock,
         widths: Mapping[str, int],
     ) -> None:
         self._db, self._raw, self._archive, self._clock = db, raw, archive, clock
-        self._widths, self._ahead_s_max = widths, rules.ahead_s_max
+        rules = {strand.rules.family: strand.rules for strand in strands}
+        self._guards = {strand.rules.family: strand.guard for strand in strands}
         state = db.load()
         self._meta, self._base = state.meta, state.counters
         raw.adopt(Position(*state.meta.raw) if state.meta.raw else None)
         self.orphans = archive.adopt(state.files)
         self.accounting = Accounting(state.accounts)
-        self._sequencer: Sequencer[Opened] = Sequencer(self.accounting.marks())
-        self.joiner = Joiner(
-            rules, db, self.accounting.accounts, state.meta.clock_s, clock.monotonic_s()
-        )
-        self._outlet = Outlet(db, archive, guard, state, clock.monotonic_s())
-        self._counters: Counter[str] = Counter()
+        ahead_s_max = {family: each.ahead_s_max for family, each in rules.items()}
+        self._arrivals = Arrivals(self.accounting, state.meta, ahead_s_max, widths)
+        accounts, now_s = self.accounting.accounts, clock.monotonic_s()
+        self.joiners = {
+            family: Joiner(each, db, accounts, state.meta.families[family].clock_s, now_s)
+            for family, each in rules.items()
+        }
+        self._outlet = Outlet(db, archive, self._guards, state, now_s)
         self._expire_at_s = float("-inf")
 
-    @property
-    def clock_s(self) -> float:
-        """The joint event time of the last commit."""
-        return self._meta.clock_s
+    def clock_s(self, family: str) -> float:
+        """The joint event time of a family at the last commit."""
+        return self._meta.families[family].clock_s
 
     @property
-    def reached(self) -> tuple[int, int]:
-        """The numbers of the last committed batch, and of what was released last."""
-        return self._meta.batch, self._meta.released
+    def reached(self) -> Reached:
+        """What was committed last."""
+        batches = {name: each.batch for name, each in self._meta.families.items()}
+        return Reached(batches, self._meta.released)
 
     def commit(
         self,
         messages: Iterable[Incoming],
         reported: Mapping[str, list[Mark]] | None = None,
         *,
-        learned: int = 0,
+        learned: Mapping[str, int] = {},
         flush: bool = False,
     ) -> Commit:
         """Take in messages, durable on return.
 
-        `reported` is where lanes end by the devices' last reports; batches up to `learned` are
-        kept for a while only; `flush` writes what was released to files now.
+        `reported` is where lanes end by the devices' last reports; batches up to those that are
+        `learned` are kept for a while only; `flush` writes what was released to files now.
         Raises: CapacityError; then make a new intake.
         """
         change = self._db.begin()
         self._meta.commit += 1
-        with _uncollected():
-            portions, kept, devices = self._accepted(messages, change)
+        taken = self._arrivals.take(messages, change)
         now_s, wall_s = self._clock.monotonic_s(), self._clock.now_s()
         for device, marks in (reported or {}).items():
             self.accounting.hear(device, marks)
-        self.joiner.join(portions, self.accounting.moved, change, now_s)
-        examples = self.joiner.settle(wall_s, now_s)
-        if kept:
-            self._meta.raw = self._raw.append(kept)
-        others = self.joiner.for_files_only
-        batches = self._outlet.put(examples, others, self._meta, change, now_s)
+        families = {
+            family: self._released(family, portions, change, wall_s, now_s)
+            for family, portions in taken.portions.items()
+        }
+        if taken.kept:
+            self._meta.raw = self._raw.append(taken.kept)
         self._outlet.tidy(self._meta, change, now_s, learned=learned, flush=flush)
-        self._meta.clock_s = self.joiner.clock_s
         self.accounting.write(change)
-        counters = self.counters()
-        self._db.commit(change, self._meta, counters)
+        counts = self._counts()
+        self._db.commit(change, self._meta, counts)
         self._outlet.settle()
         self._expire_raw(now_s, wall_s)
+        for family, released in families.items():
+            released.counters = counts[family] | self._waiting_of(family)
         return Commit(
             number=self._meta.commit,
-            clock_s=self._meta.clock_s,
-            records=sum(len(portion.records) for portion in portions),
-            examples=examples,
-            amended=self.joiner.amended,
-            batches=batches,
-            counters=counters | self.waiting(),
+            records=taken.records,
+            families=families,
+            counters=_sum(*counts.values()) | self.waiting(),
             totals=self.accounting.totals(),
-            watermarks=[self.accounting.watermark(device) for device in sorted(devices)],
-            done=self._sequencer.done(),
+            watermarks=[self.accounting.watermark(device) for device in sorted(taken.devices)],
+            done=self._arrivals.done(),
         )
+
+    def _released(
+        self,
+        family: str,
+        portions: list[Portion],
+        change: Transaction,
+        wall_s: float,
+        now_s: float,
+    ) -> Released:
+        """What comes out for a family, now that these portions came and lanes moved."""
+        joiner = self.joiners[family]
+        joiner.join(portions, self.accounting.moved, change, now_s)
+        examples = joiner.settle(wall_s, now_s)
+        others = joiner.for_files_only
+        batches = self._outlet.put(family, examples, others, self._meta, change, now_s=now_s)
+        self._meta.families[family].clock_s = joiner.clock_s
+        return Released(joiner.clock_s, examples, joiner.amended, batches)
 
     @property
     def is_behind(self) -> bool:
         """Whether a commit without messages should follow at once: more is there to be settled."""
-        return self.joiner.is_behind
+        return any(joiner.is_behind for joiner in self.joiners.values())
 
     def is_due(self) -> bool:
         """Whether a commit without messages would settle something, or write a file."""
         return self.is_behind or self._outlet.is_due(self._clock.monotonic_s())
 
-    def caught_up(self, batch: int, released: int) -> tuple[list[Batch], list[Example]]:
-        """The committed batches, and the examples for batches, above what was `reached` once."""
-        return list(self._db.batches_after(batch)), self._db.examples_after(released)
+    def catch_up(self, commit: Commit, since: Reached) -> None:
+        """Put into a commit all batches, and the examples for batches, that came after `since`."""
+        examples = self._db.examples_after(since.released)
+        for family, released in commit.families.items():
+            released.batches = list(self.batches_after(family, since.batches[family]))
+            released.examples = [each for each in examples if each.family == family]
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """The rows of a query of the view `examples`: of what lies in files."""
         rows: list[tuple[Any, ...]] = self._archive.query(sql, self._db.files()).fetchall()
         return rows
 
-    def batches_after(self, number: int) -> Iterator[Batch]:
-        """The committed batches above `number`, in order."""
-        return self._db.batches_after(number)
+    def batches_after(self, family: str, number: int) -> Iterator[Batch]:
+        """The committed batches of a family above `number`, in order."""
+        return self._db.batches_after(family, number)
 
     def close(self) -> None:
         """Write to files what was released, and close everything. Raises: CapacityError."""
@@ -196,22 +228,32 @@ class Intake:
         """What is held of every known device."""
         return [self.accounting.watermark(device) for device in self.accounting.devices()]
 
-    def counters(self) -> dict[str, int]:
-        """Counts since the learner's first start."""
-        total = Counter(self._base)
-        parts = (self._sequencer, self.joiner, self.accounting, self._outlet)
-        for counters in (self._counters, *(part.counters for part in parts)):
-            total.update(counters)
-        return dict(total)
+    def counters(self, family: str | None = None) -> dict[str, int]:
+        """Counts since the learner's first start, over all families or of one."""
+        counts = self._counts()
+        return _sum(*counts.values()) if family is None else counts[family]
 
     def waiting(self) -> dict[str, int]:
         """How much waits now, and what this run wrote to files."""
         return {
             **self._archive.statistics(),
-            **self.joiner.waiting(),
+            **_sum(*map(self._waiting_of, self.joiners)),
             **self._outlet.waiting(),
-            "beyond_gap": self._sequencer.statistics()["beyond_gap"],
+            "beyond_gap": self._arrivals.statistics()["beyond_gap"],
         }
+
+    def _waiting_of(self, family: str) -> dict[str, int]:
+        unbatched = self._guards[family].statistics()["unbatched"]
+        return {**self.joiners[family].waiting(), "unbatched": unbatched}
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        """The counts of each family, and under "" those of none."""
+        common = (self._arrivals.counters, self.accounting.counters, self._outlet.counters)
+        found = {"": _sum(self._base.get("", {}), *common)}
+        for family, joiner in self.joiners.items():
+            guard = self._guards[family]
+            found[family] = _sum(self._base.get(family, {}), joiner.counters, guard.counters)
+        return found
 
     def _expire_raw(self, now_s: float, wall_s: float) -> None:
         """Let go of raw messages that were kept long enough."""
@@ -219,81 +261,9 @@ class Intake:
             self._expire_at_s = now_s + EXPIRE_S
             self._raw.expire(wall_s)
 
-    def _accepted(
-        self, messages: Iterable[Incoming], change: Transaction
-    ) -> tuple[list[Portion], list[RawMessage], set[str]]:
-        """What is new in the messages, the messages to keep, and whose they are."""
-        portions: list[Portion] = []
-        kept: list[RawMessage] = []
-        devices: set[str] = set()
-        for message in messages:
-            try:
-                arrival = opened(message, self._widths)
-            except (RequestError, ConfigError) as error:
-                self._quarantine(
-                    message.arrived_s, message.subject, error.code, message.data, change
-                )
-                self._sequencer.skip(message.token)
-                continue
-            if not self.accounting.has_room(arrival.lane):
-                refused = message.arrived_s, message.subject, "too_many_epochs", message.data
-                self._quarantine(*refused, change)
-                self._sequencer.skip(message.token)
-                continue
-            devices.add(arrival.lane[0])
-            self.accounting.notice(arrival.lane)
-            for part in self._sequencer.accept(arrival):
-                portions.append(self._enter(part, change))
-                kept.append(_raw_message(part.arrival.what.message))
-        return portions, kept, devices
 
-    def _enter(self, part: Accepted[Opened], change: Transaction) -> Portion:
-        """Account for an accepted part; what is refused of it is kept to be looked at."""
-        arrival, what = part.arrival, part.arrival.what
-        records = what.records[part.cut :] if part.cut else what.records
-        first_seq = arrival.base_seq + part.cut
-        for index, refused in what.refused.items():
-            if index >= part.cut:
-                device, epoch, event_class = arrival.lane
-                place = f"{subjects.events(device, event_class)}#{epoch}/{arrival.base_seq + index}"
-                arrived_s = what.message.arrived_s
-                self._quarantine(arrived_s, place, refused.reason, refused.data, change)
-        for kind, number in Counter(map(type, records)).items():
-            if kind is not int:
-                self._counters[_COUNTED[kind]] += number
-        entry = arrival.lane, part.lost, what.reason, records, what.prior
-        newest_s_max = what.message.arrived_s + self._ahead_s_max
-        self.accounting.enter(*entry, newest_s_max=newest_s_max)
-        return Portion(arrival.lane, first_seq, records, what.data, what.message.arrived_s)
-
-    def _quarantine(
-        self, arrived_s: float, subject: str, reason: str, data: bytes, change: Transaction
-    ) -> None:
-        self._counters["quarantined"] += 1
-        self._counters[f"quarantined_{reason}"] += 1
-        self._meta.quarantined += 1
-        put_quarantined(change, self._meta.quarantined, (arrived_s, subject, reason, data))
-
-
-_COUNTED: dict[type, str] = {
-    PredictionRecord: "predictions",
-    ObservationRecord: "observations",
-    LabelRecord: "labels",
-}
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looks for cycles: thousands of records that hold none cost a tenth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _raw_message(message: Incoming) -> RawMessage:
-    encoding = message.headers.get(ENCODING_HEADER, "")
-    return RawMessage(message.subject, encoding, message.data, message.arrived_s)
+def _sum(*counts: Mapping[str, int]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)

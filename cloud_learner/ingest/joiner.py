@@ -101,9 +101,9 @@ class Joiner:
         """
         self.counters: Counter[str] = Counter()
         self.clock = JointClock(rules.label_window_s, rules.idle_s, rules.awaited)
-        self.clock.restore(clock_s, accounts, now_s)
+        self.clock.restore(clock_s, rules.family, accounts, now_s)
         self._rules, self._accounts = rules, accounts
-        self._waiting = Waiting(db)
+        self._waiting = Waiting(db.part(rules.family))
         self._settling = Settling(
             self._waiting,
             self.clock,
@@ -121,9 +121,9 @@ class Joiner:
         self.amended: list[Example] = []
 
     def join(
-        self, portions: Iterable[Portion], lanes: Iterable[Lane], change: Transaction, now_s: float
+        self, portions: Sequence[Portion], lanes: Iterable[Lane], change: Transaction, now_s: float
     ) -> None:
-        """Take in what was accepted, and what moved; everything belongs to `change`.
+        """Take in what was accepted of this family, and what moved; all belongs to `change`.
 
         Predictions first, then time, then labels, so that the order within a commit is nothing.
         """
@@ -136,8 +136,9 @@ class Joiner:
                 self._predict(portion)
             else:
                 labels.append(portion)
+        spoken = {portion.lane for portion in portions}
         for lane in lanes:
-            self._move(lane, now_s)
+            self._move(lane, now_s, spoke=lane in spoken)
         if labels:
             self._label(labels)
 
@@ -174,8 +175,6 @@ class Joiner:
             for place, record in enumerate(portion.records)
             if type(record) is PredictionRecord and record.family == family
         ]
-        asked = sum([type(record) is PredictionRecord for record in portion.records])
-        self.counters["other_family"] += asked - len(places)
         if not places:
             return
         prefix, first = lane_prefix(device, epoch), portion.first_seq
@@ -187,11 +186,13 @@ class Joiner:
         self._waiting.add_run(run, last, portion.envelope)
         self._waiting.file(SETTLE, min(times_s), run, last)
 
-    def _move(self, lane: Lane, now_s: float) -> None:
+    def _move(self, lane: Lane, now_s: float, *, spoke: bool) -> None:
         """Note how far a lane is; early labels up to there join, or will meet no prediction."""
         device, epoch, event_class = lane
         account = self._accounts[lane]
-        self.clock.hear(device, event_class, account.newest_s, now_s)
+        if spoke:  # of this family, not only of others in the same lane
+            newest_s = account.newest_s.get(self._rules.family, _NEVER_S)
+            self.clock.hear(device, event_class, newest_s, now_s)
         if event_class != "event":
             return
         for key, label in self._early.passed((device, epoch), account.seq):
@@ -209,8 +210,6 @@ class Joiner:
         for portion in portions:
             start, arrived_s = portion.lane[0].encode() + b"\0", portion.arrived_s
             ours = [r for r in portion.records if type(r) is LabelRecord and r.family == family]
-            said = sum([type(record) is LabelRecord for record in portion.records])
-            self.counters["other_family"] += said - len(ours)
             keys += [start + r.epoch.to_bytes(8, "big") + r.seq.to_bytes(8, "big") for r in ours]
             labels += [Label(r.value, r.time_s, r.final, arrived_s) for r in ours]
         self.counters["labels_provisional"] += sum([not label.final for label in labels])

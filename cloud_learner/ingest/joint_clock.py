@@ -3,12 +3,13 @@
 Why: which examples are mature must follow from what happened, not from which device's envelopes
 came first; so time passes for the learner only once it has passed for every device.
 
-Invariants: the clock never goes back. It stands at the minimum over the devices that are not
-silent. A device's own time is the newest event time of its class `event`; its labels hold it back
-while they lag, by at most one label window, since labels travel in a class of their own. A device
-(or class) that was silent for `idle_s` of wall time holds nobody; a device that is awaited but was
-never heard holds the clock for the same time, and so does one whose events come and get no newer:
-a clock that stands still must not stop everybody's.
+Invariants: each family has a clock of its own, which only its own records move, as if it were
+alone: one may replay years while another lives in the present. The clock never goes back. It stands
+at the minimum over the devices that are not silent. A device's own time is the newest event time of
+its class `event`; its labels hold it back while they lag, by at most one label window, since labels
+travel in a class of their own. A device (or class) that was silent for `idle_s` of wall time holds
+nobody; a device that is awaited but was never heard holds the clock for the same time, and so does
+one whose events come and get no newer: a clock that stands still must not stop everybody's.
 
 Knows nothing about predictions or examples.
 """
@@ -46,13 +47,15 @@ class JointClock:
         self._awaited = tuple(awaited)
         self._devices: dict[str, _Device] = {}
 
-    def restore(self, now_s: float, accounts: Mapping[Lane, Account], monotonic_s: float) -> None:
-        """Go on at `now_s`; devices that were heard before count as heard right now."""
+    def restore(
+        self, now_s: float, family: str, accounts: Mapping[Lane, Account], monotonic_s: float
+    ) -> None:
+        """Go on at `now_s`; devices that were heard of `family` before count as heard right now."""
         self.now_s = now_s
         for device in self._awaited:
             self._device(device).event.at_s = monotonic_s
         for (device, _, event_class), account in accounts.items():
-            self.hear(device, event_class, account.newest_s, monotonic_s)
+            self.hear(device, event_class, account.newest_s.get(family, _NEVER), monotonic_s)
 
     def hear(
         self, device: str, event_class: EventClass, newest_s: float, monotonic_s: float

@@ -6,14 +6,15 @@ once, whatever is killed in between.
 Invariants: released examples are numbered from 1 and kept in the ingest database until they lie in
 a file and no batch needs them. A file is written before the transaction that names it. What is
 amended goes into files only, for today's training has learned its first form; so does what the
-bootstrap has learned.
+bootstrap has learned. Families share the numbers and the files; each has batches of its own.
 
 Knows nothing about how examples come about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cloud_learner.ingest.guard import Batcher
@@ -36,16 +37,29 @@ FILE_S = 60.0
 KEPT_BATCHES = 1000
 
 
+Form = tuple[Id, bool]
+"""An example as it comes out: a prediction may do so early, and mature after that."""
+
+
 class Outlet:
-    """Batches and files of what is released; goes on from `state`."""
+    """Batches, cut by the guard of each family, and files of what is released; goes on from
+    `state`.
+    """
 
     def __init__(
-        self, db: IngestDb, archive: Archive, guard: Batcher, state: IngestState, now_s: float
+        self,
+        db: IngestDb,
+        archive: Archive,
+        guards: Mapping[str, Batcher],
+        state: IngestState,
+        now_s: float,
     ) -> None:
-        self.counters = guard.counters
-        self._db, self._archive, self._guard = db, archive, guard
-        guard.restore(state.meta.batch, [example for _, example in state.unbatched])
-        self._numbers: dict[Id, int] = {example.id: at for at, example in state.unbatched}
+        self.counters: Counter[str] = Counter()
+        self._db, self._archive, self._guards = db, archive, guards
+        for family, guard in guards.items():
+            unbatched = [example for _, example in state.unbatched if example.family == family]
+            guard.restore(state.meta.families[family].batch, unbatched)
+        self._numbers: dict[Form, int] = {_form(example): at for at, example in state.unbatched}
         self._unwritten = list(state.unarchived)
         self._for_files_only = list(state.for_files_only)
         self._since_s = now_s
@@ -61,42 +75,52 @@ class Outlet:
 
     def put(
         self,
+        family: str,
         examples: Sequence[Example],
         others: Sequence[Example],
         meta: Meta,
         change: Transaction,
+        *,
         now_s: float,
     ) -> list[Batch]:
-        """Number what was released, cut batches, and keep all of it with the commit.
+        """Number what a family released, cut batches, and keep all of it with the commit.
 
         `others` are for files only.
         """
+        guard = self._guards[family]
         if not self._unwritten:
             self._since_s = now_s
-        dropped = {example.id for example in self._guard.add(examples)}
+        dropped = {_form(example) for example in guard.add(examples)}
         for example in examples:
-            for_batches = example.id not in dropped
+            for_batches = _form(example) not in dropped
             number = self._keep(example, meta, change, for_batches=for_batches)
             if for_batches:
-                self._numbers[example.id] = number
+                self._numbers[_form(example)] = number
         for example in others:
             self._keep(example, meta, change, for_batches=False)
         batches = []
-        while (batch := self._guard.next()) is not None:
+        while (batch := guard.next()) is not None:
             batches.append(batch)
-            numbers = [self._numbers.pop(example.id) for example in batch.examples]
-            put_batch(change, batch.number, numbers)
-        meta.batch = self._guard.number
+            numbers = [self._numbers.pop(_form(example)) for example in batch.examples]
+            put_batch(change, family, batch.number, numbers)
+        meta.families[family].batch = guard.number
         return batches
 
     def tidy(
-        self, meta: Meta, change: Transaction, now_s: float, *, learned: int, flush: bool
+        self,
+        meta: Meta,
+        change: Transaction,
+        now_s: float,
+        *,
+        learned: Mapping[str, int],
+        flush: bool,
     ) -> None:
         """Write files when it is time, and forget old batches. Raises: CapacityError."""
         if self._unwritten and (flush or self.is_due(now_s)):
             self._write(meta, change)
-        if learned - KEPT_BATCHES > meta.trimmed:
-            trim_batches(self._db, change, meta, learned - KEPT_BATCHES)
+        for family, number in learned.items():
+            if number - KEPT_BATCHES > meta.families[family].trimmed:
+                trim_batches(self._db, change, meta, family, number - KEPT_BATCHES)
 
     def is_due(self, now_s: float) -> bool:
         """Whether what waits is enough for a file, or has waited long enough."""
@@ -114,11 +138,8 @@ class Outlet:
         self._thread.shutdown()
 
     def waiting(self) -> dict[str, int]:
-        """How many examples wait for a batch, and how many for a file."""
-        return {
-            "unbatched": self._guard.statistics()["unbatched"],
-            "unwritten": len(self._unwritten),
-        }
+        """How many examples wait for a file."""
+        return {"unwritten": len(self._unwritten)}
 
     def _keep(self, example: Example, meta: Meta, change: Transaction, *, for_batches: bool) -> int:
         meta.released += 1
@@ -158,3 +179,7 @@ class Outlet:
     def _name(self, change: Transaction, new: Collection[str], gone: Collection[str]) -> None:
         put_files(change, new, gone)
         self._files = (self._files | set(new)) - set(gone)
+
+
+def _form(example: Example) -> Form:
+    return example.id, example.early

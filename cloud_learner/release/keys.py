@@ -33,6 +33,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
 )
 
 from cloud_learner.release.metadata import Signs, expiry, opened, releases_in, sealed
+from cloud_learner.release.repository import Repository
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import fsync_directory, write_atomic
@@ -106,6 +107,28 @@ def create(home: Path, families: Sequence[str], clock: Clock | None = None) -> N
     write_atomic(home / "trust" / "root.json", root)
 
 
+def admit(home: Path, family: str, clock: Clock | None = None) -> None:
+    """Let learner and gate release `family` in this home; its keys are created if it has none.
+
+    In a home that has keys, its targets metadata delegates one more role; the root of trust that
+    devices embed stays as it is. Raises: ConfigError (bad_name, no_key, bad_key, no_trust).
+    """
+    if not (home / "keys").exists():
+        create(home, [family], clock)
+        return
+    document = opened(Targets, Repository(home / "tuf").targets, None, "targets")
+    assert document.delegations is not None
+    assert document.delegations.roles is not None
+    role = models_role(checked_name(family, "family"))
+    if role in document.delegations.roles:
+        return  # by a bootstrap that did not come to its end
+    document.delegations.roles[role] = _models(family, _online_ids(home))
+    document.version += 1
+    document.expires = expiry((clock or SystemClock()).now_s(), OFFLINE_DAYS)
+    data = sealed(document, [load_signer(home, "targets")])
+    write_atomic(home / "tuf" / f"{document.version}.targets.json", data)
+
+
 def load(home: Path) -> Signers:
     """The signers of all publishing domains, for a process that hosts them all.
 
@@ -166,7 +189,16 @@ def _targets(signers: dict[str, CryptoSigner], families: list[str], now_s: float
     both = [keys["learner"].keyid, keys["gate"].keyid]
     roles = {PLANS_ROLE: DelegatedRole(PLANS_ROLE, [keys["rollout"].keyid], 1, True, ["p/*"])}
     for family in families:
-        role = models_role(family)
-        roles[role] = DelegatedRole(role, list(both), 2, True, [f"m/{family}/*"])
+        roles[models_role(family)] = _models(family, both)
     delegations = Delegations({key.keyid: key for key in keys.values()}, roles)
     return Targets(version=1, expires=expiry(now_s, OFFLINE_DAYS), delegations=delegations)
+
+
+def _models(family: str, both: list[str]) -> DelegatedRole:
+    """The releases of a family, which learner and gate must both sign."""
+    return DelegatedRole(models_role(family), list(both), 2, True, [f"m/{family}/*"])
+
+
+def _online_ids(home: Path) -> list[str]:
+    """The ids of the keys of learner and gate."""
+    return [load_signer(home, name).public_key.keyid for name in ("learner", "gate")]

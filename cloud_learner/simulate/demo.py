@@ -91,7 +91,7 @@ def run(var: Path, *, full: bool) -> int:
         next_steps=[
             "cloud-learner demo --full      # the whole year",
             f"less {home.lineage / 'lineage.jsonl'}      # every verdict and decision",
-            "cat models/flight_delay/README.md      # how to make a family of your own",
+            "cat models/README.md                   # how to make a family of your own",
         ],
     )
     Console().print(table)
@@ -133,7 +133,7 @@ def _time_s(day: str) -> float:
 def _evaluate(live: Live, family: Family, home: Home, var: Path, console: Console) -> Report:
     archive, raw = Archive(home.archive), RawLog(home.raw)
     past = worlds.history(archive, family)
-    origin = home.origin()
+    origin = home.of(family.name).origin()
     first = home.registry / f"{origin.sha256}.onnx"
 
     def progress(text: str) -> None:
@@ -191,9 +191,10 @@ def _series(
 
 def _gaps(family: Family, home: Home, past: worlds.History, counted: Any) -> tuple[float, float]:
     """AUC that the last student loses to int8, and its int8 form to its teachers, held out rows."""
-    cycle = Cycle(family, load_set(home.reference).features)
-    cycle.restore(home.checkpoint)
-    cycle.take_graph(home.graph)
+    own = home.of(family.name)
+    cycle = Cycle(family, load_set(own.reference).features)
+    cycle.restore(own.checkpoint)
+    cycle.take_graph(own.graph)
     candidate = cycle.candidate()
     rows = [
         row
@@ -251,6 +252,6 @@ def _report(
             "learner": learner,
             "learner_archived": status.events_archived,
             "freshness_s": status.freshness_s,
-            "decisions": live.watch.detail["rollout"]["decisions"],
+            "decisions": live.watch.decisions(live.family),
         },
     )

@@ -16,7 +16,7 @@ and bytes. An attack on learning works on a copy of the learner's state, never o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -83,14 +83,17 @@ def flipped(label: float) -> float:
 
 
 class AttackedHost(Host):
-    """The ordinary host, with an attacker inside who waits for files named after an attack.
+    """The ordinary host of one family, with an attacker inside.
 
-    The result of attack `x` is written to `x.result`; the file `x` is removed when it has begun.
+    He waits for files named after an attack. The result of attack `x` is written to `x.result`; the
+    file `x` is removed when it has begun.
     """
 
-    def __init__(self, home: Home, family: Family, bus: Bus, clock: Clock) -> None:
+    def __init__(self, home: Home, families: Sequence[Family], bus: Bus, clock: Clock) -> None:
+        [family] = families
         self._poison = PoisonedHoldOut(family)
-        super().__init__(home, family, bus, clock, hold_out=self._poison)
+        super().__init__(home, families, bus, clock, hold_outs={family.name: self._poison})
+        self._name, self._controller = family.name, self.releasing[family.name].controller
         self._attacks = home.root / "attacks"
         self._attacks.mkdir(exist_ok=True)
 
@@ -115,7 +118,7 @@ class AttackedHost(Host):
     async def _flip(self) -> str:
         """A candidate trained on flipped labels, submitted like any other."""
         candidate = await self._learned_from(flipped)
-        return (await self.submit(candidate)).outcome
+        return (await self.submit(self._name, candidate)).outcome
 
     async def _poison_all(self) -> str:
         """Lie in the hold-out until a candidate that learned the lie is on the canary.
@@ -128,7 +131,7 @@ class AttackedHost(Host):
             candidate = await self._learned_from(believed)
             self._poison.poisoned = True
             try:
-                judgement = await self.submit(candidate)
+                judgement = await self.submit(self._name, candidate)
                 while judgement.outcome == "pass" and not self._placed(judgement.sha256):  # noqa: ASYNC110
                     await asyncio.sleep(POLL_S)
             finally:
@@ -138,12 +141,12 @@ class AttackedHost(Host):
         return judgement.outcome
 
     def _soon_free(self) -> bool:
-        gates = self.controller.status()["gates"]
+        gates = self._controller.status()["gates"]
         return not gates or gates[0]["value"] > SOON * gates[0]["reach"]
 
     def _placed(self, sha256: str) -> bool:
         """Whether the release is on the canary; also when its trial is over already."""
-        rollout = self.controller.status()
+        rollout = self._controller.status()
         release = next(
             (e["release"] for e in self.lineage.read("release") if e["sha256"] == sha256), None
         )
@@ -156,7 +159,7 @@ class AttackedHost(Host):
 
     def _learn_lies(self, relabel: Relabel) -> Candidate:
         """What the learner would have become, had its memory been full of lies."""
-        cycle = self.learner.cycle.fork()
+        cycle = self.learner.courses[self._name].cycle.fork()
         known, _ = cycle.replicas.reservoir.draw(LIES)
         labels = [relabel(label) for label in known.labels.tolist()]
         cycle.pretrain(Rows(known.features, np.array(labels, np.float32)))

@@ -54,6 +54,7 @@ class Live:
 
     def __init__(self, var: Path, home: Home, interface: Interface) -> None:
         self._var, self._home, self._interface = var, home, interface
+        self.family = interface.family
         self.watch = Watch()
         self.faults: dict[str, FaultRow] = {}
         self.elapsed_s = 0.0
@@ -63,8 +64,7 @@ class Live:
     async def run(self, rows: list[DataRow], devices: list[str], times: dict[str, float]) -> None:
         """Play everything. `times` are the event times of the faults. Raises: HeadwaterError."""
         async with self._processes(devices) as (url, bus, fleet):
-            watch = self.watch
-            family = self._interface.family
+            watch, family = self.watch, self.family
             await watch.wait(
                 "the first release on every device",
                 lambda: (
@@ -74,7 +74,7 @@ class Live:
                 READY_S,
             )
             # What the bootstrap has learned is not learned again: nothing to wait for before it.
-            known_s = self._home.origin().learned_through_s
+            known_s = self._home.of(family).origin().learned_through_s
             self.player = Player(
                 rows,
                 fleet.sockets,
@@ -115,7 +115,7 @@ class Live:
 
     def _device(self, name: str, url: str) -> DeviceProcess:
         options: Any = {"attributes": {"airport": name}, "nats": url, "linger_ms": LINGER_MS}
-        options |= {"families": [self._interface.family], "root": self._home.trusted_root}
+        options |= {"families": [self.family], "root": self._home.trusted_root}
         return DeviceProcess(name, self._var / "devices" / name, **options)
 
     @contextlib.contextmanager
@@ -202,7 +202,7 @@ class Live:
 
     def ended(self) -> dict[str, str]:
         """How each decided release ended: the reason by its name."""
-        decisions = self.watch.detail.get("rollout", {}).get("decisions", [])
+        decisions = self.watch.decisions(self.family)
         return {each["release"]: each["reason"] for each in decisions}
 
     def _release_of(self, sha256: str) -> str:
@@ -232,7 +232,7 @@ class Live:
         self._note("kill", "JFK is back with its windows", ok=True)
 
     async def _forge(self, bus: Bus, name: str, family: str) -> None:
-        data = (self._home.registry / f"{self._home.origin().sha256}.onnx").read_bytes()
+        data = (self._home.registry / f"{self._home.of(family).origin().sha256}.onnx").read_bytes()
         release = ReleaseFile(family, name.replace(" ", "-"), 1_000_000, data)
         before, refusing = self.watch.refusals(), len(self.watch.reports)
         push = faults.forge_wrong_key if "wrong" in name else faults.forge_learner_alone
@@ -261,7 +261,7 @@ class Live:
                             self._device_row(r) for _, r in sorted(self.watch.reports.items())
                         ],
                         learner=self._learner_row(rate),
-                        rollout=self.watch.detail.get("rollout", {}),
+                        rollout=self.watch.rollout(self.family),
                         faults=list(self.faults.values()),
                     )
                 )
@@ -287,7 +287,7 @@ class Live:
         status = self.watch.status
         if status is None:
             return LearnerRow()
-        weights = self.watch.detail.get("weights", {})
+        weights = self.watch.family(self.family).get("weights", {})
         p50_s, p99_s = quantiles(status.freshness_s)
         return LearnerRow(
             events_per_s=rate,

@@ -23,7 +23,7 @@ from typing import Any
 
 from cloud_learner.ingest.consumer import Ingest
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Commit, Intake
+from cloud_learner.ingest.intake import Commit, Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.ingest_db import IngestDb
@@ -66,8 +66,14 @@ def dialling(url: str) -> Connect:
 def open_intake(home: Path) -> Intake:
     """An intake over the files in `home`."""
     rules = Rules(family=FAMILY, label_window_s=WINDOW_S, idle_s=IDLE_S)
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(100, 100), clock=SystemClock(), widths={})
+    db, raw, archive = (
+        IngestDb(home / "db", [FAMILY]),
+        RawLog(home / "raw"),
+        Archive(home / "archive"),
+    )
+    return Intake(
+        db, raw, archive, [Strand(rules, Batcher(100, 100))], clock=SystemClock(), widths={}
+    )
 
 
 def examples(home: Path) -> Counter[Id]:

@@ -52,6 +52,21 @@ class Watch:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.moved.wait(), 0.5)
 
+    def family(self, name: str) -> dict[str, Any]:
+        """What the learner said last of one family; nothing before it spoke."""
+        found: dict[str, Any] = self.detail.get("families", {}).get(name, {})
+        return found
+
+    def rollout(self, family: str) -> dict[str, Any]:
+        """Its rollout, as `Controller.status` says it."""
+        found: dict[str, Any] = self.family(family).get("rollout", {})
+        return found
+
+    def decisions(self, family: str) -> list[dict[str, Any]]:
+        """The newest decisions about its releases."""
+        found: list[dict[str, Any]] = self.rollout(family).get("decisions", [])
+        return found
+
     def latency(self) -> Histogram:
         """Of every predict of every life of every device."""
         whole = Histogram()

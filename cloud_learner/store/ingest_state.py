@@ -41,14 +41,15 @@ _CLASS_BYTE: dict[EventClass, bytes] = {"event": b"e", "label": b"l"}
 
 
 class Account(msgspec.Struct, gc=False):
-    """What became of the records 1 to `seq` of a lane; `newest_s` is their newest event time.
+    """What became of the records 1 to `seq` of a lane; `newest_s` holds the newest event time of
+    each family's records among them.
 
     `dropped` counts by reason what the device never sent. `prior` is the epoch before this one in
     the log of the device; `durable` is where the lane ends there, by the device's last report.
     """
 
     seq: int = 0
-    newest_s: float = _NEVER_S
+    newest_s: dict[str, float] = {}
     archived: int = 0
     quarantined: int = 0
     dropped: dict[str, int] = {}
@@ -139,33 +140,42 @@ def labelled(row: bytes, label: Label) -> bytes:
     return row + label.packed() + _FIRST
 
 
+class Progress(msgspec.Struct, array_like=True):
+    """How far one family is: the event time up to which all that is mature was released, the number
+    of its last batch, and up to which number its batches were forgotten.
+    """
+
+    clock_s: float = _NEVER_S
+    batch: int = 0
+    trimmed: int = 0
+
+
 class Meta(msgspec.Struct, array_like=True):
-    """The numbers of a commit. `released` and `quarantined` number what came out and what was
-    refused; examples up to `archived` lie in files, of which `file` is the newest.
+    """The numbers of a commit. `released` and `quarantined` number what came out, of all families,
+    and what was refused; examples up to `archived` lie in files, of which `file` is the newest.
 
     `raw` is the position of the raw log: file and offset, None before the first message.
     """
 
     version: int
     commit: int = 0
-    clock_s: float = _NEVER_S
-    batch: int = 0
-    trimmed: int = 0
     released: int = 0
     archived: int = 0
     file: int = 0
     quarantined: int = 0
     raw: tuple[int, int] | None = None
+    families: dict[str, Progress] = {}
 
 
 class IngestState(msgspec.Struct):
-    """What a start reads back. `unbatched` and `unarchived` are numbered, in release order; no
+    """What a start reads back. `counters` are those of each family, by its name, and under "" those
+    that belong to none; `unbatched` and `unarchived` are numbered, in release order; no
     batch will hold the numbers in `for_files_only`.
     """
 
     meta: Meta
     accounts: dict[Lane, Account] = {}
-    counters: dict[str, int] = {}
+    counters: dict[str, dict[str, int]] = {}
     unbatched: list[tuple[int, Example]] = []
     unarchived: list[tuple[int, Example]] = []
     for_files_only: list[int] = []

@@ -1,4 +1,5 @@
-"""Lineage: what came from what, one JSON line for each candidate, verdict, release, plan, decision.
+"""Lineage: what came from what, one JSON line for each candidate, verdict, release, plan, decision,
+and for each micro-batch that failed.
 
 Why: months later somebody asks why a device ran this very file; the answer must still be there.
 
@@ -23,7 +24,7 @@ from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import fsync_directory
 
-KINDS = ("candidate", "verdict", "release", "plan", "decision")
+KINDS = ("candidate", "verdict", "release", "plan", "decision", "failed")
 Entry = dict[str, Any]
 
 
@@ -65,6 +66,10 @@ class Lineage:
                 if kind is None or entry["kind"] == kind:
                     yield entry
 
+    def of(self, family: str) -> Lineage:
+        """The part of one family: what is added names it, what is read is its own."""
+        return _Part(self, family)
+
     def _entry(self, number: int, line: bytes) -> Entry:
         try:
             return msgspec.json.decode(line, type=Entry)
@@ -81,3 +86,17 @@ class Lineage:
             file.truncate(data.rfind(b"\n") + 1)
             os.fsync(file.fileno())
         fsync_directory(self._path.parent)
+
+
+class _Part(Lineage):
+    """The entries of one family in the record of all."""
+
+    def __init__(self, whole: Lineage, family: str) -> None:
+        self._whole, self._family = whole, family
+
+    def append(self, kind: str, **facts: Any) -> None:
+        self._whole.append(kind, **{"family": self._family, **facts})
+
+    def read(self, kind: str | None = None) -> Iterator[Entry]:
+        entries = self._whole.read(kind)
+        return (entry for entry in entries if entry.get("family") == self._family)

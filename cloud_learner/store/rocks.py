@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rocksdict import (
     AccessType,
@@ -42,7 +43,6 @@ _BUFFER_BYTES = 4 << 20
 _BLOB_FROM_BYTES = 1024
 _REMAINS = (".sst", ".log", ".blob")
 _CONFIG = "rocksdict-config.json"
-
 _LOOKS, _LOOK_S = 5, 0.02
 
 
@@ -68,23 +68,29 @@ class Table:
 class Transaction:
     """What one commit changes; nothing of it is visible before `Rocks.write`."""
 
-    def __init__(self, tables: dict[str, Rdict], handles: dict[str, object]) -> None:
+    def __init__(self, tables: dict[str, Rdict], handles: dict[str, Any], start: str = "") -> None:
         self.batch = WriteBatch(raw_mode=True)
-        self._tables, self._handles = tables, handles
+        self._tables, self._handles, self._start = tables, handles, start
+
+    def within(self, start: str) -> Transaction:
+        """The same transaction, for the tables whose names begin with `start`, by the rest."""
+        part = Transaction(self._tables, self._handles, start)
+        part.batch = self.batch
+        return part
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """Set a value."""
-        self.batch.put(key, value, self._handles[table])  # type: ignore[arg-type]
+        self.batch.put(key, value, self._handles[self._start + table])
 
     def put_many(self, table: str, items: Iterable[tuple[bytes, bytes]]) -> None:
         """Set many values."""
-        put, handle = self.batch.put, self._handles[table]
+        put, handle = self.batch.put, self._handles[self._start + table]
         for key, value in items:
-            put(key, value, handle)  # type: ignore[arg-type]
+            put(key, value, handle)
 
     def delete(self, table: str, key: bytes) -> None:
         """Remove a key; one that is absent is no error."""
-        self.batch.delete(key, self._handles[table])  # type: ignore[arg-type]
+        self.batch.delete(key, self._handles[self._start + table])
 
 
 class Rocks:
@@ -217,6 +223,14 @@ class Rocks:
             f"{self._path} is damaged, or not what it should be: {text}; nothing was changed",
             "restore the learner's directory from a copy, or start with an empty one",
         )
+
+
+def tables_in(path: Path) -> set[str]:
+    """The names of the tables of the database at `path`; none where no database can be read."""
+    try:
+        return set(Rdict.list_cf(str(path))) - {"default"}
+    except Exception:  # whoever opens it says what is wrong with it
+        return set()
 
 
 def _options(table: Table, cache: Cache) -> Options:

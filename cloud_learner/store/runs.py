@@ -29,8 +29,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.ingest_state import Label, Row, id_of, moment_key, moment_of, number_key
+from cloud_learner.store.part import Part
 from cloud_learner.store.rocks import Transaction
 from edge_runtime.wire.messages import Record
 
@@ -79,11 +79,11 @@ class Taken(NamedTuple):
 
 
 class Waiting:
-    """Rows, runs, early labels and the calendar of one database, and the commit in the making."""
+    """Rows, runs, early labels and the calendar of one family, and the commit in the making."""
 
-    def __init__(self, db: IngestDb) -> None:
-        self._rocks = db.rocks
-        self._change = db.begin()
+    def __init__(self, part: Part) -> None:
+        self._rocks = part
+        self._change = part.begin()
         self.fresh: dict[bytes, bytes] = {}
         self._fresh_runs: dict[bytes, bytes] = {}
         self._fresh_due: dict[bytes, bytes] = {}
@@ -92,7 +92,7 @@ class Waiting:
 
     def begin(self, change: Transaction) -> None:
         """From now on everything belongs to `change`."""
-        self._change = change
+        self._change = self._rocks.within(change)
         self.fresh, self._fresh_runs, self._fresh_due, self._fresh_early = {}, {}, {}, {}
 
     def finish(self) -> None:

@@ -134,9 +134,9 @@ class Learning(Section, frozen=True):
 class Drift(Section, frozen=True):
     """`[drift]`: what raises an alarm, and what an alarm does.
 
-    `delta` is the chance of a false alarm of a detector, `psi_max` the population stability index
-    of a feature. An alarm stands for `calm_batches` micro-batches after its last sign; while it
-    does, the gate allows `tighten` of the drops it allows otherwise.
+    `delta` is the chance that a micro-batch of a world that stands still raises any, `psi_max` the
+    population stability index of a feature. An alarm stands for `calm_batches` micro-batches after
+    its last sign; while it does, the gate allows `tighten` of the drops it allows otherwise.
     """
 
     on: bool = True

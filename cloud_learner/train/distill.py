@@ -1,7 +1,9 @@
-"""Distillation: one student of device size that answers as the weighted replicas do.
+"""Distillation: one student of device size that follows as `fast` does and remembers as `stable`.
 
 Why: a device cannot hold the networks of the cloud; soft targets carry more than labels do (Hinton,
-Vinyals & Dean 2015). The student is kept from cycle to cycle and follows its teachers.
+Vinyals & Dean 2015). On the newest rows the student answers as the weighted replicas do, on rows of
+the reservoir as the replica that remembers: where new and old look different, one network can hold
+both (docs/experiments.md). It is kept from cycle to cycle.
 
 Invariants: same rows, teachers and seed give the same bits. The student never sees a label: what it
 knows it has from the replicas.
@@ -43,12 +45,14 @@ class Student:
         """Answers of shape (rows, outputs), in floating point."""
         return self.replica.answers(features)
 
-    def follow(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
-        """Passes over the rows and a replay, towards the teachers' answers."""
+    def follow(self, teachers: Replicas, recent: Rows, random: np.random.Generator) -> None:
+        """Passes over the recent rows and, in each, a replay."""
+        targets = teachers.answers(recent.features)
         for _ in range(self._distilled.passes):
             replayed, _ = teachers.reservoir.draw(self._distilled.replay_rows)
-            features = np.concatenate([rows.features, replayed.features])
-            self.replica.follow(features, teachers.answers(features), random)
+            features = np.concatenate([recent.features, replayed.features])
+            remembered = teachers.remembered(replayed.features)
+            self.replica.follow(features, np.concatenate([targets, remembered]), random)
 
     def pretrain(
         self, teachers: Replicas, rows: Rows, passes: int, random: np.random.Generator

@@ -82,6 +82,14 @@ class Replicas:
                 mixed += np.float32(weight) * self.all[name].answers(features)
         return mixed
 
+    def remembered(self, features: Matrix) -> Matrix:
+        """The answers (rows, outputs) of the replica that remembers, or of all where it is off."""
+        return self.answers(features) if self.stable is None else self.stable.answers(features)
+
+    def recent_with(self, rows: Rows) -> Rows:
+        """The newest rows that `fast` learns, these among them."""
+        return self._newest.rows_with(rows)
+
     def weigh(self, rows: Rows) -> None:
         """Follow the replicas' losses on rows that none of them has seen."""
         if not len(rows):
@@ -99,7 +107,7 @@ class Replicas:
         """Passes of `fast` over the newest rows, these among them."""
         if self.fast is None or not len(rows):
             return
-        newest, fast = self._newest.rows_with(rows), self._learning.fast
+        newest, fast = self.recent_with(rows), self._learning.fast
         anchors = self.fast.answers(newest.features) if fast.keep else None
         for _ in range(fast.passes):
             self.fast.train(newest, random, anchors, fast.keep)

@@ -4,7 +4,8 @@ Why: what differs from one model line to the next stands in three files, so that
 Headwater knows any of them.
 
 Invariants: a family that was loaded is whole: its sections are valid, its features name fields that
-its event kinds have, its network file defines what it must. Every error names file and key.
+its event kinds have, its network file defines what it must. Every error names file and key, and one
+that is raised tells of all that could be found in the three files.
 
 Knows nothing about data, training or releases. Implements the family folder of DESIGN's surfaces.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tomllib
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -23,14 +24,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from cloud_learner.train.checks import check_fields, check_rules, read_specs
 from cloud_learner.train.declaration import FamilyConfig, Learning
-from cloud_learner.train.tables import expanded
-from edge_runtime.errors import ConfigError, PackageError
-from edge_runtime.features.spec import Spec, parse_toml
-from edge_runtime.inference.package import Interface, Kind, check_agreement
-from edge_runtime.wire.subjects import checked_name
+from cloud_learner.train.problems import Problems, bad, read_toml
+from edge_runtime.errors import ConfigError
+from edge_runtime.features.spec import Spec
+from edge_runtime.inference.package import Interface, Kind
 
 Rows = npt.NDArray[np.float32]
+
+BUILDERS = ("build_teacher", "build_student")
 
 
 class Family:
@@ -41,19 +44,23 @@ class Family:
 
     @classmethod
     def load(cls, folder: Path) -> Family:
-        """Read the folder. Raises: ConfigError naming file and key."""
+        """Read the folder. Raises: ConfigError naming file and key of every problem."""
         if not (folder / "family.toml").is_file():
             raise ConfigError(
                 "no_family", f"{folder} holds no family.toml", "give the path of a family folder"
             )
-        config = _config(folder / "family.toml")
-        spec = _spec(folder / "features.toml")
-        family = cls(folder, config, spec, _network(folder / "network.py"))
-        try:
-            check_agreement(family.interface, spec)
-        except PackageError as error:
-            raise _bad(folder / "features.toml", error.message) from error
-        return family
+        problems = Problems(folder)
+        config = read_toml(folder / "family.toml", FamilyConfig, problems)
+        if config is not None:
+            check_rules(folder / "family.toml", config, problems)
+        specs = read_specs(folder / "features.toml", problems)
+        network = _network(folder / "network.py", problems)
+        if config is not None and any(kind.predicts for kind in config.events.values()):
+            check_fields(folder / "features.toml", _interface(config), specs, problems)
+        problems.settle()
+        assert config is not None
+        assert network is not None
+        return cls(folder, config, specs[0], network)
 
     def restricted(self, names: list[str]) -> Family:
         """The same family with only the named features."""
@@ -72,17 +79,30 @@ class Family:
         """The device's network, its scaling taken from the rows. Raises: ConfigError."""
         return self._built("build_student", rows)
 
+    def constants(self, rows: Rows) -> list[str]:
+        """The columns that are the same in all rows: nothing can be learned from them."""
+        same = (rows == rows[:1]).all(0)
+        return [name for name, constant in zip(self.spec.names, same, strict=True) if constant]
+
     def _built(self, name: str, rows: Rows) -> nn.Module:
-        path, few = self.folder / "network.py", torch.tensor(rows[:2])
+        path, outputs = self.folder / "network.py", self.config.task.outputs
         try:
             network: nn.Module = getattr(self._network, name)(self.spec, rows)
             with torch.no_grad():
-                shape = tuple(network.eval()(few).shape)
+                answers = network.eval()(torch.tensor(rows))
+                shape, finite = tuple(answers.shape), bool(torch.isfinite(answers).all())
         except Exception as error:
-            raise _bad(path, f"{name} fails: {error!r}") from error
-        wanted = (len(few), self.config.task.outputs)
-        if shape != wanted:
-            raise _bad(path, f"{name}: answers to {len(few)} rows have shape {shape}, not {wanted}")
+            raise bad(path, f"{name} fails{_line(path, error)}: {error!r}") from error
+        if shape != (len(rows), outputs):
+            wanted = f"({len(rows)}, {outputs})"
+            raise bad(
+                path,
+                f"{name}: answers to {len(rows)} rows have shape {shape}, not {wanted}",
+                f"a network returns logits (batch, {outputs}): {self.config.task.kind}",
+            )
+        if not finite:
+            hint = "take scales from rows, and let no constant column divide by 0"
+            raise bad(path, f"{name}: answers to rows of the data are not all finite", hint)
         return network
 
     @property
@@ -93,65 +113,55 @@ class Family:
     @property
     def interface(self) -> Interface:
         """What a device must know to take this family's events."""
-        config = self.config
-        return Interface(
-            family=config.name,
-            kinds={
-                name: Kind(predicts=kind.predicts, fields=dict(kind.fields))
-                for name, kind in config.events.items()
-            },
-            clock=config.clock,
-            skew_s_max=config.skew_s_max,
-            lateness_s_max=config.lateness_s_max,
-            output=config.output,
-        )
+        return _interface(self.config)
 
 
-def _config(path: Path) -> FamilyConfig:
-    try:
-        config = msgspec.convert(tomllib.loads(path.read_text("utf-8")), FamilyConfig)
-    except (ValueError, OSError) as error:  # of TOML, of a section, of UTF-8
-        raise _bad(path, str(error)) from error
-    checked_name(config.name, f"{path}: name")
-    if not any(kind.predicts for kind in config.events.values()):
-        raise _bad(path, "no kind in `events` has predicts = true")
-    if config.learning.device_cap > config.learning.batch_size:
-        raise _bad(path, "learning.device_cap is larger than learning.batch_size")
-    return config
-
-
-def _spec(path: Path) -> Spec:
-    try:
-        document = parse_toml(path.read_text("utf-8"))
-        return Spec.from_document(expanded(document, path.parent))
-    except (OSError, UnicodeDecodeError) as error:
-        raise _bad(path, f"cannot be read: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(error.code, f"{path}: {error.message}", error.hint) from error
+def _interface(config: FamilyConfig) -> Interface:
+    return Interface(
+        family=config.name,
+        kinds={
+            name: Kind(predicts=kind.predicts, fields=dict(kind.fields))
+            for name, kind in config.events.items()
+        },
+        clock=config.clock,
+        skew_s_max=config.skew_s_max,
+        lateness_s_max=config.lateness_s_max,
+        output=config.output,
+    )
 
 
 def load_module(path: Path) -> ModuleType:
-    """A Python file of a family folder, imported by its path. Raises: ConfigError."""
+    """A Python file of a family folder, imported by its path. Raises: ConfigError with its line."""
     name = f"family_{path.parent.name}_{path.stem}"
     specification = importlib.util.spec_from_file_location(name, path)
     if specification is None or specification.loader is None or not path.is_file():
-        raise _bad(path, "does not exist")
+        raise bad(path, "does not exist")
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # where dataclasses look their module up
     try:
         specification.loader.exec_module(module)
     except Exception as error:
-        raise _bad(path, f"cannot be imported: {error!r}") from error
+        raise bad(path, f"cannot be imported{_line(path, error)}: {error!r}") from error
     return module
 
 
-def _network(path: Path) -> ModuleType:
-    module = load_module(path)
-    for name in ("build_teacher", "build_student"):
+def _network(path: Path, problems: Problems) -> ModuleType | None:
+    try:
+        module = load_module(path)
+    except ConfigError as error:
+        problems.add(error)
+        return None
+    for name in BUILDERS:
         if not callable(getattr(module, name, None)):
-            raise _bad(path, f"defines no function {name}")
+            hint = f"def {name}(spec, rows): ..., a torch module"
+            problems.add(bad(path, f"defines no function {name}", hint))
     return module
 
 
-def _bad(path: Path, what: str) -> ConfigError:
-    return ConfigError("bad_family", f"{path}: {what}", "see models/flight_delay for an example")
+def _line(path: Path, error: Exception) -> str:
+    """Where in the file the error arose, as `, line 7`; empty where it did not arise there."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f", line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""

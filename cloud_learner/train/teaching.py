@@ -135,9 +135,14 @@ class Teaching:
         if self._scratch_is_due(lesson, learning):
             with self._timed("scratch"):
                 self.replicas.learn_from_scratch(self.held_out.rows, random)
-        learned = lesson.rows.take(np.flatnonzero(lesson.follow | lesson.remember))
         with self._timed("distil"):
-            self.student.follow(self.replicas, learned, random)
+            self.student.follow(self.replicas, self._recent(follow, remember), random)
+
+    def _recent(self, follow: Rows, remember: Rows) -> Rows:
+        """What the student follows on: the newest rows of `fast`, or without it the new ones."""
+        if self.replicas.fast is None or not len(follow):
+            return remember
+        return self.replicas.recent_with(follow)
 
     def _scratch_is_due(self, lesson: Lesson, learning: Learning) -> bool:
         scratch = learning.scratch

@@ -33,7 +33,7 @@ from edge_runtime.rollout.arms import good_packages, load_plan_arm, packages_kep
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec, subjects
-from edge_runtime.wire.messages import Mark, Report
+from edge_runtime.wire.messages import FeatureSketch, Mark, Report
 
 REPORT_EVERY_S = 1.0
 RETRY_FIRST_S = 0.25
@@ -75,8 +75,8 @@ class Agent:
     """Follows the plans of `host`'s families; asks when nudged and every `poll_s` seconds.
 
     `attributes` decide whether this device is one of a plan's canaries. `prove` tries a package
-    where it can do no harm, before it is loaded here; it raises PackageError. `durable` tells where
-    the log ends, for the report.
+    where it can do no harm, before it is loaded here; it raises PackageError. For the report,
+    `durable` tells where the log ends, and `sketches`, on a thread, what models were given lately.
     """
 
     def __init__(
@@ -90,10 +90,11 @@ class Agent:
         poll_s: float,
         prove: Callable[[Path], None] | None = None,
         durable: Callable[[], list[Mark]] | None = None,
+        sketches: Callable[[], list[FeatureSketch]] | None = None,
     ) -> None:
         self._host, self._client, self._shelf, self._bus = host, client, shelf, bus
         self._attributes, self._poll_s, self._prove = attributes, poll_s, prove
-        self._durable = durable or list
+        self._durable, self._sketches = durable or list, sketches or list
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update")
         self._nudged, self._changed = asyncio.Event(), asyncio.Event()
         self._settled: dict[str, Plan] = {}
@@ -210,10 +211,11 @@ class Agent:
         subject = subjects.report(self._host.device)
         while True:
             self._changed.clear()
+            sketches = await asyncio.to_thread(self._sketches)
             told = self._host.report(dict(self._refused))
-            data = codec.encode(msgspec.structs.replace(told, durable=self._durable()))
+            told = msgspec.structs.replace(told, durable=self._durable(), sketches=sketches)
             try:
-                await self._bus.publish(subject, data)
+                await self._bus.publish(subject, codec.encode(told))
                 self._counts["reports"] += 1
             except HeadwaterError as error:
                 log.debug("report not sent: %s", error)

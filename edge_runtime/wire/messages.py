@@ -135,10 +135,39 @@ class ArmReport(msgspec.Struct, array_like=True, frozen=True):
     run_us: float = 0.0
 
 
+class ColumnSketch(msgspec.Struct, array_like=True, frozen=True):
+    """How often the values of one feature column lay in each bucket, empty buckets left out.
+
+    `steps` gives each bucket as its distance from the one before, the first from 0; they rise with
+    the values. An index lies in the bucket of its number. A number x lies in bucket 0 where |x| is
+    below 2^-10, else, with e = floor(log2 |x|), in bucket 4 (e + 10) + floor(4 (|x| / 2^e - 1)) + 1
+    with the sign of x.
+    """
+
+    name: str
+    steps: list[int]
+    counts: list[int]
+
+
+class FeatureSketch(msgspec.Struct, array_like=True, frozen=True):
+    """What the models of a family were given lately: a histogram of each column of the spec `spec`.
+
+    It covers `rows` predictions that were answered up to the event time `until_s`, a sample of
+    those since the sketch before.
+    """
+
+    family: str
+    spec: str
+    rows: int
+    until_s: float
+    columns: list[ColumnSketch]
+
+
 class Report(msgspec.Struct, array_like=True, frozen=True):
     """What a device says about itself. Counters count since the start of the process `epoch`.
 
     `durable` is where each epoch and class ends on the device that the learner may not hold whole.
+    `sketches` come about once a minute, each family's in one report only.
     """
 
     version: int
@@ -154,6 +183,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     log_bytes: int
     log_pending: int
     durable: list[Mark] = []
+    sketches: list[FeatureSketch] = []
 
 
 class LearnerStatus(msgspec.Struct, array_like=True, frozen=True):

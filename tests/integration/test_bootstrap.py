@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def test_the_first_release_passed_the_gate_and_says_so(made):
     (release,) = Lineage(home.lineage).read("release")
 
     assert judgement.outcome == verdict["outcome"] == "pass"
-    assert judgement.sha256 == release["sha256"] == home.origin().sha256
-    assert release["release"] == home.origin().release
+    assert judgement.sha256 == release["sha256"] == home.of("coin").origin().sha256
+    assert release["release"] == home.of("coin").origin().release
     assert release["counter"] == 1
     assert "600 labelled rows" in told[0]
-    assert home.origin().release in told[-1]
+    assert home.of("coin").origin().release in told[-1]
 
 
 def test_the_package_learned_something_and_a_device_can_load_it(made):
@@ -64,9 +65,9 @@ def test_static_rows_are_set_aside_before_anything_is_learned(made):
     folder, data, home, _, _ = made
     rows, _ = labelled_rows(Family.load(folder), data)
     cycle = restored(made)
-    static = {row.tobytes() for row in load_set(home.static).features}
+    static = {row.tobytes() for row in load_set(home.of("coin").static).features}
     remembered = {row.tobytes() for row in cycle.replicas.reservoir.state()["features"]}
-    reference = {row.tobytes() for row in load_set(home.reference).features}
+    reference = {row.tobytes() for row in load_set(home.of("coin").reference).features}
 
     assert len(static) == 75
     assert static <= {row.tobytes() for row in rows.features}
@@ -75,9 +76,9 @@ def test_static_rows_are_set_aside_before_anything_is_learned(made):
 
 def restored(made) -> Cycle:
     folder, _, home, _, _ = made
-    cycle = Cycle(Family.load(folder), load_set(home.reference).features)
-    cycle.restore(home.checkpoint)
-    cycle.take_graph(home.graph)
+    cycle = Cycle(Family.load(folder), load_set(home.of("coin").reference).features)
+    cycle.restore(home.of("coin").checkpoint)
+    cycle.take_graph(home.of("coin").graph)
     return cycle
 
 
@@ -116,7 +117,7 @@ def test_a_second_bootstrap_leaves_a_home_as_it_is(made):
     with pytest.raises(ConfigError, match="unchanged") as caught:
         bootstrap(folder, data, home, lambda _text: None)
 
-    assert caught.value.code == "home_exists"
+    assert caught.value.code == "family_exists"
     assert before == {path: path.stat().st_mtime_ns for path in home.root.rglob("*")}
 
 
@@ -140,7 +141,20 @@ def test_a_gate_that_refuses_ends_with_code_3_and_no_home(coin, tmp_path):
 
     assert done.exit_code == 3
     assert "must be at least 0.9900" in done.stderr
-    assert not (tmp_path / "home" / "bootstrap.json").exists()
+    assert Home(tmp_path / "home").families() == []
     assert not (tmp_path / "home" / "keys").exists()
     (verdict,) = Lineage(tmp_path / "home" / "lineage").read("verdict")
     assert verdict["outcome"] == "fail"
+
+
+def test_a_bootstrap_that_was_killed_before_its_last_write_is_done_again(made, tmp_path):
+    folder, data, home, _, _ = made
+    again = Home(tmp_path / "home")
+    shutil.copytree(home.root, again.root)
+    again.of("coin").marker.unlink()
+
+    bootstrap(folder, data, again, lambda _text: None)
+
+    assert again.of("coin").origin() == home.of("coin").origin()
+    assert [entry["counter"] for entry in Lineage(again.lineage).read("release")] == [1]
+    assert again.trusted_root.read_bytes() == home.trusted_root.read_bytes()

@@ -65,7 +65,7 @@ def home(bootstrapped, tmp_path):
 
 @pytest.fixture
 def family(home):
-    return Family.load(Path(home.origin().folder))
+    return Family.load(Path(home.of("coin").origin().folder))
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ class Cloud:
 @contextlib.asynccontextmanager
 async def hosted(home, family, broker):
     """A host that runs over a memory broker, a cloud beside it, and the task that runs it."""
-    host = Host(home, family, await broker.connect(name="learner"), SystemClock())
+    host = Host(home, [family], await broker.connect(name="learner"), SystemClock())
     cloud = Cloud(await broker.connect(name="test"))
     await cloud.listen()
     running = asyncio.create_task(host.run())
@@ -150,20 +150,20 @@ def batched(home):
     """All committed batches, read from the ingest database of a learner that has ended."""
     db = IngestDb(home.ingest_db)
     try:
-        return list(db.batches_after(0))
+        return list(db.batches_after("coin", 0))
     finally:
         db.close()
 
 
 def check_ledger(home, batches) -> None:
     """The trainer's own ledger: every example of every batch once, but for what is held out."""
-    state = checkpoint.load(home.checkpoint)
+    state = checkpoint.load(home.of("coin").checkpoint)
     due = [e.id for b in batched(home) for e in b.examples if not is_held_out(e)]
 
     assert state["number"] == batches
     assert len(due) == len(set(due))
-    assert sorted(state["ledger"]) == sorted(due)
-    assert state["learned_twice"] == 0
+    assert sorted(state["ledger"]["mature"]) == sorted(due)
+    assert state["ledger"]["learned_twice"] == 0
 
 
 def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, family, envelopes):
@@ -174,9 +174,9 @@ def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, famil
             await cloud.until(lambda: host.publisher.plan("coin").canary is not None)
             plan = host.publisher.plan("coin")
             canary = plan.canary
-            assert plan.stable.release == home.origin().release
+            assert plan.stable.release == home.of("coin").origin().release
             assert plan.selector == {"site": "a"}
-            assert host.gate.passed(canary.path, canary.sha256)
+            assert host.releasing["coin"].gate.passed(canary.path, canary.sha256)
             assert cloud.count("gate_pass") >= 1
             assert cloud.count("learned_twice") == 0
             assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
@@ -234,9 +234,9 @@ def test_a_restarted_learner_goes_on_from_its_checkpoint(home, family, envelopes
             await cloud.send(envelopes[:half])
             await cloud.until_learned(4)
             archived, clock_s = cloud.status.events_archived, cloud.status.clock_s
-            number = host.learner.cycle.number
+            number = host.learner.courses["coin"].cycle.number
         async with hosted(home, family, broker) as (host, cloud, _running):
-            assert host.learner.cycle.number >= number
+            assert host.learner.courses["coin"].cycle.number >= number
             assert host.status().events_archived >= archived
             assert host.status().clock_s >= clock_s
             await cloud.send(envelopes)  # a device that was told nothing sends all of it again
@@ -257,10 +257,10 @@ def test_a_restarted_host_claims_the_time_that_it_had_reached_before_anything_co
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.send(envelopes)
             await cloud.until_learned(10)
-            before, held = host.status(), host.hold_out.rows()
+            before, held = host.status(), host.releasing["coin"].hold_out.rows()
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.until(lambda: True)
-            assert host.hold_out.rows().times_s.tolist() == held.times_s.tolist()
+            assert host.releasing["coin"].hold_out.rows().times_s.tolist() == held.times_s.tolist()
             assert len(held) > 20
             assert cloud.status.clock_s >= before.clock_s > 2000.0
             assert cloud.status.events_archived == before.events_archived > 0
@@ -279,7 +279,7 @@ def test_a_device_with_a_feature_spec_of_its_own_stops_nobody(home, family, enve
             await cloud.until_learned(15)
             assert cloud.count("other_spec") > 200
             await cloud.until(lambda: cloud.count("gate_judged") >= 1)
-            assert host.hold_out.rows().features.shape[1] == 3
+            assert host.releasing["coin"].hold_out.rows().features.shape[1] == 3
 
     asyncio.run(scenario())
 
@@ -288,7 +288,7 @@ def test_a_home_of_an_earlier_release_is_refused_and_left_as_it_is(home, family)
     home.root.joinpath("ingest.sqlite").write_bytes(b"an earlier release")
 
     async def scenario():
-        Host(home, family, await MemoryBroker().connect(name="learner"), SystemClock())
+        Host(home, [family], await MemoryBroker().connect(name="learner"), SystemClock())
 
     with pytest.raises(ConfigError) as caught:
         asyncio.run(scenario())
@@ -369,7 +369,9 @@ def test_a_killed_learner_has_learned_every_batch_once_in_the_end(home, envelope
         finally:
             first.send_signal(signal.SIGKILL)
             first.communicate(timeout=WAIT_S)
-        assert checkpoint.load(home.checkpoint)["number"] == 0  # what was learned was not kept
+        assert (
+            checkpoint.load(home.of("coin").checkpoint)["number"] == 0
+        )  # what was learned was not kept
         second = serve(home, broker.url)
         try:
             cloud = asyncio.run(beside(broker.url, envelopes[third:], 10))

@@ -16,7 +16,7 @@ import pytest
 from cloud_learner.broker import Broker
 from cloud_learner.ingest.consumer import Ingest
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.store.archive import Archive
@@ -67,8 +67,14 @@ def life(count):
 def opened(home: Path, raw_log: type[RawLog] = RawLog) -> Intake:
     """An intake over the files in `home`."""
     rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=60.0)
-    db, raw, archive = IngestDb(home / "db"), raw_log(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(10, 10), clock=ManualClock(), widths={})
+    db, raw, archive = (
+        IngestDb(home / "db", ["fam"]),
+        raw_log(home / "raw"),
+        Archive(home / "archive"),
+    )
+    return Intake(
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+    )
 
 
 class Learner:
@@ -138,7 +144,7 @@ def archived(home, sql="SELECT device, epoch, seq FROM examples ORDER BY ALL"):
 
 def batched(home):
     with database(home) as db:
-        return list(db.batches_after(0))
+        return list(db.batches_after("fam", 0))
 
 
 def raw_messages(home):
@@ -210,7 +216,9 @@ def test_records_are_archived_joined_batched_and_told(tmp_path):
         await send(bus, [label(99, 500.0)], base_seq=21, event_class="label")
         await learner.until_count("examples", 20)
         assert learner.accounts() == {("EWR", 1, "event"): 21, ("EWR", 1, "label"): 21}
-        assert [batch.number for commit in learner.commits for batch in commit.batches] == [1, 2]
+        assert [
+            batch.number for commit in learner.commits for batch in commit.families["fam"].batches
+        ] == [1, 2]
         await until_told(bus, [Mark(1, "event", 21), Mark(1, "label", 21)])
         await learner.close()
         seqs = [[example.seq for example in batch.examples] for batch in batched(tmp_path)]
@@ -354,7 +362,7 @@ def test_a_restart_goes_on_where_the_last_commit_stood(tmp_path):
         assert seqs == list(range(1, 21))
         assert batches[0].examples[0].features == struct.pack("<2f", 0.0, 1.0)
         with database(tmp_path / "halves") as db:
-            assert list(db.batches_after(1)) == batches[1:]
+            assert list(db.batches_after("fam", 1)) == batches[1:]
         assert len(archived(tmp_path / "halves")) == 25
 
     play(scenario)
@@ -419,7 +427,7 @@ def test_a_full_disk_pauses_ingest_and_nothing_is_acknowledged_until_it_has_room
         await learner.until_count("examples", 200)
         await learner.close()
         assert len(archived(tmp_path)) == 200
-        handed = [b.number for commit in learner.commits for b in commit.batches]
+        handed = [b.number for commit in learner.commits for b in commit.families["fam"].batches]
         assert handed == list(range(1, 21))
 
     play(scenario)

@@ -16,7 +16,7 @@ import pytest
 
 from cloud_learner.ingest.consumer import Ingest
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.ingest_db import IngestDb
@@ -57,8 +57,14 @@ def fill(folder: Path, leaving: int) -> Path:
 
 def opened(home: Path) -> Intake:
     rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=60.0)
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(10, 10), clock=ManualClock(), widths={})
+    db, raw, archive = (
+        IngestDb(home / "db", ["fam"]),
+        RawLog(home / "raw"),
+        Archive(home / "archive"),
+    )
+    return Intake(
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+    )
 
 
 def events(at: int) -> list[PredictionRecord]:
@@ -87,7 +93,9 @@ class Learner:
         self.task = asyncio.create_task(self.ingest.run())
 
     async def note(self, commit):
-        self.learned += [example.id for batch in commit.batches for example in batch.examples]
+        self.learned += [
+            example.id for batch in commit.families["fam"].batches for example in batch.examples
+        ]
 
     async def until(self, name, number) -> None:
         """Looks now and then: a pause tells nobody."""

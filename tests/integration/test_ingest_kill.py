@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from cloud_learner.ingest.guard import Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.store.archive import Archive
@@ -56,13 +56,20 @@ intake.close()
 PORTION = 3
 PREDICTIONS = 240
 WINDOW_S = 20.0
+FAMILIES = ["coin", "dice"]
 
 
 def opened(home: Path) -> Intake:
-    """An intake over the files in `home`."""
-    rules = Rules(family="fam", label_window_s=WINDOW_S, idle_s=60.0, expiry="negative")
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(10, 10), clock=ManualClock(), widths={})
+    """An intake of both families over the files in `home`."""
+    strands = [
+        Strand(
+            Rules(family=name, label_window_s=WINDOW_S, idle_s=60.0, expiry="negative"),
+            Batcher(10, 10),
+        )
+        for name in FAMILIES
+    ]
+    db, raw = IngestDb(home / "db", FAMILIES), RawLog(home / "raw")
+    return Intake(db, raw, Archive(home / "archive"), strands, clock=ManualClock(), widths={})
 
 
 def incoming(path: Path) -> list[Incoming]:
@@ -93,15 +100,23 @@ def life(device: str, chance: random.Random) -> list[tuple[str, bytes]]:
         skipped = chance.choice([0, 0, 0, 2])
         first = base["event"] + skipped
         scored = [Scored("r1", "stable", [0.5])]
+        names = [chance.choice(FAMILIES) for _ in range(count)]
         asked: list = [
             PredictionRecord(
-                "fam", "k", float(at + each), {}, "s", struct.pack("<f", at + each), 1.0, scored
+                names[each],
+                "k",
+                float(at + each),
+                {},
+                "s",
+                struct.pack("<f", at + each),
+                1.0,
+                scored,
             )
             for each in range(count)
         ]
         send("event", at + count, [*asked, chance.choice([1, 2])], skipped)
         labels = [
-            LabelRecord("fam", 3, first + each, float(at + each), at + each + 5.0)
+            LabelRecord(names[each], 3, first + each, float(at + each), at + each + 5.0)
             for each in range(count)
             if chance.random() < 0.8
         ]
@@ -109,8 +124,8 @@ def life(device: str, chance: random.Random) -> list[tuple[str, bytes]]:
             send("label", at + count + 7.0, labels)
         at += count
     end_s = PREDICTIONS + 5 * WINDOW_S
-    send("event", end_s, [ObservationRecord("fam", "o", end_s, {})])
-    send("label", end_s, [LabelRecord("fam", 3, 10**6, 0.0, end_s)])
+    send("event", end_s, [ObservationRecord(name, "o", end_s, {}) for name in FAMILIES])
+    send("label", end_s, [LabelRecord(name, 3, 10**6, 0.0, end_s) for name in FAMILIES])
     return [(subject, data) for _, subject, data in sorted(sent, key=lambda each: each[0])]
 
 
@@ -133,10 +148,10 @@ class Story:
         self.accounts = intake.accounting.accounts
         intake.close()
         db = IngestDb(quiet / "db")
-        self.batches = list(db.batches_after(0))
+        self.batches = {name: list(db.batches_after(name, 0)) for name in FAMILIES}
         db.close()
         self.raw = [message.data for message in RawLog(quiet / "raw").replay()]
-        assert len(self.batches) > 30
+        assert min(map(len, self.batches.values())) > 15
 
     def run(self, *prefix: str, words: int | None = None) -> tuple[int, int]:
         """One life of the child, killed after `words`; its exit code and its last word."""
@@ -160,19 +175,20 @@ class Story:
         intake = opened(self.home)
         accounts, counters = intake.accounting.accounts, intake.counters() | intake.waiting()
         reached = intake.reached
-        batches = list(intake.batches_after(0))
+        batches = {name: list(intake.batches_after(name, 0)) for name in FAMILIES}
         rows = intake.query("SELECT device, epoch, seq FROM examples")
         intake.abandon()
         raw = [message.data for message in RawLog(self.home / "raw").replay()]
         at = f"seed {self.seed}, {self.home}"
         assert sum(each.seq for each in accounts.values()) >= said, at
         assert all(each.is_balanced for each in accounts.values()), at
-        assert batches == self.batches[: len(batches)], at
+        for name, found in batches.items():
+            assert found == self.batches[name][: len(found)], at
         assert raw == self.raw[: len(raw)], at
         waits = counters.get("pending", 0) + counters.get("examples", 0)
         assert waits == counters.get("predictions", 0), at
-        assert reached[1] == counters.get("examples", 0), at
-        assert len(rows) == len(set(rows)) == reached[1] - counters["unwritten"], at
+        assert reached.released == counters.get("examples", 0), at
+        assert len(rows) == len(set(rows)) == reached.released - counters["unwritten"], at
 
     def finish(self) -> None:
         """A life to the end, and everything came out exactly once."""
@@ -181,8 +197,9 @@ class Story:
         self.check(0)
         intake = opened(self.home)
         assert intake.accounting.accounts == self.accounts, self.seed
-        assert list(intake.batches_after(0)) == self.batches, self.seed
-        released = intake.reached[1]
+        for name in FAMILIES:
+            assert list(intake.batches_after(name, 0)) == self.batches[name], self.seed
+        released = intake.reached.released
         assert intake.counters()["predictions"] == released >= 2 * PREDICTIONS
         assert len(set(intake.query("SELECT device, epoch, seq FROM examples"))) == released
         intake.abandon()

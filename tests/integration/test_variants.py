@@ -72,8 +72,8 @@ class Scene:
 
     async def heard(self) -> dict[str, Any]:
         """What the controller knows of the device after its report."""
-        await self.host.controller.report(self.runtime.report({}))
-        found: dict[str, Any] = self.host.controller.status()["devices"]["a"]
+        await self.host.releasing["coin"].controller.report(self.runtime.report({}))
+        found: dict[str, Any] = self.host.releasing["coin"].controller.status()["devices"]["a"]
         return found
 
 
@@ -89,8 +89,8 @@ def configured(home: Home) -> EdgeConfig:
 @contextlib.asynccontextmanager
 async def scene(home: Home) -> AsyncIterator[Scene]:
     broker, clock = MemoryBroker(), SystemClock()
-    family = Family.load(Path(home.origin().folder))
-    host = Host(home, family, await broker.connect(name="learner"), clock)
+    family = Family.load(Path(home.of("coin").origin().folder))
+    host = Host(home, [family], await broker.connect(name="learner"), clock)
     config = configured(home)
     bus = await broker.connect(name="a")
     fetcher = BusFetcher(bus, asyncio.get_running_loop())
@@ -125,7 +125,9 @@ def test_a_release_ships_both_forms_judged_and_signed_under_one_counter(home: Ho
         verdict = next(Lineage(home.lineage).read("verdict"))
         hashes = {each.name: each.sha256 for each in stable.variants}
         assert verdict["variants"] == hashes
-        assert all(found.host.gate.passed("", sha256) for sha256 in hashes.values())
+        assert all(
+            found.host.releasing["coin"].gate.passed("", sha256) for sha256 in hashes.values()
+        )
         rules = {each["rule"] for each in verdict["verdicts"]}
         assert {"static_quality", "float32_static_quality", "int8_gap"} <= rules
 
@@ -141,7 +143,7 @@ def test_the_device_picks_one_answers_with_it_and_says_which(home: Home) -> None
         kept = [name for name, sha256 in packages.items() if shelf.path_of(sha256) is not None]
         assert kept == [chosen]
         files = {name: home.registry / f"{sha256}.onnx" for name, sha256 in packages.items()}
-        features = Engine(Family.load(Path(home.origin().folder)).spec)
+        features = Engine(Family.load(Path(home.of("coin").origin().folder)).spec)
         row = features.vector(ASKED.time_s, ASKED.fields)[None]
         answers = {name: Runner(path).run(row).item() for name, path in files.items()}
         assert answers["int8"] != answers["float32"]

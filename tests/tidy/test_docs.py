@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "proto/*.md", "models/*/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "proto/*.md", "models/**/*.md")
     for path in ROOT.glob(pattern)
 )
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]

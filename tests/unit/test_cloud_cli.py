@@ -51,10 +51,22 @@ def test_serving_a_folder_that_is_no_home_says_how_to_make_one(learner, tmp_path
     assert done.stdout == ""
 
 
-def test_a_home_whose_marker_is_damaged_is_no_home(learner, tmp_path):
-    (tmp_path / "bootstrap.json").write_text("{")
+def test_a_family_whose_marker_is_damaged_is_named(learner, tmp_path):
+    (tmp_path / "families" / "coin").mkdir(parents=True)
+    (tmp_path / "families" / "coin" / "origin.json").write_text("{")
 
-    assert learner("serve", "--home", tmp_path).exit_code == 2
+    done = learner("serve", "--home", tmp_path)
+
+    assert (done.exit_code, "bad_origin" in done.stderr) == (2, True)
+
+
+def test_a_home_that_knew_one_family_is_refused_and_left_as_it_is(learner, tmp_path):
+    (tmp_path / "bootstrap.json").write_text("{}")
+
+    done = learner("serve", "--home", tmp_path)
+
+    assert (done.exit_code, "bad_version" in done.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["bootstrap.json"]
 
 
 def test_a_broken_family_folder_is_an_operators_error(learner, coin, tmp_path):
@@ -103,8 +115,10 @@ def home(tmp_path):
     db = IngestDb(Home(tmp_path).ingest_db)
     change = db.begin()
     dropped = {"dropped": 7, "sampled_out": 2}
-    put_account(change, ("EWR", 5, "event"), Account(1010, 9.0, 1000, 1, dropped, 3, 1500))
-    put_account(change, ("EWR", 5, "label"), Account(4, 9.0, 4))
+    put_account(
+        change, ("EWR", 5, "event"), Account(1010, {"coin": 9.0}, 1000, 1, dropped, 3, 1500)
+    )
+    put_account(change, ("EWR", 5, "label"), Account(4, {"coin": 9.0}, 4))
     db.commit(change, db.meta(), {})
     yield tmp_path
     db.close()

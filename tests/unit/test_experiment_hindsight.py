@@ -1,4 +1,4 @@
-"""A device's log once more, with holes: what comes out whole is right, and what is missing is told."""
+"""A device's log once more, with holes: what comes out whole is right, what is missing is told."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def replay(events, labels, spec=NEW, prior=NO_PRIOR, known=KNOWN):
     return {each.seq: each.features for each in hindsight.live(1, prior, events, labels)}, hindsight
 
 
-@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 40))])
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 40))]
+)
 def test_what_comes_out_whole_after_gaps_is_what_a_whole_log_gives(seed) -> None:
     events, labels = lived(seed)
     chance = random.Random(seed)
@@ -115,7 +117,8 @@ def test_what_comes_out_whole_after_gaps_is_what_a_whole_log_gives(seed) -> None
     assert told.lost == {"dropped": sum(map(len, holes))}
     assert told.after_gap == told.predictions - told.whole > 0
     assert max(found) > EVENTS - 100, "gaps end"
-    assert not told.differing and told.compared == told.predictions
+    assert not told.differing
+    assert told.compared == told.predictions
 
 
 def test_a_gap_in_what_was_logged_too_is_explained_and_its_logged_values_are_kept() -> None:
@@ -152,7 +155,8 @@ def test_before_the_first_envelope_windows_fill_and_what_they_lack_is_partial() 
     assert {seq: whole[seq] for seq in found} == found
     assert told.lost == {"before_raw": 999}
     assert told.partial == told.predictions - told.whole > 0
-    assert min(found) > 1000 and max(found) > EVENTS - 100
+    assert min(found) > 1000
+    assert max(found) > EVENTS - 100
 
 
 def test_a_value_that_was_logged_otherwise_is_counted_by_feature() -> None:
@@ -170,7 +174,12 @@ def test_a_value_that_was_logged_otherwise_is_counted_by_feature() -> None:
 def test_a_field_that_old_events_have_not_is_named_and_no_value_is_made_up_for_it() -> None:
     events, labels = lived(9)
     bare = [
-        (seq, msgspec.structs.replace(r, fields={k: v for k, v in r.fields.items() if k != "carrier"}))
+        (
+            seq,
+            msgspec.structs.replace(
+                r, fields={k: v for k, v in r.fields.items() if k != "carrier"}
+            ),
+        )
         for seq, r in events
     ]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cloud_learner.ingest.accounting import LANES_MAX, LANES_TOLD_MAX
 from cloud_learner.ingest.guard import NUMBER_MAX, Batcher
-from cloud_learner.ingest.intake import Intake
+from cloud_learner.ingest.intake import Intake, Strand
 from cloud_learner.ingest.joiner import Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.store.archive import Archive
@@ -41,8 +41,14 @@ BAD = msgspec.Raw(msgspec.msgpack.encode([77, "from", "the", "future"]))
 
 def opened(home: Path, **more: float) -> Intake:
     rules = Rules(family="fam", label_window_s=100.0, idle_s=60.0, **more)
-    db, raw, archive = IngestDb(home / "db"), RawLog(home / "raw"), Archive(home / "archive")
-    return Intake(db, raw, archive, rules, Batcher(10, 10), clock=ManualClock(), widths={})
+    db, raw, archive = (
+        IngestDb(home / "db", ["fam"]),
+        RawLog(home / "raw"),
+        Archive(home / "archive"),
+    )
+    return Intake(
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+    )
 
 
 @pytest.fixture
@@ -146,7 +152,7 @@ def test_a_device_hears_first_of_the_lanes_that_came_last(intake):
 def test_a_clock_that_was_ahead_moves_a_devices_time_no_further_than_its_arrival(tmp_path):
     intake = opened(tmp_path, ahead_s_max=10.0)
     intake.commit([incoming(envelope([seen(3e8)]))])
-    assert intake.accounting.accounts[LANE].newest_s == 10.0
+    assert intake.accounting.accounts[LANE].newest_s == {"fam": 10.0}
     intake.close()
 
 

@@ -81,3 +81,14 @@ def test_a_full_disk_is_a_named_error_and_keeps_what_stands(tmp_path):
     assert caught.value.code == "disk_full"
     lineage.append("plan", plan_seq=2)
     assert [entry["plan_seq"] for entry in lineage.read()] == [1, 2]
+
+
+def test_a_family_reads_its_own_entries_and_its_name_stands_in_what_it_adds(tmp_path):
+    whole = Lineage(tmp_path, ManualClock(1.0))
+    coin, dice = whole.of("coin"), whole.of("dice")
+    coin.append("release", counter=1)
+    dice.append("release", counter=7)
+    coin.append("plan", family="coin", plan_seq=2)
+    assert [entry["counter"] for entry in coin.read("release")] == [1]
+    assert [entry["counter"] for entry in dice.read()] == [7]
+    assert [entry["family"] for entry in whole.read()] == ["coin", "dice", "coin"]

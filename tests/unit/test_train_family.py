@@ -12,6 +12,7 @@ from cloud_learner.train.family import Family, load_module
 from edge_runtime.errors import ConfigError
 
 FLIGHTS = Path(__file__).parents[2] / "models" / "flight_delay"
+MODELS = sorted(path.parent for path in FLIGHTS.parent.glob("*/family.toml"))
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
@@ -31,6 +32,18 @@ def test_the_family_of_this_repository_is_whole():
     assert family.name == "flight_delay"
     assert family.interface.kinds["scheduled"].predicts
     assert "dep_delay_1h" in family.spec.names
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_each_family_of_this_repository_builds_networks_for_its_task(folder):
+    family = Family.load(folder)
+    chance = np.random.default_rng(3)
+    columns = [chance.integers(0, column.indices or 9, 50) for column in family.spec.columns]
+    rows = np.stack(columns, 1).astype(np.float32)
+
+    assert family.name == folder.name
+    for build in (family.build_teacher, family.build_student):
+        assert build(rows)(torch.tensor(rows)).shape == (50, family.config.task.outputs)
 
 
 def test_a_family_declares_what_its_files_say(coin, tmp_path):
@@ -68,6 +81,26 @@ def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path
         ('name = "coin"', 'name = "co.in"', "co.in"),
         ('selector = { site = "a" }', "canary_share = 1.0\nselector = {}", "canary_share"),
         ("[label]", "[label", "line"),
+        ("window_rows = 100", "passes = 0", "learning.fast.passes"),
+        ("window_rows = 100", "window_rows = 1.5", "learning.fast.window_rows"),
+        ("window_s = 20.0", "window_s = inf", "label.window_s: is inf"),
+        ("window_s = 20.0", "window_s = 20.0\npolicy = 'weighted'", "label.early_s"),
+        ("[label]", "[task]\nkind = 'multiclass'\nclasses = 1\n[label]", "task.classes"),
+        ("[label]", "[task]\nkind = 'ranking'\ngroup = 'sid'\n[label]", "task.group: 'sid'"),
+        ("[gates]", "[gates]\nslices = ['y']", "gates.slices: 'y' is no field of asked"),
+        ("[gates]", "[gates]\nslices = ['x', 3]", "gates.slices[1]"),
+        ("calibration_min = 0.2", "calibration_min = 5.5", "gates.calibration_min"),
+        (
+            "window_rows = 100\n\n[learning.stable]",
+            "on = false\n\n[learning.stable]\non = false",
+            "learning: learning.fast.on and learning.stable.on",
+        ),
+        ('x = "float"', 'x = "float", label = "int"', "events.asked.fields.label"),
+        ('y = "float"', 'y = "real"', "events.seen.fields.y"),
+        ("fields = { y", "field = { y", "events.seen.fields: is needed"),
+        ('selector = { site = "a" }', "selector = { site = 1 }", "rollout.selector.site"),
+        ('selector = { site = "a" }', "selector = {}\nvariants = ['int9']", "rollout.variants[0]"),
+        ('selector = { site = "a" }', "selector = {}\nvariants = []", "rollout.variants"),
     ],
 )
 def test_an_error_in_family_toml_names_file_and_key(coin, tmp_path, old, new, key):
@@ -75,6 +108,80 @@ def test_an_error_in_family_toml_names_file_and_key(coin, tmp_path, old, new, ke
 
     assert "family.toml" in error.message
     assert key in error.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "hint"),
+    [
+        ('output = "heads"', 'outptu = "heads"', "did you mean 'output'?"),
+        ("batch_size", "batchsize", "did you mean 'batch_size'?"),
+        ("window_rows", "windows_rows", "did you mean 'window_rows'?"),
+        ("window_s = 20.0", "window_s = 20.0\nexpiry = 'negativ'", "did you mean 'negative'?"),
+        ('x = "float"', 'x = "flaot"', "did you mean 'float'?"),
+        ("[gates]", "[gates]\nslices = ['sid']", "did you mean 'side'?"),
+    ],
+)
+def test_a_misspelt_word_comes_with_the_nearest_that_is_known(coin, tmp_path, old, new, hint):
+    assert refused(coin, tmp_path, family=(old, new)).hint == hint
+
+
+def test_all_problems_of_the_three_files_are_told_at_once(coin, tmp_path):
+    folder = coin.write_family(
+        tmp_path,
+        {
+            "family.toml": ("batch_size = 50", "batch_size = 1\nsede = 7"),
+            "features.toml": ("bounds = [-10.0, 10.0]", "bounds = [10.0, -10.0]"),
+            "network.py": ("def build_student", "def built_student"),
+        },
+    )
+    features = folder / "features.toml"
+    features.write_text(features.read_text().replace('"mean"', '"mode"'))
+
+    with pytest.raises(ConfigError) as caught:
+        Family.load(folder)
+    first, *problems = caught.value.message.splitlines()
+    assert first == f"{folder} has 5 problems:"
+    for problem, words in zip(
+        problems,
+        [
+            ("family.toml: learning.batch_size", "it is 1"),
+            ("family.toml: learning.sede", "did you mean 'seed'?"),
+            ("features.toml: feature 'x'", "bounds"),
+            ("features.toml: feature 'seen'", "window.statistic", "'mode'"),
+            ("network.py: defines no function build_student",),
+        ],
+        strict=True,
+    ):
+        assert all(word in problem for word in words), problem
+
+
+def test_features_that_read_unknown_fields_are_all_named(coin, tmp_path):
+    change = ("fields = { y", "fields = { z")
+    folder = coin.write_family(tmp_path, {"family.toml": change})
+    features = folder / "features.toml"
+    features.write_text(features.read_text().replace('field = "x"', 'field = "xx"'))
+
+    with pytest.raises(ConfigError) as caught:
+        Family.load(folder)
+    _, first, second = caught.value.message.splitlines()
+    assert all(word in first for word in ("features.toml", "'x'", "asked.xx"))
+    assert all(word in second for word in ("features.toml", "'seen'", "seen.y"))
+
+
+def test_a_feature_without_a_name_is_named_by_its_place(coin, tmp_path):
+    error = refused(coin, tmp_path, features=('name = "x"', ""))
+
+    assert "feature '#2'" in error.message
+
+
+def test_columns_that_never_change_are_told_and_refuse_nothing(coin, tmp_path):
+    family = Family.load(coin.write_family(tmp_path))
+    rows = ROWS.copy()
+    rows[:, 1] = 5.0
+
+    assert family.constants(rows) == ["x"]
+    assert family.constants(ROWS) == []
+    assert family.build_student(rows) is not None
 
 
 @pytest.mark.parametrize(
@@ -102,8 +209,8 @@ def test_an_error_in_features_toml_names_file_feature_and_key(coin, tmp_path, ch
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("class Network(", "class Network((", ["SyntaxError"]),
-        ("import torch\n", "import torhc\n", ["torhc"]),
+        ("class Network(", "class Network((", ["SyntaxError", "line 6"]),
+        ("import torch\n", "import torhc\n", ["torhc", "line 2"]),
         ("def build_student", "def built_student", ["build_student"]),
     ],
 )
@@ -125,8 +232,12 @@ def test_a_missing_file_is_named(coin, tmp_path, name):
     ("old", "new", "word"),
     [
         ("return Network(spec, rows, 0.0)", "return Network(spec, rows)", "dropout"),
-        ("nn.Linear(spec.size, 1)", "nn.Linear(spec.size, 2)", "(2, 2)"),
-        ("nn.Linear(spec.size, 1)", "nn.Linear(spec.size + 1, 1)", "build_student"),
+        ("nn.Linear(spec.size, 1)", "nn.Linear(spec.size, 2)", "(4, 2), not (4, 1)"),
+        ("nn.Linear(spec.size, 1)", "nn.Linear(spec.size + 1, 1)", "line 16"),
+        ("return self.out(", "raise KeyError('gone')  # ", "line 16: KeyError('gone')"),
+        ("return self.out(", "return 0.0 / 0.0 * (", "ZeroDivisionError"),
+        (".std(0) + 1e-6", ".std(0) * 0.0", "not all finite"),
+        ("return self.out(", "return self.out, (", "build_student fails"),
     ],
 )
 def test_a_network_that_cannot_be_built_or_run_is_named(coin, tmp_path, old, new, word):

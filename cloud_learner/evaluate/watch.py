@@ -1,0 +1,243 @@
+"""The watch over one family's stream: is the world still the one that was learned?
+
+Why: an alarm that comes with the micro-batch that shows the change lets the learner answer within
+it: train anew, trim, let the gate be strict. It never bypasses the gate.
+
+Five signs, each with a detector (`stats.drift`, `stats.columns`, `stats.estimate`): the loss rises;
+scores, a feature, embeddings follow another distribution; unlabelled answers are expected to be
+worse than labelled ones were.
+
+False alarms: `delta` is the chance that a micro-batch of a world that stands still raises any. Each
+source has a fifth of it, and shares that among its columns or classes (Bonferroni), so that all
+together stay below, however they depend on one another. For ADWIN the share bounds a check, which
+it stays far below. It holds for rows that are exchangeable; neighbours in time are not, and alarm
+more often.
+
+Invariants: the same rows in the same order give the same alarms, also across `state` and `restore`.
+It sees only rows that nothing has learned yet, and never learns.
+
+Knows nothing about devices and what an alarm does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cloud_learner.evaluate.alarms import SOURCES, Alarm, Alarms, Sign
+from cloud_learner.stats import drift
+from cloud_learner.stats.columns import LEVELS_KEPT, ColumnShifts
+from cloud_learner.stats.estimate import Cbpe, Expected
+from cloud_learner.stats.shifts import EmbeddingShift, ScoreShift, usual_step
+from cloud_learner.stats.tasks import Task
+from edge_runtime.features.feature import Column
+from edge_runtime.features.histogram import Counts, Histograms
+
+Matrix = npt.NDArray[np.float32]
+
+LABELLED_ROWS = 3000  # that the label-free estimate is calibrated on
+CLASSES_WATCHED = 10
+FEATURE_ROWS = 500  # at least, of the newest micro-batches, that a histogram is judged by
+ESTIMATE_DROP_MIN = 0.02
+ESTIMATE_DRAWS = 100
+
+
+class Limits(Protocol):
+    """What a family declares about drift; see docs/configuration.md."""
+
+    @property
+    def on(self) -> bool: ...
+    @property
+    def delta(self) -> float: ...
+    @property
+    def psi_max(self) -> float: ...
+    @property
+    def calm_batches(self) -> int: ...
+
+
+class Watch:
+    """Watches micro-batches; `reference` are rows, (rows, columns), of the world as it was."""
+
+    def __init__(
+        self, limits: Limits, task: Task, columns: Sequence[Column], reference: Matrix, seed: int
+    ) -> None:
+        self._limits, self._task, self._seed = limits, task, seed
+        self._alpha = limits.delta / len(SOURCES)
+        self._columns = list(columns)
+        scores = min(task.outputs, CLASSES_WATCHED)
+        self._loss = drift.MeanShift(self._alpha)
+        self._scores = [ScoreShift(self._alpha / scores, 1000 * seed + at) for at in range(scores)]
+        known = Histograms(self._columns)
+        known.add(reference)
+        self._features = ColumnShifts(self._columns, known, limits.psi_max, self._alpha)
+        self._recent: list[Histograms] = []
+        self._embeddings = EmbeddingShift(self._alpha, 1000 * seed)
+        self._labels = np.zeros(0, np.float32)
+        self._outputs = np.zeros((0, task.outputs), np.float32)
+        self._levels: dict[tuple[str, str], list[float]] = {}
+        self._alarms = Alarms(limits.calm_batches)
+        self.batch, self.time_s = 0, 0.0
+
+    @property
+    def stands(self) -> bool:
+        """Whether an alarm stands."""
+        return bool(self.standing)
+
+    @property
+    def standing(self) -> list[Alarm]:
+        """The alarms that stand."""
+        return self._alarms.standing(self.batch)
+
+    def observe(
+        self,
+        labels: Matrix,
+        outputs: Matrix,
+        features: Matrix,
+        embeddings: Matrix | None = None,
+        *,
+        batch: int,
+        time_s: float,
+    ) -> list[Alarm]:
+        """Take micro-batch `batch`, before it is learned; the alarms that it raises.
+
+        `labels` (rows,), `outputs` (rows, outputs) of the student, `features` (rows, columns),
+        `embeddings` (rows, width) of its last hidden layer where there is one. Rows whose outputs
+        are no finite numbers are left out.
+        """
+        self.batch, self.time_s = batch, time_s
+        sound = np.isfinite(outputs).all(1)
+        if not self._limits.on or not sound.any():
+            return []
+        labels, outputs, features = labels[sound], outputs[sound], features[sound]
+        signs = self._see_losses(labels, outputs) + self._see_scores(outputs)
+        signs += self._see_features(features)
+        if embeddings is not None:
+            signs += self._see_embeddings(embeddings[sound])
+        self._labels = np.concatenate([self._labels, labels])[-LABELLED_ROWS:]
+        self._outputs = np.concatenate([self._outputs, outputs])[-LABELLED_ROWS:]
+        return self._alarms.take(signs, batch, time_s)
+
+    def estimate(self, outputs: Matrix) -> tuple[Expected, list[Alarm]]:
+        """What unlabelled answers (rows, outputs) are worth, and the alarm if they are worse.
+
+        NaN where it is undefined (`stats.estimate`), and before any label came; then no alarm.
+        """
+        cbpe = Cbpe(self._task, self._labels, self._outputs)
+        expected = cbpe.expected(outputs[np.isfinite(outputs).all(1)])
+        reached = self._task.quality(self._labels, self._outputs) if self._has_chances else np.nan
+        drop = max(self._chance_drop(cbpe, expected.rows), ESTIMATE_DROP_MIN)
+        signs = []
+        if self._limits.on and expected.quality < reached - drop:
+            levels = self._level("estimate", "", expected.quality)
+            signs = [Sign("estimate", "", expected.quality, reached - drop, levels)]
+        return expected, self._alarms.take(signs, self.batch, self.time_s)
+
+    def recalled(self) -> list[Alarm]:
+        """The learner took a former state back: what stands is cyclic; the alarms so renamed."""
+        return self._alarms.recalled(self.batch, self.time_s)
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on from here."""
+        return copy.deepcopy(
+            {
+                "loss": self._loss.state(),
+                "scores": [each.state() for each in self._scores],
+                "features": self._features.state(),
+                "recent": [(each.rows, each.counts) for each in self._recent],
+                "embeddings": self._embeddings.state(),
+                "labels": self._labels,
+                "outputs": self._outputs,
+                "levels": self._levels,
+                "alarms": self._alarms.state(),
+                "at": (self.batch, self.time_s),
+            }
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Raises: KeyError, ValueError when it is of another family."""
+        state = copy.deepcopy(state)
+        self._loss.restore(state["loss"])
+        for each, kept in zip(self._scores, state["scores"], strict=True):
+            each.restore(kept)
+        self._features.restore(state["features"])
+        self._recent = [self._histograms(*each) for each in state["recent"]]
+        self._embeddings.restore(state["embeddings"])
+        self._labels, self._outputs = state["labels"], state["outputs"]
+        self._levels = state["levels"]
+        self._alarms.restore(state["alarms"])
+        self.batch, self.time_s = state["at"]
+
+    @property
+    def _has_chances(self) -> bool:
+        return self._task.kind in ("binary", "multiclass")
+
+    def _see_losses(self, labels: Matrix, outputs: Matrix) -> list[Sign]:
+        losses = self._task.bounded_losses(labels, outputs)
+        levels = self._level("loss", "", float(losses.mean()))
+        rise = self._loss.add(losses)
+        if rise is None:
+            return []
+        reach = rise.before + usual_step(levels[:-1])
+        found = max(rise.after, levels[-1])
+        return [Sign("loss", "", found, reach, levels)] if found > reach else []
+
+    def _see_scores(self, outputs: Matrix) -> list[Sign]:
+        signs = []
+        for at, test in enumerate(self._scores):
+            values = outputs[:, at].astype(np.float64)
+            name = str(at) if len(self._scores) > 1 else ""
+            levels = self._level("score", name, float(values.mean()))
+            shift = test.add(values)
+            if shift is not None:
+                signs.append(Sign("score", name, shift.found, shift.reach, levels))
+        return signs
+
+    def _see_features(self, features: Matrix) -> list[Sign]:
+        new = Histograms(self._columns)
+        new.add(features)
+        self._recent.append(new)
+        while sum(each.rows for each in self._recent[1:]) >= FEATURE_ROWS:
+            del self._recent[0]
+        shifts = self._features.judge(_summed(self._recent), new.counts)
+        return [Sign("feature", s.name, s.found, s.reach, s.levels) for s in shifts]
+
+    def _see_embeddings(self, embeddings: Matrix) -> list[Sign]:
+        level, shift = self._embeddings.add(embeddings.astype(np.float64))
+        levels = self._level("embedding", "", level)
+        return [] if shift is None else [Sign("embedding", "", shift.found, shift.reach, levels)]
+
+    def _histograms(self, rows: int, counts: list[Counts]) -> Histograms:
+        made = Histograms(self._columns)
+        made.rows, made.counts = rows, counts
+        return made
+
+    def _level(self, source: str, name: str, level: float) -> list[float]:
+        kept = [*self._levels.get((source, name), []), level][-LEVELS_KEPT:]
+        self._levels[source, name] = kept
+        return kept
+
+    def _chance_drop(self, cbpe: Cbpe, rows: int) -> float:
+        """How far below its mean the estimate of so many rows falls by chance, were they alike."""
+        if not self._has_chances or not rows or not len(self._labels):
+            return np.inf
+        random = np.random.default_rng(self._seed)
+        draws = random.integers(0, len(self._labels), (ESTIMATE_DRAWS, rows))
+        spread = np.std([cbpe.expected(self._outputs[each]).quality for each in draws])
+        return float(spread) * NormalDist().inv_cdf(1 - self._alpha)
+
+
+def _summed(parts: Sequence[Histograms]) -> list[Counts]:
+    """The histograms of all rows of `parts`, column by column."""
+    if len(parts) == 1:
+        return parts[0].counts
+    summed: list[Counts] = [{} for _ in parts[0].counts]
+    for part in parts:
+        for column, counts in zip(summed, part.counts, strict=True):
+            for bucket, count in counts.items():
+                column[bucket] = column.get(bucket, 0) + count
+    return summed
