@@ -82,6 +82,8 @@ class Needs:
 
     def lacking(self, fields: Fields) -> Mapping[str, set[str]]:
         """By field, the features that a predicted event without it cannot say."""
+        if self._asked.keys() <= fields.keys():
+            return {}
         return {name: whose for name, whose in self._asked.items() if name not in fields}
 
     def unseen(self, kind: str, fields: Fields) -> Mapping[str, set[str]]:

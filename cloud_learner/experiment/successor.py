@@ -52,7 +52,8 @@ ROWS_MAX = 500_000
 
 _NEWEST = """
 SELECT * FROM (
-    SELECT * FROM examples WHERE family = '{family}' AND spec = '{spec}' AND final
+    SELECT * FROM examples
+    WHERE family = '{family}' AND spec = '{spec}' AND final AND NOT coalesce(early, false)
     QUALIFY row_number() OVER (PARTITION BY device, epoch, seq ORDER BY revision DESC) = 1
     ORDER BY time_s DESC, device DESC, epoch DESC, seq DESC LIMIT {limit}
 ) ORDER BY time_s, device, epoch, seq

@@ -56,6 +56,7 @@ WHERE e.family = '{family}' AND v.time_s >= {start_s!r} AND v.time_s < {end_s!r}
 AND NOT EXISTS (
     SELECT 1 FROM examples t WHERE t.spec = '{spec}' AND t.family = e.family
     AND t.device = e.device AND t.epoch = e.epoch AND t.seq = e.seq AND t.revision = e.revision
+    AND coalesce(t.early, false) = coalesce(e.early, false)
 )
 ORDER BY e.time_s, e.device, e.epoch, e.seq, e.revision
 """
@@ -159,10 +160,12 @@ def examples_of(directory: Path, names: Sequence[str], sql: str) -> Iterator[lis
     """What a query of the view `examples`, over named files of the archive in `directory`, finds,
     ROWS at a time. Raises: ConfigError `archive_damaged`.
     """
-    source = parquet.read([directory / name for name in names]) if names else f"({parquet.EMPTY})"
+    view = f"CREATE VIEW examples AS {parquet.EMPTY}"  # has the columns that old files have not
+    if names:
+        view += f" UNION ALL BY NAME SELECT * FROM {parquet.read([directory / n for n in names])}"
     try:
         with parquet.connect() as connection:
-            connection.execute(f"CREATE VIEW examples AS SELECT * FROM {source}")
+            connection.execute(view)
             found = connection.execute(sql)
             columns = [column[0] for column in found.description or ()]
             while rows := found.fetchmany(ROWS):

@@ -1,4 +1,4 @@
-"""`cloud-learner backfill` over a home that has served, from raw envelopes to a release on trial."""
+"""`cloud-learner backfill` over a home that has served: raw envelopes to a release on trial."""
 
 from __future__ import annotations
 
