@@ -10,18 +10,20 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, TransportError
+from cloud_learner.commands import backfill
+from cloud_learner.exits import guarded as _guarded
+from cloud_learner.exits import tell as _tell
+from edge_runtime.errors import TransportError
 
 if TYPE_CHECKING:
     from edge_runtime.bus.access import Access
 
-T = TypeVar("T")
 _HOME = click.option(
     "--home", type=click.Path(path_type=Path), default=Path("var/cloud"), help="The learner's home."
 )
@@ -66,26 +68,7 @@ def bootstrap(family: Path, data: Path, home: Path) -> None:
     click.echo(json.dumps(as_facts(judgement), indent=2))
 
 
-@main.command()
-@click.argument("family", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_HOME
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def backfill(family: Path, home: Path, *, as_json: bool) -> None:
-    """Give the features that are new in FAMILY (a folder) their history, and release them.
-
-    Raw envelopes that the home kept go through the device's engine once more, under the new
-    features.toml; from the examples that come of it, the first release of the new features is
-    learned, gated, signed and offered. Stop `serve` first.
-
-    Example: cloud-learner backfill models/flight_delay --home var/cloud
-    """
-    from cloud_learner.config import Home
-    from cloud_learner.console.backfilled import table
-    from cloud_learner.experiment.backfill import backfill as run
-    from cloud_learner.experiment.backfill import facts
-
-    found = _guarded(lambda: facts(run(family, Home(home), _tell)))
-    click.echo(json.dumps(found) if as_json else table(found))
+main.add_command(backfill)
 
 
 @main.command()
@@ -278,45 +261,6 @@ async def _status(url: str, access: Access) -> dict[str, Any]:
     families = detail.pop("families", {})
     head = {"clock_s": clock_s, "stage": found.stage, "families": families}
     return {**head, **found.counters, "detail": detail}
-
-
-def _guarded(call: Callable[[], T]) -> T:
-    """The result of `call`; an error becomes its text and its exit code."""
-    try:
-        return call()
-    except (HeadwaterError, OSError) as error:
-        _fail([error])
-    except ExceptionGroup as group:  # what a task raised comes out of its group
-        errors, defects = group.split((HeadwaterError, OSError))
-        if errors is None or defects is not None:
-            raise
-        _fail(list(_leaves(errors)))
-
-
-def _fail(errors: list[Exception]) -> NoReturn:
-    for error in errors:
-        click.echo(f"error: {error}", err=True)
-    sys.exit(_exit_code(errors[0]))
-
-
-def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
-    for error in group.exceptions:
-        if isinstance(error, ExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
-
-
-def _exit_code(error: Exception) -> int:
-    if isinstance(error, HeadwaterError) and error.code == "gate_refused":
-        return 3
-    if isinstance(error, ConfigError | RequestError):
-        return 2
-    return 4 if isinstance(error, TransportError) else 1
-
-
-def _tell(text: str) -> None:
-    click.echo(text, err=True)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ from typing import Any
 import msgspec
 
 from cloud_learner.config import Home
-from cloud_learner.experiment.hindsight import Found, Hindsight, Known, Vector
+from cloud_learner.experiment.hindsight import Hindsight, Vector
 from cloud_learner.experiment.lanes import Lanes
+from cloud_learner.experiment.logged import Found, Known
 from cloud_learner.experiment.progress import Progress
 from cloud_learner.experiment.successor import Released, release
 from cloud_learner.experiment.twins import Twins, Vectors
 from cloud_learner.package.inspect import spec_of
-from cloud_learner.store.ingest_db import IngestDb
+from cloud_learner.store.ingest_db import IngestDb, accounts_of
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.raw import Position, RawLog
 from cloud_learner.store.registry import Registry
@@ -148,7 +149,7 @@ def fill(home: Home, db: IngestDb, family: Family, known: Known, tell: Tell) -> 
     shutil.rmtree(work, ignore_errors=True)
     try:
         with contextlib.ExitStack() as stack:
-            lanes = Lanes(work / "lanes")
+            lanes = Lanes(work / "lanes", accounts_of(db.rocks))
             stack.callback(lanes.close)
             filled, size = _sorted(home, db, lanes, family, tell)
             vectors = Vectors(work / "vectors")

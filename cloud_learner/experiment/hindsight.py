@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
-
-import msgspec
-import numpy as np
 
 from cloud_learner.experiment.blind import NOTHING, SETTLED, Blind
 from cloud_learner.experiment.lanes import NOT_KEPT, REFUSED, Lost
-from cloud_learner.experiment.needs import Common, Needs, common
+from cloud_learner.experiment.logged import Found, Known, Logged
+from cloud_learner.experiment.needs import Needs
 from edge_runtime.features.engine import Engine
 from edge_runtime.features.feature import LABEL, Feature
 from edge_runtime.features.spec import Spec
@@ -44,39 +42,6 @@ from edge_runtime.wire.messages import (
 
 BEFORE, OTHER_LIFE = "before_raw", "other_life"
 Lane = Iterable[tuple[int, Record | Lost]]
-
-
-class Known(msgspec.Struct, frozen=True):
-    """What the home knows of earlier releases: their specs by hash, and which of them saw labels.
-
-    Those are named by their release: a device that served one logged its labels for the windows.
-    """
-
-    specs: Mapping[str, Spec]
-    saw_labels: frozenset[str]
-
-
-class Found(msgspec.Struct):
-    """What the replay of a device came to; `whole` vectors can be learned from.
-
-    `partial` lack something from before the first envelope, `after_gap` something from a gap,
-    `lacking` a field, by kind and field. `lost` are numbers that did not come, by reason. Of those
-    `compared` with what was logged, `explained` differ after a gap, and `differing` counts by
-    feature those that differ without one.
-    """
-
-    predictions: int = 0
-    whole: int = 0
-    partial: int = 0
-    after_gap: int = 0
-    lacking: dict[str, int] = {}
-    lost: dict[str, int] = {}
-    compared: int = 0
-    explained: int = 0
-    differing: dict[str, int] = {}
-    unknown_spec: int = 0
-    first_s: float = math.inf
-    last_s: float = -math.inf
 
 
 class Vector(NamedTuple):
@@ -96,9 +61,8 @@ class Hindsight:
         self.found = Found()
         self._spec, self._interface, self._known = spec, interface, known
         self._needs = Needs(spec, interface)
-        self._common: dict[str, Common | None] = {}
         self._counts = {"lacking": Counter[str](), "lost": Counter[str]()}
-        self._differing: Counter[str] = Counter()
+        self._logged_values = Logged(spec, known, self.found)
         self._last_epoch: int | None = None
         self._forget()
 
@@ -137,7 +101,6 @@ class Hindsight:
         if told is not None:
             self._show(told, math.inf, (epoch + 1, 0))
         self.found.lacking, self.found.lost = map(dict, self._counts.values())
-        self.found.differing = dict(self._differing)
 
     def _begin(self, epoch: int, prior: int) -> None:
         """Whether what came before is known: the log is new, or goes on from the epoch before."""
@@ -216,7 +179,7 @@ class Hindsight:
         except TypeError:  # text where a number has to be: no device of ours lets it pass
             self._counts["lacking"][f"{record.kind}: a number"] += 1
             return None
-        known, packed = self._compared(record, packed, start | gaps | swaps | lacking)
+        known, packed = self._logged_values.compare(record, packed, start | gaps | swaps | lacking)
         if hidden := lacking - known:
             for name, whose in self._needs.lacking(fields).items():
                 self._counts["lacking"][f"{record.kind}.{name}"] += bool(whose & hidden)
@@ -240,35 +203,6 @@ class Hindsight:
     def _lacking(self, record: PredictionRecord) -> frozenset[str]:
         lacking = self._needs.lacking(record.fields)
         return frozenset().union(*lacking.values()) if lacking else NOTHING
-
-    def _compared(
-        self, record: PredictionRecord, packed: bytes, hidden: frozenset[str]
-    ) -> tuple[frozenset[str], bytes]:
-        """The features that were logged, and the vector with their logged values."""
-        both = self._common_with(record.spec)
-        if both is None or len(record.features) != 4 * self._known.specs[record.spec].size:
-            self.found.unknown_spec += 1
-            return NOTHING, packed
-        self.found.compared += 1
-        logged = np.frombuffer(record.features, "<u4")[both.old]
-        vector = np.frombuffer(packed, "<u4")
-        differs = vector[both.new] != logged
-        if not differs.any():
-            return both.names, packed
-        names = {both.features[at] for at in np.flatnonzero(differs)}
-        if names <= hidden:
-            self.found.explained += 1
-        else:
-            self._differing.update(names - hidden)
-        vector = vector.copy()
-        vector[both.new] = logged
-        return both.names, vector.tobytes()
-
-    def _common_with(self, spec: str) -> Common | None:
-        if spec not in self._common:
-            old = self._known.specs.get(spec)
-            self._common[spec] = None if old is None else common(old, self._spec)
-        return self._common[spec]
 
     def _move(self, record: PredictionRecord | ObservationRecord) -> None:
         """What `Pipeline.replay` does."""

@@ -14,14 +14,14 @@ Knows nothing about features, families or time.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from cloud_learner.ingest.opening import Incoming, opened
-from cloud_learner.store.ingest_state import lane_prefix, number_key
+from cloud_learner.store.ingest_state import Account, Lane, lane_prefix, number_key
 from cloud_learner.store.raw import RawLog, RawMessage
 from cloud_learner.store.rocks import Rocks, Table
 from edge_runtime.errors import ConfigError, RequestError
@@ -57,10 +57,15 @@ class Lost(msgspec.Struct, frozen=True):
 
 
 class Lanes:
-    """What `raw` keeps, sorted into a database in `directory`, which is made for it."""
+    """What `raw` keeps, sorted into a database in `directory`, which is made for it.
 
-    def __init__(self, directory: Path) -> None:
+    `accounts` say where each lane ends that ingest holds: beyond the last envelope of a lane there
+    may be a damaged one.
+    """
+
+    def __init__(self, directory: Path, accounts: Mapping[Lane, Account]) -> None:
         self._rocks = Rocks(directory, TABLES, damaged="bad_backfill")
+        self._accounts = accounts
         self.counts: Counter[str] = Counter()
 
     def sort(self, raw: RawLog, step: Step) -> None:
@@ -88,17 +93,18 @@ class Lanes:
         self._rocks.write(change)
 
     def epochs(self) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-        """Each device with its epochs, ascending, each with the epoch before it in its log."""
-        device, found = "", list[tuple[int, int]]()
+        """Each device with its epochs, ascending, each with the epoch before it in its log.
+
+        They begin with the first of which there is an envelope; after it, none is left out.
+        """
+        kept: dict[str, dict[int, int]] = defaultdict(dict)
         for key, value in self._rocks.scan("epochs", b"", _END):
-            name, epoch = key[:-9].decode(), int.from_bytes(key[-8:], "big")
-            if name != device:
-                if found:
-                    yield device, found
-                device, found = name, []
-            found.append((epoch, _prior(value)))
-        if found:
-            yield device, found
+            kept[key[:-9].decode()][int.from_bytes(key[-8:], "big")] = _prior(value)
+        for (device, epoch, _), account in self._accounts.items():
+            if account.seq and epoch > min(kept.get(device, {epoch: 0})):
+                kept[device].setdefault(epoch, account.prior)
+        for device, priors in sorted(kept.items()):
+            yield device, sorted(priors.items())
 
     def lane(
         self, device: str, epoch: int, event_class: EventClass, step: Step
@@ -122,6 +128,9 @@ class Lanes:
                 lost = type(record) is int
                 yield seq, (Lost(OMITTED.get(record, REFUSED), 1) if lost else record)  # type: ignore[arg-type, misc]
             following = max(following, arrival.base_seq + arrival.count)
+        account = self._accounts.get((device, epoch, event_class))
+        if account is not None and account.seq >= following:
+            yield following, Lost(NOT_KEPT, account.seq - following + 1)
 
     def close(self) -> None:
         """Close the database; whoever made its folder removes it."""

@@ -4,8 +4,9 @@ Why: what was learned is asked about elsewhere, by DuckDB, Spark and Polars, whi
 
 Invariants: a file needs nothing of ours to be understood: features are a list of FLOAT, the arms a
 list of structs, fields JSON text, times seconds (DOUBLE), and `time` is the event time once more as
-a TIMESTAMP in UTC, kept within the years 1 to 9999. Columns are only appended. Nothing that a
-device can say in an example makes `copy` fail; outputs that are no numbers become NULL.
+a TIMESTAMP in UTC, kept within the years 1 to 9999. Columns are only appended, before `time`.
+Nothing that a device can say in an example makes `copy` fail; outputs that are no numbers become
+NULL.
 
 Knows nothing about where files lie or when they count. The store is the only home of duckdb.
 """
@@ -49,6 +50,8 @@ _TYPES: dict[str, tuple[str, str]] = {
     "fields": ("O", "VARCHAR"),
     "final": ("?", "BOOLEAN"),
     "revision": ("i4", "INTEGER"),
+    "weight": ("f8", "DOUBLE"),
+    "early": ("?", "BOOLEAN"),
 }
 """By column: the type of its numpy array and the SQL type in the file, in order; then `time`."""
 
@@ -79,6 +82,7 @@ EMPTY = "SELECT {}, NULL::TIMESTAMP AS time WHERE false".format(
 )
 """A query that answers with all columns and no row."""
 
+_OLDER = "REPLACE (coalesce(weight, 1.0) AS weight, coalesce(early, false) AS early)"
 _OPTIONS = f"(FORMAT parquet, COMPRESSION zstd, KV_METADATA {{headwater_examples: '{FORMAT}'}})"
 
 
@@ -124,9 +128,12 @@ def merge(paths: Sequence[Path], path: Path, temporary: Path, memory_mb: int) ->
 
 
 def read(paths: Sequence[Path]) -> str:
-    """The SQL of a table of what the files hold, older ones without later columns included."""
+    """The SQL of a table of what the files hold, in their order, with every column: older files
+    have none of the later ones, and what those mean is said for them.
+    """
     names = ", ".join(quoted(path) for path in paths)
-    return f"read_parquet([{names}], union_by_name = true, hive_partitioning = false)"
+    files = f"read_parquet([{names}], union_by_name = true, hive_partitioning = false)"
+    return f"(SELECT * {_OLDER} FROM ({EMPTY} UNION ALL BY NAME SELECT * FROM {files}))"
 
 
 def quoted(path: Path) -> str:

@@ -22,7 +22,7 @@ from cloud_learner.cli import main
 from cloud_learner.config import Home
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.experiment.backfill import SkewError, fill, known_releases, owned
-from cloud_learner.experiment.hindsight import Known
+from cloud_learner.experiment.logged import Known
 from cloud_learner.experiment.worlds import history
 from cloud_learner.host import Host
 from cloud_learner.package.inspect import spec_of
@@ -304,21 +304,24 @@ def test_a_field_that_no_old_event_has_is_named(served_home, tmp_path):
     assert "asked.z (1,200 events)" in result.output
 
 
-def test_a_damaged_raw_file_costs_what_lies_in_it_and_is_counted(var):
+@pytest.mark.parametrize("at", [0.02, 0.5, 0.99])
+def test_a_damaged_raw_file_costs_what_lies_in_it_and_is_counted(backfilled, var, at):
     (path,) = (var / "home" / "raw").glob("*.raw")
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
+    data[int(at * len(data))] ^= 0xFF
     path.write_bytes(data)
     home, family = Home(var / "home"), Family.load(var / "coin")
 
     with owned(home) as db:
         filled = fill(home, db, family, known_releases(home, "coin"), lambda _text: None)
 
+    lost = {name: n for found in filled.devices.values() for name, n in found.lost.items()}
+    whole = {row[:3]: row for row in rows(Home(backfilled[0] / "home"), family.spec.hash)}
     assert filled.damaged_bytes > 0
-    lost = [found.lost for found in filled.devices.values() if found.lost]
-    assert [list(each) for each in lost] == [["not_kept"]]
-    assert 0 < sum(found.after_gap for found in filled.devices.values()) < 600
-    assert filled.twins < 1200
+    assert lost.keys() <= {"not_kept", "before_raw"}
+    assert sum(lost.values()) == ENVELOPE_RECORDS
+    assert 0 < filled.twins < len(whole)
+    assert all(whole[row[:3]] == row for row in rows(home, family.spec.hash))
 
 
 def test_values_that_were_logged_otherwise_stop_it_before_anything_is_written(var):

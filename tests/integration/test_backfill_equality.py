@@ -17,8 +17,9 @@ import msgspec
 import pytest
 
 from cloud_learner.experiment.backfill import replayed
-from cloud_learner.experiment.hindsight import Hindsight, Known
+from cloud_learner.experiment.hindsight import Hindsight
 from cloud_learner.experiment.lanes import Lanes
+from cloud_learner.experiment.logged import Known
 from cloud_learner.simulate.rig import Cloud
 from cloud_learner.store.raw import RawLog
 from edge_runtime.bus.memory import MemoryBroker
@@ -57,9 +58,9 @@ NEW = (
     'cycle = { of = "day" }',
     'window = { over = "departed", value = "delay", statistic = "std", span_s = 3000.0 }',
     'window = { over = "departed", key = "carrier", value = "delay", statistic="max", span_s=6e2 }',
-    'window = { over = "departed", key = "carrier", value = "delay", statistic="min", span_events=9}',
+    'window = { over = "departed", key = "carrier", value="delay", statistic="min", span_events=9}',
     'window = { over = "departed", value = "delay", statistic = "distinct", span_s = 500.0 }',
-    'window = { over = "departed", value = "delay", statistic="decayed_mean", half_life_s = 9.0}',
+    'window = { over = "departed", value="delay", statistic="decayed_mean", half_life_s=9.0 }',
     'window = { over = "scheduled", key = "carrier", statistic = "time_since_last", span_s = 6e3 }',
     'window = { over = "label", statistic = "count", span_s = 600.0 }',
     'window = { over = "label", key = "carrier", statistic = "mean", span_events = 5 }',
@@ -176,7 +177,7 @@ async def send_all(home: Path, lives: list[Life]) -> None:
 
 def hindsights(home: Path, spec: Spec, interface, known: Known) -> dict:
     """By device, the vectors that a replay of the raw envelopes gives, and what it found."""
-    lanes, raw = Lanes(home / "lanes"), RawLog(home / "raw")
+    lanes, raw = Lanes(home / "lanes", {}), RawLog(home / "raw")
     lanes.sort(raw, lambda _size: None)
     told = {}
     for device, epochs in lanes.epochs():

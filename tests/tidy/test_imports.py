@@ -24,7 +24,7 @@ EDGE_ORDER = (
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
-    ("config",),
+    ("config", "exits"),
     ("children", "nats_server", "server_check"),
     ("broker",),
     ("admission", "streams"),
@@ -39,6 +39,7 @@ CLOUD_ORDER = (
     ("experiment", "console"),
     ("bootstrap", "serve"),
     ("simulate",),
+    ("commands",),
     ("cli",),
 )
 LEARNER_MAY_IMPORT = (

@@ -8,8 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from cloud_learner.experiment.hindsight import Hindsight, Known
+from cloud_learner.experiment.hindsight import Hindsight
 from cloud_learner.experiment.lanes import Lost
+from cloud_learner.experiment.logged import Known
 from edge_runtime.features.engine import Engine
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.package import Interface, Kind
