@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.cli import main
 from cloud_learner.config import Home
+from cloud_learner.console.backfilled import table
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.experiment.backfill import SkewError, fill, known_releases, owned
 from cloud_learner.experiment.logged import Known
@@ -221,6 +222,27 @@ def test_training_and_gates_go_by_the_twins_alone(served_home, backfilled):
     assert sum(parts) == len(past) == found["filled"]["twins"]
     assert len(load_set(home.of("coin").static)) == released["static"]
     assert load_set(home.of("coin").static).features.shape[1] == family.spec.size
+
+
+def test_a_person_reads_how_far_back_it_went_and_what_is_missing(backfilled):
+    _, found = backfilled
+    devices = {**found["filled"]["devices"]}
+    devices["b"] = {**devices["b"], "lost": {"dropped": 4000}, "after_gap": 12}
+    found = {**found, "filled": {**found["filled"], "devices": devices}}
+
+    lines = table(found).splitlines()
+
+    assert lines[1].split() == [
+        "a",
+        "1970-01-01",
+        "00:33",
+        "1970-01-01",
+        "00:59",
+        *["600", "600", "0", "0", "0"],
+    ]
+    assert "b: missing: dropped 4,000" in lines
+    assert not any(line.startswith("a: ") for line in lines)
+    assert f"release {found['released']['release']} is offered" in lines
 
 
 def test_a_second_call_has_nothing_to_do_and_changes_nothing(backfilled):
