@@ -32,7 +32,6 @@ from cloud_learner.experiment.twins import examples_of, files_of
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releases, passed_before, release_signers
-from cloud_learner.rollout.campaign import Offer
 from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
@@ -115,12 +114,10 @@ def release(home: Home, family: Family, db: IngestDb, tell: Tell) -> Released:
     past.hold_out.save(own.hold_out)
     cycle.keep_graph(own.graph)
     cycle.save(own.checkpoint)
-    offer = asyncio.run(_offer(home, family, candidate, judgement))
+    name, counter = asyncio.run(_offer(home, family, candidate, judgement))
     through_s, folder = own.origin().learned_through_s, str(family.folder.resolve())
-    own.write_origin(Origin(family.name, folder, through_s, offer.release, offer.sha256))
-    return Released(
-        offer.release, offer.counter, len(learned), past.held_out, len(static), judgement
-    )
+    own.write_origin(Origin(family.name, folder, through_s, name, judgement.sha256))
+    return Released(name, counter, len(learned), past.held_out, len(static), judgement)
 
 
 def _recent(past: _History, family: Family) -> HoldOut | None:
@@ -160,12 +157,17 @@ def _as_set(family: Family, examples: list[Example]) -> EvaluationSet:
     )
 
 
-async def _offer(home: Home, family: Family, candidate: Candidate, judgement: Judgement) -> Offer:
-    """Hand the release to the home's campaign; its publisher signs to disk, nobody listens yet."""
+async def _offer(
+    home: Home, family: Family, candidate: Candidate, judgement: Judgement
+) -> tuple[str, int]:
+    """Hand the release to the home's campaign; its publisher signs to disk, nobody listens yet.
+
+    Returns its name and counter. A call that was killed may have come this far: then the release
+    that it has offered is the one.
+    """
     clock, lineage = SystemClock(), Lineage(home.lineage)
     part = lineage.of(family.name)
     releases = Releases(family.name, Registry(home.registry), part)
-    offer = releases.register(candidate, judgement)
     bus = await MemoryBroker().connect(name="backfill")
     known = {name: passed_before(lineage.of(name)) for name in home.families()}
     signers = release_signers(home, lambda name, sha256: sha256 in known.get(name, ()))
@@ -173,10 +175,29 @@ async def _offer(home: Home, family: Family, candidate: Candidate, judgement: Ju
     campaign = home.of(family.name).campaign
     controller = Controller(campaign_rules(family), campaign, publish, part, clock)
     await controller.start()
-    await controller.offer(offer)
+    offered = _offered(controller, part, judgement.sha256)
+    if offered is None:
+        offer = releases.register(candidate, judgement)
+        await controller.offer(offer)
+        offered = offer.release, offer.counter
     await controller.close()
     await bus.close()
-    return offer
+    return offered
+
+
+def _offered(controller: Controller, lineage: Lineage, sha256: str) -> tuple[str, int] | None:
+    """Name and counter of the release of this package that the campaign has already."""
+    status = controller.status()
+    arms = (status["stable"], status["canary"])
+    live = {status["pending"], *(arm["release"] for arm in arms if arm)}
+    return next(
+        (
+            (entry["release"], entry["counter"])
+            for entry in lineage.read("release")
+            if entry["sha256"] == sha256 and entry["release"] in live
+        ),
+        None,
+    )
 
 
 def _refused(judgement: Judgement) -> RefusedError:

@@ -396,6 +396,22 @@ def test_killed_when_the_twins_are_written_none_is_written_twice(served_home, ba
     assert rows(home, spec) == rows(Home(backfilled[0] / "home"), spec)
 
 
+def test_killed_before_the_last_write_it_offers_the_same_release_and_no_second(
+    served_home, backfilled, tmp_path
+):
+    var = tmp_path / "var"
+    shutil.copytree(backfilled[0], var)
+    own, before = (Home(each / "home").of("coin") for each in (var, served_home))
+    own.write_origin(msgspec.structs.replace(before.origin(), folder=str(var / "coin")))
+    campaign = own.campaign.read_bytes()
+
+    found = json.loads(run(var, "--json").stdout)
+
+    assert found["released"]["release"] == backfilled[1]["released"]["release"]
+    assert found["filled"]["twins"] == 0
+    assert own.campaign.read_bytes() == campaign
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_killed_at_any_moment_it_comes_to_the_same_end(served_home, backfilled, var, seed):
@@ -404,7 +420,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_end(served_home, backfilled, 
     command = [sys.executable, "-c", KILLED, str(var / "coin"), str(home), "99"]
     running = subprocess.Popen(command)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        running.wait(timeout=chance.uniform(1.0, 12.0))
+        running.wait(timeout=chance.uniform(0.5, 6.0))
     running.kill()
     running.wait()
     run(var)
