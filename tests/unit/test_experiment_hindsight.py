@@ -102,7 +102,7 @@ def replay(events, labels, spec=NEW, prior=NO_PRIOR, known=KNOWN):
 
 
 @pytest.mark.parametrize(
-    "seed", [1, 2, *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 40))]
+    "seed", [5, 31, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(40, 80))]
 )
 def test_what_comes_out_whole_after_gaps_is_what_a_whole_log_gives(seed) -> None:
     events, labels = lived(seed)
@@ -120,6 +120,19 @@ def test_what_comes_out_whole_after_gaps_is_what_a_whole_log_gives(seed) -> None
     assert max(found) > EVENTS - 100, "gaps end"
     assert not told.differing
     assert told.compared == told.predictions
+
+
+@pytest.mark.parametrize("name", ["last", "few", "decayed"])
+def test_windows_without_a_span_are_whole_when_they_have_seen_enough_of_a_key(name) -> None:
+    events, labels = lived(4)
+    events = [(seq, r) for seq, r in events if seq < 1000 or seq % 5 == 0]  # few after the gap
+    events = [(at, r) for at, (_, r) in enumerate(events, start=1)]
+    whole, _ = replay(events, labels, spec=spec_of([name]))
+
+    found, hindsight = replay(holed(events, [range(960, 1000)]), labels, spec=spec_of([name]))
+
+    assert {seq: whole[seq] for seq in found} == found
+    assert 0 < hindsight.found.after_gap < 100
 
 
 def test_a_gap_in_what_was_logged_too_is_explained_and_its_logged_values_are_kept() -> None:
