@@ -115,6 +115,36 @@ def status(home: Path, nats: str, *, as_json: bool, **files: Path | None) -> Non
 
 
 @main.command()
+@click.argument("family", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--cadence", default="never,30d,7d,1d,1h", show_default=True, help="How often.")
+@click.option(
+    "--policy",
+    default="incremental",
+    show_default=True,
+    help="Also fast, stable, and scratch:SPAN such as scratch:30d; several with commas.",
+)
+@click.option("--offsets", default=5, type=click.IntRange(1), help="Phases of each cadence.")
+@click.option("--seeds", default=3, type=click.IntRange(1), help="Trajectories of each policy.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("var/freshness"))
+def freshness(
+    family: Path, data: Path, *, cadence: str, policy: str, offsets: int, seeds: int, out: Path
+) -> None:
+    """What it is worth to ship new models of FAMILY more often, measured on DATA.
+
+    Example: cloud-learner freshness models/flight_delay january.parquet --policy incremental
+    """
+    from cloud_learner.console.freshness_table import table
+    from cloud_learner.experiment.freshness import freshness as run
+    from cloud_learner.experiment.report import Options
+
+    options = _guarded(lambda: Options.of(cadence, policy, offsets, seeds))
+    report = _guarded(lambda: run(family, data, options, out, tell=_tell))
+    click.echo(table(report))
+    _tell(f"{out}: freshness.csv, freshness.json, freshness.svg")
+
+
+@main.command()
 @click.option("--full", is_flag=True, help="Play the whole year; the default is its first months.")
 @click.option(
     "--var", type=click.Path(path_type=Path), default=Path("var/demo"), help="Where it all lies."
@@ -258,8 +288,7 @@ async def _status(url: str, access: Access) -> dict[str, Any]:
     found = codec.decode_status(message.data)
     detail = json.loads(found.detail) if found.detail else {}
     clock_s = found.clock_s if math.isfinite(found.clock_s) else None  # JSON knows no infinity
-    families = detail.pop("families", {})
-    head = {"clock_s": clock_s, "stage": found.stage, "families": families}
+    head = {"clock_s": clock_s, "stage": found.stage, "families": detail.pop("families", {})}
     return {**head, **found.counters, "detail": detail}
 
 

@@ -88,8 +88,10 @@ class Course:
             return
         batch = self.waiting.popleft()
         self.number = batch.number
-        matured_s = batch.examples[-1].time_s + self.family.config.label.window_s
-        self.clock_s = max(self.clock_s, matured_s)
+        label, last = self.family.config.label, batch.examples[-1]
+        comes_at_once = last.early or label.policy == "arrival"
+        due_s = last.label_time_s if comes_at_once else last.time_s + label.window_s
+        self.clock_s = max(self.clock_s, due_s)
         self.skipped += self.is_fresh and bool(self.waiting)
         self._settle_clock()
 

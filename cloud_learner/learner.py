@@ -24,9 +24,8 @@ from cloud_learner.config import Home
 from cloud_learner.course import Course
 from cloud_learner.cycle import Candidate
 from cloud_learner.ingest.consumer import Ingest
-from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.intake import Commit, Intake, Strand
-from cloud_learner.ingest.joiner import Rules
+from cloud_learner.rules import batcher, label_rules
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_db import IngestDb
@@ -146,17 +145,9 @@ class Learner:
 
 def strand(home: Home, family: Family) -> Strand:
     """How a family's labels count and how its batches are cut. Raises: ConfigError."""
-    config = family.config
-    rules = Rules(
-        family=family.name,
-        label_window_s=config.label.window_s,
-        idle_s=IDLE_S,
-        expiry=config.label.expiry,
-        amend_s=config.label.amend_s,
-        learn_from_s=home.of(family.name).origin().learned_through_s,
-        ahead_s_max=config.skew_s_max if config.clock == "wall" else float("inf"),
-    )
-    return Strand(rules, Batcher(config.learning.batch_size, config.learning.device_cap))
+    learn_from_s = home.of(family.name).origin().learned_through_s
+    rules = label_rules(family.config, idle_s=IDLE_S, learn_from_s=learn_from_s)
+    return Strand(rules, batcher(family.config, rules))
 
 
 def open_intake(home: Home, families: Sequence[Family], clock: Clock) -> Intake:

@@ -13,13 +13,45 @@ import msgspec
 from cloud_learner.config import Home
 from cloud_learner.evaluate.gates import Limits
 from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
+from cloud_learner.ingest.guard import Batcher
+from cloud_learner.ingest.rules import Rules as LabelRules
 from cloud_learner.package.inspect import spec_of
 from cloud_learner.rollout.campaign import Rules
 from cloud_learner.store.registry import Registry
+from cloud_learner.train.declaration import FamilyConfig
 from cloud_learner.train.family import Family
 from edge_runtime.errors import ConfigError
 
 HOLD_OUT_ROWS = 3000
+
+
+def label_rules(
+    config: FamilyConfig,
+    *,
+    idle_s: float,
+    learn_from_s: float = float("-inf"),
+) -> LabelRules:
+    """What the joiner must know of a family's `[label]`, its clock and its task."""
+    return LabelRules(
+        family=config.name,
+        label_window_s=config.label.window_s,
+        idle_s=idle_s,
+        expiry=config.label.expiry,
+        amend_s=config.label.amend_s,
+        learn_from_s=learn_from_s,
+        ahead_s_max=config.skew_s_max if config.clock == "wall" else float("inf"),
+        window_field=config.label.window_field,
+        policy=config.label.policy,
+        early_s=config.label.early_s,
+        weight_max=config.label.weight_max,
+        task=config.task,
+    )
+
+
+def batcher(config: FamilyConfig, rules: LabelRules) -> Batcher:
+    """What cuts a family's micro-batches. Raises: ConfigError `bad_cap`."""
+    learning = config.learning
+    return Batcher(learning.batch_size, learning.device_cap, learning.batch_s, rules.released_s)
 
 
 def campaign_rules(family: Family) -> Rules:

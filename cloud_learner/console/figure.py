@@ -16,13 +16,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 from xml.sax.saxutils import escape
 
 import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cloud_learner.console.svg import STYLE, Look, curve, stroke, text
 from cloud_learner.stats.scores import auc
 from edge_runtime.errors import CapacityError
 from edge_runtime.files import write_atomic
@@ -49,21 +50,11 @@ class ReleaseMark(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
-class _Look(NamedTuple):
-    """How a world is drawn; the Okabe-Ito hues, darkened to at least 4.5:1 on the background."""
-
-    name: str
-    note: str
-    colour: str
-    dash: str
-    width: float
-
-
 _LOOKS = {
-    "windows_continual": _Look("Windows + continual", "Headwater", "#0060a8", "none", 3.4),
-    "windows_frozen": _Look("Windows + frozen", "fresh features alone", "#a84300", "9 4", 2.0),
-    "static_continual": _Look("Static + continual", "learning on alone", "#007a58", "2 3", 2.2),
-    "static_frozen": _Look("Static + frozen", "how most companies run", "#5b6067", "11 3 2 3", 2.0),
+    "windows_continual": Look("Windows + continual", "Headwater", "#0060a8", "none", 3.4),
+    "windows_frozen": Look("Windows + frozen", "fresh features alone", "#a84300", "9 4", 2.0),
+    "static_continual": Look("Static + continual", "learning on alone", "#007a58", "2 3", 2.2),
+    "static_frozen": Look("Static + frozen", "how most companies run", "#5b6067", "11 3 2 3", 2.0),
 }
 _WIDTH, _HEIGHT = 960, 540
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 664.0, 106.0, 418.0
@@ -73,12 +64,6 @@ _SUBTITLE = (
     f"AUC of the last {WINDOW_S / DAY_S:.0f} days, all worlds on the same stream; each prediction"
     " scored once with what turned out to be true"
 )
-_STYLE = """
-text{font:13px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#1b1f24}
-.title{font-size:19px;font-weight:650}.sub,.tick,.note{fill:#4a515a}.tick,.note{font-size:12px}
-.name{font-weight:600}.grid{stroke:#e3e6ea}.axis{stroke:#8b929b}.end{text-anchor:end}
-.mid{text-anchor:middle}.lead{stroke:#8b929b;fill:none}.line{fill:none;stroke-linejoin:round;stroke-linecap:butt}
-""".strip()
 
 
 def rolling_auc(
@@ -125,10 +110,10 @@ def draw(series: Mapping[str, Series], releases: Sequence[ReleaseMark]) -> str:
         f'{head} aria-labelledby="title desc">',
         f'<title id="title">{escape(take_away(series))}</title>',
         f'<desc id="desc">{escape(_description(series, releases))}</desc>',
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="8" fill="#fdfdfc" stroke="#d5d9de"/>',
-        _text(24, 38, take_away(series), "title"),
-        _text(24, 61, _SUBTITLE, "sub"),
+        text(24, 38, take_away(series), "title"),
+        text(24, 61, _SUBTITLE, "sub"),
         *_axes(frame),
         *_release_lanes(frame, releases),
         *(_line(frame, world, series[world]) for world in reversed(_LOOKS) if world in series),
@@ -191,27 +176,27 @@ class _Frame:
 def _axes(frame: _Frame) -> Iterator[str]:
     for level in frame.levels():
         y = frame.y(level)
-        yield _stroke("grid", _LEFT, y, _RIGHT, y)
-        yield _text(_LEFT - 8, y + 4, f"{level:.2f}", "tick end")
+        yield stroke("grid", _LEFT, y, _RIGHT, y)
+        yield text(_LEFT - 8, y + 4, f"{level:.2f}", "tick end")
     for time_s, name in frame.days():
         x = frame.x(time_s)
-        yield _stroke("axis", x, _BOTTOM, x, _BOTTOM + 5)
-        yield _text(x, _BOTTOM + 19, name, "tick mid")
-    yield _stroke("axis", _LEFT, _BOTTOM, _RIGHT, _BOTTOM)
-    yield _text(_LEFT - 38, _TOP - 12, "AUC", "tick")
+        yield stroke("axis", x, _BOTTOM, x, _BOTTOM + 5)
+        yield text(x, _BOTTOM + 19, name, "tick mid")
+    yield stroke("axis", _LEFT, _BOTTOM, _RIGHT, _BOTTOM)
+    yield text(_LEFT - 38, _TOP - 12, "AUC", "tick")
     years = sorted({datetime.fromtimestamp(t, UTC).year for t in (frame.start_s, frame.stop_s)})
     label = f"event time (UTC), {'-'.join(map(str, years))}"
-    yield _text(_RIGHT, _BOTTOM + 36, label, "tick end")
+    yield text(_RIGHT, _BOTTOM + 36, label, "tick end")
 
 
 def _release_lanes(frame: _Frame, releases: Sequence[ReleaseMark]) -> Iterator[str]:
-    yield _text(_LEFT, _BOTTOM + 36, "Releases", "name")
+    yield text(_LEFT, _BOTTOM + 36, "Releases", "name")
     for outcome, y in _LANES.items():
         marks = [mark for mark in releases if mark.outcome == outcome]
-        yield _stroke("grid", _LEFT, y, _RIGHT, y)
+        yield stroke("grid", _LEFT, y, _RIGHT, y)
         yield from (_shape(outcome, frame.x(mark.time_s), y) for mark in marks)
         yield _shape(outcome, _RIGHT + 28, y)
-        yield _text(_RIGHT + 50, y + 4, f"{len(marks)} {outcome}", "note")
+        yield text(_RIGHT + 50, y + 4, f"{len(marks)} {outcome}", "note")
 
 
 def _shape(outcome: Outcome, x: float, y: float) -> str:
@@ -231,7 +216,7 @@ def _line(frame: _Frame, world: str, line: Series) -> str:
             continue
         steps.append(f"{pen}{frame.x(time_s)} {frame.y(value)}")
         pen = "L"
-    return _path("".join(steps), _LOOKS[world])
+    return curve("".join(steps), _LOOKS[world])
 
 
 def _legend(frame: _Frame, series: Mapping[str, Series]) -> Iterator[str]:
@@ -242,9 +227,9 @@ def _legend(frame: _Frame, series: Mapping[str, Series]) -> Iterator[str]:
         look, overall = _LOOKS[world], series[world].overall
         yield f'<circle cx="{end_x}" cy="{end_y}" r="3.5" fill="{look.colour}"/>'
         yield f'<path class="lead" d="M{end_x} {end_y}L{_RIGHT + 14} {y}"/>'
-        yield _path(f"M{_RIGHT + 14} {y}h28", look)
-        yield _text(_RIGHT + 50, y + 1, look.name, "name")
-        yield _text(_RIGHT + 50, y + 17, f"AUC {overall:.3f}: {look.note}", "note")
+        yield curve(f"M{_RIGHT + 14} {y}h28", look)
+        yield text(_RIGHT + 50, y + 1, look.name, "name")
+        yield text(_RIGHT + 50, y + 17, f"AUC {overall:.3f}: {look.note}", "note")
 
 
 def _last(frame: _Frame, line: Series) -> tuple[float, float]:
@@ -283,16 +268,3 @@ def _description(series: Mapping[str, Series], releases: Sequence[ReleaseMark]) 
         f"{sum(mark.outcome == outcome for mark in releases)} {outcome}" for outcome in _LANES
     )
     return f"Line chart over event time. AUC over all predictions: {worlds}. Releases: {counts}."
-
-
-def _path(steps: str, look: _Look) -> str:
-    pen = f'stroke="{look.colour}" stroke-width="{look.width}" stroke-dasharray="{look.dash}"'
-    return f'<path class="line" d="{steps}" {pen}/>'
-
-
-def _stroke(name: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{name}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
-
-
-def _text(x: float, y: float, words: str, name: str) -> str:
-    return f'<text x="{x}" y="{round(y, 1)}" class="{name}">{escape(words)}</text>'

@@ -84,9 +84,9 @@ class Alarms:
         return list(changed.values())
 
     def standing(self, batch: int) -> list[Alarm]:
-        """Those whose last sign is fresh at that micro-batch."""
-        self._settle(batch)
-        return list(self._standing.values())
+        """Those whose last sign is fresh at that micro-batch; any thread may ask."""
+        known = list(self._standing.items())
+        return [alarm for key, alarm in known if batch - self._last[key] < self._calm_batches]
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""

@@ -33,7 +33,7 @@ from cloud_learner.evaluate.alarms import SOURCES, Alarm, Alarms, Sign
 from cloud_learner.stats import drift
 from cloud_learner.stats.columns import LEVELS_KEPT, ColumnShifts
 from cloud_learner.stats.estimate import Cbpe, Expected
-from cloud_learner.stats.shifts import EmbeddingShift, ScoreShift, usual_step
+from cloud_learner.stats.shifts import Embed, EmbeddingShift, ScoreShift, usual_step
 from cloud_learner.stats.tasks import Task
 from edge_runtime.features.feature import Column
 from edge_runtime.features.histogram import Counts, Histograms
@@ -89,6 +89,11 @@ class Watch:
         return bool(self.standing)
 
     @property
+    def hurts(self) -> bool:
+        """Whether one stands that says that the answers are worse, not only that rows are other."""
+        return any(alarm.source in ("loss", "estimate") for alarm in self.standing)
+
+    @property
     def standing(self) -> list[Alarm]:
         """The alarms that stand."""
         return self._alarms.standing(self.batch)
@@ -98,26 +103,26 @@ class Watch:
         labels: Matrix,
         outputs: Matrix,
         features: Matrix,
-        embeddings: Matrix | None = None,
+        embed: Embed | None = None,
         *,
         batch: int,
         time_s: float,
     ) -> list[Alarm]:
         """Take micro-batch `batch`, before it is learned; the alarms that it raises.
 
-        `labels` (rows,), `outputs` (rows, outputs) of the student, `features` (rows, columns),
-        `embeddings` (rows, width) of its last hidden layer where there is one. Rows whose outputs
-        are no finite numbers are left out.
+        `labels` (rows,), `outputs` (rows, outputs) of the student, `features` (rows, columns);
+        `embed` gives the student's last hidden layer for features. Rows that are not all finite
+        numbers are left out.
         """
         self.batch, self.time_s = batch, time_s
-        sound = np.isfinite(outputs).all(1)
+        sound = np.isfinite(outputs).all(1) & np.isfinite(features).all(1)
         if not self._limits.on or not sound.any():
             return []
         labels, outputs, features = labels[sound], outputs[sound], features[sound]
         signs = self._see_losses(labels, outputs) + self._see_scores(outputs)
         signs += self._see_features(features)
-        if embeddings is not None:
-            signs += self._see_embeddings(embeddings[sound])
+        if embed is not None:
+            signs += self._see_embeddings(features, embed)
         self._labels = np.concatenate([self._labels, labels])[-LABELLED_ROWS:]
         self._outputs = np.concatenate([self._outputs, outputs])[-LABELLED_ROWS:]
         return self._alarms.take(signs, batch, time_s)
@@ -206,8 +211,8 @@ class Watch:
         shifts = self._features.judge(_summed(self._recent), new.counts)
         return [Sign("feature", s.name, s.found, s.reach, s.levels) for s in shifts]
 
-    def _see_embeddings(self, embeddings: Matrix) -> list[Sign]:
-        level, shift = self._embeddings.add(embeddings.astype(np.float64))
+    def _see_embeddings(self, features: Matrix, embed: Embed) -> list[Sign]:
+        level, shift = self._embeddings.add(features, embed)
         levels = self._level("embedding", "", level)
         return [] if shift is None else [Sign("embedding", "", shift.found, shift.reach, levels)]
 

@@ -24,16 +24,19 @@ from edge_runtime.inference.package import Interface
 
 
 def featured(
-    rows: Iterable[DataRow], interface: Interface, spec: Spec
+    rows: Iterable[DataRow], interface: Interface, spec: Spec, *, unlabelled: bool = False
 ) -> Iterator[tuple[DataRow, Vector | None]]:
-    """All rows, in order; those that have a label with their features, float32 (features,)."""
+    """All rows, in order; those that have a label with their features, float32 (features,).
+
+    With `unlabelled`, all that ask for a prediction have them.
+    """
     devices: dict[str, _Device] = {}
     for row in rows:
         device = devices.get(row.device)
         if device is None:
             device = devices[row.device] = _Device(interface, spec)
         device.reach(row.time_s)
-        predicts = row.label is not None and interface.kinds[row.kind].predicts
+        predicts = interface.kinds[row.kind].predicts and (unlabelled or row.label is not None)
         yield row, device.engine.vector(row.time_s, row.fields) if predicts else None
         device.observe(row)
 

@@ -37,7 +37,7 @@ PROGRESS_BATCHES = 50
 _EXAMPLES = """
 SELECT device, time_s, label_time_s, features, label, scored[1].outputs[1] AS served
 FROM examples
-WHERE family = '{family}' AND spec = '{spec}' AND final
+WHERE family = '{family}' AND spec = '{spec}' AND final AND NOT early
 QUALIFY row_number() OVER (PARTITION BY device, epoch, seq ORDER BY revision DESC) = 1
 ORDER BY time_s, device, epoch, seq
 """

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from cloud_learner.ingest.accounting import Accounting
+from cloud_learner.ingest.guard import Tasks
 from cloud_learner.ingest.joiner import Portion
 from cloud_learner.ingest.opening import Incoming, Opened, opened
 from cloud_learner.ingest.sequencer import Accepted, Arrival, Sequencer
@@ -55,7 +56,7 @@ class Arrivals:
     """Takes messages in; `accounting` is moved, `meta` numbers what is quarantined.
 
     `ahead_s_max` says of each family how far after its arrival an event may lie; `widths` are the
-    numbers of features of the known specs, by hash.
+    numbers of features of the known specs, by hash, `tasks` those of the families.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Arrivals:
         meta: Meta,
         ahead_s_max: Mapping[str, float],
         widths: Mapping[str, int],
+        tasks: Tasks,
     ) -> None:
         self._accounting, self._meta = accounting, meta
-        self._ahead_s_max, self._widths = ahead_s_max, widths
+        self._ahead_s_max, self._widths, self._tasks = ahead_s_max, widths, tasks
         self._sequencer: Sequencer[Opened] = Sequencer(accounting.marks())
         self.counters = self._sequencer.counters
 
@@ -100,7 +102,7 @@ class Arrivals:
             taken.kept.append(_raw_message(part.arrival.what.message))
 
     def _opened(self, message: Incoming) -> Arrival[Opened]:
-        arrival = opened(message, self._widths)
+        arrival = opened(message, self._widths, self._tasks)
         if not self._accounting.has_room(arrival.lane):
             raise RequestError("too_many_epochs", f"{message.subject}: no more lanes")
         return arrival

@@ -4,8 +4,10 @@ Why: labels travel first, so after an outage a device's labels are all in before
 that they speak of.
 
 Invariants: a label waits until the lane of its prediction has passed its number; then it joins, or
-is of no prediction. Bounded for each device; what exceeds the bound is counted. Memory holds a
-count for each lane, not the labels.
+is of no prediction. Those of one prediction come back in the order in which they came. Bounded for
+each device and each prediction; what exceeds the bound of a device is counted and dropped, and of
+what exceeds that of a prediction stays what stands. Memory holds a count for each lane, not the
+labels.
 
 Knows nothing about when a label counts.
 """
@@ -19,6 +21,7 @@ from cloud_learner.store.ingest_state import Label, id_of, lane_prefix
 from cloud_learner.store.runs import Waiting
 
 EARLY_LABELS_MAX = 1_000_000
+EARLY_OF_ONE_MAX = 16
 
 Log = tuple[str, int]  # a device and its epoch
 
@@ -37,7 +40,7 @@ class EarlyLabels:
 
     @property
     def count(self) -> int:
-        """How many wait."""
+        """How many predictions they wait for."""
         return sum(self._of_device.values())
 
     def keep(self, key: bytes, label: Label) -> None:
@@ -47,22 +50,24 @@ class EarlyLabels:
             self._counters["labels_early_dropped"] += 1
             return
         self._counters["labels_early"] += 1
-        known = self._waiting.early_label(key)
-        if known is None:
+        known = self._waiting.early_labels(key)
+        if not known:
             self._note((device, epoch), 1)
-        if not stands(known, label):
-            self._waiting.set_early(key, label)
+        if len(known) < EARLY_OF_ONE_MAX:
+            self._waiting.set_early(key, [*known, label])
+        elif not stands(known[-1], label):
+            self._waiting.set_early(key, [*known[:-1], label])
 
-    def passed(self, log: Log, seq: int) -> Iterator[tuple[bytes, Label]]:
-        """The labels that wait no longer, now that the lane has come to `seq`."""
+    def passed(self, log: Log, seq: int) -> Iterator[tuple[bytes, list[Label]]]:
+        """The labels that wait no longer, by prediction, now that the lane has come to `seq`."""
         above = self._passed.get(log, 0)
         self._passed[log] = seq
         if not self._of_log[log]:
             return
-        for key, label in self._waiting.early(lane_prefix(*log), above, seq):
+        for key, labels in self._waiting.early(lane_prefix(*log), above, seq):
             self._waiting.delete_early(key)
             self._note(log, -1)
-            yield key, label
+            yield key, labels
 
     def _note(self, log: Log, number: int) -> None:
         self._of_log[log] += number
@@ -72,5 +77,12 @@ class EarlyLabels:
 
 
 def stands(old: Label | None, new: Label) -> bool:
-    """Whether `old` stays when `new` comes: a final label beats provisional ones."""
-    return old is not None and old.final and not new.final
+    """Whether `old` stays when `new` comes: a final label beats provisional ones, and of equals the
+    newest wins, by its own time and then as it came.
+    """
+    return old is not None and (old.final, old.time_s) > (new.final, new.time_s)
+
+
+def contradict(old: Label | None, new: Label) -> bool:
+    """Whether two labels that both claim to be final say something else."""
+    return old is not None and old.final and new.final and old.value != new.value

@@ -1,12 +1,14 @@
 """The guard: what may enter learning at all, and how much of it from one device at a time.
 
-Why: one value that is not a number ruins a network, and one device that floods steers it; a cap on
-each device's share of a micro-batch bounds what k hostile devices can do to k * cap / size.
+Why: one value that is not a number ruins a network, a label that is none of the task's stops the
+training, and one device that floods steers it; a cap on each device's part of a micro-batch bounds
+what k hostile devices can do to k * cap / its size.
 
-Invariants: a batch holds exactly `size` examples, at most `cap` of one device, in release order.
-What is over the cap waits for the next batch and is counted once. Which batches come out depends
-only on the order in which examples come in. Waiting is bounded for each device; what exceeds the
-bound is handed back to be marked as dropped, never lost silently.
+Invariants: a batch holds `size` examples, or fewer but two where they span `batch_s` of event time;
+at most `cap` of one device, early and mature ones together, in release order. What is over the cap
+waits for the next batch and is counted once. Which batches come out depends only on the order in
+which examples come in. Waiting is bounded for each device; what exceeds the bound is handed back to
+be marked as dropped, never lost silently.
 
 Knows nothing about envelopes, databases or labels to come.
 """
@@ -15,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Batch, Example
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.messages import (
@@ -36,26 +40,36 @@ NUMBER_MAX = (1 << 53) - 1
 """The largest epoch or sequence number: what every language's numbers hold exactly."""
 TIME_S_MIN, TIME_S_MAX = -62_135_596_800.0, 253_402_300_800.0  # the years 1 to 9999
 WAITING_BATCHES = 40
+_TIMED_MIN = 2  # one example says nothing about a loss without its device
+
+Tasks = Mapping[str, Task]
+NO_TASKS: Tasks = MappingProxyType({})
 
 
-def refusal(record: Record, event_class: EventClass, widths: Mapping[str, int]) -> str:
+def refusal(
+    record: Record, event_class: EventClass, widths: Mapping[str, int], tasks: Tasks = NO_TASKS
+) -> str:
     """Why `record` must not be taken for a fact: a stable code, or "" when it may.
 
-    `widths` are the numbers of features of the known specs, by hash.
+    `widths` are the numbers of features of the known specs, by hash; `tasks` those of the known
+    families, by name: of others, any finite label is taken.
     """
     if isinstance(record, LabelRecord) != (event_class == "label"):
         return "wrong_class"
     if not TIME_S_MIN <= record.time_s < TIME_S_MAX:
         return "bad_time"
     if isinstance(record, LabelRecord):
-        return _label_refusal(record)
+        return _label_refusal(record, tasks)
     if isinstance(record, ObservationRecord):
         return ""
     return _prediction_refusal(record, widths)
 
 
 def all_fine(
-    records: Sequence[Record | int], event_class: EventClass, widths: Mapping[str, int]
+    records: Sequence[Record | int],
+    event_class: EventClass,
+    widths: Mapping[str, int],
+    tasks: Tasks = NO_TASKS,
 ) -> bool:
     """Whether `refusal` would refuse none of these; False may also mean that it is not sure.
 
@@ -68,7 +82,7 @@ def all_fine(
         records = [record for record in records if type(record) is not int]
         kinds.discard(int)
     if event_class == "label":
-        return not kinds or (kinds == {LabelRecord} and _labels_fine(records))
+        return not kinds or (kinds == {LabelRecord} and _labels_fine(records, tasks))
     if LabelRecord in kinds:
         return False
     if ObservationRecord in kinds:
@@ -84,14 +98,32 @@ def _times_fine(times: Sequence[float]) -> bool:
     return math.isfinite(sum(times)) and min(times) >= TIME_S_MIN and max(times) < TIME_S_MAX
 
 
-def _labels_fine(labels: Sequence[Any]) -> bool:
+def _labels_fine(labels: Sequence[Any], tasks: Tasks) -> bool:
     numbers = [label.seq for label in labels] + [label.epoch for label in labels]
+    values = [label.value for label in labels]
     return (
         _times_fine([label.time_s for label in labels])
-        and math.isfinite(sum([label.value for label in labels]))
+        and math.isfinite(sum(values))
         and min(numbers) > 0
         and max(numbers) <= NUMBER_MAX
+        and _values_fine({label.family for label in labels}, labels, values, tasks)
     )
+
+
+def _values_fine(
+    families: set[str], labels: Sequence[Any], values: list[float], tasks: Tasks
+) -> bool:
+    """Whether all labels, finite as they are, fit the tasks of their families."""
+    if len(families) == 1:
+        task = tasks.get(next(iter(families)))
+        return task is None or not any(map(task.why_unfit, _extremes(task, values)))
+    parts = {name: [each.value for each in labels if each.family == name] for name in families}
+    return all(_values_fine({name}, labels, part, tasks) for name, part in parts.items())
+
+
+def _extremes(task: Task, values: list[float]) -> Iterable[float]:
+    """Values of which each fits if all of them do: of a range its ends, of classes those named."""
+    return set(values) if task.kind == "multiclass" else (min(values), max(values))
 
 
 def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
@@ -122,8 +154,9 @@ def _widths_fine(sizes: Iterable[tuple[str, int]], widths: Mapping[str, int]) ->
     return all(size % 4 == 0 and size == 4 * widths.get(spec, size // 4) for spec, size in sizes)
 
 
-def _label_refusal(record: LabelRecord) -> str:
-    if not math.isfinite(record.value):
+def _label_refusal(record: LabelRecord, tasks: Tasks) -> str:
+    task = tasks.get(record.family)
+    if not math.isfinite(record.value) or (task is not None and task.why_unfit(record.value)):
         return "bad_label"
     named = 0 < record.epoch <= NUMBER_MAX and 0 < record.seq <= NUMBER_MAX
     return "" if named else "bad_number"
@@ -150,10 +183,25 @@ def _all_finite(values: Iterable[float]) -> bool:
     return math.isfinite(sum(values))
 
 
-class Batcher:
-    """Cuts the stream of released examples into micro-batches. Raises: ConfigError `bad_cap`."""
+def _time_of(example: Example) -> float:
+    return example.time_s
 
-    def __init__(self, size: int = 500, cap: int = 250) -> None:
+
+class Batcher:
+    """Cuts the stream of released examples into micro-batches. Raises: ConfigError `bad_cap`.
+
+    A batch is cut at `size` examples, or when the next of any device is due `batch_s` of event time
+    after its first (0: by count alone), but never with fewer than two. `released_s` says when an
+    example is due, as `Rules.released_s` does.
+    """
+
+    def __init__(
+        self,
+        size: int = 500,
+        cap: int = 250,
+        batch_s: float = 0.0,
+        released_s: Callable[[Example], float] = _time_of,
+    ) -> None:
         if not 1 <= cap <= size:
             raise ConfigError(
                 "bad_cap",
@@ -163,6 +211,7 @@ class Batcher:
         self.counters: Counter[str] = Counter()
         self.number = 0
         self._size, self._cap = size, cap
+        self._batch_s, self._released_s = batch_s, released_s
         self._filling: list[Example] = []
         self._shares: Counter[str] = Counter()
         self._deferred: deque[Example] = deque()
@@ -182,7 +231,7 @@ class Batcher:
         return [example for example in examples if not self._place(example)]
 
     def next(self) -> Batch | None:
-        """The next full batch, if there is one."""
+        """The next batch that was cut, if there is one."""
         return self._ready.popleft() if self._ready else None
 
     def statistics(self) -> dict[str, int]:
@@ -191,8 +240,10 @@ class Batcher:
         return {**self.counters, "unbatched": waiting}
 
     def _place(self, example: Example) -> bool:
+        self._cut_before(example)
         if self._shares[example.device] < self._cap:
             self._fill(example)
+            self._cut_before(example)
         elif self._waiting[example.device] < WAITING_BATCHES * self._cap:
             self.counters["deferred_over_cap"] += 1
             self._defer(example)
@@ -204,14 +255,25 @@ class Batcher:
     def _fill(self, example: Example) -> None:
         self._filling.append(example)
         self._shares[example.device] += 1
-        while len(self._filling) == self._size:
+
+    def _cut_before(self, example: Example) -> None:
+        """Cut what is full, and what is over by the time at which this example is due."""
+        while len(self._filling) == self._size or self._is_over(example):
             self._complete()
 
+    def _is_over(self, example: Example) -> bool:
+        if not self._batch_s or len(self._filling) < _TIMED_MIN:
+            return False
+        since_s = self._released_s(self._filling[0])
+        return self._released_s(example) - since_s >= self._batch_s
+
     def _complete(self) -> None:
-        """Hand out the full batch, and begin the next with those that waited for it."""
+        """Hand out the batch, and begin the next with those that waited for it."""
         self.number += 1
         self.counters["batches"] += 1
-        self._ready.append(Batch(self.number, self._filling))
+        batch = Batch(self.number, self._filling)
+        batch.certificate(self._cap)  # asserts what the guard promises
+        self._ready.append(batch)
         waiting, self._deferred = self._deferred, deque()
         self._filling = []
         self._shares.clear()
@@ -219,8 +281,7 @@ class Batcher:
         for example in waiting:
             fits = len(self._filling) < self._size and self._shares[example.device] < self._cap
             if fits:
-                self._filling.append(example)
-                self._shares[example.device] += 1
+                self._fill(example)
             else:
                 self._defer(example)
 

@@ -104,7 +104,8 @@ class Intake:
         self.orphans = archive.adopt(state.files)
         self.accounting = Accounting(state.accounts)
         ahead_s_max = {family: each.ahead_s_max for family, each in rules.items()}
-        self._arrivals = Arrivals(self.accounting, state.meta, ahead_s_max, widths)
+        tasks = {family: each.task for family, each in rules.items()}
+        self._arrivals = Arrivals(self.accounting, state.meta, ahead_s_max, widths, tasks)
         accounts, now_s = self.accounting.accounts, clock.monotonic_s()
         self.joiners = {
             family: Joiner(each, db, accounts, state.meta.families[family].clock_s, now_s)
@@ -143,6 +144,8 @@ class Intake:
         now_s, wall_s = self._clock.monotonic_s(), self._clock.now_s()
         for device, marks in (reported or {}).items():
             self.accounting.hear(device, marks)
+            for joiner in self.joiners.values():
+                joiner.hear(device, marks, now_s)
         families = {
             family: self._released(family, portions, change, wall_s, now_s)
             for family, portions in taken.portions.items()

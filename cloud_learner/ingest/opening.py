@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from cloud_learner.ingest.guard import NUMBER_MAX, all_fine, refusal
+from cloud_learner.ingest.guard import NO_TASKS, NUMBER_MAX, Tasks, all_fine, refusal
 from cloud_learner.ingest.sequencer import Arrival
 from edge_runtime.bus.base import PAYLOAD_BYTES_MAX
 from edge_runtime.errors import RequestError
@@ -89,26 +89,28 @@ _typed = msgspec.msgpack.Decoder(_Typed)
 _number = msgspec.msgpack.Decoder(int)
 
 
-def opened(message: Incoming, widths: Mapping[str, int]) -> Arrival[Opened]:
+def opened(
+    message: Incoming, widths: Mapping[str, int], tasks: Tasks = NO_TASKS
+) -> Arrival[Opened]:
     """The envelope, if it is one and says what its subject says.
 
-    `widths` are the numbers of features of the known specs, by hash. Raises: RequestError,
-    ConfigError.
+    `widths` are the numbers of features of the known specs, by hash; `tasks` those of the known
+    families, by name. Raises: RequestError, ConfigError.
     """
     device = subjects.checked_name(subjects.device_of(message.subject), "device")
     data = _inflated(message)
     try:
         envelope = _typed.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        return _opened_singly(message, device, data, widths)
+        return _opened_singly(message, device, data, widths, tasks)
     _check(message.subject, device, envelope)
-    if not all_fine(envelope.records, envelope.event_class, widths):
-        return _opened_singly(message, device, data, widths)
+    if not all_fine(envelope.records, envelope.event_class, widths, tasks):
+        return _opened_singly(message, device, data, widths, tasks)
     return _arrival(message, envelope, data, envelope.records, {})
 
 
 def _opened_singly(
-    message: Incoming, device: str, data: bytes, widths: Mapping[str, int]
+    message: Incoming, device: str, data: bytes, widths: Mapping[str, int], tasks: Tasks
 ) -> Arrival[Opened]:
     """The same, looking at each record by itself."""
     envelope = codec.decode_envelope(data)
@@ -116,7 +118,7 @@ def _opened_singly(
     records: list[Record | int] = []
     refused: dict[int, Refused] = {}
     for index, raw in enumerate(envelope.records):
-        record, reason = _record(bytes(raw), envelope.event_class, widths)
+        record, reason = _record(bytes(raw), envelope.event_class, widths, tasks)
         records.append(record)
         if reason:
             refused[index] = Refused(reason, bytes(raw))
@@ -126,7 +128,7 @@ def _opened_singly(
 
 
 def _record(
-    data: bytes, event_class: EventClass, widths: Mapping[str, int]
+    data: bytes, event_class: EventClass, widths: Mapping[str, int], tasks: Tasks
 ) -> tuple[Record | int, str]:
     """One record, or REFUSED and the reason."""
     omitted = _omitted(data)
@@ -136,7 +138,7 @@ def _record(
         record = codec.decode_record(data)
     except RequestError as error:
         return REFUSED, error.code
-    reason = refusal(record, event_class, widths)
+    reason = refusal(record, event_class, widths, tasks)
     return (REFUSED, reason) if reason else (record, "")
 
 

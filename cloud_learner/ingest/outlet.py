@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.compaction import Compaction
-from cloud_learner.store.examples import Batch, Example
+from cloud_learner.store.examples import Batch, Example, Form
 from cloud_learner.store.ingest_db import (
     IngestDb,
     put_batch,
@@ -28,17 +28,13 @@ from cloud_learner.store.ingest_db import (
     put_files,
     trim_batches,
 )
-from cloud_learner.store.ingest_state import Id, IngestState, Meta, number_key
+from cloud_learner.store.ingest_state import IngestState, Meta, number_key
 from cloud_learner.store.rocks import Transaction
 from edge_runtime.errors import CapacityError
 
 FILE_EXAMPLES = 20_000
 FILE_S = 60.0
 KEPT_BATCHES = 1000
-
-
-Form = tuple[Id, bool]
-"""An example as it comes out: a prediction may do so early, and mature after that."""
 
 
 class Outlet:
@@ -59,7 +55,7 @@ class Outlet:
         for family, guard in guards.items():
             unbatched = [example for _, example in state.unbatched if example.family == family]
             guard.restore(state.meta.families[family].batch, unbatched)
-        self._numbers: dict[Form, int] = {_form(example): at for at, example in state.unbatched}
+        self._numbers: dict[Form, int] = {example.form: at for at, example in state.unbatched}
         self._unwritten = list(state.unarchived)
         self._for_files_only = list(state.for_files_only)
         self._since_s = now_s
@@ -90,18 +86,18 @@ class Outlet:
         guard = self._guards[family]
         if not self._unwritten:
             self._since_s = now_s
-        dropped = {_form(example) for example in guard.add(examples)}
+        dropped = {example.form for example in guard.add(examples)}
         for example in examples:
-            for_batches = _form(example) not in dropped
+            for_batches = example.form not in dropped
             number = self._keep(example, meta, change, for_batches=for_batches)
             if for_batches:
-                self._numbers[_form(example)] = number
+                self._numbers[example.form] = number
         for example in others:
             self._keep(example, meta, change, for_batches=False)
         batches = []
         while (batch := guard.next()) is not None:
             batches.append(batch)
-            numbers = [self._numbers.pop(_form(example)) for example in batch.examples]
+            numbers = [self._numbers.pop(example.form) for example in batch.examples]
             put_batch(change, family, batch.number, numbers)
         meta.families[family].batch = guard.number
         return batches
@@ -179,7 +175,3 @@ class Outlet:
     def _name(self, change: Transaction, new: Collection[str], gone: Collection[str]) -> None:
         put_files(change, new, gone)
         self._files = (self._files | set(new)) - set(gone)
-
-
-def _form(example: Example) -> Form:
-    return example.id, example.early

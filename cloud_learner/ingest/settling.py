@@ -5,44 +5,34 @@ came first.
 
 Invariants: a prediction settles once: as an example when it has a label, else as the family
 declares: expired, or an example of the outcome 0. It matures when the joint clock has passed its
-time by more than the label window; strictly, because records of that very second may still come.
-Examples leave in the order of (time, device, epoch, seq), whatever order the records came in. An
+time by more than the label window; strictly, because records of that very second may still come. An
 unlabelled prediction of a device that lags behind the joint clock waits until the device's own time
-has passed as well. When very much matures at once it is settled bit by bit, the earliest first, and
-`clock_s` says how far. What is settled is remembered for `keep_s` more, so that a late label is
-known as late, and then forgotten.
+has passed as well. When very much is due at once it is settled bit by bit, the earliest first, and
+`clock_s` says how far: labels that wait for a moment are taken up to just there. What is settled is
+remembered for `keep_s` more, so that a late label is known as late, and then forgotten.
 
 Knows nothing about how labels are attached.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
 
 import msgspec
 
 from cloud_learner.ingest.joint_clock import JointClock
-from cloud_learner.store.examples import Example
-from cloud_learner.store.ingest_state import (
-    COVERED,
-    EXPIRED,
-    PENDING,
-    RELEASED,
-    Label,
-    Row,
-    id_of,
-)
-from cloud_learner.store.runs import FORGET, SETTLE, StoredRun, Waiting
-from edge_runtime.wire.messages import PredictionRecord
+from cloud_learner.ingest.releases import Releases
+from cloud_learner.ingest.rules import Rules
+from cloud_learner.store.ingest_state import EXPIRED, PENDING, Label, Row, id_of
+from cloud_learner.store.runs import FORGET, SETTLE, StoredRun, Taken, Waiting
 
 _NEVER_S, _ALWAYS_S = float("-inf"), float("inf")
 NEGATIVE = 0.0
+KEPT_WINDOWS = 3  # how long what is settled is known as settled, not as unknown
 AT_ONCE = (
     20_000  # records that one commit looks at, about; memory does not grow with a jump in time
 )
-
-Order = tuple[float, str, int, int]
 
 
 class _Left(msgspec.Struct):
@@ -54,55 +44,58 @@ class _Left(msgspec.Struct):
 
 
 class Settling:
-    """Settles what `waiting` holds, by `clock`; counts into `counters`."""
+    """Settles what `waiting` holds, by `clock`, into `releases`; counts into `counters`."""
 
     def __init__(
         self,
+        rules: Rules,
         waiting: Waiting,
         clock: JointClock,
+        releases: Releases,
         counters: Counter[str],
         *,
-        window_s: float,
-        keep_s: float,
-        keeps_records: bool,
-        is_negative: bool,
-        learn_from_s: float,
         clock_s: float,
         at_once: int,
     ) -> None:
-        self._waiting, self._clock, self._counters = waiting, clock, counters
-        self._window_s, self._keep_s, self._keeps_records = window_s, keep_s, keeps_records
-        self._is_negative, self._learn_from_s = is_negative, learn_from_s
+        self._rules, self._waiting, self._clock = rules, waiting, clock
+        self._releases, self._counters = releases, counters
+        self._window_s = rules.label_window_s
+        self._keep_s = max(KEPT_WINDOWS * rules.label_window_s, rules.amend_s)
         self._devices = dict.fromkeys(waiting.devices_waited_for(), _NEVER_S)
-        self._newest: Order = (_NEVER_S, "", 0, 0)
-        self.covered: list[Example] = []
-        self.clock_s, self.mature_s = clock_s, clock_s - window_s
+        self.clock_s, self.mature_s = clock_s, clock_s - self._window_s
         self.is_behind = False
         self._at_once = at_once
+        self._due = Taken({}, _NEVER_S, is_all=True)
 
-    def settle(self, touched: set[bytes], wall_s: float, now_s: float) -> list[Example]:
-        """Advance the clock and settle what has matured; `touched` are runs with a late label.
+    def advance(self, now_s: float) -> list[tuple[bytes, Label]]:
+        """Move on, as far as one commit can; the labels whose moment has come, in order."""
+        clock_s = self._clock.advance(now_s)
+        self._due = self._waiting.take(SETTLE, clock_s - self._window_s, self._at_once)
+        mature_s = self._due.before_s
+        if not self._due.is_all:  # just past what matures now, whatever rounding says
+            clock_s = min(clock_s, math.nextafter(mature_s + self._window_s, math.inf))
+        labels = self._waiting.take_labels(clock_s, self._at_once)
+        if not labels.is_all:
+            clock_s = labels.before_s
+            mature_s = min(mature_s, clock_s - self._window_s)
+        self.is_behind = not (self._due.is_all and labels.is_all)
+        self.clock_s = max(self.clock_s, clock_s)
+        self.mature_s = max(self.mature_s, mature_s)
+        return labels.labels
 
-        What the bootstrap has learned comes out as well, apart: in `covered`.
-        """
-        self.covered = []
-        now_mature_s = self._clock.advance(now_s) - self._window_s
-        due = self._waiting.take(SETTLE, now_mature_s, self._at_once)
-        self.mature_s = max(self.mature_s, due.before_s)
-        self.clock_s = self._clock.now_s if due.is_all else self.mature_s + self._window_s
-        self.is_behind = not due.is_all
-        runs = touched | due.runs.keys() | self._overdue(now_s)
-        examples: list[Example] = []
+    def settle(self, touched: set[bytes], wall_s: float, now_s: float) -> None:
+        """Settle what has matured; `touched` are runs with a late label."""
+        runs = touched | self._due.runs.keys() | self._overdue(now_s)
         for run in sorted(runs):
             own_s = self._clock.of(id_of(run)[0], now_s) - self._window_s
-            self._settle_run(run, own_s, wall_s, examples)
+            self._settle_run(run, own_s, wall_s)
+
+    def forget(self) -> None:
+        """Forget what settled long ago; after the labels that may still speak of it."""
         old = self._waiting.take(FORGET, self.mature_s - self._keep_s, self._at_once)
         self.is_behind |= not old.is_all
         for run, last in old.runs.items():
             self._waiting.forget(run, last)
-        examples.sort(key=_order)
-        self._note_order(examples)
-        return examples
 
     def _overdue(self, now_s: float) -> set[bytes]:
         """The runs that waited for their device's own time, and need to no longer."""
@@ -116,7 +109,7 @@ class Settling:
                 runs |= taken.runs.keys()
         return runs
 
-    def _settle_run(self, run: bytes, own_s: float, wall_s: float, out: list[Example]) -> None:
+    def _settle_run(self, run: bytes, own_s: float, wall_s: float) -> None:
         stored = self._waiting.run(run)
         if stored is None:
             return  # the entry was stale
@@ -130,29 +123,25 @@ class Settling:
             elif row.label is None and row.time_s >= own_s:
                 left.overdue_s = min(left.overdue_s, row.time_s)
             else:
-                out += self._close(key, row, stored, wall_s)
+                self._close(key, row, stored, wall_s)
         self._file_again(run, stored.last_seq, left)
 
-    def _close(self, key: bytes, row: Row, stored: StoredRun, wall_s: float) -> list[Example]:
+    def _close(self, key: bytes, row: Row, stored: StoredRun, wall_s: float) -> None:
         """Settle one prediction; at most one example comes of it."""
-        self._counters["pending"] -= 1
         if row.label is None:
             self._counters["expired"] += 1
-            if self._is_negative:
+            if self._rules.expiry == "negative":
                 outcome_s = row.time_s + self._window_s
                 row.label = Label(NEGATIVE, outcome_s, final=False, arrived_s=wall_s)
         if row.label is None:
+            self._counters["pending"] -= 1
             row.state = EXPIRED
-        elif row.time_s < self._learn_from_s:
-            row.state = COVERED
-            self._counters["covered_by_bootstrap"] += 1
         else:
-            row.state = RELEASED
-            self._counters["examples"] += 1
+            corrected = row.early is not None and row.early != row.label.value
+            self._counters["early_corrected"] += corrected
+            self._releases.settle(row)
+            self._releases.add(key, stored, row, wall_s)
         self._waiting.set_row(key, row)
-        if row.state == COVERED:
-            self.covered.append(example(key, stored, row, wall_s))
-        return [example(key, stored, row, wall_s)] if row.state == RELEASED else []
 
     def _file_again(self, run: bytes, last_seq: int, left: _Left) -> None:
         """Enter in the calendar what there is still to do about a run."""
@@ -164,43 +153,5 @@ class Settling:
             self._devices[device] = min(self._devices.get(device, _ALWAYS_S), left.overdue_s)
         if min(left.immature_s, left.overdue_s) == _ALWAYS_S:
             self._waiting.file(FORGET, left.latest_s, run, last_seq)
-            if not self._keeps_records:
+            if self._rules.amend_s <= 0:
                 self._waiting.forget_records(run)
-
-    def _note_order(self, examples: Iterable[Example]) -> None:
-        for each in examples:
-            order = _order(each)
-            if order < self._newest:
-                self._counters["released_out_of_order"] += 1
-            self._newest = max(self._newest, order)
-
-
-def example(key: bytes, stored: StoredRun, row: Row, matured_s: float) -> Example:
-    """The example that a labelled prediction becomes."""
-    device, epoch, seq = id_of(key)
-    record, label = stored.record(seq), row.label
-    assert isinstance(record, PredictionRecord)
-    assert label is not None
-    return Example(
-        device=device,
-        epoch=epoch,
-        seq=seq,
-        family=record.family,
-        time_s=record.time_s,
-        label_time_s=label.time_s,
-        features=record.features,
-        spec=record.spec,
-        label=label.value,
-        propensity=record.propensity,
-        scored=record.scored,
-        arrived_s=label.arrived_s,
-        matured_s=matured_s,
-        kind=record.kind,
-        fields=record.fields,
-        final=label.final,
-        revision=row.revision,
-    )
-
-
-def _order(each: Example) -> Order:
-    return (each.time_s, each.device, each.epoch, each.seq)

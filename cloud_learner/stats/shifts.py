@@ -11,7 +11,7 @@ Invariants: the same values in the same order and the same seed give the same fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +22,8 @@ from cloud_learner.stats import drift
 from cloud_learner.stats.drift import Difference
 
 Floats = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float32]
+Embed = Callable[[Matrix], Matrix | None]
 
 HABIT = 3.0
 _USUAL_OF = 20  # micro-batches
@@ -99,27 +101,35 @@ class ScoreShift:
 
 
 class EmbeddingShift:
-    """MMD of at most 100 embeddings of a micro-batch against as many of the five before it."""
+    """MMD of at most 100 rows of a micro-batch against as many of the five before it, embedded.
+
+    Both are embedded by the network of today: that the network has learned since is no shift.
+    """
 
     ROWS, OF_EACH = 100, 20
 
     def __init__(self, alpha: float, seed: int) -> None:
         self._alpha, self._seed = alpha, seed
-        self._kept = np.zeros((0, 0))
+        self._kept: Matrix = np.zeros((0, 0), np.float32)
         self._tests = 0
         self._habit = _Habit(0.0)
 
-    def add(self, embeddings: Floats) -> tuple[float, Shift | None]:
-        """Take those of a micro-batch, (rows, width): the squared discrepancy, and the shift."""
-        recent, kept = drift.thinned(embeddings, self.ROWS), self._kept
-        few = drift.thinned(embeddings, self.OF_EACH)
-        if kept.shape[1:] != recent.shape[1:]:
-            kept = np.zeros((0, *recent.shape[1:]))  # the first, or another network
+    def add(self, features: Matrix, embed: Embed) -> tuple[float, Shift | None]:
+        """Take a micro-batch, (rows, columns): the squared discrepancy, and the shift.
+
+        `embed` gives (rows, width) for rows, or None where there is no embedding.
+        """
+        recent, few = drift.thinned(features, self.ROWS), drift.thinned(features, self.OF_EACH)
+        kept = self._kept if len(self._kept) else few[:0]
         self._kept = np.concatenate([kept, few])[-self.ROWS :]
         if min(len(kept), len(recent)) < self.OF_EACH:
             return 0.0, None
+        embedded = embed(np.concatenate([kept, recent]))
+        if embedded is None or not np.isfinite(embedded).all():
+            return 0.0, None
         self._tests += 1
-        found = drift.mmd_test(kept, recent, self._alpha, self._seed + self._tests)
+        before, now = np.split(embedded.astype(np.float64), [len(kept)])
+        found = drift.mmd_test(before, now, self._alpha, self._seed + self._tests)
         shift = self._habit.judge(found, self._alpha)
         if shift is not None:
             self._kept = few

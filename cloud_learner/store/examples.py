@@ -3,18 +3,24 @@
 Why: ingest makes examples, and train, evaluate and rollout read them; they meet here because those
 rooms never import each other.
 
-Invariants: an example is released once, in the order of (`time_s`, device, epoch, seq);
-`features` are the very values that the prediction used. Event times and ids decide all fields but
-`arrived_s` and `matured_s`, which are wall times for measuring freshness and never order anything.
+Invariants: an example is released once in each form, early or mature, in the order of the event
+time of its release and then of (`time_s`, device, epoch, seq); `features` are the very values that
+the prediction used. Event times and ids decide all fields but `arrived_s` and `matured_s`, which
+are wall times for measuring freshness and never order anything.
 
 Knows nothing about where examples are stored or how they are learned.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from edge_runtime.wire.messages import Scored, Value
+
+Form = tuple[str, int, int, bool]
+"""The id of an example, and whether it is the early form of it."""
 
 
 class Example(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -52,9 +58,38 @@ class Example(msgspec.Struct, frozen=True, array_like=True, gc=False):
         """Device, epoch and sequence number of the prediction; unique for ever."""
         return self.device, self.epoch, self.seq
 
+    @property
+    def form(self) -> Form:
+        """The id, and whether it is the early form: what is released at most once."""
+        return self.device, self.epoch, self.seq, self.early
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """How much of a micro-batch any one device decided, and how much one could have.
+
+    `largest_share` is that of the largest device; k hostile devices hold at most
+    k * `bound_per_device` of the batch, whatever they send.
+    """
+
+    batch: int
+    size: int
+    devices: int
+    largest_share: float
+    cap: int
+    bound_per_device: float
+
 
 class Batch(msgspec.Struct, frozen=True, gc=False):
     """A micro-batch: `number` rises from 1 without holes, `examples` are in release order."""
 
     number: int
     examples: list[Example]
+
+    def certificate(self, cap: int) -> Certificate:
+        """What `cap` examples of one device at most mean for this batch; asserts that it holds."""
+        of_device = Counter(example.device for example in self.examples)
+        size, largest = len(self.examples), max(of_device.values(), default=0)
+        assert largest <= cap, f"batch {self.number}: {largest} examples of one device, cap {cap}"
+        bound = min(1.0, cap / max(size, 1))
+        share = largest / max(size, 1)
+        return Certificate(self.number, size, len(of_device), share, cap, bound)

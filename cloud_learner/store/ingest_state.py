@@ -33,7 +33,10 @@ _ROW = struct.Struct("<dBI")  # time, state, place in the run
 _ROWS = np.dtype([("time_s", "<f8"), ("state", "u1"), ("place", "<u4")])
 _LABEL = struct.Struct("<dd?d")
 _REVISION = struct.Struct("<I")
+_EARLY = struct.Struct("<d")
 _FIRST = _REVISION.pack(0)
+_REVISION_AT = _ROW.size + _LABEL.size
+_EARLY_AT = _REVISION_AT + _REVISION.size
 _STATE_AT = 8
 _MOMENT = struct.Struct(">d")
 _SIGN, _ALL = 1 << 63, (1 << 64) - 1
@@ -79,11 +82,17 @@ class Label(msgspec.Struct, frozen=True, gc=False):
         """A stored label."""
         return cls(*_LABEL.unpack_from(data, at))
 
+    @classmethod
+    def all_unpacked(cls, data: bytes) -> list[Label]:
+        """Stored labels, one after the other."""
+        return [cls(*each) for each in _LABEL.iter_unpack(data)]
+
 
 class Row(msgspec.Struct, gc=False):
     """Where a prediction stands: its time, its state, the label that stands for it so far.
 
-    `place` is how far it lies from the first number of its run; `revision` counts amendments.
+    `place` is how far it lies from the first number of its run; `revision` counts amendments;
+    `early` is the outcome that it went out with before its time, if it did.
     """
 
     time_s: float
@@ -91,13 +100,15 @@ class Row(msgspec.Struct, gc=False):
     place: int
     label: Label | None = None
     revision: int = 0
+    early: float | None = None
 
     def packed(self) -> bytes:
         """The row as it is stored; `pending_rows` makes the same of new ones."""
         head = _ROW.pack(self.time_s, self.state, self.place)
         if self.label is None:
             return head
-        return head + self.label.packed() + _REVISION.pack(self.revision)
+        early = b"" if self.early is None else _EARLY.pack(self.early)
+        return head + self.label.packed() + _REVISION.pack(self.revision) + early
 
     @classmethod
     def unpacked(cls, data: bytes) -> Row:
@@ -105,8 +116,9 @@ class Row(msgspec.Struct, gc=False):
         if len(data) == _ROW.size:
             return cls(*_ROW.unpack(data))
         time_s, state, place = _ROW.unpack_from(data)
-        (revision,) = _REVISION.unpack_from(data, len(data) - _REVISION.size)
-        return cls(time_s, state, place, Label.unpacked(data, _ROW.size), revision)
+        (revision,) = _REVISION.unpack_from(data, _REVISION_AT)
+        early = _EARLY.unpack_from(data, _EARLY_AT)[0] if len(data) > _EARLY_AT else None
+        return cls(time_s, state, place, Label.unpacked(data, _ROW.size), revision, early)
 
 
 def pending_rows(

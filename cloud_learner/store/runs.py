@@ -14,8 +14,10 @@ whoever follows it looks at the rows, which decide.
 | `s` moment, run | the earliest prediction of the run that has not matured happened then |
 | `w` device, moment, run | it has matured, has no label, and waits for the device's own time |
 | `f` moment, run | the run is settled, and is forgotten then |
+| `l` moment, prediction, number of the label | the label speaks of the prediction from then on |
+| `n` name | a note that is kept with the commit, and belongs to no moment |
 
-The value is the last number of the run.
+The value is the last number of the run, the label, or the note.
 
 Knows nothing about what a label means or when something matures.
 """
@@ -24,7 +26,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -37,7 +40,11 @@ from edge_runtime.wire.messages import Record
 Due = Literal[b"s", b"f"]
 SETTLE: Due = b"s"
 FORGET: Due = b"f"
-_WAIT = b"w"
+_WAIT, _LABEL, _NOTE = b"w", b"l", b"n"
+_LABEL_NUMBER_BYTES = 16
+
+LabelNumber = tuple[int, int]
+"""Of a label record: its epoch and its sequence number; what came in one lane sorts as it came."""
 
 
 class _Envelope(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -78,6 +85,16 @@ class Taken(NamedTuple):
     is_all: bool
 
 
+class TakenLabels(NamedTuple):
+    """Labels and the keys of their predictions, by moment, prediction and number of the label; all
+    that stood before `before_s`, as of `Taken`.
+    """
+
+    labels: list[tuple[bytes, Label]]
+    before_s: float
+    is_all: bool
+
+
 class Waiting:
     """Rows, runs, early labels and the calendar of one family, and the commit in the making."""
 
@@ -86,22 +103,24 @@ class Waiting:
         self._change = part.begin()
         self.fresh: dict[bytes, bytes] = {}
         self._fresh_runs: dict[bytes, bytes] = {}
-        self._fresh_due: dict[bytes, bytes] = {}
-        self._fresh_early: dict[bytes, Label] = {}
+        self._fresh_due: defaultdict[bytes, dict[bytes, bytes]] = defaultdict(dict)
+        self._fresh_early: dict[bytes, list[Label]] = {}
         self._floors: dict[bytes, bytes] = {}
 
     def begin(self, change: Transaction) -> None:
         """From now on everything belongs to `change`."""
         self._change = self._rocks.within(change)
-        self.fresh, self._fresh_runs, self._fresh_due, self._fresh_early = {}, {}, {}, {}
+        self.fresh, self._fresh_runs, self._fresh_early = {}, {}, {}
+        self._fresh_due = defaultdict(dict)
 
     def finish(self) -> None:
         """Hand over to the transaction what was collected."""
         self._change.put_many("rows", self.fresh.items())
         self._change.put_many("runs", self._fresh_runs.items())
-        self._change.put_many("due", self._fresh_due.items())
-        for key, label in self._fresh_early.items():
-            self._change.put("early", key, label.packed())
+        for entries in self._fresh_due.values():
+            self._change.put_many("due", entries.items())
+        for key, labels in self._fresh_early.items():
+            self._change.put("early", key, b"".join([label.packed() for label in labels]))
 
     def rows(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """Those rows of these keys that exist."""
@@ -139,23 +158,43 @@ class Waiting:
 
     def file(self, kind: Due, time_s: float, run: bytes, last_seq: int) -> None:
         """Enter a run in the calendar."""
-        self._enter(kind, kind + moment_key(time_s) + run, last_seq)
+        self._enter(kind, kind + moment_key(time_s) + run, number_key(last_seq))
 
     def file_for_device(self, time_s: float, run: bytes, last_seq: int) -> None:
         """Enter a run that waits for its device's own time."""
         prefix = _device_prefix(id_of(run)[0])
-        self._enter(prefix, prefix + moment_key(time_s) + run, last_seq)
+        self._enter(prefix, prefix + moment_key(time_s) + run, number_key(last_seq))
+
+    def stash(self, time_s: float, key: bytes, number: LabelNumber, label: Label) -> None:
+        """Keep a label of a prediction until its moment."""
+        epoch, seq = number
+        entry = _LABEL + moment_key(time_s) + key + number_key(epoch) + number_key(seq)
+        self._enter(_LABEL, entry, label.packed())
+
+    def take_labels(self, before_s: float, labels_max: int) -> TakenLabels:
+        """Take stashed labels whose moment is before another, about so many, the earliest first."""
+        entries, end_s, is_all = self._take(_LABEL, before_s, labels_max, _one)
+        labels = [(rest[:-_LABEL_NUMBER_BYTES], Label.unpacked(value)) for rest, value in entries]
+        return TakenLabels(labels, end_s, is_all)
+
+    def note(self, name: bytes) -> bytes | None:
+        """What was noted under this name by the last commit."""
+        return self._rocks.get("due", _NOTE + name)
+
+    def set_note(self, name: bytes, value: bytes) -> None:
+        """Note something with the commit."""
+        self._change.put("due", _NOTE + name, value)
 
     def take(self, kind: Due, before_s: float, records_max: int) -> Taken:
         """Take runs out of the calendar that stand before a moment, the earliest first.
 
         They hold `records_max` records or a little more; `Taken.before_s` says how far that went.
         """
-        return self._take(kind, before_s, records_max)
+        return self._take_runs(kind, before_s, records_max)
 
     def take_for_device(self, device: str, before_s: float, records_max: int) -> Taken:
         """The same of those that wait for a device's own time."""
-        return self._take(_device_prefix(device), before_s, records_max)
+        return self._take_runs(_device_prefix(device), before_s, records_max)
 
     def devices_waited_for(self) -> set[str]:
         """The devices for whose own time a committed run waits."""
@@ -181,54 +220,73 @@ class Waiting:
         if self._fresh_runs.pop(run, None) is None:
             self._change.delete("runs", run)
 
-    def early(self, prefix: bytes, above: int, through: int) -> Iterator[tuple[bytes, Label]]:
+    def early(self, prefix: bytes, above: int, through: int) -> Iterator[tuple[bytes, list[Label]]]:
         """The committed early labels of a lane between two numbers, in order."""
         start, end = prefix + number_key(above + 1), prefix + number_key(through + 1)
         for key, value in self._rocks.scan("early", start, end):
-            yield key, Label.unpacked(value)
+            yield key, Label.all_unpacked(value)
 
-    def early_label(self, key: bytes) -> Label | None:
-        """The label that waits for a prediction, if there is one."""
+    def early_labels(self, key: bytes) -> list[Label]:
+        """The labels that wait for a prediction, in the order in which they came."""
         fresh = self._fresh_early.get(key)
         data = self._rocks.get("early", key) if fresh is None else None
-        return Label.unpacked(data) if data is not None else fresh
+        return Label.all_unpacked(data or b"") if fresh is None else fresh
 
-    def set_early(self, key: bytes, label: Label) -> None:
-        """Let a label wait for its prediction."""
-        self._fresh_early[key] = label
+    def set_early(self, key: bytes, labels: list[Label]) -> None:
+        """Let labels wait for their prediction."""
+        self._fresh_early[key] = labels
 
     def delete_early(self, key: bytes) -> None:
-        """A label waits no longer."""
+        """The labels of a prediction wait no longer."""
         self._change.delete("early", key)
 
     def all_early(self) -> Iterator[bytes]:
         """The keys of all committed early labels."""
         return (key for key, _ in self._rocks.scan("early", b"", b"\xff"))
 
-    def _enter(self, prefix: bytes, entry: bytes, last_seq: int) -> None:
-        self._fresh_due[entry] = number_key(last_seq)
+    def _enter(self, prefix: bytes, entry: bytes, value: bytes) -> None:
+        self._fresh_due[prefix][entry] = value
         floor = self._floors.get(prefix)
         if floor is not None and entry < floor:
             self._floors[prefix] = entry
 
-    def _take(self, prefix: bytes, before_s: float, records_max: int) -> Taken:
-        """From the first entry that may exist: what was taken leaves graves that slow a scan."""
+    def _take_runs(self, prefix: bytes, before_s: float, records_max: int) -> Taken:
+        entries, end_s, is_all = self._take(prefix, before_s, records_max, _records_of)
+        runs = {run: int.from_bytes(value, "big") for run, value in entries}
+        return Taken(runs, end_s, is_all)
+
+    def _take(
+        self, prefix: bytes, before_s: float, weight_max: int, weigh: Callable[[bytes, bytes], int]
+    ) -> tuple[list[tuple[bytes, bytes]], float, bool]:
+        """What follows the moment in the keys, and the values; how far it went, and if to the end.
+
+        From the first entry that may exist: what was taken leaves graves that slow a scan.
+        """
         end, start = prefix + moment_key(before_s), self._floors.get(prefix, prefix)
-        fresh = sorted(e for e in self._fresh_due.items() if prefix <= e[0] < end)
-        runs: dict[bytes, int] = {}
-        records, moment = 0, b""
+        entries = self._fresh_due[prefix]
+        fresh = sorted(each for each in entries.items() if each[0] < end)
+        taken: list[tuple[bytes, bytes]] = []
+        weight, moment = 0, b""
         for entry, value in heapq.merge(self._rocks.scan("due", start, end), fresh):
-            at, run = entry[len(prefix) : len(prefix) + 8], entry[len(prefix) + 8 :]
-            if records >= records_max and at != moment:
+            at, rest = entry[len(prefix) : len(prefix) + 8], entry[len(prefix) + 8 :]
+            if weight >= weight_max and at != moment:
                 self._floors[prefix] = entry
-                return Taken(runs, math.nextafter(moment_of(moment), math.inf), is_all=False)
-            if self._fresh_due.pop(entry, None) is None:
+                return taken, math.nextafter(moment_of(moment), math.inf), False
+            if entries.pop(entry, None) is None:
                 self._change.delete("due", entry)
-            runs[run] = int.from_bytes(value, "big")
-            records += runs[run] + 1 - int.from_bytes(run[-8:], "big")
+            taken.append((rest, value))
+            weight += weigh(rest, value)
             moment = at
         self._floors[prefix] = end
-        return Taken(runs, before_s, is_all=True)
+        return taken, before_s, True
+
+
+def _records_of(run: bytes, last_seq: bytes) -> int:
+    return int.from_bytes(last_seq, "big") + 1 - int.from_bytes(run[-8:], "big")
+
+
+def _one(_rest: bytes, _value: bytes) -> int:
+    return 1
 
 
 def _device_prefix(device: str) -> bytes:

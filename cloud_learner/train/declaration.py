@@ -40,6 +40,8 @@ class EventKind(Section, frozen=True):
 class Label(Section, frozen=True):
     """`[label]`: when a prediction and its label become an example.
 
+    `window_field` names a number of the predicting kinds: so many seconds after the prediction the
+    `window_s` begin, where what is predicted has an end of its own that is known beforehand.
     `mature`: `window_s` after the prediction, when every outcome could be known. `arrival`: when
     the label comes. `weighted`: `fast` learns a label that comes within `early_s` at once, weighted
     by how rarely one of its outcome comes so soon, at most `weight_max`; the memory learns it when
@@ -48,15 +50,20 @@ class Label(Section, frozen=True):
     """
 
     window_s: Positive
+    window_field: str = ""
     policy: Literal["mature", "arrival", "weighted"] = "mature"
     early_s: Seconds = 0.0
     weight_max: Annotated[float, Meta(ge=1)] = 10.0
     expiry: Literal["drop", "negative"] = "drop"
     amend_s: Seconds = 0.0
 
+    def __post_init__(self) -> None:
+        if self.window_field and self.policy == "weighted":
+            raise ValueError("label.window_field has no meaning with label.policy = 'weighted'")
+
 
 class Fast(Section, frozen=True):
-    """`[learning.fast]`: `passes` over the newest `window_rows`, the micro-batch among them.
+    """`[learning.fast]`: `passes` over the micro-batch, each with as many of `window_rows` before.
 
     `keep` is the pull towards its own former answers (LwF), against 1 for the labels.
     """
@@ -64,7 +71,7 @@ class Fast(Section, frozen=True):
     on: bool = True
     passes: Count = 2
     learning_rate: Positive = 3e-4
-    window_rows: Count = 1000
+    window_rows: Whole = 1000
     keep: Weight = 1.0
 
 

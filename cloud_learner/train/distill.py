@@ -45,14 +45,16 @@ class Student:
         """Answers of shape (rows, outputs), in floating point."""
         return self.replica.answers(features)
 
-    def follow(self, teachers: Replicas, recent: Rows, random: np.random.Generator) -> None:
-        """Passes over the recent rows and, in each, a replay."""
-        targets = teachers.answers(recent.features)
+    def follow(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
+        """Passes over the rows, each with as many of the window, and a replay."""
+        recent = teachers.recent(rows)
+        targets = teachers.answers(recent.rows.features)
         for _ in range(self._distilled.passes):
+            index = recent.drawn(random)
             replayed, _ = teachers.reservoir.draw(self._distilled.replay_rows)
-            features = np.concatenate([recent.features, replayed.features])
+            features = np.concatenate([recent.rows.features[index], replayed.features])
             remembered = teachers.remembered(replayed.features)
-            self.replica.follow(features, np.concatenate([targets, remembered]), random)
+            self.replica.follow(features, np.concatenate([targets[index], remembered]), random)
 
     def pretrain(
         self, teachers: Replicas, rows: Rows, passes: int, random: np.random.Generator

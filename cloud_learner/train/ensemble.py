@@ -1,12 +1,12 @@
 """The replicas of a family together: `fast` follows, `stable` remembers, `scratch` begins anew.
 
 Why: no single network has both adaptation and retention (docs/experiments.md). `fast` makes several
-passes over the newest rows, held near its former self by its own soft answers (Learning without
-Forgetting, Li & Hoiem 2016). `stable` learns the new rows among a replay of the reservoir, held to
-the answers stored there (DER++, Buzzega et al. 2020), and serves the moving average of its weights.
-`scratch` is trained from its first weights over a long window, which catches what the other two
-have drifted into. Weights follow the loss on rows that none has seen (exponentially weighted
-forecasters, Cesa-Bianchi & Lugosi 2006).
+passes over the new rows, each with as many of a window of newest ones, held near its former self by
+its own soft answers (Learning without Forgetting, Li & Hoiem 2016). `stable` learns the new rows
+among a replay of the reservoir, held to the answers stored there (DER++, Buzzega et al. 2020), and
+serves the moving average of its weights. `scratch` is trained from its first weights over a long
+window, which catches what the other two have drifted into. Weights follow the loss on rows that
+none has seen (exponentially weighted forecasters, Cesa-Bianchi & Lugosi 2006).
 
 Invariants: same rows in the same order and same seed give the same bits, with one torch thread. A
 replica that hurts gets weight zero. Nothing here sees a row before it was used to weigh.
@@ -33,6 +33,21 @@ WEIGHT_MIN = 0.1  # below it a replica hurts and weighs nothing
 LOSS_MAX = 10.0  # of a row, where replicas are compared
 
 
+class Recent:
+    """New rows first, then the window of those before; `rows` are both."""
+
+    def __init__(self, new: Rows, window: Rows) -> None:
+        self.rows = concatenate([new, window])
+        self._new, self._window = len(new), len(window)
+
+    def drawn(self, random: np.random.Generator) -> npt.NDArray[np.intp]:
+        """Positions for one pass: all new rows, and as many of the window as chance has it."""
+        new = np.arange(self._new)
+        if not self._window:
+            return new
+        return np.concatenate([new, random.integers(0, self._window, self._new) + self._new])
+
+
 class Replicas:
     """All replicas that the family declares, the weights between them, and their memory.
 
@@ -46,8 +61,8 @@ class Replicas:
         rate = learning.stable.learning_rate
         self.stable = self._replica(rate, averaged=True) if learning.stable.on else None
         self.scratch: Replica | None = None
-        self._newest = Newest(learning.fast.window_rows)
-        self._long = Newest(learning.scratch.window_rows)
+        self._newest = Newest(learning.fast.window_rows, width)
+        self._long = Newest(learning.scratch.window_rows, width)
         self._merit: dict[str, float] = dict.fromkeys(self.all, 0.0)
 
     @property
@@ -86,9 +101,9 @@ class Replicas:
         """The answers (rows, outputs) of the replica that remembers, or of all where it is off."""
         return self.answers(features) if self.stable is None else self.stable.answers(features)
 
-    def recent_with(self, rows: Rows) -> Rows:
-        """The newest rows that `fast` learns, these among them."""
-        return self._newest.rows_with(rows)
+    def recent(self, rows: Rows) -> Recent:
+        """New rows, and the window of newest rows that they are learned with."""
+        return Recent(rows, self._newest.rows())
 
     def weigh(self, rows: Rows) -> None:
         """Follow the replicas' losses on rows that none of them has seen."""
@@ -104,13 +119,15 @@ class Replicas:
         return self._task.losses(rows.labels, self.answers(rows.features))
 
     def learn_fast(self, rows: Rows, random: np.random.Generator) -> None:
-        """Passes of `fast` over the newest rows, these among them."""
+        """Passes of `fast` over the rows, each with as many of the window."""
         if self.fast is None or not len(rows):
             return
-        newest, fast = self.recent_with(rows), self._learning.fast
-        anchors = self.fast.answers(newest.features) if fast.keep else None
+        recent, fast = self.recent(rows), self._learning.fast
+        anchors = self.fast.answers(recent.rows.features) if fast.keep else None
         for _ in range(fast.passes):
-            self.fast.train(newest, random, anchors, fast.keep)
+            index = recent.drawn(random)
+            held = None if anchors is None else anchors[index]
+            self.fast.train(recent.rows.take(index), random, held, fast.keep)
 
     def learn_stable(self, rows: Rows, random: np.random.Generator) -> None:
         """Passes of `stable` over the rows among a replay."""

@@ -86,6 +86,12 @@ class Family:
 
     def _built(self, name: str, rows: Rows) -> nn.Module:
         path, outputs = self.folder / "network.py", self.config.task.outputs
+        if not len(rows):
+            raise ConfigError(
+                "too_few_rows",
+                f"{path}: {name}: there are no rows to take scales from",
+                "label.window_s may be longer than the data that it has to wait for",
+            )
         try:
             network: nn.Module = getattr(self._network, name)(self.spec, rows)
             with torch.no_grad():

@@ -79,29 +79,21 @@ class Reservoir:
 
 
 class Newest:
-    """The newest rows: whole micro-batches, as few as hold `bound` rows, at least one."""
+    """The newest rows: whole micro-batches, as few as hold `bound` rows; none for a bound of 0."""
 
-    def __init__(self, bound: int) -> None:
-        self._bound = bound
+    def __init__(self, bound: int, width: int) -> None:
+        self._bound, self._width = bound, width
         self._parts: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
         """Take in a micro-batch, and let go of the oldest."""
-        self._parts = self._after(rows)
+        self._parts.append(rows)
+        while self._parts and sum(map(len, self._parts[1:])) >= self._bound:
+            del self._parts[0]
 
     def rows(self) -> Rows:
-        """All of them, the oldest first; at least one micro-batch was added."""
-        return concatenate(self._parts)
-
-    def rows_with(self, rows: Rows) -> Rows:
-        """What `rows` would be after `rows` were added."""
-        return concatenate(self._after(rows))
-
-    def _after(self, rows: Rows) -> list[Rows]:
-        parts = [*self._parts, rows]
-        while len(parts) > 1 and sum(map(len, parts[1:])) >= self._bound:
-            del parts[0]
-        return parts
+        """All of them, the oldest first."""
+        return concatenate([Rows.none(self._width), *self._parts])
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))

@@ -154,9 +154,12 @@ class Replica:
 
 
 def chunks(count: int, random: np.random.Generator) -> list[npt.NDArray[np.intp]]:
-    """Positions 0 to count-1 in random order, `CHUNK_ROWS` at a time."""
+    """Positions 0 to count-1 in random order, in even parts of at most `CHUNK_ROWS`.
+
+    Even, because a small remainder would make a step as large as the others, of few rows.
+    """
     order = random.permutation(count)
-    return [order[start : start + CHUNK_ROWS] for start in range(0, count, CHUNK_ROWS)]
+    return np.array_split(order, -(-count // CHUNK_ROWS)) if count else []
 
 
 def chunks_of(rows: Rows, random: np.random.Generator) -> list[npt.NDArray[np.intp]]:

@@ -74,9 +74,7 @@ class Teaching:
         with self._timed("weigh"):
             self.replicas.weigh(concatenate([new, lesson.held_out]))
         before = self.replicas.weights_state(), copy.deepcopy(self.student.state())
-        follow = lesson.rows.take(np.flatnonzero(admitted & lesson.follow))
-        remember = lesson.rows.take(np.flatnonzero(admitted & lesson.remember))
-        self._train(lesson, learning, follow, remember, random)
+        follow, remember = self._train(lesson, learning, admitted, random)
         if not (self.replicas.is_finite and self.student.replica.is_finite):
             self.replicas.restore_weights(before[0])
             self.student.restore(before[1])
@@ -124,10 +122,12 @@ class Teaching:
         self,
         lesson: Lesson,
         learning: Learning,
-        follow: Rows,
-        remember: Rows,
+        admitted: Mask,
         random: np.random.Generator,
-    ) -> None:
+    ) -> tuple[Rows, Rows]:
+        """Train everyone; what `fast` and what those that remember have learned."""
+        follow = lesson.rows.take(np.flatnonzero(admitted & lesson.follow))
+        remember = lesson.rows.take(np.flatnonzero(admitted & lesson.remember))
         with self._timed("fast"):
             self.replicas.learn_fast(follow, random)
         with self._timed("stable"):
@@ -135,14 +135,10 @@ class Teaching:
         if self._scratch_is_due(lesson, learning):
             with self._timed("scratch"):
                 self.replicas.learn_from_scratch(self.held_out.rows, random)
+        learned = lesson.rows.take(np.flatnonzero(admitted & (lesson.follow | lesson.remember)))
         with self._timed("distil"):
-            self.student.follow(self.replicas, self._recent(follow, remember), random)
-
-    def _recent(self, follow: Rows, remember: Rows) -> Rows:
-        """What the student follows on: the newest rows of `fast`, or without it the new ones."""
-        if self.replicas.fast is None or not len(follow):
-            return remember
-        return self.replicas.recent_with(follow)
+            self.student.follow(self.replicas, learned, random)
+        return follow, remember
 
     def _scratch_is_due(self, lesson: Lesson, learning: Learning) -> bool:
         scratch = learning.scratch

@@ -28,14 +28,14 @@ Matrix = npt.NDArray[np.float32]
 Counts = dict[int, int]
 
 _LEAST_BITS = (127 - 10) << 2  # of 2^-10: its exponent and the first two digits of its fraction
-BUCKET_MAX = max(4 * (127 + 10) + 4, 1 << 24)
-"""No number lies beyond, and no index that a float32 holds exactly."""
+INDEX_MAX = 1 << 24
+"""No float32 holds the indices beyond it; no number has so large a bucket."""
 
 
 def buckets_of(values: Matrix, column: Column) -> npt.NDArray[np.int64]:
-    """The bucket of each value, of shape (rows,); the values are finite."""
+    """The bucket of each value, of shape (rows,). What is no index lies in the nearest one's."""
     if column.indices:
-        return values.astype(np.int64)
+        return np.clip(np.nan_to_num(values), 0, INDEX_MAX).astype(np.int64)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     size = np.maximum(((bits >> 21) & 0x3FF).astype(np.int64) - (_LEAST_BITS - 1), 0)
     return np.where(bits >> 31, -size, size)
@@ -81,6 +81,6 @@ def counts_of(sketch: ColumnSketch, rows: int) -> Counts:
     for step, count in zip(sketch.steps, sketch.counts, strict=True):
         bucket += step
         found[bucket] = count
-    if found and not -BUCKET_MAX <= min(found) <= max(found) <= BUCKET_MAX:
+    if found and not -INDEX_MAX <= min(found) <= max(found) <= INDEX_MAX:
         raise ValueError(f"{sketch.name!r:.64} has a bucket that no value lies in")
     return found

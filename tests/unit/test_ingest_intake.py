@@ -295,3 +295,42 @@ def test_whatever_comes_in_whatever_order_every_number_is_accounted_for_once(see
         held = {lane: each for lane, each in accounts.items() if each.seq}
         assert read_accounts(Path(folder) / "db") == held
         intake.close()
+
+
+def record(what):
+    return msgspec.Raw(codec.encode(what))
+
+
+def labels(*values, first=1, time_s=2.0):
+    told = [LabelRecord("fam", 7, first + at, v, time_s + at) for at, v in enumerate(values)]
+    lane = ("A", 7, "label")
+    return incoming(envelope(map(record, told), first, lane=lane), "hw.ev.A.label")
+
+
+def test_a_label_outside_of_its_familys_task_is_quarantined_and_its_neighbours_are_not(intake):
+    commit = intake.commit([labels(1.0, 2.0, 0.0)])
+    assert account(intake, ("A", 7, "label")) == (3, 2, 1, {})
+    assert commit.counters["quarantined_bad_label"] == 1
+
+
+def test_early_and_mature_form_of_an_example_lie_in_batches_once_each_through_restarts(tmp_path):
+    rules = {"policy": "weighted", "early_s": 10.0}
+    first = opened(tmp_path, **rules)
+    scored = [Scored("r1", "stable", [0.5])]
+    asked = [
+        record(PredictionRecord("fam", "k", 1.0 + at, {}, "spec", b"", 1.0, scored))
+        for at in range(10)
+    ]
+    first.commit([incoming(envelope(asked)), labels(*[1.0] * 10)])
+    first.commit([incoming(envelope([seen(8.0)], 11)), labels(1.0, first=11, time_s=8.0)])
+    first.abandon()
+    second = opened(tmp_path, **rules)
+    second.commit([incoming(envelope([seen(500.0)], 12)), labels(1.0, first=12, time_s=500.0)])
+    batches = list(second.batches_after("fam", 0))
+    forms = [each.form for batch in batches for each in batch.examples]
+    assert len(forms) == len(set(forms)) == 20
+    assert [sum(each.early for each in batch.examples) for batch in batches] == [10, 0]
+    second.commit([], flush=True)
+    rows = second.query("SELECT early, count(*) FROM examples GROUP BY early ORDER BY early")
+    assert rows == [(False, 10), (True, 10)]
+    second.close()

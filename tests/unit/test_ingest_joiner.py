@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cloud_learner.ingest.joiner import Joiner, Portion, Rules
 from cloud_learner.store.ingest_db import IngestDb
@@ -130,15 +126,6 @@ def fixture_new_world(tmp_path):
     yield make
     for each in worlds:
         each.db.close()
-
-
-@contextlib.contextmanager
-def passing(**options):
-    """A world for one example of many."""
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder), **options)
-        yield world
-        world.db.close()
 
 
 def test_a_labelled_prediction_is_released_only_when_its_window_is_over(new_world):
@@ -457,72 +444,3 @@ def test_what_waits_for_its_device_waits_through_a_restart(new_world):
     world.commit(world.observe(120.5, "B"))
     assert (world.count("expired"), world.count("pending")) == (1, 1)
     assert world.commit(world.label(3, 40.0, 0.5, device="B")) == [("B", 3, 0.5)]
-
-
-def history(draw_delays):
-    """Two devices, a prediction every 7 s each; `draw_delays` are label delays, None for none."""
-    lanes: dict = {(device, kind): [] for device in "AB" for kind in ("event", "label")}
-    world = Records()
-    for device in "AB":
-        moments = []
-        for at, delay in enumerate(draw_delays[device]):
-            moments.append((7.0 * at, 0, at))
-            if delay is not None:
-                moments.append((7.0 * at + delay, 1, at))
-        moments.append((7.0 * len(draw_delays[device]) + 3 * WINDOW_S, 2, 0))
-        seqs = {}
-        for time_s, kind, at in sorted(moments):
-            if kind != 1:
-                item = world.predict(time_s, device) if kind == 0 else world.observe(time_s, device)
-                seqs[at] = item.seq
-                lanes[device, "event"].append(item)
-            if kind:
-                target = seqs[at] if kind == 1 else 10**6
-                lanes[device, "label"].append(world.label(target, time_s, at, device=device))
-    return lanes
-
-
-def may_come(lanes, device, event_class):
-    """Labels lag behind events by less than a window: the uplink sends them first."""
-    queue, labels = lanes[device, event_class], lanes[device, "label"]
-    if not queue:
-        return False
-    if event_class == "label" or not labels:
-        return True
-    return queue[0].record.time_s - labels[0].record.time_s <= WINDOW_S
-
-
-def play(world, lanes, choose):
-    """Hand over the lanes in an order and in portions that `choose` picks; now and then restart."""
-    lanes = {lane: list(queue) for lane, queue in lanes.items()}
-    portion: list = []
-    while open_lanes := [lane for lane in lanes if may_come(lanes, *lane)]:
-        portion.append(lanes[open_lanes[choose(len(open_lanes))]].pop(0))
-        if choose(3) == 0:
-            world.commit(*portion)
-            portion = []
-            if choose(6) == 0:
-                world.restart()
-    world.commit(*portion)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_the_order_of_arrival_changes_nothing_in_what_is_released(data):
-    delay = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 50.0, 99.0, 100.0, 101.0, 150.0]))
-    delays = {device: data.draw(st.lists(delay, min_size=3, max_size=12)) for device in "AB"}
-    lanes = history(delays)
-    expected = sorted(
-        (7.0 * at, device, float(at))
-        for device in "AB"
-        for at, each in enumerate(delays[device])
-        if each is not None and each <= WINDOW_S
-    )
-    at_once = data.draw(st.sampled_from([1, 3, 1000]))
-    with passing(awaited=("A", "B"), at_once=at_once) as world:
-        play(world, lanes, lambda count: data.draw(st.integers(0, count - 1)))
-        assert [(each.time_s, each.device, each.label) for each in world.examples] == expected
-        assert world.count("released_out_of_order") == 0
-        total = sum(map(len, delays.values()))
-        assert world.count("examples") + world.count("expired") == total
-        assert world.count("pending") == 0

@@ -40,6 +40,8 @@ def test_a_number_lies_in_the_bucket_that_the_contract_names():
 
 def test_an_index_lies_in_the_bucket_of_its_number_and_the_unknown_word_is_0():
     assert buckets_of(np.array([0, 3, 1], "f4"), INDEX).tolist() == [0, 3, 1]
+    odd = np.array([-1, np.nan, 1e30, np.inf], "f4")
+    assert buckets_of(odd, INDEX).tolist() == [0, 0, 1 << 24, 1 << 24]
 
 
 def test_histograms_of_parts_add_up_to_that_of_the_whole_and_travel_unchanged():

@@ -41,6 +41,10 @@ def first_batch(add, batches):
     return next((at for at, each in enumerate(batches) if add(each) is not None), None)
 
 
+def same(rows):
+    return rows
+
+
 def vectors(seed, count, shift=0.0):
     random = np.random.default_rng(seed)
     return [random.normal(shift, 1, (ROWS, 8)) for _ in range(count)]
@@ -134,7 +138,7 @@ def test_scores_of_hours_that_always_differ_alarm_only_when_they_differ_more():
 @pytest.mark.parametrize("seed", range(3))
 def test_embeddings_that_move_are_found_with_the_first_micro_batch(seed):
     shift = EmbeddingShift(ALPHA, seed)
-    found = [shift.add(each)[1] for each in vectors(seed, 12) + vectors(seed + 99, 1, 0.7)]
+    found = [shift.add(each, same)[1] for each in vectors(seed, 12) + vectors(seed + 99, 1, 0.7)]
 
     assert [each is not None for each in found] == [False] * 12 + [True], f"seed {seed}"
 
@@ -142,9 +146,10 @@ def test_embeddings_that_move_are_found_with_the_first_micro_batch(seed):
 def test_embeddings_that_turn_without_a_new_mean_are_found_too():
     random, shift = np.random.default_rng(1), EmbeddingShift(ALPHA, 1)
     for _ in range(10):
-        assert shift.add(random.normal(0, 1, (ROWS, 4)))[1] is None
+        assert shift.add(random.normal(0, 1, (ROWS, 4)), same)[1] is None
 
-    assert shift.add(random.normal(0, 1, (ROWS, 4)) * [3.0, 0.3, 3.0, 0.3])[1] is not None
+    turned = random.normal(0, 1, (ROWS, 4)) * [3.0, 0.3, 3.0, 0.3]
+    assert shift.add(turned, same)[1] is not None
 
 
 @pytest.mark.parametrize("streams", [pytest.param(2, id="few"), QUIET_STREAMS[1]])
@@ -152,7 +157,7 @@ def test_embeddings_that_stand_still_raise_no_more_alarms_than_their_share(strea
     alarms = 0
     for seed in range(streams):
         shift = EmbeddingShift(ALPHA, seed)
-        alarms += sum(shift.add(each)[1] is not None for each in vectors(seed, BATCHES))
+        alarms += sum(shift.add(each, same)[1] is not None for each in vectors(seed, BATCHES))
     print(f"{alarms} alarms in {streams * BATCHES} micro-batches that stand still")
 
     assert alarms <= 1 + 2 * ALPHA * streams * BATCHES
@@ -181,6 +186,22 @@ def test_the_discrepancy_equals_the_sums_of_its_definition():
 
     expected = sum(within) - 2 * kernel[:9, 9:].mean()
     assert drift.mmd_test(x, y, 0.05, 1).size == pytest.approx(expected)
+
+
+def test_a_network_that_learned_is_no_shift_of_the_world():
+    shift = EmbeddingShift(ALPHA, 1)
+    found = [
+        shift.add(rows, lambda x, grown=grown: x * 1.5**grown + grown)[1]
+        for grown, rows in enumerate(vectors(1, 15))
+    ]
+
+    assert found == [None] * 15
+
+
+def test_a_network_without_embeddings_is_not_watched_by_them():
+    shift = EmbeddingShift(ALPHA, 1)
+
+    assert [shift.add(each, lambda _rows: None) for each in vectors(1, 3)] == [(0.0, None)] * 3
 
 
 # Features.
@@ -269,12 +290,19 @@ def test_a_new_reference_is_made_of_the_looks_that_follow():
 # Kept and restored.
 
 
+class Embedded(EmbeddingShift):
+    """Rows that are embeddings already."""
+
+    def add(self, rows):
+        return super().add(rows, same)
+
+
 @pytest.mark.parametrize(
     ("make", "draw"),
     [
         (lambda: MeanShift(ALPHA), lambda random: random.beta(2, 5, ROWS)),
         (lambda: ScoreShift(ALPHA, 3), lambda random: random.beta(2, 5, ROWS)),
-        (lambda: EmbeddingShift(ALPHA, 3), lambda random: random.normal(0, 1, (ROWS, 4))),
+        (lambda: Embedded(ALPHA, 3), lambda random: random.normal(0, 1, (ROWS, 4))),
     ],
 )
 def test_a_restored_detector_goes_on_bit_for_bit(make, draw):

@@ -12,6 +12,7 @@ import duckdb
 import msgspec
 import pytest
 
+from cloud_learner.store import parquet
 from cloud_learner.store.archive import DAYS_AT_ONCE_MAX, Archive
 from cloud_learner.store.examples import Example
 from edge_runtime.errors import CapacityError, ConfigError
@@ -40,6 +41,8 @@ def example(seq, time_s=10.0, **other):
         fields={"carrier": "UA", "distance": 1400},
         final=False,
         revision=3,
+        weight=2.5,
+        early=True,
     )
     return msgspec.structs.replace(plain, **other)
 
@@ -81,6 +84,8 @@ def test_an_example_comes_back_whole(tmp_path):
         "kind": "scheduled",
         "final": False,
         "revision": 3,
+        "weight": 2.5,
+        "early": True,
         "time": datetime(1970, 1, 1, 0, 0, 10),  # noqa: DTZ001 - Parquet's is without a zone
     }
 
@@ -255,3 +260,37 @@ def test_a_link_to_another_disk_is_followed(tmp_path):
     archive.write([example(1)], 1)
     assert sorted(os.listdir(tmp_path / "disk")) == [".big.unfinished", "big"]
     assert seqs(archive) == [1]
+
+
+def aged(folder, name):
+    """Take from a file the columns that files had no names for when there was no early example."""
+    path, older = folder / name, folder / "older"
+    source = (
+        f"SELECT * EXCLUDE (weight, early) FROM read_parquet('{path}', hive_partitioning = false)"
+    )
+    duckdb.connect().execute(f"COPY ({source}) TO '{older}' (FORMAT parquet)")
+    os.replace(older, path)
+
+
+def test_files_without_weights_are_read_as_mature_examples_of_weight_one(tmp_path):
+    folder = tmp_path / "archive"
+    archive = Archive(folder)
+    (old,) = archive.write([example(2), example(1)], 1)
+    (new,) = archive.write([example(3)], 2)
+    aged(folder, old)
+    columns = [*Example.__struct_fields__, "time"]
+    for names in ([old], [old, new]):
+        assert archive.query("SELECT * FROM examples", names).columns == columns
+    found = archive.query("SELECT seq, weight, early FROM examples", [old, new]).fetchall()
+    assert found == [(2, 1.0, False), (1, 1.0, False), (3, 2.5, True)]
+
+
+def test_a_day_of_older_files_is_compacted_to_one_of_the_present_form(tmp_path):
+    folder = tmp_path / "archive"
+    archive = Archive(folder)
+    names = [archive.write([example(seq)], seq)[0] for seq in (1, 2)]
+    aged(folder, names[0])
+    paths = [folder / name for name in names]
+    assert parquet.merge(paths, tmp_path / "day.parquet", tmp_path, 100) == 2
+    read = duckdb.sql(f"SELECT seq, weight, early FROM '{tmp_path / 'day.parquet'}'").fetchall()
+    assert read == [(1, 1.0, False), (2, 2.5, True)]

@@ -228,6 +228,16 @@ def test_a_missing_file_is_named(coin, tmp_path, name):
     assert caught.value.hint
 
 
+def test_a_network_without_rows_to_take_scales_from_is_refused(coin, tmp_path):
+    family = Family.load(coin.write_family(tmp_path))
+
+    with pytest.raises(
+        ConfigError, match=r"network\.py: build_teacher: there are no rows"
+    ) as caught:
+        family.build_teacher(ROWS[:0])
+    assert "label.window_s" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [

@@ -93,17 +93,18 @@ def test_a_reservoir_of_another_size_is_not_restored(bound, width):
 
 
 def test_the_newest_rows_are_whole_batches_and_no_more_than_are_needed():
-    newest = Newest(100)
+    newest, none = Newest(100, 2), Newest(0, 2)
     for start in range(0, 300, 60):
         newest.add(rows(start, 60))
+        none.add(rows(start, 60))
 
     assert newest.rows().labels.tolist() == list(range(180, 300))
-    assert newest.rows_with(rows(300, 200)).labels.tolist() == list(range(300, 500))
     assert len(newest) == 120
+    assert len(none) == len(none.rows()) == 0
 
 
 def test_restored_newest_rows_go_on():
-    newest, other = Newest(100), Newest(100)
+    newest, other = Newest(100, 2), Newest(100, 2)
     newest.add(rows(0, 60))
     other.restore(newest.state())
     other.add(rows(60, 60))

@@ -166,7 +166,8 @@ def test_a_weight_that_is_no_number_is_seen():
 def test_every_row_is_in_exactly_one_chunk():
     found = chunks(2 * CHUNK_ROWS + 7, np.random.default_rng(0))
 
-    assert [len(each) for each in found] == [CHUNK_ROWS, CHUNK_ROWS, 7]
+    assert max(len(each) for each in found) <= CHUNK_ROWS
+    assert max(len(each) for each in found) - min(len(each) for each in found) <= 1
     assert sorted(np.concatenate(found)) == list(range(2 * CHUNK_ROWS + 7))
 
 
