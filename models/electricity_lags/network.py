@@ -15,4 +15,4 @@ def build_teacher(spec: Spec, rows: Rows) -> nn.Module:
 
 def build_student(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the device."""
-    return Network(spec, rows, hidden=(64, 32))
+    return Network(spec, rows, hidden=(96, 48))
