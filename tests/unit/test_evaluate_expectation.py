@@ -21,7 +21,7 @@ COIN = Example("a", 1, 1, "coin", 0.0, 5.0, b"", "s", 1.0, 1.0, [], 1.0, 2.0)
 class Fleet:
     """Devices whose answers are calibrated, whatever they are asked."""
 
-    def __init__(self, seed, task=Task(), **drift):
+    def __init__(self, seed, task=TASKS[0], **drift):
         self.random, self.task = np.random.default_rng(seed), task
         self.batch, self.clock_s = 0, 1000.0
         self.expectation = Expectation(Drift(**drift), task)
