@@ -66,7 +66,7 @@ class Expectation:
         self.estimate = Estimate()
 
     def take(
-        self, examples: Sequence[Example], answers: Sequence[list[float]], clock_s: float
+        self, examples: Sequence[Example], answers: Sequence[Sequence[float]], clock_s: float
     ) -> None:
         """Take what was released by the event time `clock_s`, and outputs that were served."""
         if not self._is_defined:
@@ -109,11 +109,11 @@ class Expectation:
             "reached": _plain(found.reached),
         }
 
-    def _fits(self, outputs: list[float]) -> bool:
+    def _fits(self, outputs: Sequence[float]) -> bool:
         """A release of another shape may have answered."""
         return len(outputs) == self._task.outputs
 
-    def _outputs(self, outputs: Iterable[list[float]]) -> Matrix:
+    def _outputs(self, outputs: Iterable[Sequence[float]]) -> Matrix:
         """Finite already, as ingest sees to; what is no probability becomes the nearest one."""
         return np.array(list(outputs), np.float64).clip(0.0, 1.0).astype(np.float32)
 

@@ -49,15 +49,16 @@ class Released(msgspec.Struct):
 
     `clock_s` is the joint event time up to which all mature examples are released; `batches` are
     new ones, `examples` all that were released, batched or not, and `amended` those that came out
-    once more; `answers` are outputs that were served, of the newest predictions that came in, whose
-    labels nobody knows yet; `counters` are this family's part of the commit's.
+    once more. `answers` are outputs that were served to predictions that came in, a few of the newest
+    of each portion, whether or not labels have come. `counters` are this family's part of the
+    commit's.
     """
 
     clock_s: float
     examples: list[Example]
     amended: list[Example]
     batches: list[Batch]
-    answers: list[list[float]] = []
+    answers: list[tuple[float, ...]] = []
     counters: dict[str, int] = {}
 
 

@@ -44,7 +44,7 @@ from edge_runtime.wire.messages import LabelRecord, Mark, PredictionRecord, Reco
 
 __all__ = ["Joiner", "Portion", "Rules"]
 
-ANSWERS_MAX = 3000
+ANSWERS_MAX, ANSWERS_OF_PORTION = 3000, 20
 _NEVER_S = float("-inf")
 
 
@@ -64,8 +64,8 @@ class Portion(msgspec.Struct):
 class Joiner:
     """Joins the predictions of one family, over the state in `db`.
 
-    `answers` are the outputs that were served to predictions of the last commit, the newest of
-    them, whether or not labels have come.
+    `answers` are outputs that were served to predictions of the last commit, a few of the newest of
+    each portion, whether or not labels have come.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Joiner:
         `at_once` is about how many records one commit settles.
         """
         self.counters: Counter[str] = Counter()
-        self.answers: deque[list[float]] = deque(maxlen=ANSWERS_MAX)
+        self.answers: deque[tuple[float, ...]] = deque(maxlen=ANSWERS_MAX)
         self.clock = JointClock(rules.label_window_s, rules.idle_s, rules.awaited)
         self.clock.restore(clock_s, rules.family, accounts, now_s)
         self._rules, self._accounts = rules, accounts
@@ -173,8 +173,10 @@ class Joiner:
         }
         if not asked:
             return
-        self.answers.extend([each.scored[0].outputs for each in asked.values() if each.scored])
         prefix, first, places = lane_prefix(device, epoch), portion.first_seq, list(asked)
+        newest = [asked[place].scored for place in places[-ANSWERS_OF_PORTION:]]
+        # copies: what was decoded goes as a whole, and nothing holds on to its memory
+        self.answers.extend([tuple(scored[0].outputs) for scored in newest if scored])
         if self._rules.window_field:
             begins_s = self._rules.begins_s
             times_s = [begins_s(record.time_s, record.fields) for record in asked.values()]
