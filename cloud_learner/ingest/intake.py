@@ -49,9 +49,9 @@ class Released(msgspec.Struct):
 
     `clock_s` is the joint event time up to which all mature examples are released; `batches` are
     new ones, `examples` all that were released, batched or not, and `amended` those that came out
-    once more. `answers` are outputs that were served to predictions that came in, a few of the newest
-    of each portion, whether or not labels have come. `counters` are this family's part of the
-    commit's.
+    once more. `answers` are outputs that were served to predictions that came in, a few of the
+    newest of each portion, whether or not labels have come. `counters` are this family's part of
+    the commit's.
     """
 
     clock_s: float
