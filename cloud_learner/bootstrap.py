@@ -82,7 +82,7 @@ def _refuse_known(family: Family, home: Home) -> None:
 def _bootstrapped(
     family: Family, rows: EvaluationSet, learned_through_s: float, home: Home, tell: Tell
 ) -> Judgement:
-    learned, static = _split(rows, family.config.learning.seed)
+    learned, static = rows.set_aside(STATIC_SHARE, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
     candidate = cycle.candidate()
@@ -136,17 +136,6 @@ def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> Evaluation
         devices=Words.of(row.device for row in rows),
         fields={name: Words.of(f"{row.fields.get(name, '')}" for row in rows) for name in slices},
     )
-
-
-def _split(rows: EvaluationSet, seed: int) -> tuple[EvaluationSet, EvaluationSet]:
-    """What is learned, and the static set; rows that compete are in one of them together."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(rows))
-    static = np.arange(len(rows)) < len(rows) // STATIC_SHARE
-    if rows.groups.any():
-        groups = random.permutation(np.unique(rows.groups))
-        static = np.isin(rows.groups[order], groups[: len(groups) // STATIC_SHARE])
-    return rows.take(order[~static]), rows.take(np.sort(order[static]))
 
 
 async def _sign(family: Family, home: Home, candidate: Candidate, judgement: Judgement) -> Offer:

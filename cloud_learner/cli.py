@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cloud_learner.commands import backfill
 from cloud_learner.exits import guarded as _guarded
 from cloud_learner.exits import tell as _tell
 from edge_runtime.errors import TransportError
@@ -65,6 +66,9 @@ def bootstrap(family: Path, data: Path, home: Path) -> None:
 
     judgement = _guarded(lambda: run(family, data, Home(home), _tell))
     click.echo(json.dumps(as_facts(judgement), indent=2))
+
+
+main.add_command(backfill)
 
 
 @main.command()

@@ -42,6 +42,7 @@ from cloud_learner.evaluate.offline import (
     score,
 )
 from cloud_learner.evaluate.slices import Keys, Slices, score_slices, slices
+from cloud_learner.package.inspect import spec_of
 from cloud_learner.store.lineage import Lineage
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.pipeline import score_batch
@@ -76,6 +77,7 @@ class _Loaded(msgspec.Struct, frozen=True):
     """A package that was proved here, and how it did on the static set, which never changes."""
 
     runner: Runner
+    spec: str
     size_bytes: int
     latency_us: float
     static: ScoredSet
@@ -99,7 +101,7 @@ class Gate:
         """
         self._limits, self._static, self._lineage = limits, static, lineage
         self._hold_out, self._keys = hold_out, keys
-        self._serving: tuple[str, _Loaded] | None = None
+        self._serving: tuple[str, _Loaded | None] | None = None
         self._passed: set[str] = set()
         self.counts = {"judged": 0, "pass": 0, "fail": 0, "hold": 0}
 
@@ -133,10 +135,12 @@ class Gate:
 
     def _evidence(self, forms: dict[str, bytes], serving: Path | None) -> Evidence:
         recent = self._recent() if self._hold_out is not None else None
-        measured = {name: self._measure(self._load(data), recent) for name, data in forms.items()}
+        loaded = {name: self._load(data) for name, data in forms.items()}
+        spec = next(iter(loaded.values())).spec
+        served = self._served(serving, spec) if serving is not None else None
         return Evidence(
-            forms=measured,
-            serving=self._measure(self._served(serving), recent) if serving is not None else None,
+            forms={name: self._measure(each, recent) for name, each in loaded.items()},
+            serving=self._measure(served, recent) if served is not None else None,
             small_slices=recent.slices.small if recent is not None else {},
             largest_share=largest_share(recent.rows) if recent is not None else math.nan,
         )
@@ -173,12 +177,15 @@ class Gate:
             over_persistence=over_persistence(task, rows, outputs),
         )
 
-    def _served(self, path: Path) -> _Loaded:
-        """What serves, loaded once for as long as it does."""
+    def _served(self, path: Path, spec: str) -> _Loaded | None:
+        """What serves, loaded once for as long as it does; None when it is given other features
+        than the candidate: no row of these sets can be answered by both, and the canary compares.
+        """
         package = path.read_bytes()
         sha256 = _sha256(package)
         if self._serving is None or self._serving[0] != sha256:
-            self._serving = sha256, self._load(package)
+            alike = spec_of(path).hash == spec
+            self._serving = sha256, self._load(package) if alike else None
         return self._serving[1]
 
     def _load(self, package: bytes) -> _Loaded:
@@ -186,12 +193,13 @@ class Gate:
         with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
             path = Path(folder) / "package.onnx"
             path.write_bytes(package)
-            runner = load_arm(path, None, "candidate", "candidate", 1.0).runner
+            arm = load_arm(path, None, "candidate", "candidate", 1.0)
+        runner, spec = arm.runner, arm.info.spec.hash if arm.info is not None else ""
         self._check_width(runner)
         outputs = score_batch(runner, self._static.features)
         scored = score(self._limits.task, self._static, outputs)
         latency_us = row_us(runner, self._static)
-        return _Loaded(runner, len(package), latency_us, scored, _broken(outputs))
+        return _Loaded(runner, spec, len(package), latency_us, scored, _broken(outputs))
 
     def _check_width(self, runner: Runner) -> None:
         wanted = self._static.features.shape[1], self._limits.task.outputs

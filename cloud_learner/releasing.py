@@ -36,7 +36,7 @@ from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
 from cloud_learner.rollout.campaign import Offer
-from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
+from cloud_learner.rules import campaign_rules, check_spec, gate_limits, recent_hold_out
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.family import Family
@@ -131,6 +131,7 @@ class Releasing:
         clock: Clock,
     ) -> None:
         """`lineage` is the family's own part; the gate trusts what it passed in earlier lives."""
+        check_spec(home, family)
         self.family, own = family, home.of(family.name)
         self._kept = own.hold_out
         self.hold_out = recent_hold_out(family) if hold_out is None else hold_out

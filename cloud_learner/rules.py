@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import msgspec
 
+from cloud_learner.config import Home
 from cloud_learner.evaluate.gates import Limits
 from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.rules import Rules as LabelRules
+from cloud_learner.package.inspect import spec_of
 from cloud_learner.rollout.campaign import Rules
+from cloud_learner.store.registry import Registry
 from cloud_learner.train.declaration import FamilyConfig
 from cloud_learner.train.family import Family
 from edge_runtime.errors import ConfigError
@@ -85,6 +88,18 @@ def gate_limits(family: Family) -> Limits:
         },
         Limits,
     )
+
+
+def check_spec(home: Home, family: Family) -> None:
+    """Raises: ConfigError `other_spec` when the home learns under other features than these."""
+    spec = spec_of(Registry(home.registry).path(home.of(family.name).origin().sha256))
+    if spec.hash != family.spec.hash:
+        raise ConfigError(
+            "other_spec",
+            f"{family.folder / 'features.toml'} is not what {home.root} learns {family.name} "
+            "under: it changed, or a backfill did not end; nothing was changed",
+            f"cloud-learner backfill {family.folder} --home {home.root}",
+        )
 
 
 def device_share(family: Family) -> float:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from bench_events_model import POOL, Row, encoded, quantiles
+from bench_events_model import POOL, encoded, quantiles
+from bench_rows import Row
 
 from edge_runtime.events.log import EventLog
 

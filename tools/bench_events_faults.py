@@ -11,7 +11,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from bench_events_model import Row
+from bench_rows import Row
 from crash_states import explore
 
 from cloud_learner.broker import Broker

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import msgspec  # noqa: E402
-from bench_events_model import Row, encoded, quantiles  # noqa: E402
+from bench_events_model import encoded, quantiles  # noqa: E402
+from bench_rows import Row  # noqa: E402
 
 from cloud_learner.broker import Broker  # noqa: E402
 from cloud_learner.simulate.rig import Cloud, Device, dialling  # noqa: E402

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from bench_events_model import FAMILY, FEATURES, POOL, SPEC, START_S, Row, encoded, label
+from bench_events_model import FAMILY, FEATURES, POOL, SPEC, START_S, encoded, label
+from bench_rows import Row
 
 from cloud_learner.ingest.accounting import Accounting
 from cloud_learner.ingest.guard import Batcher

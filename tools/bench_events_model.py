@@ -10,7 +10,6 @@ Knows nothing about logs, buses or databases.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,29 +23,6 @@ SPEC = "5d41402abc4b2a76b9719d911017c592"
 FEATURES = 16
 START_S = 1_360_000_000.0
 POOL = 1 << 15
-
-
-@dataclass
-class Row:
-    """A line of the table; `ok` is None where nothing is to be reached."""
-
-    what: str
-    value: float
-    unit: str
-    reach: float | None = None
-    at_least: bool = False
-
-    @property
-    def ok(self) -> bool | None:
-        """Whether the number to reach was reached."""
-        if self.reach is None:
-            return None
-        return self.value >= self.reach if self.at_least else self.value <= self.reach
-
-    def plain(self) -> dict[str, Any]:
-        """The row as `--json` prints it."""
-        said = {"what": self.what, "value": round(self.value, 3), "unit": self.unit}
-        return {**said, "reach": self.reach, "ok": self.ok}
 
 
 def predictions(count: int, seed: int) -> list[PredictionRecord]:

@@ -19,7 +19,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
-from bench_events_model import POOL, Row, encoded, quantiles
+from bench_events_model import POOL, encoded, quantiles
+from bench_rows import Row
 
 from cloud_learner.broker import Broker
 from cloud_learner.simulate.rig import Cloud, dialling, until

@@ -93,6 +93,19 @@ class EvaluationSet(msgspec.Struct, frozen=True):
             fields={name: taken(words) for name, words in self.fields.items()},
         )
 
+    def set_aside(self, share: int, seed: int) -> tuple[EvaluationSet, EvaluationSet]:
+        """All but one row in `share`, shuffled, and those, in order; by chance, as `seed` says.
+
+        Rows that compete are in one of the two together.
+        """
+        random = np.random.default_rng(seed)
+        order = random.permutation(len(self))
+        aside = np.arange(len(self)) < len(self) // share
+        if self.groups.any():
+            groups = random.permutation(np.unique(self.groups))
+            aside = np.isin(self.groups[order], groups[: len(groups) // share])
+        return self.take(order[~aside]), self.take(np.sort(order[aside]))
+
 
 class ScoredSet(msgspec.Struct, frozen=True):
     """How a package did on a set; NaN where a number is undefined, as `Task` says."""

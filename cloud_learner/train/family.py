@@ -68,7 +68,10 @@ class Family:
 
     def learning_otherwise(self, learning: Learning) -> Family:
         """The same family with another schedule of learning."""
-        config = msgspec.structs.replace(self.config, learning=learning)
+        return self.declared_otherwise(msgspec.structs.replace(self.config, learning=learning))
+
+    def declared_otherwise(self, config: FamilyConfig) -> Family:
+        """The same features and networks under another family.toml."""
         return Family(self.folder, config, self.spec, self._network)
 
     def build_teacher(self, rows: Rows) -> nn.Module:

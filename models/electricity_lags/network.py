@@ -10,9 +10,9 @@ from edge_runtime.features.spec import Spec
 
 def build_teacher(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the cloud."""
-    return Network(spec, rows, hidden=(64, 64))
+    return Network(spec, rows, hidden=(64, 64), dropout=0.2)
 
 
 def build_student(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the device."""
-    return Network(spec, rows, hidden=(32, 16))
+    return Network(spec, rows, hidden=(64, 32))

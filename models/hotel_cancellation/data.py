@@ -42,7 +42,10 @@ SELECT (arrival - lead_time::INT)::TIMESTAMPTZ AS event_time,
        previous_bookings_not_canceled::INT AS stayed_before, reserved_room_type AS room,
        trim(deposit_type) AS deposit, trim(agent) AS agent, trim(company) AS company,
        customer_type AS customer, adr::DOUBLE AS daily_rate,
-       total_of_special_requests::INT AS requests, is_canceled::DOUBLE AS label,
+       total_of_special_requests::INT AS requests,
+       86400.0 * (lead_time::INT + stays_in_weekend_nights::INT + stays_in_week_nights::INT)
+           AS until_over_s,
+       is_canceled::DOUBLE AS label,
        (reservation_status_date::DATE + 1)::TIMESTAMPTZ - to_seconds(1) AS label_time
 FROM bookings
 ORDER BY event_time, md5(row::VARCHAR)

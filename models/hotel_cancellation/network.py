@@ -10,7 +10,7 @@ from edge_runtime.features.spec import Spec
 
 def build_teacher(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the cloud."""
-    return Network(spec, rows, hidden=(96, 64), dropout=0.1)
+    return Network(spec, rows, hidden=(96, 64), dropout=0.2)
 
 
 def build_student(spec: Spec, rows: Rows) -> nn.Module:

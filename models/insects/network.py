@@ -12,9 +12,9 @@ CLASSES = 6
 
 def build_teacher(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the cloud."""
-    return Network(spec, rows, hidden=(64, 64), outputs=CLASSES)
+    return Network(spec, rows, hidden=(64, 64), outputs=CLASSES, dropout=0.1)
 
 
 def build_student(spec: Spec, rows: Rows) -> nn.Module:
     """A network for the device."""
-    return Network(spec, rows, hidden=(64, 32), outputs=CLASSES)
+    return Network(spec, rows, hidden=(64, 64), outputs=CLASSES)

@@ -72,15 +72,17 @@ def test_commands_that_are_named_exist(path):
     assert [
         f"{program} {command}"
         for program, command in sorted(named)
-        if command not in commands_of(f"{program.replace('-', '_')}/cli.py")
+        if command not in commands_of(program.replace("-", "_"))
     ] == []
 
 
-def commands_of(path: str) -> set[str]:
-    """The functions that a click group registers, read from its source."""
+def commands_of(package: str) -> set[str]:
+    """The functions that a package's click group registers, read from its source."""
     return {
         node.name.replace("_", "-")
-        for node in ast.parse((ROOT / path).read_text()).body
+        for path in (ROOT / package).glob("c*.py")
+        if path.stem in {"cli", "commands"}
+        for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
         and any("command" in ast.unparse(each) for each in node.decorator_list)
     }

@@ -39,6 +39,7 @@ CLOUD_ORDER = (
     ("experiment", "console"),
     ("bootstrap", "serve"),
     ("simulate",),
+    ("commands",),
     ("cli",),
 )
 LEARNER_MAY_IMPORT = (

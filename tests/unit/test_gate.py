@@ -19,6 +19,7 @@ from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from edge_runtime.errors import TrustError
+from edge_runtime.features.spec import Spec
 
 LIMITS = Limits(
     static_drop_max=0.01,
@@ -144,6 +145,18 @@ def test_garbage_and_a_package_of_another_width_fail(gate, write_package, toy_sp
     for package in (b"garbage", narrow):
         assert gate.judge(package, package, None).outcome == "fail"
     assert gate.counts["fail"] == 2
+
+
+@pytest.mark.parametrize("names", [["seen_1h"], None], ids=["fewer features", "other features"])
+def test_a_release_of_other_features_is_not_compared_with(gate, write_package, toy_spec, names):
+    package = write_package()[0].read_bytes()
+    text = toy_spec.to_json().replace("3600.0", "60.0")
+    spec = toy_spec.subset(names) if names else Spec.from_json(text)
+
+    judgement = gate.judge(package, package, write_package(spec=spec)[0])
+
+    assert judgement.outcome == "pass"
+    assert judgement.evidence.serving is None
 
 
 def test_every_verdict_goes_to_lineage_with_its_evidence(gate, tmp_path, write_package):

@@ -40,7 +40,7 @@ def test_events_are_seeded_differ_and_take_200_bytes(model):
     ],
 )
 def test_a_row_is_judged_by_its_own_direction(model, value, reach, at_least, ok):
-    row = model.Row("what", value, "s", reach, bool(at_least))
+    row = importlib.import_module("bench_rows").Row("what", value, "s", reach, bool(at_least))
     assert row.ok is ok
     assert row.plain() == {"what": "what", "value": value, "unit": "s", "reach": reach, "ok": ok}
 
