@@ -19,10 +19,9 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
-import msgspec
-
 from cloud_learner.config import FamilyHome
 from cloud_learner.cycle import Candidate, Cycle
+from cloud_learner.evaluate.alarms import WATCHED
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.rules import label_rules
 from cloud_learner.store.examples import Batch
@@ -58,7 +57,8 @@ class Course:
         trust = self.cycle.teaching.trust
         self._quarantined = {name: each.reason for name, each in trust.quarantined.items()}
         self._released_s = label_rules(family.config, idle_s=0.0).released_s
-        self._told = max((entry["batch"] for entry in lineage.read("alarm")), default=0)
+        told = [e["batch"] for e in lineage.read("alarm") if e["source"] in WATCHED]
+        self._told = max(told, default=0)
         self._failed = {e["batch"]: bool(e["whole"]) for e in lineage.read("failed") if e["batch"]}
 
     def take(self, batches: Iterable[Batch], clock_s: float) -> None:
@@ -151,14 +151,14 @@ class Course:
         if number <= self._told:
             return
         self._told = number
-        alarms = [msgspec.to_builtins(alarm) for alarm in self.cycle.alarms]
+        alarms = self.cycle.alarms
         trust = self.cycle.teaching.trust
         reasons = {name: each.reason for name, each in trust.quarantined.items()}
         new = {name: why for name, why in reasons.items() if name not in self._quarantined}
         self._quarantined = reasons
         try:
             for alarm in alarms:
-                self._lineage.append("alarm", **alarm)
+                self._lineage.append("alarm", **alarm.facts())
             for device, reason in new.items():
                 self._lineage.append("quarantine", batch=number, device=device, reason=reason)
         except CapacityError as full:

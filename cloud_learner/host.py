@@ -20,14 +20,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.gate import Judgement
+from cloud_learner.ingest.intake import Released
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releasing, release_signers
-from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.streams import make_streams
 from cloud_learner.train.family import Family
@@ -43,6 +45,7 @@ STATUS_S = 0.05
 STATUS_KEPT_S = 1.0
 MAINTAIN_S = 3600.0
 MEND_S = 1.0
+LOOK_S = 60.0
 
 
 class Host:
@@ -74,7 +77,7 @@ class Host:
             bus,
             clock,
             submit=self.submit,
-            on_examples=self._on_examples,
+            on_released=self._on_released,
         )
         self._quarantined_reports = self._reconnects = 0
 
@@ -90,6 +93,7 @@ class Host:
                 group.create_task(self._say())
                 group.create_task(self._maintain())
                 group.create_task(self._mend())
+                group.create_task(self._look())
         finally:
             await reports.close()
             for releasing in self.releasing.values():
@@ -99,12 +103,18 @@ class Host:
         """Let a family's gate judge a candidate, and offer it if it passed."""
         return await self.releasing[family].submit(candidate, self.learner.thread)
 
+    async def look(self) -> None:
+        """Look at what unlabelled answers are worth, of every family."""
+        for name, releasing in self.releasing.items():
+            await releasing.look(self.learner.courses[name].number)
+
     def status(self) -> LearnerStatus:
         """What is going on, for the live view."""
         found = {name: self._family(name) for name in self.releasing}
         counters = Counter(self.learner.statistics())
         for releasing in self.releasing.values():
             counters.update(releasing.counts())
+        counters["alarms_standing"] = sum(len(each["alarms"]) for each in found.values())
         rollouts = {name: each["rollout"] for name, each in found.items()}
         many = len(found) > 1
         stages = [f"{name} {r['stage']}" if many else r["stage"] for name, r in rollouts.items()]
@@ -136,16 +146,23 @@ class Host:
     def _family(self, name: str) -> dict[str, Any]:
         """What is going on with one family."""
         course, releasing = self.learner.courses[name], self.releasing[name]
+        alarms = course.cycle.watch.standing + releasing.standing(course.number)
         return {
             "clock_s": course.clock_s if math.isfinite(course.clock_s) else None,
             "failure": course.failure,
             "weights": course.cycle.replicas.weights,
             "rollout": releasing.controller.status(),
-            "counters": {**self.learner.statistics_of(name), **releasing.counts()},
+            "alarms": msgspec.to_builtins(alarms),
+            "expected": releasing.expectation.facts(),
+            "counters": {
+                **self.learner.statistics_of(name),
+                **releasing.counts(),
+                "alarms_standing": len(alarms),
+            },
         }
 
-    async def _on_examples(self, family: str, examples: list[Example]) -> None:
-        await self.releasing[family].examples(examples)
+    async def _on_released(self, family: str, released: Released) -> None:
+        await self.releasing[family].take(released)
 
     async def _on_report(self, message: Message) -> None:
         try:
@@ -157,8 +174,8 @@ class Host:
             self._quarantined_reports += 1
             return
         self.learner.ingest.hear(report)
-        for releasing in self.releasing.values():
-            await releasing.controller.report(report)
+        for name, releasing in self.releasing.items():
+            await releasing.report(report, self.learner.courses[name].number)
 
     async def _say(self) -> None:
         """Speak at every step, and leave a word on the broker once a second."""
@@ -196,6 +213,12 @@ class Host:
             await asyncio.sleep(MEND_S)
             if self._bus.statistics()["reconnects"] != self._reconnects:
                 await self._furnish()
+
+    async def _look(self) -> None:
+        """Also while no candidate is judged: labels may be far away."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
 
     async def _maintain(self) -> None:
         while True:

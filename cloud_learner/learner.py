@@ -24,10 +24,9 @@ from cloud_learner.config import Home
 from cloud_learner.course import Course
 from cloud_learner.cycle import Candidate
 from cloud_learner.ingest.consumer import Ingest
-from cloud_learner.ingest.intake import Commit, Intake, Strand
+from cloud_learner.ingest.intake import Commit, Intake, Released, Strand
 from cloud_learner.rules import batcher, label_rules
 from cloud_learner.store.archive import Archive
-from cloud_learner.store.examples import Example
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.raw import RawLog
@@ -40,11 +39,11 @@ IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
 WAITING_BATCHES_MAX = 400  # that ingest may be ahead of the trainer; they are in memory
 
 Submit = Callable[[str, Candidate], Awaitable[object]]
-OnExamples = Callable[[str, list[Example]], Awaitable[None]]
+OnReleased = Callable[[str, Released], Awaitable[None]]
 
 
 class Learner:
-    """Ingests and learns for as long as `run` runs; `on_examples` sees all released examples."""
+    """Ingests and learns for as long as `run` runs; `on_released` sees all that came out."""
 
     def __init__(
         self,
@@ -55,9 +54,9 @@ class Learner:
         clock: Clock,
         *,
         submit: Submit,
-        on_examples: OnExamples,
+        on_released: OnReleased,
     ) -> None:
-        self._submit, self._on_examples = submit, on_examples
+        self._submit, self._on_released = submit, on_released
         self.courses = {
             family.name: Course(family, home.of(family.name), lineage.of(family.name))
             for family in families
@@ -112,7 +111,7 @@ class Learner:
         self.progress.set()
         self._wake.set()
         for name, released in commit.families.items():
-            await self._on_examples(name, released.examples)
+            await self._on_released(name, released)
         while any(len(each.waiting) > WAITING_BATCHES_MAX for each in self.courses.values()):
             self._learned.clear()
             await self._learned.wait()

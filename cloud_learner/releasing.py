@@ -1,9 +1,12 @@
 """The releasing of one family: candidate, gate, registry, campaign.
 
 Why: several families share a publisher and its keys, and each is judged and rolled out by itself.
+What says that the world has changed before labels do comes by wall time, so it stays away from
+training and is heard here: what devices tell, and what unlabelled answers are worth.
 
 Invariants: a candidate becomes an offer only by its gate's own judgement. Release counters rise
-with each release of the family, over all starts.
+with each release of the family, over all starts. An alarm makes the gate stricter, and does nothing
+else; it is entered in lineage once. Hearing and expectation belong to one thread of their own.
 
 Knows nothing about how candidates come about.
 """
@@ -12,29 +15,37 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate
+from cloud_learner.evaluate.alarms import Alarm
+from cloud_learner.evaluate.expectation import Expectation
+from cloud_learner.evaluate.hearing import Hearing
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, Judgement
+from cloud_learner.ingest.intake import Released
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
 from cloud_learner.rollout.campaign import Offer
 from cloud_learner.rules import campaign_rules, check_spec, gate_limits, recent_hold_out
-from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.family import Family
 from edge_runtime.clock import Clock
+from edge_runtime.errors import CapacityError
 from edge_runtime.rollout.plan import Plan, Variant, model_path
+from edge_runtime.wire.messages import Report
+
+log = logging.getLogger("cloud_learner")
 
 HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
 
@@ -133,9 +144,15 @@ class Releasing:
         self.releases = Releases(family.name, Registry(home.registry), lineage)
         publish, rules = self.releases.publishing(publisher), campaign_rules(family)
         self.controller = Controller(rules, own.campaign, publish, lineage, clock)
+        self._lineage, self._clock, config = lineage, clock, family.config
+        reference = load_set(own.reference).features
+        self.hearing = Hearing(family.name, family.spec, config.drift, reference)
+        self.expectation = Expectation(config.drift, config.task)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="hearing")
 
     async def submit(self, candidate: Candidate, thread: Executor) -> Judgement:
         """Let the gate judge a candidate in `thread`, and offer it if it passed."""
+        await self.look(candidate.number)
         loop = asyncio.get_running_loop()
         judgement = await loop.run_in_executor(thread, self._judge, candidate)
         if judgement.outcome == "pass":
@@ -145,6 +162,7 @@ class Releasing:
     async def close(self) -> None:
         """Let what is under way reach the disk, and keep the hold-out."""
         await self.controller.close()
+        self._aside.shutdown()
         self.hold_out.save(self._kept)
 
     def _judge(self, candidate: Candidate) -> Judgement:
@@ -153,18 +171,36 @@ class Releasing:
             candidate.package,
             candidate.float_package,
             Path(stable.file) if stable else None,
-            alarmed=candidate.alarmed,
+            alarmed=candidate.alarmed or bool(self.standing(candidate.number)),
         )
         if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
             self.hold_out.save(self._kept)
         return judgement
 
-    async def examples(self, examples: Sequence[Example]) -> None:
-        """Take joined examples as evidence, and into the hold-out."""
+    async def take(self, released: Released) -> None:
+        """Take joined examples as evidence, and into the hold-out; and answers without labels."""
+        examples = released.examples
+        self.expectation.take(examples, released.answers, released.clock_s)
         if examples:
             spec = self.family.spec.hash
             self.hold_out.add([example for example in examples if example.spec == spec])
             await self.controller.examples(examples)
+
+    async def report(self, report: Report, batch: int) -> None:
+        """Take what a device says, when micro-batch `batch` is the newest that was learned."""
+        await self.controller.report(report)
+        if report.sketches:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._aside, self._hear, report, batch)
+
+    async def look(self, batch: int) -> None:
+        """Look at what unlabelled answers are worth."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._aside, self._look, batch)
+
+    def standing(self, batch: int) -> list[Alarm]:
+        """The alarms that stand beside those of the stream; any thread may ask."""
+        return self.hearing.standing(batch) + self.expectation.standing(batch)
 
     def counts(self) -> dict[str, int]:
         """Verdicts of the gate and what became of offers."""
@@ -172,7 +208,24 @@ class Releasing:
         return {
             **{f"gate_{name}": count for name, count in self.gate.counts.items()},
             **{f"rollout_{name}": count for name, count in rollout.items()},
+            **self.hearing.statistics(),
         }
+
+    def _hear(self, report: Report, batch: int) -> None:
+        now_s = self._clock.monotonic_s()
+        told = self.hearing.hear(report.device, report.sketches, now_s=now_s, batch=batch)
+        self._enter(told)
+
+    def _look(self, batch: int) -> None:
+        self._enter(self.expectation.look(batch), **self.expectation.facts())
+
+    def _enter(self, alarms: list[Alarm], **facts: object) -> None:
+        for alarm in alarms:
+            log.warning("%s: alarm: %s %s", self.family.name, alarm.source, alarm.name)
+            try:
+                self._lineage.append("alarm", **alarm.facts(), **facts)
+            except CapacityError as full:  # it stands all the same
+                log.warning("%s", full)
 
 
 def passed_before(lineage: Lineage) -> set[str]:

@@ -24,8 +24,9 @@ import numpy as np
 from cloud_learner.stats import drift
 
 Kind = Literal["sudden", "gradual", "cyclic"]
-Source = Literal["loss", "score", "feature", "embedding", "estimate"]
-SOURCES: tuple[Source, ...] = ("loss", "score", "feature", "embedding", "estimate")
+Source = Literal["loss", "score", "feature", "embedding", "sketch", "estimate"]
+WATCHED: tuple[Source, ...] = ("loss", "score", "feature", "embedding")  # in the stream
+SOURCES: tuple[Source, ...] = (*WATCHED, "sketch", "estimate")  # each has its share of delta
 
 _APART = 3  # micro-batches without a sign after which the next one is a return
 _RETURNS = 3
@@ -45,6 +46,11 @@ class Alarm(msgspec.Struct, frozen=True):
     reach: float
     batch: int
     time_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """As plain data for lineage, where `kind` is an entry's own and time that of the wall."""
+        names = {"kind": "change", "time_s": "event_time_s"}
+        return {names.get(key, key): each for key, each in msgspec.to_builtins(self).items()}
 
 
 class Sign(msgspec.Struct, frozen=True):

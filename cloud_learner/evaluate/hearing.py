@@ -91,7 +91,7 @@ class Hearing:
             return []
         found = merged(list(fresh.values()))
         shifts = self._shifts.judge(found, found)
-        signs = [Sign("feature", s.name, s.found, s.reach, s.levels) for s in shifts]
+        signs = [Sign("sketch", s.name, s.found, s.reach, s.levels) for s in shifts]
         return self._alarms.take(signs, batch, max(each.until_s for each in fresh.values()))
 
 

@@ -50,6 +50,8 @@ class Keys(msgspec.Struct, frozen=True):
     def is_new(self, rows: EvaluationSet) -> Mask:
         """Which rows have a key that is not among these; (rows,) bool."""
         new = np.zeros(len(rows), np.bool_)
+        if not len(rows):  # and no columns
+            return new
         for at, seen in self.indices.items():
             new |= ~np.isin(rows.features[:, at].astype(np.int64), seen)
         for name, words in rows.fields.items():

@@ -3,13 +3,13 @@
 Why: an alarm that comes with the micro-batch that shows the change lets the learner answer within
 it: train anew, trim, let the gate be strict. It never bypasses the gate.
 
-Five signs, each with a detector (`stats.drift`, `stats.columns`, `stats.estimate`): the loss rises;
-scores, a feature, embeddings follow another distribution; unlabelled answers are expected to be
-worse than labelled ones were.
+Four signs, each with a detector (`stats.drift`, `stats.columns`): the loss rises; scores, a
+feature, embeddings follow another distribution.
 
 False alarms: `delta` is the chance that a micro-batch of a world that stands still raises any. Each
-source has a fifth of it, and shares that among its columns or classes (Bonferroni), so that all
-together stay below, however they depend on one another. For ADWIN the share bounds a check, which
+of `SOURCES` has an equal share of it, those that are beside the stream too, and shares that among
+its columns or classes (Bonferroni), so that all together stay below, however they depend on one
+another. For ADWIN the share bounds a check, which
 it stays far below. It holds for rows that are exchangeable; neighbours in time are not, and alarm
 more often.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +31,6 @@ import numpy.typing as npt
 from cloud_learner.evaluate.alarms import SOURCES, Alarm, Alarms, Sign
 from cloud_learner.stats import drift
 from cloud_learner.stats.columns import LEVELS_KEPT, ColumnShifts
-from cloud_learner.stats.estimate import Cbpe, Expected
 from cloud_learner.stats.shifts import Embed, EmbeddingShift, ScoreShift, usual_step
 from cloud_learner.stats.tasks import Task
 from edge_runtime.features.feature import Column
@@ -40,11 +38,8 @@ from edge_runtime.features.histogram import Counts, Histograms
 
 Matrix = npt.NDArray[np.float32]
 
-LABELLED_ROWS = 3000  # that the label-free estimate is calibrated on
 CLASSES_WATCHED = 10
 FEATURE_ROWS = 500  # at least, of the newest micro-batches, that a histogram is judged by
-ESTIMATE_DROP_MIN = 0.02
-ESTIMATE_DRAWS = 100
 
 
 class Limits(Protocol):
@@ -66,7 +61,7 @@ class Watch:
     def __init__(
         self, limits: Limits, task: Task, columns: Sequence[Column], reference: Matrix, seed: int
     ) -> None:
-        self._limits, self._task, self._seed = limits, task, seed
+        self._limits, self._task = limits, task
         self._alpha = limits.delta / len(SOURCES)
         self._columns = list(columns)
         scores = min(task.outputs, CLASSES_WATCHED)
@@ -77,8 +72,6 @@ class Watch:
         self._features = ColumnShifts(self._columns, known, limits.psi_max, self._alpha)
         self._recent: list[Histograms] = []
         self._embeddings = EmbeddingShift(self._alpha, 1000 * seed)
-        self._labels = np.zeros(0, np.float32)
-        self._outputs = np.zeros((0, task.outputs), np.float32)
         self._levels: dict[tuple[str, str], list[float]] = {}
         self._alarms = Alarms(limits.calm_batches)
         self.batch, self.time_s = 0, 0.0
@@ -90,8 +83,8 @@ class Watch:
 
     @property
     def hurts(self) -> bool:
-        """Whether one stands that says that the answers are worse, not only that rows are other."""
-        return any(alarm.source in ("loss", "estimate") for alarm in self.standing)
+        """Whether one stands that says that answers got worse, not only that rows are other."""
+        return any(alarm.source == "loss" for alarm in self.standing)
 
     @property
     def standing(self) -> list[Alarm]:
@@ -123,24 +116,7 @@ class Watch:
         signs += self._see_features(features)
         if embed is not None:
             signs += self._see_embeddings(features, embed)
-        self._labels = np.concatenate([self._labels, labels])[-LABELLED_ROWS:]
-        self._outputs = np.concatenate([self._outputs, outputs])[-LABELLED_ROWS:]
         return self._alarms.take(signs, batch, time_s)
-
-    def estimate(self, outputs: Matrix) -> tuple[Expected, list[Alarm]]:
-        """What unlabelled answers (rows, outputs) are worth, and the alarm if they are worse.
-
-        NaN where it is undefined (`stats.estimate`), and before any label came; then no alarm.
-        """
-        cbpe = Cbpe(self._task, self._labels, self._outputs)
-        expected = cbpe.expected(outputs[np.isfinite(outputs).all(1)])
-        reached = self._task.quality(self._labels, self._outputs) if self._has_chances else np.nan
-        drop = max(self._chance_drop(cbpe, expected.rows), ESTIMATE_DROP_MIN)
-        signs = []
-        if self._limits.on and expected.quality < reached - drop:
-            levels = self._level("estimate", "", expected.quality)
-            signs = [Sign("estimate", "", expected.quality, reached - drop, levels)]
-        return expected, self._alarms.take(signs, self.batch, self.time_s)
 
     def recalled(self) -> list[Alarm]:
         """The learner took a former state back: what stands is cyclic; the alarms so renamed."""
@@ -155,8 +131,6 @@ class Watch:
                 "features": self._features.state(),
                 "recent": [(each.rows, each.counts) for each in self._recent],
                 "embeddings": self._embeddings.state(),
-                "labels": self._labels,
-                "outputs": self._outputs,
                 "levels": self._levels,
                 "alarms": self._alarms.state(),
                 "at": (self.batch, self.time_s),
@@ -172,14 +146,9 @@ class Watch:
         self._features.restore(state["features"])
         self._recent = [self._histograms(*each) for each in state["recent"]]
         self._embeddings.restore(state["embeddings"])
-        self._labels, self._outputs = state["labels"], state["outputs"]
         self._levels = state["levels"]
         self._alarms.restore(state["alarms"])
         self.batch, self.time_s = state["at"]
-
-    @property
-    def _has_chances(self) -> bool:
-        return self._task.kind in ("binary", "multiclass")
 
     def _see_losses(self, labels: Matrix, outputs: Matrix) -> list[Sign]:
         losses = self._task.bounded_losses(labels, outputs)
@@ -225,15 +194,6 @@ class Watch:
         kept = [*self._levels.get((source, name), []), level][-LEVELS_KEPT:]
         self._levels[source, name] = kept
         return kept
-
-    def _chance_drop(self, cbpe: Cbpe, rows: int) -> float:
-        """How far below its mean the estimate of so many rows falls by chance, were they alike."""
-        if not self._has_chances or not rows or not len(self._labels):
-            return np.inf
-        random = np.random.default_rng(self._seed)
-        draws = random.integers(0, len(self._labels), (ESTIMATE_DRAWS, rows))
-        spread = np.std([cbpe.expected(self._outputs[each]).quality for each in draws])
-        return float(spread) * NormalDist().inv_cdf(1 - self._alpha)
 
 
 def _summed(parts: Sequence[Histograms]) -> list[Counts]:

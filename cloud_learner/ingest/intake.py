@@ -49,13 +49,16 @@ class Released(msgspec.Struct):
 
     `clock_s` is the joint event time up to which all mature examples are released; `batches` are
     new ones, `examples` all that were released, batched or not, and `amended` those that came out
-    once more; `counters` are this family's part of the commit's.
+    once more. `answers` are outputs that were served to predictions that came in, a few of the
+    newest of each portion, whether or not labels have come. `counters` are this family's part of
+    the commit's.
     """
 
     clock_s: float
     examples: list[Example]
     amended: list[Example]
     batches: list[Batch]
+    answers: list[tuple[float, ...]] = []
     counters: dict[str, int] = {}
 
 
@@ -185,7 +188,8 @@ class Intake:
         others = joiner.for_files_only
         batches = self._outlet.put(family, examples, others, self._meta, change, now_s=now_s)
         self._meta.families[family].clock_s = joiner.clock_s
-        return Released(joiner.clock_s, examples, joiner.amended, batches)
+        answers = list(joiner.answers)
+        return Released(joiner.clock_s, examples, joiner.amended, batches, answers)
 
     @property
     def is_behind(self) -> bool:

@@ -16,7 +16,7 @@ Knows nothing about envelopes, databases or batches.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -44,6 +44,7 @@ from edge_runtime.wire.messages import LabelRecord, Mark, PredictionRecord, Reco
 
 __all__ = ["Joiner", "Portion", "Rules"]
 
+ANSWERS_MAX, ANSWERS_OF_PORTION = 3000, 20
 _NEVER_S = float("-inf")
 
 
@@ -61,7 +62,11 @@ class Portion(msgspec.Struct):
 
 
 class Joiner:
-    """Joins the predictions of one family, over the state in `db`."""
+    """Joins the predictions of one family, over the state in `db`.
+
+    `answers` are outputs that were served to predictions of the last commit, a few of the newest of
+    each portion, whether or not labels have come.
+    """
 
     def __init__(
         self,
@@ -78,6 +83,7 @@ class Joiner:
         `at_once` is about how many records one commit settles.
         """
         self.counters: Counter[str] = Counter()
+        self.answers: deque[tuple[float, ...]] = deque(maxlen=ANSWERS_MAX)
         self.clock = JointClock(rules.label_window_s, rules.idle_s, rules.awaited)
         self.clock.restore(clock_s, rules.family, accounts, now_s)
         self._rules, self._accounts = rules, accounts
@@ -102,6 +108,7 @@ class Joiner:
 
         Predictions first, then time, then labels, so that the order within a commit is nothing.
         """
+        self.answers.clear()
         self._waiting.begin(change)
         self._attaching.begin(self._settling.clock_s, self._settling.mature_s)
         labels = []
@@ -167,6 +174,9 @@ class Joiner:
         if not asked:
             return
         prefix, first, places = lane_prefix(device, epoch), portion.first_seq, list(asked)
+        newest = [asked[place].scored for place in places[-ANSWERS_OF_PORTION:]]
+        # copies: what was decoded goes as a whole, and nothing holds on to its memory
+        self.answers.extend([tuple(scored[0].outputs) for scored in newest if scored])
         if self._rules.window_field:
             begins_s = self._rules.begins_s
             times_s = [begins_s(record.time_s, record.fields) for record in asked.values()]

@@ -103,6 +103,18 @@ class Cbpe:
             brier=float((chances * (1 - scores) ** 2 + (1 - chances) * scores**2).mean()),
         )
 
+    def spread(self, outputs: Matrix) -> float:
+        """The standard deviation of the expected quality over rows like these, times sqrt(rows).
+
+        That of the influence of a row (Hampel 1974). NaN where the quality is undefined.
+        """
+        if self._fit is None or not len(outputs):
+            return math.nan
+        scores = _confidence(outputs)
+        chances = self._fit(scores)
+        is_binary = self._task.kind == "binary"
+        return float(np.std(auc_influences(scores, chances) if is_binary else chances))
+
 
 def _confidence(outputs: Matrix) -> Floats:
     """The probability that is calibrated: of the outcome 1, or of the class that is answered."""
@@ -125,3 +137,25 @@ def expected_auc(scores: Floats, chances: Floats) -> float:
     pairs = float(p.sum() * (1 - p).sum()) - alone
     in_order = float((positive * (below + negative / 2)).sum()) - alone / 2
     return in_order / pairs if pairs > 0 else math.nan
+
+
+def auc_influences(scores: Floats, chances: Floats) -> Floats:
+    """How the expected AUC moves with the weight of each row, in the order of scores; mean 0.
+
+    The first term of Hoeffding's decomposition of a ratio of U-statistics (1948). NaN where no pair
+    is expected.
+    """
+    order = np.argsort(scores, kind="stable")
+    p, q = chances[order], 1 - chances[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
+    sizes = np.diff(np.r_[starts, len(p)])
+    positive, negative = np.add.reduceat(p, starts), np.add.reduceat(q, starts)
+    above = np.repeat(positive.sum() - np.cumsum(positive) + positive / 2, sizes) / len(p)
+    below = np.repeat(np.cumsum(negative) - negative / 2, sizes) / len(p)
+    pairs = float(p.mean() * q.mean())
+    if not pairs:
+        return np.full(len(p), math.nan)
+    in_order = p * below + q * above
+    area = float(in_order.mean()) / 2 / pairs
+    moved: Floats = (in_order - area * (p * q.mean() + q * p.mean())) / pairs
+    return moved

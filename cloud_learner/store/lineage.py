@@ -24,7 +24,10 @@ from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import fsync_directory
 
-KINDS = ("candidate", "verdict", "release", "plan", "decision", "failed")
+KINDS = (
+    *("candidate", "verdict", "release", "plan", "decision", "failed"),
+    *("alarm", "quarantine"),
+)
 Entry = dict[str, Any]
 
 

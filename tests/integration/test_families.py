@@ -189,7 +189,7 @@ class Taught:
             bus,
             SystemClock(),
             submit=self._submit,
-            on_examples=self._on_examples,
+            on_released=self._on_released,
         )
         self.courses = self.learner.courses
 
@@ -198,7 +198,7 @@ class Taught:
         self.seen.append((family, numbers))
         self.news.set()
 
-    async def _on_examples(self, _family, _examples) -> None:
+    async def _on_released(self, _family, _released) -> None:
         pass
 
     def give(self, family: str, count: int, *, x: float | None = None) -> None:

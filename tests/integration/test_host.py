@@ -20,7 +20,7 @@ import pytest
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
-from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.evaluate.offline import is_held_out, load_set
 from cloud_learner.host import Host
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
@@ -31,10 +31,12 @@ from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
 from edge_runtime.errors import ConfigError
+from edge_runtime.features.histogram import Histograms
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import (
     WIRE_VERSION,
     Envelope,
+    FeatureSketch,
     LabelRecord,
     Mark,
     ObservationRecord,
@@ -44,6 +46,7 @@ from edge_runtime.wire.messages import (
 )
 
 WAIT_S = 30.0
+SYSTEM = SystemClock()
 EVENTS = 800
 ENVELOPE_RECORDS = 40
 
@@ -74,7 +77,7 @@ def envelopes(coin, family):
     return packed(coin.stream(EVENTS, seed=3, start_s=2000.0), family.spec.hash)
 
 
-def packed(events, spec, width=3):
+def packed(events, spec, width=3, answer=lambda _fields: 0.5):
     lanes: dict = {}
     for time_s, kind, device, fields, heads, label_time_s in events:
         lane = lanes.setdefault((device, "event"), [])
@@ -83,7 +86,7 @@ def packed(events, spec, width=3):
             continue
         row = np.zeros(width, "<f4")
         row[1] = fields["x"]
-        scored = [Scored("r00001", "stable", [0.5])]
+        scored = [Scored("r00001", "stable", [answer(fields)])]
         lane.append(
             PredictionRecord("coin", kind, time_s, fields, spec, row.tobytes(), 1.0, scored)
         )
@@ -133,9 +136,9 @@ class Cloud:
 
 
 @contextlib.asynccontextmanager
-async def hosted(home, family, broker):
+async def hosted(home, family, broker, clock=SYSTEM):
     """A host that runs over a memory broker, a cloud beside it, and the task that runs it."""
-    host = Host(home, [family], await broker.connect(name="learner"), SystemClock())
+    host = Host(home, [family], await broker.connect(name="learner"), clock)
     cloud = Cloud(await broker.connect(name="test"))
     await cloud.listen()
     running = asyncio.create_task(host.run())
@@ -144,6 +147,18 @@ async def hosted(home, family, broker):
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+class Moved(SystemClock):
+    """The machine's clocks, put forward."""
+
+    ahead_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.ahead_s
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.ahead_s
 
 
 def batched(home):
@@ -341,6 +356,95 @@ def test_a_learner_that_cannot_write_says_so_and_goes_on_by_itself(home, family,
 
     asyncio.run(scenario())
     check_ledger(home, len(batched(home)))
+
+
+def calibrated(fields):
+    """What one would answer who knew the world that coins come from."""
+    return float(1 / (1 + np.exp(-4 * fields["x"])))
+
+
+async def judged(host):
+    """The student as it stands, judged: the outcome of each rule, and whether it was strict."""
+    course, loop = host.learner.courses["coin"], asyncio.get_running_loop()
+    candidate = await loop.run_in_executor(host.learner.thread, course.candidate)
+    judgement = await host.submit("coin", candidate)
+    strict = {each.rule for each in judgement.verdicts if "an alarm stands" in each.reason}
+    return candidate, strict
+
+
+def family_said(host):
+    return json.loads(host.status().detail)["families"]["coin"]
+
+
+def test_answers_that_grow_unsure_make_the_gate_strict_before_any_label_of_them_is_mature(
+    home, family, coin
+):
+    spec = family.spec.hash
+    calm = packed(coin.stream(EVENTS, seed=3, start_s=2000.0), spec, answer=calibrated)
+    unsure = [
+        (2800 + at * 0.02, kind, device + device, {**fields, "x": fields["x"] / 10}, heads, 3000.0)
+        for at, (_, kind, device, fields, heads, _) in enumerate(coin.stream(EVENTS, seed=4))
+        if kind == "asked"
+    ]
+    unlabelled = [
+        each for each in packed(unsure, spec, answer=calibrated) if "label" not in each[0]
+    ]
+
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
+            await cloud.send(calm)
+            await cloud.until_learned(10)
+            _, strict = await judged(host)
+            before = family_said(host)
+            assert (strict, before["alarms"], list(host.lineage.read("alarm"))) == (set(), [], [])
+            assert abs(before["expected"]["expected"] - before["expected"]["reached"]) < 0.03
+
+            await cloud.send(unlabelled)
+            archived = EVENTS + EVENTS * 3 // 4 + len(unsure)
+            await cloud.until(lambda: cloud.status.events_archived == archived)
+            candidate, strict = await judged(host)
+            assert not candidate.alarmed  # nothing of it was learned, nor seen by the watch
+            assert {"static_drop", "recent_drop"} <= strict
+            await cloud.until(lambda: cloud.count("alarms_standing") == 1)
+            return family_said(host), list(host.lineage.read("alarm"))
+
+    after, [entry] = asyncio.run(scenario())
+    [alarm] = after["alarms"]
+    assert alarm["source"] == entry["source"] == "estimate"
+    assert alarm["found"] == entry["found"] == entry["expected"] < entry["reach"] < entry["reached"]
+    assert after["expected"]["expected"] == entry["expected"]
+
+
+def test_what_devices_sketch_makes_the_gate_strict_before_any_record_comes(home, family):
+    rows, clock = load_set(home.of("coin").reference).features, Moved()
+
+    def report(rows):
+        found = Histograms(family.spec.columns)
+        found.add(rows)
+        told = FeatureSketch("coin", family.spec.hash, len(rows), 2000.0, found.sketches())
+        good = Report(WIRE_VERSION, "a", 1, 0.0, {}, [], 0, {}, {}, [], 0, 0)
+        return msgspec.structs.replace(good, sketches=[told])
+
+    async def scenario():
+        async with hosted(home, family, MemoryBroker(), clock) as (host, cloud, _running):
+            for _ in range(8):
+                clock.ahead_s += 60.0
+                await host.releasing["coin"].report(report(rows), 0)
+            _, strict = await judged(host)
+            assert (strict, family_said(host)["alarms"]) == (set(), [])
+
+            clock.ahead_s += 60.0
+            moved = rows + np.array([0, 3, 0], "f4")
+            await cloud.bus.publish(subjects.report("a"), codec.encode(report(moved)))
+            await cloud.until(lambda: cloud.count("alarms_standing") == 1)
+            candidate, strict = await judged(host)
+            assert (candidate.alarmed, "static_drop" in strict) == (False, True)
+            assert cloud.count("sketches_heard") == 9
+            return family_said(host)["alarms"], list(host.lineage.read("alarm"))
+
+    [alarm], [entry] = asyncio.run(scenario())
+    assert (alarm["source"], alarm["name"]) == (entry["source"], entry["name"]) == ("sketch", "x")
+    assert entry["family"] == "coin"
 
 
 def serve(home, url):

@@ -33,6 +33,30 @@ def test_each_family_has_a_line_and_each_failure_one_more():
     assert lines[3:] == ["dice: batch 7: no"]
 
 
+def test_alarms_that_stand_and_what_is_expected_without_labels_are_said_in_words():
+    def alarm(source, kind, name=""):
+        facts = {"name": name, "found": 0.4123, "reach": 0.25, "batch": 7, "time_s": 1.36e9}
+        return {"source": source, "kind": kind, **facts}
+
+    alarms = [alarm("loss", "gradual"), alarm("sketch", "sudden", "x"), alarm("later", "odd")]
+    found = {"measure": "AUC", "rows": 900, "expected": 0.7412, "reached": 0.7634}
+    lines = table({"coin": said() | {"alarms": alarms, "expected": found}}).splitlines()
+
+    since = "0.412 beyond 0.25, since 2013-02-04 17:46 UTC"
+    assert lines[2:] == [
+        f"coin: alarm: the loss rose bit by bit, {since}",
+        f"coin: alarm: by what devices tell, feature x changed suddenly, {since}",
+        f"coin: alarm: later changed odd, {since}",
+        "coin: expected AUC 0.741 without labels, 0.763 reached",
+    ]
+
+
+def test_what_is_not_expected_yet_has_no_line():
+    found = {"measure": "AUC", "rows": 0, "expected": None, "reached": None}
+
+    assert len(table({"coin": said() | {"alarms": [], "expected": found}}).splitlines()) == 2
+
+
 def test_numbers_over_all_families_follow_the_table():
     lines = text({"stage": "idle", "families": {"coin": said()}, "cycles": 9}).splitlines()
 

@@ -222,3 +222,25 @@ def test_poor_batches_are_learned_like_others(opened: Open, family: Family, what
     answers = course.cycle.answers(values(9))
     assert np.isfinite(answers).all()
     assert len(package(course)) > 0
+
+
+def test_an_alarm_of_the_stream_is_told_once_also_when_its_batches_are_learned_again(
+    opened: Open, family: Family, tmp_path: Path
+) -> None:
+    batches = [batch(number, values(number), family) for number in range(1, 9)]
+    batches += [batch(number, values(number) + 3, family) for number in range(9, 15)]
+    lineage = Lineage(tmp_path / "lineage")
+
+    def told() -> list[tuple[str, str, int]]:
+        entries = lineage.of("coin").read("alarm")
+        return [(e["source"], e["name"], e["batch"]) for e in entries if e["source"] != "sketch"]
+
+    dealt(opened(), batches[:11])
+    first = told()
+    lineage.of("coin").append("alarm", source="sketch", name="x", batch=14)  # told beside them
+    dealt(opened(), batches)
+
+    assert first
+    assert told()[: len(first)] == first
+    assert len(told()) == len(set(told()))
+    assert all(batch > 8 for _, _, batch in told())

@@ -77,7 +77,7 @@ def test_a_fleet_that_stands_still_is_quiet_and_one_that_moves_is_alarmed_by_nam
     raised = fleet.minute(150.0) + fleet.minute(150.0)
 
     assert [(each.source, each.name, each.kind) for each in raised] == [
-        ("feature", "distance", "sudden")
+        ("sketch", "distance", "sudden")
     ]
     assert raised[0].found > raised[0].reach
     assert fleet.hearing.standing(fleet.batch) == raised
@@ -204,7 +204,7 @@ def test_a_real_devices_report_reaches_the_hearing_and_its_change_is_alarmed(
     print(f"a report is {sizes[0][0]} bytes, {sizes[0][1]} of them sketches")
 
     assert [(each.source, each.name) for each in heard if each.name == "distance"] == [
-        ("feature", "distance")
+        ("sketch", "distance")
     ]
 
 

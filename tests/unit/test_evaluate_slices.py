@@ -63,6 +63,12 @@ def test_an_empty_set_has_no_slices():
     assert slices(empty, ("carrier",), None, 1).large == []
 
 
+def test_an_empty_set_has_no_new_keys_whatever_the_bootstrap_saw():
+    empty = EvaluationSet(np.empty((0, 0), "f4"), np.empty(0, "f4"))
+
+    assert slices(empty, ("carrier",), Keys({0: [1, 2]}, {}), 1).small["keys"] == 0
+
+
 def test_each_slice_is_scored_alone():
     answers = np.array([[0.1], [0.9], [0.9], [0.1]], np.float32)
     parts = slices(rows([0] * 4), ("carrier",), None, 1)

@@ -12,7 +12,7 @@ import pytest
 
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.intake import Intake, Strand
-from cloud_learner.ingest.joiner import Rules
+from cloud_learner.ingest.joiner import ANSWERS_OF_PORTION, Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.examples import Batch, Example
@@ -123,6 +123,28 @@ def test_what_comes_out_for_a_family_is_what_comes_out_when_it_is_alone(tmp_path
         name: played(tmp_path / name, messages, [name], chance)[name] for name in ("now", "past")
     }
     assert all(len(examples) > 50 for examples, *_ in both.values())
+
+
+def test_a_commit_hands_out_the_newest_answers_of_each_envelope_by_family(tmp_path):
+    def asked(name, at):
+        scored = [Scored("r1", "stable", [at / 100]), Scored("r2", "canary", [0.0])]
+        return PredictionRecord(name, "k", START_S[name] + at, {}, name, b"", 1.0, scored)
+
+    def sent(first, records):
+        raws = [msgspec.Raw(codec.encode(record)) for record in records]
+        whole = Envelope(WIRE_VERSION, "A", 3, "event", first, raws)
+        return Incoming("hw.ev.A.event", codec.encode(whole), 0.0, first)
+
+    intake = opened(tmp_path, "now", "past")
+    first = sent(1, [asked("now", at) for at in range(2 * ANSWERS_OF_PORTION)] + [asked("past", 7)])
+    both = intake.commit([first, sent(2 * ANSWERS_OF_PORTION + 2, [asked("now", 99)])])
+    after = intake.commit([])
+    intake.close()
+
+    newest = range(ANSWERS_OF_PORTION, 2 * ANSWERS_OF_PORTION)
+    assert both.families["now"].answers == [(at / 100,) for at in (*newest, 99)]
+    assert both.families["past"].answers == [(0.07,)]
+    assert [each.answers for each in after.families.values()] == [[], []]
 
 
 def test_an_account_counts_the_records_of_all_families(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cloud_learner.stats import scores
-from cloud_learner.stats.estimate import Cbpe, Isotonic, expected_auc
+from cloud_learner.stats.estimate import Cbpe, Isotonic, auc_influences, expected_auc
 from cloud_learner.stats.tasks import Task
 
 BINARY = Task()
@@ -139,3 +139,20 @@ def test_what_is_no_probability_or_was_never_labelled_has_no_estimate(task):
     found = cbpe.expected(np.full((10, 1), 0.5, "f4"))
 
     assert (found.rows, math.isnan(found.quality)) == (10, True)
+
+
+@pytest.mark.parametrize("digits", [1, 6], ids=["ties", "hardly any tie"])
+def test_the_spread_of_the_expected_auc_is_that_of_many_draws(digits):
+    random = np.random.default_rng(3)
+    scores = random.beta(2, 4, 400).round(digits)
+    chances = scores.clip(0.05, 0.95)
+    draws = random.integers(0, 400, (600, 400))
+    drawn = np.std([expected_auc(scores[each], chances[each]) for each in draws])
+    moved = auc_influences(scores, chances)
+
+    assert abs(float(moved.mean())) < 1e-9
+    assert float(moved.std()) / 20 == pytest.approx(drawn, rel=0.1)
+
+
+def test_without_a_pair_there_is_no_spread():
+    assert np.isnan(auc_influences(np.array([0.1, 0.2]), np.array([0.0, 0.0]))).all()
