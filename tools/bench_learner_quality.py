@@ -56,8 +56,7 @@ def _flights(setup: Setup, seed: int) -> dict[str, float]:
     for suffix, part in (("", "student"), (" frozen", "frozen")):
         answers = course.answers[part][:, 0]
         daily = {
-            day: auc(course.truth.labels[days == day], answers[days == day])
-            for day in range(1, 29)
+            day: auc(course.truth.labels[days == day], answers[days == day]) for day in range(1, 29)
         }
         found["year" + suffix] = auc(course.truth.labels, answers)
         found["month" + suffix] = float(np.nanmean(list(daily.values())))
@@ -90,7 +89,9 @@ def hotel(data: Path, seeds: int) -> list[Row]:
     asked = asked_of("hotel_cancellation", data)
     rows: list[Row] = []
     for policy in ("mature", "arrival", "weighted"):
-        found = over_seeds(setup_of("hotel_cancellation", asked, label__policy=policy), seeds, quality)
+        found = over_seeds(
+            setup_of("hotel_cancellation", asked, label__policy=policy), seeds, quality
+        )
         decided = policy == "mature"
         rows += [
             Row(
@@ -127,7 +128,13 @@ def elec2(data: Path, seeds: int) -> list[Row]:
     persisting = _persisting(setup_of("electricity", asked))
     least = max(0.885, persisting)
     return [
-        Row("elec2, no label lags, micro-batches of 100: AUC", found["student.quality"], "", 0.85, True),
+        Row(
+            "elec2, no label lags, micro-batches of 100: AUC",
+            found["student.quality"],
+            "",
+            0.85,
+            True,
+        ),
         Row("elec2, no label lags: accuracy", found["student.accuracy"], ""),
         Row("elec2, persistence: accuracy", persisting, ""),
         Row(

@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from cloud_learner.experiment.arms import seeded
-from cloud_learner.experiment.prequential import Course, course
 from cloud_learner.experiment.asked import Asked, read_asked
+from cloud_learner.experiment.prequential import Course, course
 from cloud_learner.experiment.stream import Stream, streamed
 from cloud_learner.train.family import Family, load_module
 
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
         return changed(seeded(Family.load(self.folder), seed), self.changes)
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The data is not here; the text says why."""
 
 
@@ -60,14 +60,14 @@ def changed(family: Family, changes: dict[str, Any]) -> Family:
 
 
 def asked_of(name: str, folder: Path) -> Asked:
-    """The predictions of a family's own data. Raises: Unavailable."""
+    """The predictions of a family's own data. Raises: UnavailableError."""
     family = ROOT / "models" / name
     path = folder / f"{name}.parquet"
     if not path.exists():
         try:
             load_module(family / "data.py").write_data(path)
         except FileNotFoundError as error:
-            raise Unavailable(str(error)) from error
+            raise UnavailableError(str(error)) from error
     return read_asked(Family.load(family), path)
 
 
@@ -87,9 +87,7 @@ def first(asked: Asked, rows: int | None) -> Asked:
     )
 
 
-def setup_of(
-    name: str, asked: Asked, after_s: float | None = None, **changes: Any
-) -> Setup:
+def setup_of(name: str, asked: Asked, after_s: float | None = None, **changes: Any) -> Setup:
     """The stream of a family; `changes` of its declaration, with `__` for a dot."""
     folder = ROOT / "models" / name
     dotted = {key.replace("__", "."): value for key, value in changes.items()}

@@ -1,7 +1,7 @@
 """Test, then learn: every prediction of a stream answered by what had been learned before it.
 
-Why: what a learner is worth shows on rows that it has not seen yet, in the order in which they came;
-so does what each of its parts is worth.
+Why: what a learner is worth shows on rows that it has not seen yet, in the order in which they came
+in; so does what each of its parts is worth.
 
 The first `WARM_SHARE` of the stream's time is known beforehand, with the labels that had come by
 its end. Then each micro-batch is learned when it is full, and whatever is asked until the next is
@@ -22,8 +22,8 @@ import numpy as np
 
 from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.offline import is_held_out
-from cloud_learner.experiment.scoring import Truth, truth_of
 from cloud_learner.experiment.asked import Index
+from cloud_learner.experiment.scoring import Truth, truth_of
 from cloud_learner.experiment.stream import Stream
 from cloud_learner.experiment.worlds import REFERENCE_ROWS
 from cloud_learner.train.dataset import Matrix
@@ -78,9 +78,7 @@ def course(
             looks(cycle)
     answering.up_to(np.inf)
     rows = stream.released.rows
-    return Course(
-        truth, answering.found, cycle, rows[known[~held]], rows[known[held]], len(cuts)
-    )
+    return Course(truth, answering.found, cycle, rows[known[~held]], rows[known[held]], len(cuts))
 
 
 class _Answering:
