@@ -20,6 +20,9 @@ from edge_runtime.errors import ConfigError, HeadwaterError, RequestError, Trans
 
 T = TypeVar("T")
 
+INTERRUPTED = "Query interrupted"
+"""What DuckDB makes of a Ctrl-C that comes while it runs."""
+
 
 def guarded(call: Callable[[], T]) -> T:
     """The result of `call`; an error becomes its text on stderr and the end of the process."""
@@ -27,6 +30,10 @@ def guarded(call: Callable[[], T]) -> T:
         return call()
     except (HeadwaterError, OSError) as error:
         _fail([error])
+    except RuntimeError as error:
+        if str(error) != INTERRUPTED:
+            raise
+        raise KeyboardInterrupt from error
     except ExceptionGroup as group:  # what a task raised comes out of its group
         errors, defects = group.split((HeadwaterError, OSError))
         if errors is None or defects is not None:

@@ -61,8 +61,8 @@ def _spread(
     done, stopped = context.Value("L", 0), context.Event()
     given = (run, shared, done, stopped)
     with ProcessPoolExecutor(workers, context, _begin, given) as pool:
-        futures = [pool.submit(_work, job) for job in jobs]
         try:
+            futures = _submitted(pool, jobs)
             _watch(futures, done, advance)
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
@@ -74,6 +74,15 @@ def _spread(
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> list[Future[Any]]:
+    """The jobs, begun. A process inherits what is blocked, so no Ctrl-C meets its imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(_work, job) for job in jobs]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watch(futures: Sequence[Future[Any]], done: Any, advance: Callable[[int], None]) -> None:

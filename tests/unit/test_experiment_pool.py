@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 import pytest
@@ -12,10 +13,14 @@ from edge_runtime.errors import CapacityError, ConfigError
 
 JOBS = """
 import os
+import signal
 from edge_runtime.errors import ConfigError
 
 def run(shared, job, tick):
     tick()
+    if job == "listens":
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return signal.SIGINT in blocked, signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if job == "dies":
         os._exit(9)
     if job == "fails":
@@ -39,6 +44,11 @@ def test_results_come_in_the_order_of_the_jobs_from_more_than_one_process(run):
 
     assert [result for result, _ in found] == [100, 101, 102, 103, 104, 105]
     assert all(process != 0 for _, process in found)
+
+
+def test_an_interrupt_is_the_parents_from_a_process_begin_on(run):
+    assert run_all(run, "", ["listens", "listens"], 2, 2) == [(True, True)] * 2
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_one_worker_is_this_process(run, capsys):
