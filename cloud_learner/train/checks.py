@@ -56,7 +56,7 @@ def _broken_rules(config: FamilyConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unknown_fields(config: FamilyConfig) -> Iterator[tuple[str, str]]:
-    """Slices are of some kind that predicts; what rankings compete in is of each of them."""
+    """Slices, and where windows begin, are of some kind that predicts; a group is of each."""
     asking = {name: kind.fields for name, kind in config.events.items() if kind.predicts}
     fields = [field for declared in asking.values() for field in declared]
     for field in config.gates.slices:
@@ -69,6 +69,12 @@ def _unknown_fields(config: FamilyConfig) -> Iterator[tuple[str, str]]:
     for kind, declared in asking.items():
         if group and group not in declared:
             yield f"task.group: {group!r} is no field of {kind}", nearest(group, declared)
+    ahead = config.label.window_field
+    if ahead and ahead not in fields:
+        what = f"label.window_field: {ahead!r} is no field of {', '.join(asking)}"
+        yield what, nearest(ahead, fields)
+    if any(declared.get(ahead) == "str" for declared in asking.values()):
+        yield f"label.window_field: {ahead!r} is text", "it says how many seconds, in a number"
 
 
 def read_specs(path: Path, problems: Problems) -> list[Spec]:

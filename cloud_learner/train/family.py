@@ -97,6 +97,8 @@ class Family:
             )
         try:
             network: nn.Module = getattr(self._network, name)(self.spec, rows)
+            if not isinstance(network, nn.Module):
+                raise TypeError(f"{network!r:.40} is not a torch module")  # noqa: TRY301
             with torch.no_grad():
                 answers = network.eval()(torch.tensor(rows))
                 shape, finite = tuple(answers.shape), bool(torch.isfinite(answers).all())
@@ -109,6 +111,8 @@ class Family:
                 f"{name}: answers to {len(rows)} rows have shape {shape}, not {wanted}",
                 f"a network returns logits (batch, {outputs}): {self.config.task.kind}",
             )
+        if not any(weight.requires_grad for weight in network.parameters()):
+            raise bad(path, f"{name}: the network has no weight that could learn")
         if not finite:
             hint = "take scales from rows, and let no constant column divide by 0"
             raise bad(path, f"{name}: answers to rows of the data are not all finite", hint)

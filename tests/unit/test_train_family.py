@@ -87,6 +87,8 @@ def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path
         ("window_s = 20.0", "window_s = 20.0\npolicy = 'weighted'", "label.early_s"),
         ("[label]", "[task]\nkind = 'multiclass'\nclasses = 1\n[label]", "task.classes"),
         ("[label]", "[task]\nkind = 'ranking'\ngroup = 'sid'\n[label]", "task.group: 'sid'"),
+        ("[label]", "[label]\nwindow_field = 'y'", "label.window_field: 'y' is no field of asked"),
+        ("[label]", "[label]\nwindow_field = 'side'", "label.window_field: 'side' is text"),
         ("[gates]", "[gates]\nslices = ['y']", "gates.slices: 'y' is no field of asked"),
         ("[gates]", "[gates]\nslices = ['x', 3]", "gates.slices[1]"),
         ("calibration_min = 0.2", "calibration_min = 5.5", "gates.calibration_min"),
@@ -248,6 +250,12 @@ def test_a_network_without_rows_to_take_scales_from_is_refused(coin, tmp_path):
         ("return self.out(", "return 0.0 / 0.0 * (", "ZeroDivisionError"),
         (".std(0) + 1e-6", ".std(0) * 0.0", "not all finite"),
         ("return self.out(", "return self.out, (", "build_student fails"),
+        ("return Network(spec, rows, 0.0)", "return None", "None is not a torch module"),
+        (
+            "return Network(spec, rows, 0.0)",
+            "return Network(spec, rows, 0.0).requires_grad_(False)",
+            "no weight that could learn",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_built_or_run_is_named(coin, tmp_path, old, new, word):
