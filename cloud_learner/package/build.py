@@ -100,7 +100,21 @@ def _export(answering: nn.Module, rows: Matrix) -> ModelProto:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
+        program = _program(answering, rows)
+    model: ModelProto = program.model_proto
+    del model.metadata_props[:]
+    model.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        del value.metadata_props[:]
+    return model
+
+
+def _program(answering: nn.Module, rows: Matrix) -> Any:
+    try:
+        return torch.onnx.export(
             answering,
             (torch.from_numpy(rows),),
             input_names=[INPUT],
@@ -112,15 +126,13 @@ def _export(answering: nn.Module, rows: Matrix) -> ModelProto:
             verbose=False,
             optimize=True,
         )
-    model: ModelProto = program.model_proto
-    del model.metadata_props[:]
-    model.doc_string = ""
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        del value.metadata_props[:]
-    return model
+    except Exception as error:  # torch's own have no root in common
+        reason = f"{error.__cause__ or error}".strip().partition("\n")[0]
+        raise PackageError(
+            "no_export",
+            f"the student cannot be exported to ONNX: {reason}",
+            "does network.py branch on a value? torch.where chooses without branching",
+        ) from error
 
 
 def _swap(model: ModelProto, student: nn.Module) -> None:

@@ -123,6 +123,19 @@ def test_a_network_whose_weights_the_export_folds_away_is_refused():
     assert caught.value.code == "parity"
 
 
+class _Branching(nn.Linear):
+    def forward(self, features):
+        logits = super().forward(features)
+        return logits if float(logits.sum()) > 0 else -logits
+
+
+def test_a_network_that_branches_on_a_value_is_refused_with_a_hint():
+    with pytest.raises(PackageError, match="cannot be exported") as caught:
+        Graph(_Branching(3, 1), np.ones((4, 3), np.float32))
+    assert caught.value.code == "no_export"
+    assert "torch.where" in caught.value.hint
+
+
 def test_int8_stays_near_the_float_form_and_is_smaller_arithmetic(graph, family, rows, runner):
     model = graph.package(student(family, rows, 4), {})
     int8 = quantized(model, rows[:500])
