@@ -163,6 +163,8 @@ def _quoted(text: str, mark: str) -> str:
 
 def _shortened(text: str) -> str:
     """Of DuckDB's report on CSV its line and its reason; of any other its first line."""
+    if "state machine" in text:  # all that it says of such a file
+        return "its lines do not all end alike, or a quote is never closed"
     found = re.search(r"CSV Error on Line: (\d+)", text)
     if found is None:
         return text.splitlines()[0]

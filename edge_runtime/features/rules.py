@@ -118,7 +118,7 @@ def _check_window(name: str, window: Window) -> None:
         raise ConfigError(
             "unknown_statistic",
             f"feature {name!r}: window.statistic {window.statistic!r} is not known",
-            f"{nearest(window.statistic, STATISTICS)}; one of {', '.join(STATISTICS)}",
+            nearest(window.statistic, STATISTICS),
         )
     _check_extent(name, window)
     if window.over == LABEL:

@@ -91,9 +91,10 @@ class Spec:
                     "unknown_key", f"feature spec: {key!r} is not a key", nearest(key, _SPEC_KEYS)
                 )
         if document.get("version") != SPEC_VERSION:
+            found = repr(document["version"]) if "version" in document else "missing"
             raise ConfigError(
                 "bad_version",
-                f"feature spec: version is {document.get('version')!r}",
+                f"feature spec: version is {found}",
                 f"this reads version = {SPEC_VERSION}",
             )
         tables = _parse_tables(document.get("tables", {}))

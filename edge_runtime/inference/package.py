@@ -238,7 +238,14 @@ def _check_declared(feature: str, kinds: dict[str, Kind], field: str, not_a: str
             raise _mismatch(feature, why, nearest(field, kind.fields))
         if declared == not_a:
             wanted = "a number" if not_a == "str" else "text or an int"
-            raise _mismatch(feature, f"needs {name}.{field} to be {wanted}; it is a {declared}")
+            hint = (
+                "words need a `vocabulary` or a `hash`, or in windows `distinct`"
+                if not_a == "str"
+                else ""
+            )
+            raise _mismatch(
+                feature, f"needs {name}.{field} to be {wanted}; it is a {declared}", hint
+            )
 
 
 def _bad(key: str, why: str) -> PackageError:

@@ -223,6 +223,14 @@ def test_a_mark_of_byte_order_and_ends_of_lines_of_another_system_do_no_harm(tmp
     assert (row.time_s, row.label_time_s) == (1000.0, 1020.0)
 
 
+def test_lines_that_end_in_two_ways_are_refused_in_words(tmp_path, interface):
+    path = tmp_path / "data.csv"
+    path.write_bytes(f"{HEADER}\r\n{GOOD}\n{GOOD}\r\n".encode())
+
+    with pytest.raises(ConfigError, match="do not all end alike"):
+        list(read_rows(path, interface))
+
+
 def test_a_column_of_times_that_holds_numbers_is_refused_in_parquet(tmp_path, interface):
     path = tmp_path / "data.parquet"
     duckdb.sql("SELECT 1000.0 AS event_time, 'l' AS side, 1.0 AS x").write_parquet(str(path))
