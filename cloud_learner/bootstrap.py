@@ -99,10 +99,12 @@ def _bootstrapped(
     gate = Gate(gate_limits(family), static, None, part, known)
     judgement = gate.judge(candidate.package, candidate.float_package, None)
     if judgement.outcome != "pass":
-        reasons = "; ".join(
-            v.reason for v in judgement.verdicts if v.decides and v.outcome != "pass"
+        raise RefusedError(
+            "gate_refused",
+            f"the first release of {family.name} did not pass, so {home.root} does not have it:"
+            f" {judgement.why_not}",
+            "mend data, network or [gates], and do it again; all verdicts are in its lineage/",
         )
-        raise RefusedError("gate_refused", f"the first release did not pass: {reasons}")
     first = asyncio.run(_sign(family, home, candidate, judgement))
     folder = str(family.folder.resolve())
     own.write_origin(Origin(family.name, folder, learned_through_s, first.release, first.sha256))

@@ -63,6 +63,12 @@ class Judgement(msgspec.Struct, frozen=True):
     evidence: Evidence | None
     variants: dict[str, str]
 
+    @property
+    def why_not(self) -> str:
+        """Of all that decides and did not pass the reason, with its rule; empty when all passed."""
+        against = (v for v in self.verdicts if v.decides and v.outcome != "pass")
+        return "; ".join(f"{verdict.reason} ({verdict.rule})" for verdict in against)
+
 
 class _Recent(msgspec.Struct, frozen=True):
     """The recent hold-out as it is during one judgement, cut into what is judged apart."""

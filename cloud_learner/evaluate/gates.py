@@ -259,7 +259,8 @@ def _verdict(
     rule: str, found: float, reach: float, what: str, bound: str, *, passed: bool
 ) -> Verdict:
     if math.isnan(found) or math.isnan(reach):
-        return Verdict(rule, "hold", found, reach, f"{what} is undefined: too few rows")
+        why = f"{what} is undefined: too few rows, or all their labels are alike"
+        return Verdict(rule, "hold", found, reach, why)
     reason = f"{what} is {_number(found)}, must be {bound} {_number(reach)}"
     return Verdict(rule, "pass" if passed else "fail", found, reach, reason)
 

@@ -201,9 +201,8 @@ def _offered(controller: Controller, lineage: Lineage, sha256: str) -> tuple[str
 
 
 def _refused(judgement: Judgement) -> RefusedError:
-    reasons = "; ".join(v.reason for v in judgement.verdicts if v.decides and v.outcome != "pass")
     return RefusedError(
         "gate_refused",
-        f"the first release under the new features did not pass: {reasons}",
+        f"the first release under the new features did not pass: {judgement.why_not}",
         "the release that serves is unchanged; its features.toml serves on",
     )
