@@ -77,12 +77,26 @@ def _spread(
 
 
 def _submitted(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> list[Future[Any]]:
-    """The jobs, begun. A process inherits what is blocked, so no Ctrl-C meets its imports."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    """The jobs, begun."""
+    with _undisturbed():
         return [pool.submit(_work, job) for job in jobs]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """An interrupt waits for the end. Processes that begin in here inherit that it is blocked, so
+    it meets none of their imports, and the pool forgets none that has begun.
+    """
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    open_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, open_before)
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _watch(futures: Sequence[Future[Any]], done: Any, advance: Callable[[int], None]) -> None:
@@ -103,14 +117,19 @@ def _begin(run: Run[Any, Any], shared: Any, done: Any, stopped: Any) -> None:
 
 
 def _work(job: Any) -> Any:
+    _look()
     return _worker["run"](_worker["shared"], job, _tick)
 
 
 def _tick() -> None:
-    if _worker["stopped"].is_set():
-        raise _StoppedError
+    _look()
     with _worker["done"].get_lock():
         _worker["done"].value += 1
+
+
+def _look() -> None:
+    if _worker["stopped"].is_set():
+        raise _StoppedError
 
 
 @contextmanager
