@@ -15,6 +15,7 @@ about ingest, gates and other families.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from cloud_learner.rules import label_rules
 from cloud_learner.store.examples import Batch
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family
+from cloud_learner.train.teaching import TrainingError
 from edge_runtime.errors import CapacityError, HeadwaterError
 
 CHECKPOINT_CYCLES = 10
@@ -175,7 +177,8 @@ class Course:
         try:
             self.cycle.restore(self._home.checkpoint)
             for batch in self._since:
-                self.cycle.learn(batch)
+                with contextlib.suppress(TrainingError):  # as it was passed over before
+                    self.cycle.learn(batch)
             self.save()
         except Exception as error:
             self.rests = True

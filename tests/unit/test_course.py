@@ -143,6 +143,21 @@ def test_a_network_that_raises_leaves_the_state_as_if_the_batch_had_never_been(
     assert package(course) == package(never)
 
 
+def test_what_was_passed_over_before_keeps_no_family_from_being_brought_back(
+    opened: Open, family: Family
+) -> None:
+    course = opened()
+    dealt(course, [batch(1, values(1), family), bad(2, family, HUGE)])
+    before = course.cycle.answers(values(9))
+
+    dealt(course, [bad(3, family, ODD)])
+
+    assert not course.rests
+    assert np.array_equal(course.cycle.answers(values(9)), before)
+    dealt(course, [batch(4, values(4), family)])
+    assert course.failure == ""
+
+
 def test_a_restart_passes_over_what_failed_without_another_word(
     opened: Open, family: Family, tmp_path: Path
 ) -> None:
