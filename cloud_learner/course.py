@@ -60,6 +60,7 @@ class Course:
         self._quarantined = {name: each.reason for name, each in trust.quarantined.items()}
         self._released_s = label_rules(family.config, idle_s=0.0).released_s
         told = [e["batch"] for e in lineage.read("alarm") if e["source"] in WATCHED]
+        told += [e["batch"] for e in lineage.read("quarantine")]
         self._told = max(told, default=0)
         self._failed = {e["batch"]: bool(e["whole"]) for e in lineage.read("failed") if e["batch"]}
 
@@ -83,8 +84,8 @@ class Course:
             self._pass_over(batch, error)
         else:
             self.failure, self.is_fresh = "", True
-            self._tell(batch.number)
         if self.cycle.whole:
+            self._tell(batch.number)
             self._since.append(batch)
         else:
             self._bring_back()
