@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import numpy as np
 import pytest
@@ -40,7 +38,7 @@ def reference():
     return np.random.default_rng(1).normal(size=(300, 3)).astype(np.float32)
 
 
-def batches(family) -> Iterator[Batch]:
+def batches(family):
     """Some rows come early, and once more with the next batch; one device always lies,
     and two times the world turns round; one batch holds what no network can bear.
     """
@@ -64,7 +62,7 @@ def batches(family) -> Iterator[Batch]:
         yield Batch(number, some)
 
 
-def example(family, device, seq, row, label) -> Example:
+def example(family, device, seq, row, label):
     times = (1000.0 + seq, 1005.0 + seq)
     spec, features = family.spec.hash, row.tobytes()
     return Example(device, 1, seq, "coin", *times, features, spec, label, 1.0, [], 1.0, 1.0)
