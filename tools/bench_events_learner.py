@@ -136,7 +136,9 @@ def opening(messages: list[Incoming]) -> float:
         arrival = opened(each, INDICES)
         for part in sequencer.accept(arrival):
             what = part.arrival.what
-            accounting.enter(part.arrival.lane, part.lost, what.reason, what.records, what.prior)
+            accounting.enter(
+                part.arrival.lane, part.lost, what.reason, what.records, what.prior, newest_s={}
+            )
             entered += len(what.records)
     took_s = time.perf_counter() - started_s
     gc.enable()
