@@ -147,7 +147,7 @@ class Cycle:
 
         Raises: TrainingError; then the batch is passed over, and the state is whole.
         """
-        self.whole = False
+        self.whole, self.alarms = False, []
         self.number = batch.number
         entered = self.ledger.enter(batch.examples)
         for example in batch.examples:
@@ -160,6 +160,7 @@ class Cycle:
                     lesson = self._watched(self._lesson(entered))
                     self.teaching.learn(lesson, learning, self._random)
         except TrainingError:
+            self.ledger.leave(entered)
             self.failed += 1
             self.whole = True
             raise
@@ -254,7 +255,6 @@ class Cycle:
     def _watched(self, lesson: Lesson) -> Lesson:
         """The lesson, knowing what alarms stand; `alarms` are those that its mature rows raise."""
         rows = lesson.rows.take(np.flatnonzero(lesson.remember))
-        self.alarms = []
         if len(rows):
             self.alarms = self.watch.observe(
                 *(rows.labels, self.answers(rows.features), rows.features),

@@ -63,7 +63,7 @@ def course(
     if after_s is None:
         after_s = asked.start_s + WARM_SHARE * (asked.end_s - asked.start_s)
     known = stream.known_before(after_s)
-    held = np.array([is_held_out(stream.example(position)) for position in known.tolist()], bool)
+    held = np.array([is_held_out(stream.example(at), stream.group) for at in known.tolist()], bool)
     warm = stream.rows_at(known[~held])
     cycle = Cycle(family, warm.features[:REFERENCE_ROWS])
     cycle.pretrain(warm)

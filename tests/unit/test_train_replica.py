@@ -9,6 +9,7 @@ from torch import nn
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows
+from cloud_learner.train.losses import hard_loss
 from cloud_learner.train.replica import CHUNK_ROWS, Replica, chunks, chunks_of
 
 TASKS = {
@@ -92,6 +93,19 @@ def test_a_row_of_weight_zero_teaches_nothing_and_a_larger_weight_more():
 
     assert torch.allclose(2 * gradient(half), alone.network[0].weight.grad, atol=1e-6)
     assert torch.allclose(3 * gradient([1.0] * 100), gradient([3.0] * 100), atol=1e-6)
+
+
+def test_a_row_of_weight_zero_pulls_in_no_task_neither_from_above_nor_from_below():
+    for kind, task in TASKS.items():
+        some = rows(100, kind)
+        weights = torch.tensor([1.0, 0.0] * 50)
+        logits = torch.zeros((100, task.outputs), requires_grad=True)
+
+        labels, groups = torch.from_numpy(some.labels), torch.from_numpy(some.groups)
+        hard_loss(task, logits, labels, weights, groups).backward()
+
+        assert not logits.grad[1::2].any(), kind
+        assert logits.grad[::2].any(), kind
 
 
 def test_rows_without_an_anchor_are_pulled_by_their_label_alone():
