@@ -91,7 +91,9 @@ def _both(setup: Setup, seed: int) -> dict[str, float]:
         with (folder / "family.toml").open("a") as file:
             file.write(ONE_REPLICA)
         setting = setting_of(
-            Family.load(folder), setup.stream.asked, Options.of("never,1d", "fast,scratch:30d", 1, 1)
+            Family.load(folder),
+            setup.stream.asked,
+            Options.of("never,1d", "fast,scratch:30d", 1, 1),
         )
         found: dict[str, float] = {}
         for name, policy in (

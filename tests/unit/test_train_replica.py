@@ -10,7 +10,7 @@ from torch import nn
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.losses import hard_loss
-from cloud_learner.train.replica import CHUNK_ROWS, Replica, chunks, chunks_of
+from cloud_learner.train.replica import AVERAGE_KEEP, CHUNK_ROWS, Replica, chunks, chunks_of
 
 TASKS = {
     "binary": Task(),
@@ -142,12 +142,18 @@ def test_the_moving_average_follows_buffers_too():
     assert torch.equal(replica.network[0].running_mean, replica.average[0].running_mean)
 
 
-def test_an_average_moves_less_than_its_network():
-    replica = Replica(network(), TASKS["binary"], 1e-2, averaged=True)
-    start = values(replica.network.parameters())
-    replica.step(rows(100))
+def test_an_average_follows_closely_at_first_and_moves_less_later():
+    def share_of_a_step(after):
+        replica = Replica(network(), TASKS["binary"], 1e-2, averaged=True)
+        for seed in range(after):
+            replica.step(rows(100, seed=seed))
+        replica.start_from(replica.network.state_dict())
+        start = values(replica.network.parameters())
+        replica.step(rows(100, seed=999))
+        return moved(replica.average, start) / moved(replica.network, start)
 
-    assert 0 < moved(replica.average, start) < 0.1 * moved(replica.network, start)
+    assert share_of_a_step(0) > 0.5
+    assert share_of_a_step(400) == pytest.approx(1 - AVERAGE_KEEP, rel=0.01)
 
 
 def test_a_fork_goes_its_own_way():
