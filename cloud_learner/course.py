@@ -15,6 +15,7 @@ about ingest, gates and other families.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from cloud_learner.rules import label_rules
 from cloud_learner.store.examples import Batch
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family
+from cloud_learner.train.teaching import TrainingError
 from edge_runtime.errors import CapacityError, HeadwaterError
 
 CHECKPOINT_CYCLES = 10
@@ -58,6 +60,7 @@ class Course:
         self._quarantined = {name: each.reason for name, each in trust.quarantined.items()}
         self._released_s = label_rules(family.config, idle_s=0.0).released_s
         told = [e["batch"] for e in lineage.read("alarm") if e["source"] in WATCHED]
+        told += [e["batch"] for e in lineage.read("quarantine")]
         self._told = max(told, default=0)
         self._failed = {e["batch"]: bool(e["whole"]) for e in lineage.read("failed") if e["batch"]}
 
@@ -81,8 +84,8 @@ class Course:
             self._pass_over(batch, error)
         else:
             self.failure, self.is_fresh = "", True
-            self._tell(batch.number)
         if self.cycle.whole:
+            self._tell(batch.number)
             self._since.append(batch)
         else:
             self._bring_back()
@@ -175,7 +178,8 @@ class Course:
         try:
             self.cycle.restore(self._home.checkpoint)
             for batch in self._since:
-                self.cycle.learn(batch)
+                with contextlib.suppress(TrainingError):  # as it was passed over before
+                    self.cycle.learn(batch)
             self.save()
         except Exception as error:
             self.rests = True

@@ -6,7 +6,7 @@ Invariants: the same batches in the same order give the same bits; nothing held 
 the ledger holds every id that was trained on, and an id that is already in it is counted and left
 out, and so is an example of another feature spec; an early example is learned by `fast` alone, and
 its mature form by all others. A batch that would leave a weight that is no number is learned by
-nobody: everything stands as before it. Commit point: one rename of the checkpoint, which names the
+nobody: all weights stand as before it. Commit point: one rename of the checkpoint, which names the
 last batch it contains; after a crash, batches above it are learned again from the same state as if
 for the first time.
 
@@ -139,7 +139,8 @@ class Cycle:
         passes = self.family.config.learning.bootstrap_passes
         with self._working():
             self.replicas.pretrain(rows, passes, self._random)
-            self.student.pretrain(self.replicas, rows, STUDENT_PASSES, self._random)
+            student_passes = max(STUDENT_PASSES, passes)
+            self.student.pretrain(self.replicas, rows, student_passes, self._random)
 
     def learn(self, batch: Batch) -> None:
         """Learn one micro-batch; if it raises anything else, `whole` is false: this state is not
@@ -147,7 +148,7 @@ class Cycle:
 
         Raises: TrainingError; then the batch is passed over, and the state is whole.
         """
-        self.whole = False
+        self.whole, self.alarms = False, []
         self.number = batch.number
         entered = self.ledger.enter(batch.examples)
         for example in batch.examples:
@@ -159,7 +160,11 @@ class Cycle:
                     learning = self.family.config.learning
                     lesson = self._watched(self._lesson(entered))
                     self.teaching.learn(lesson, learning, self._random)
+            elif entered.held_out:
+                devices = [example.device for example in entered.held_out]
+                self.teaching.held_out.add(self._rows_of(entered.held_out), devices)
         except TrainingError:
+            self.ledger.leave(entered)
             self.failed += 1
             self.whole = True
             raise
@@ -254,7 +259,6 @@ class Cycle:
     def _watched(self, lesson: Lesson) -> Lesson:
         """The lesson, knowing what alarms stand; `alarms` are those that its mature rows raise."""
         rows = lesson.rows.take(np.flatnonzero(lesson.remember))
-        self.alarms = []
         if len(rows):
             self.alarms = self.watch.observe(
                 *(rows.labels, self.answers(rows.features), rows.features),

@@ -169,7 +169,8 @@ def open_intake(home: Home, families: Sequence[Family], clock: Clock) -> Intake:
         raw = RawLog(home.raw, keep_s=86400.0 * raw_days)
         stack.callback(raw.close)
         strands = [strand(home, family) for family in families]
-        widths = {family.spec.hash: family.spec.size for family in families}
-        intake = Intake(db, raw, archive, strands, clock=clock, widths=widths)
+        specs = [family.spec for family in families]
+        indices = {spec.hash: [column.indices for column in spec.columns] for spec in specs}
+        intake = Intake(db, raw, archive, strands, clock=clock, indices=indices)
         stack.pop_all()
         return intake

@@ -42,7 +42,7 @@ DEVICES = 8
 IN_ENVELOPE = 300
 IN_COMMIT = 64  # envelopes
 WINDOW_S = 90 * 86400.0
-WIDTHS = {SPEC: FEATURES}
+INDICES = {SPEC: [0] * FEATURES}
 ROUNDS = 7
 COLD_SHARE = 4  # of the labels, how many are joined with nothing in memory: one in so many
 
@@ -56,7 +56,7 @@ def intake(home: Path) -> Intake:
         Archive(home / "archive"),
     )
     guard = Batcher(500, 500)
-    return Intake(db, raw, archive, [Strand(rules, guard)], clock=SystemClock(), widths=WIDTHS)
+    return Intake(db, raw, archive, [Strand(rules, guard)], clock=SystemClock(), indices=INDICES)
 
 
 def message(device: str, event_class: EventClass, base_seq: int, records: list[bytes]) -> Incoming:
@@ -133,10 +133,12 @@ def opening(messages: list[Incoming]) -> float:
     gc.disable()
     started_s = time.perf_counter()
     for each in messages:
-        arrival = opened(each, WIDTHS)
+        arrival = opened(each, INDICES)
         for part in sequencer.accept(arrival):
             what = part.arrival.what
-            accounting.enter(part.arrival.lane, part.lost, what.reason, what.records, what.prior)
+            accounting.enter(
+                part.arrival.lane, part.lost, what.reason, what.records, what.prior, newest_s={}
+            )
             entered += len(what.records)
     took_s = time.perf_counter() - started_s
     gc.enable()

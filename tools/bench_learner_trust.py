@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from bench_learner_streams import Setup, asked_of, learned, over_seeds, setup_of
+from bench_learner_streams import Setup, asked_of, first, learned, over_seeds, setup_of
 from bench_rows import Row
 
 from cloud_learner.experiment.asked import Asked
@@ -26,9 +26,9 @@ COPY_S = 60.0  # between what is sent again and again
 SEED = 19960507
 
 
-def poison(data: Path, seeds: int) -> list[Row]:
+def poison(data: Path, seeds: int, count: int | None) -> list[Row]:
     """elec2, its half-hours spread over fifty devices."""
-    clean = _spread(asked_of("electricity", data))
+    clean = _spread(first(asked_of("electricity", data), count))
     worlds = {
         "clean": _measured(clean, seeds, CAP),
         "clean, no cap, nobody judged": _measured(clean, seeds, 100, learning__contributors=0),

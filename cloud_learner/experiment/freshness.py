@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from cloud_learner.console.freshness_figure import freshness_figure
 from cloud_learner.experiment.arms import Policy
@@ -102,8 +103,12 @@ def _check(options: Options, start_s: float, cuts: list[Cut], warm: Index, truth
             f" {len(truth)} predictions to score; {ROWS_MIN}, one and {ROWS_MIN} are the least",
             "a longer file, a shorter label.window_s, or a smaller learning.batch_size",
         )
-    if not truth.base_loss > 0:
-        raise ConfigError("one_class", "all labels after the warm-up are alike: nothing to learn")
+    if not np.ptp(truth.labels):
+        raise ConfigError(
+            "one_class",
+            "all labels after the warm-up are alike: there is nothing to tell apart",
+            "a longer file, or one in which the outcome differs",
+        )
     span_s = float(truth.times_s[-1]) - start_s
     for cadence in options.cadences:
         if math.isfinite(cadence.every_s) and cadence.every_s >= span_s:

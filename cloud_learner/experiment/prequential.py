@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from cloud_learner.cycle import Cycle
+from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.experiment.asked import Index
 from cloud_learner.experiment.scoring import Truth, truth_of
@@ -39,7 +40,7 @@ class Course(msgspec.Struct, frozen=True):
     """A stream that was learned: `answers` of each part to the rows of `truth`.
 
     `warm` are the rows that were learned beforehand, `warm_held_out` those of that time that nobody
-    ever learns.
+    ever learns. `alarms` are all that were raised on the way.
     """
 
     truth: Truth
@@ -48,6 +49,7 @@ class Course(msgspec.Struct, frozen=True):
     warm: Index
     warm_held_out: Index
     batches: int
+    alarms: list[Alarm]
 
 
 def course(
@@ -61,24 +63,28 @@ def course(
     if after_s is None:
         after_s = asked.start_s + WARM_SHARE * (asked.end_s - asked.start_s)
     known = stream.known_before(after_s)
-    held = np.array([is_held_out(stream.example(position)) for position in known.tolist()], bool)
+    held = np.array([is_held_out(stream.example(at), stream.group) for at in known.tolist()], bool)
     warm = stream.rows_at(known[~held])
     cycle = Cycle(family, warm.features[:REFERENCE_ROWS])
     cycle.pretrain(warm)
     truth = truth_of(family.config.task, asked, after_s, family.config.label.window_s)
     answering = _Answering(cycle, truth, asked.features)
     cuts = stream.cuts(family.config, after_s)
+    alarms: list[Alarm] = []
     for number, cut in enumerate(cuts, start=1):
         answering.up_to(cut.released_s)
         try:
             cycle.learn(stream.batch(number, cut))
         except TrainingError:
             continue
+        alarms += cycle.alarms
         if looks is not None:
             looks(cycle)
     answering.up_to(np.inf)
     rows = stream.released.rows
-    return Course(truth, answering.found, cycle, rows[known[~held]], rows[known[held]], len(cuts))
+    return Course(
+        truth, answering.found, cycle, rows[known[~held]], rows[known[held]], len(cuts), alarms
+    )
 
 
 class _Answering:

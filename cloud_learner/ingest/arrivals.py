@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from cloud_learner.ingest.accounting import Accounting
-from cloud_learner.ingest.guard import Tasks
+from cloud_learner.ingest.guard import Indices, Tasks
 from cloud_learner.ingest.joiner import Portion
 from cloud_learner.ingest.opening import Incoming, Opened, opened
 from cloud_learner.ingest.sequencer import Accepted, Arrival, Sequencer
@@ -55,8 +55,8 @@ class Taken(msgspec.Struct):
 class Arrivals:
     """Takes messages in; `accounting` is moved, `meta` numbers what is quarantined.
 
-    `ahead_s_max` says of each family how far after its arrival an event may lie; `widths` are the
-    numbers of features of the known specs, by hash, `tasks` those of the families.
+    `ahead_s_max` says of each family how far after its arrival an event may lie; `indices` are
+    those of the columns of known specs, by hash, `tasks` those of the families.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Arrivals:
         accounting: Accounting,
         meta: Meta,
         ahead_s_max: Mapping[str, float],
-        widths: Mapping[str, int],
+        indices: Indices,
         tasks: Tasks,
     ) -> None:
         self._accounting, self._meta = accounting, meta
-        self._ahead_s_max, self._widths, self._tasks = ahead_s_max, widths, tasks
+        self._ahead_s_max, self._indices, self._tasks = ahead_s_max, indices, tasks
         self._sequencer: Sequencer[Opened] = Sequencer(accounting.marks())
         self.counters = self._sequencer.counters
 
@@ -102,7 +102,7 @@ class Arrivals:
             taken.kept.append(_raw_message(part.arrival.what.message))
 
     def _opened(self, message: Incoming) -> Arrival[Opened]:
-        arrival = opened(message, self._widths, self._tasks)
+        arrival = opened(message, self._indices, self._tasks)
         if not self._accounting.has_room(arrival.lane):
             raise RequestError("too_many_epochs", f"{message.subject}: no more lanes")
         return arrival

@@ -42,16 +42,18 @@ TIME_S_MIN, TIME_S_MAX = -62_135_596_800.0, 253_402_300_800.0  # the years 1 to 
 WAITING_BATCHES = 40
 _TIMED_MIN = 2  # one example says nothing about a loss without its device
 
+Indices = Mapping[str, Sequence[int]]
+"""Of each known spec, by hash, how many indices each column has; 0: it is a number."""
 Tasks = Mapping[str, Task]
 NO_TASKS: Tasks = MappingProxyType({})
 
 
 def refusal(
-    record: Record, event_class: EventClass, widths: Mapping[str, int], tasks: Tasks = NO_TASKS
+    record: Record, event_class: EventClass, indices: Indices, tasks: Tasks = NO_TASKS
 ) -> str:
     """Why `record` must not be taken for a fact: a stable code, or "" when it may.
 
-    `widths` are the numbers of features of the known specs, by hash; `tasks` those of the known
+    An index beyond its column's would look outside of a table; `tasks` are those of the known
     families, by name: of others, any finite label is taken.
     """
     if isinstance(record, LabelRecord) != (event_class == "label"):
@@ -62,13 +64,13 @@ def refusal(
         return _label_refusal(record, tasks)
     if isinstance(record, ObservationRecord):
         return ""
-    return _prediction_refusal(record, widths)
+    return _prediction_refusal(record, indices)
 
 
 def all_fine(
     records: Sequence[Record | int],
     event_class: EventClass,
-    widths: Mapping[str, int],
+    indices: Indices,
     tasks: Tasks = NO_TASKS,
 ) -> bool:
     """Whether `refusal` would refuse none of these; False may also mean that it is not sure.
@@ -90,7 +92,7 @@ def all_fine(
         records = [record for record in records if type(record) is PredictionRecord]
         if not _times_fine([record.time_s for record in seen]):
             return False
-    return not records or _predictions_fine(records, widths)
+    return not records or _predictions_fine(records, indices)
 
 
 def _times_fine(times: Sequence[float]) -> bool:
@@ -126,21 +128,17 @@ def _extremes(task: Task, values: list[float]) -> Iterable[float]:
     return set(values) if task.kind == "multiclass" else (min(values), max(values))
 
 
-def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
-    features = [record.features for record in asked]
+def _predictions_fine(asked: Sequence[Any], indices: Indices) -> bool:
     scored = [record.scored for record in asked]
     chances = {record.propensity for record in asked}  # few, most often
     specs = {record.spec for record in asked}
-    if len(specs) > 1:
-        sizes = {(record.spec, len(record.features)) for record in asked}
-    else:
-        sizes = {(spec, size) for spec in specs for size in set(map(len, features))}
-    if not _widths_fine(sizes, widths):
-        return False
     outputs = [arm.outputs for arms in scored for arm in arms]
     return (
-        _times_fine([record.time_s for record in asked])
-        and bool(np.isfinite(np.frombuffer(b"".join(features), "<f4")).all())
+        all(
+            _features_fine([r.features for r in asked if r.spec == spec], indices.get(spec))
+            for spec in specs
+        )
+        and _times_fine([record.time_s for record in asked])
         and min(chances) > 0
         and max(chances) <= 1
         and math.isfinite(sum(chances))
@@ -150,8 +148,19 @@ def _predictions_fine(asked: Sequence[Any], widths: Mapping[str, int]) -> bool:
     )
 
 
-def _widths_fine(sizes: Iterable[tuple[str, int]], widths: Mapping[str, int]) -> bool:
-    return all(size % 4 == 0 and size == 4 * widths.get(spec, size // 4) for spec, size in sizes)
+def _features_fine(features: Sequence[bytes], columns: Sequence[int] | None) -> bool:
+    """Whether they are finite, as many as the columns, and indices within those; None: unknown."""
+    sizes = set(map(len, features))
+    if any(size % 4 for size in sizes) or (columns is not None and sizes != {4 * len(columns)}):
+        return False
+    values = np.frombuffer(b"".join(features), "<f4")
+    if not np.isfinite(values).all():
+        return False
+    if columns is None or not any(columns):
+        return True
+    words = np.flatnonzero(columns)
+    found = values.reshape(-1, len(columns))[:, words]
+    return bool(((found >= 0) & (found < np.array(columns)[words])).all())
 
 
 def _label_refusal(record: LabelRecord, tasks: Tasks) -> str:
@@ -162,11 +171,8 @@ def _label_refusal(record: LabelRecord, tasks: Tasks) -> str:
     return "" if named else "bad_number"
 
 
-def _prediction_refusal(record: PredictionRecord, widths: Mapping[str, int]) -> str:
-    size = len(record.features)
-    if size % 4 or size != 4 * widths.get(record.spec, size // 4):
-        return "bad_features"
-    if not _all_finite(memoryview(record.features).cast("f")):
+def _prediction_refusal(record: PredictionRecord, indices: Indices) -> str:
+    if not _features_fine([record.features], indices.get(record.spec)):
         return "bad_features"
     if not 0 < record.propensity <= 1:
         return "bad_propensity"

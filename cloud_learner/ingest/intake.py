@@ -22,7 +22,7 @@ import msgspec
 
 from cloud_learner.ingest.accounting import Accounting
 from cloud_learner.ingest.arrivals import Arrivals
-from cloud_learner.ingest.guard import Batcher
+from cloud_learner.ingest.guard import Batcher, Indices
 from cloud_learner.ingest.joiner import Joiner, Portion, Rules
 from cloud_learner.ingest.opening import Incoming
 from cloud_learner.ingest.outlet import Outlet
@@ -96,7 +96,7 @@ class Intake:
         strands: Sequence[Strand],
         *,
         clock: Clock,
-        widths: Mapping[str, int],
+        indices: Indices,
     ) -> None:
         self._db, self._raw, self._archive, self._clock = db, raw, archive, clock
         rules = {strand.rules.family: strand.rules for strand in strands}
@@ -108,7 +108,7 @@ class Intake:
         self.accounting = Accounting(state.accounts)
         ahead_s_max = {family: each.ahead_s_max for family, each in rules.items()}
         tasks = {family: each.task for family, each in rules.items()}
-        self._arrivals = Arrivals(self.accounting, state.meta, ahead_s_max, widths, tasks)
+        self._arrivals = Arrivals(self.accounting, state.meta, ahead_s_max, indices, tasks)
         accounts, now_s = self.accounting.accounts, clock.monotonic_s()
         self.joiners = {
             family: Joiner(each, db, accounts, state.meta.families[family].clock_s, now_s)

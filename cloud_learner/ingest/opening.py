@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from cloud_learner.ingest.guard import NO_TASKS, NUMBER_MAX, Tasks, all_fine, refusal
+from cloud_learner.ingest.guard import NO_TASKS, NUMBER_MAX, Indices, Tasks, all_fine, refusal
 from cloud_learner.ingest.sequencer import Arrival
 from edge_runtime.bus.base import PAYLOAD_BYTES_MAX
 from edge_runtime.errors import RequestError
@@ -89,12 +89,10 @@ _typed = msgspec.msgpack.Decoder(_Typed)
 _number = msgspec.msgpack.Decoder(int)
 
 
-def opened(
-    message: Incoming, widths: Mapping[str, int], tasks: Tasks = NO_TASKS
-) -> Arrival[Opened]:
+def opened(message: Incoming, indices: Indices, tasks: Tasks = NO_TASKS) -> Arrival[Opened]:
     """The envelope, if it is one and says what its subject says.
 
-    `widths` are the numbers of features of the known specs, by hash; `tasks` those of the known
+    `indices` are those of the columns of known specs, by hash; `tasks` those of the known
     families, by name. Raises: RequestError, ConfigError.
     """
     device = subjects.checked_name(subjects.device_of(message.subject), "device")
@@ -102,15 +100,15 @@ def opened(
     try:
         envelope = _typed.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        return _opened_singly(message, device, data, widths, tasks)
+        return _opened_singly(message, device, data, indices, tasks)
     _check(message.subject, device, envelope)
-    if not all_fine(envelope.records, envelope.event_class, widths, tasks):
-        return _opened_singly(message, device, data, widths, tasks)
+    if not all_fine(envelope.records, envelope.event_class, indices, tasks):
+        return _opened_singly(message, device, data, indices, tasks)
     return _arrival(message, envelope, data, envelope.records, {})
 
 
 def _opened_singly(
-    message: Incoming, device: str, data: bytes, widths: Mapping[str, int], tasks: Tasks
+    message: Incoming, device: str, data: bytes, indices: Indices, tasks: Tasks
 ) -> Arrival[Opened]:
     """The same, looking at each record by itself."""
     envelope = codec.decode_envelope(data)
@@ -118,7 +116,7 @@ def _opened_singly(
     records: list[Record | int] = []
     refused: dict[int, Refused] = {}
     for index, raw in enumerate(envelope.records):
-        record, reason = _record(bytes(raw), envelope.event_class, widths, tasks)
+        record, reason = _record(bytes(raw), envelope.event_class, indices, tasks)
         records.append(record)
         if reason:
             refused[index] = Refused(reason, bytes(raw))
@@ -128,7 +126,7 @@ def _opened_singly(
 
 
 def _record(
-    data: bytes, event_class: EventClass, widths: Mapping[str, int], tasks: Tasks
+    data: bytes, event_class: EventClass, indices: Indices, tasks: Tasks
 ) -> tuple[Record | int, str]:
     """One record, or REFUSED and the reason."""
     omitted = _omitted(data)
@@ -138,7 +136,7 @@ def _record(
         record = codec.decode_record(data)
     except RequestError as error:
         return REFUSED, error.code
-    reason = refusal(record, event_class, widths, tasks)
+    reason = refusal(record, event_class, indices, tasks)
     return (REFUSED, reason) if reason else (record, "")
 
 

@@ -72,7 +72,7 @@ def open_intake(home: Path) -> Intake:
         Archive(home / "archive"),
     )
     return Intake(
-        db, raw, archive, [Strand(rules, Batcher(100, 100))], clock=SystemClock(), widths={}
+        db, raw, archive, [Strand(rules, Batcher(100, 100))], clock=SystemClock(), indices={}
     )
 
 

@@ -235,5 +235,9 @@ class Replicas:
         return self._merit[best] + HEDGE_RATE * (others[best] - self._loss(replica, recent))
 
     def _loss(self, replica: Replica, rows: Rows) -> float:
-        losses = self.task.losses(rows.labels, replica.answers(rows.features))
-        return float(np.minimum(losses, LOSS_MAX).mean())
+        answers = replica.answers(rows.features)
+        if self.task.kind == "ranking":  # scores only order: their level says nothing
+            quality = self.task.quality(rows.labels, answers, rows.groups)
+            return 1 - quality if np.isfinite(quality) else 0.0
+        losses = self.task.losses(rows.labels, answers)
+        return float(np.fmin(losses, LOSS_MAX).mean())  # no number is the largest loss

@@ -71,6 +71,11 @@ class Ledger:
         remember = [not example.early for example in fresh]
         return Entered(fresh, np.array(follow, bool), np.array(remember, bool), held_out)
 
+    def leave(self, entered: Entered) -> None:
+        """Nothing of it was learned after all; what was held out stays so."""
+        for example in entered.examples:
+            (self._early if example.early else self._mature).discard(example.id)
+
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""
         return {

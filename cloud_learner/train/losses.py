@@ -57,5 +57,8 @@ def soft_loss(task: Task, logits: Tensor, anchors: Tensor) -> Tensor:
 
 def _pairwise(scores: Tensor, labels: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
     above = (labels[:, None] > labels[None, :]) & (groups[:, None] == groups[None, :])
-    losses = nn.functional.softplus(scores[None, :] - scores[:, None]) * weights[:, None]
+    pull = weights[:, None] * (
+        weights[None, :] > 0
+    )  # a row without weight pulls from below neither
+    losses = nn.functional.softplus(scores[None, :] - scores[:, None]) * pull
     return (losses * above).sum() / above.sum().clamp(min=1)

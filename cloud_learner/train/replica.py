@@ -50,7 +50,7 @@ class Replica:
     ) -> None:
         self.network = network
         self.average = copy.deepcopy(network) if averaged else network
-        self.sample_passes = 0
+        self.sample_passes = self._steps = 0
         self._task, self._averaged, self._learning_rate = task, averaged, learning_rate
         self._gradient_norm_max = gradient_norm_max
         self._parameters = list(network.parameters())
@@ -120,6 +120,7 @@ class Replica:
             "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "sample_passes": self.sample_passes,
+            "steps": self._steps,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ class Replica:
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.sample_passes = state["sample_passes"]
+        self.sample_passes, self._steps = state["sample_passes"], state["steps"]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -141,13 +142,16 @@ class Replica:
             nn.utils.clip_grad_norm_(self._parameters, self._gradient_norm_max)
         self._optimizer.step()
         self.sample_passes += count
+        self._steps += 1
         if self._averaged:
             self._move_average()
 
     def _move_average(self) -> None:
+        # At first it follows closely, or it would remember the random weights it began with.
+        keep = min(AVERAGE_KEEP, (1 + self._steps) / (10 + self._steps))
         with torch.no_grad():
             torch._foreach_lerp_(  # the multi-tensor form has no public name
-                list(self.average.parameters()), list(self.network.parameters()), 1 - AVERAGE_KEEP
+                list(self.average.parameters()), list(self.network.parameters()), 1 - keep
             )
             for kept, new in zip(self.average.buffers(), self.network.buffers(), strict=True):
                 kept.copy_(new)

@@ -5,7 +5,8 @@ makes a learner right, so it stands in one place.
 
 Invariants: replicas are weighed on rows before they learn them. The gradient of every step is
 clipped. If any weight is no number afterwards, replicas, student and memory stand as before, and
-`TrainingError` says so. Same lessons and same seed give the same bits.
+`TrainingError` says so; what the batch showed of devices and of the world is kept. Same lessons and
+same seed give the same bits.
 
 Knows nothing about examples, packages and alarms' causes.
 """
@@ -73,7 +74,7 @@ class Teaching:
         self._scratch_s: float | None = None
 
     def learn(self, lesson: Lesson, learning: Learning, random: np.random.Generator) -> None:
-        """Take in one lesson. Raises: TrainingError, with everything as it was."""
+        """Take in one lesson. Raises: TrainingError, with all weights as they were."""
         admitted = self._admitted(lesson, learning)
         self.held_out.add(lesson.held_out, lesson.held_out_devices)
         new = lesson.rows.take(np.flatnonzero(admitted & lesson.follow & lesson.remember))

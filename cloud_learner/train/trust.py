@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows, concatenate
@@ -145,6 +146,9 @@ class Trust:
 
     def _judge(self, device: str, rows: int, gains: npt.NDArray[np.float64]) -> None:
         """`gains` are how much lower the losses of others' held-out rows are without the device."""
+        gains = gains[np.isfinite(gains)]
+        if len(gains) < JUDGES_MIN:  # the batch leaves no numbers, with the device or without it
+            return
         gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
         harm = HARM_MEMORY * self._harm.get(device, 0.0) + (gain / error if error else 0.0)
         self._harm[device] = harm
@@ -157,7 +161,8 @@ class Trust:
 
     def _losses_after(self, replica: Replica, rows: Rows, judges: Rows) -> npt.NDArray[np.float64]:
         trial = replica.fork()
-        trial.step(rows)
+        with torch.random.fork_rng(devices=[]):  # the same dropout for all: it is no one's doing
+            trial.step(rows)
         return self._task.losses(judges.labels, trial.answers(judges.features))
 
 
@@ -170,5 +175,6 @@ def _unweighted(rows: Rows, left_out: Mask) -> Rows:
 def trimmed(losses: npt.NDArray[np.float64], share: float) -> Mask:
     """Which rows are kept when the `share` of them with the largest loss is left out, (rows,)."""
     kept = np.ones(len(losses), bool)
-    kept[np.argsort(-losses, kind="stable")[: int(share * len(losses))]] = False
+    order = np.argsort(-np.where(np.isfinite(losses), losses, np.inf), kind="stable")
+    kept[order[: int(share * len(losses))]] = False
     return kept

@@ -73,7 +73,7 @@ def opened(home: Path, raw_log: type[RawLog] = RawLog) -> Intake:
         Archive(home / "archive"),
     )
     return Intake(
-        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), indices={}
     )
 
 

@@ -69,7 +69,7 @@ def opened(home: Path) -> Intake:
         for name in FAMILIES
     ]
     db, raw = IngestDb(home / "db", FAMILIES), RawLog(home / "raw")
-    return Intake(db, raw, Archive(home / "archive"), strands, clock=ManualClock(), widths={})
+    return Intake(db, raw, Archive(home / "archive"), strands, clock=ManualClock(), indices={})
 
 
 def incoming(path: Path) -> list[Incoming]:

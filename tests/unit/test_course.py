@@ -18,6 +18,7 @@ from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.family import Family
+from cloud_learner.train.trust import Quarantined
 
 HUGE, ODD = 50.0, 60.0  # values of x that the network below cannot bear
 FORWARD = "        return self.out(self.drop((features - self.mean) / self.std))\n"
@@ -143,6 +144,21 @@ def test_a_network_that_raises_leaves_the_state_as_if_the_batch_had_never_been(
     assert package(course) == package(never)
 
 
+def test_what_was_passed_over_before_keeps_no_family_from_being_brought_back(
+    opened: Open, family: Family
+) -> None:
+    course = opened()
+    dealt(course, [batch(1, values(1), family), bad(2, family, HUGE)])
+    before = course.cycle.answers(values(9))
+
+    dealt(course, [bad(3, family, ODD)])
+
+    assert not course.rests
+    assert np.array_equal(course.cycle.answers(values(9)), before)
+    dealt(course, [batch(4, values(4), family)])
+    assert course.failure == ""
+
+
 def test_a_restart_passes_over_what_failed_without_another_word(
     opened: Open, family: Family, tmp_path: Path
 ) -> None:
@@ -244,3 +260,32 @@ def test_an_alarm_of_the_stream_is_told_once_also_when_its_batches_are_learned_a
     assert told()[: len(first)] == first
     assert len(told()) == len(set(told()))
     assert all(batch > 8 for _, _, batch in told())
+
+
+def test_what_a_batch_shows_is_told_also_when_it_cannot_be_learned(
+    opened: Open, family: Family, tmp_path: Path
+) -> None:
+    rows = values(9) + 3
+    rows[0, 1] = HUGE
+    course = opened()
+
+    dealt(course, [batch(number, values(number), family) for number in range(1, 9)])
+    dealt(course, [batch(9, rows, family)])
+
+    assert course.statistics()["micro_batches_failed"] == 1
+    assert {entry["batch"] for entry in Lineage(tmp_path / "lineage").read("alarm")} == {9}
+
+
+def test_a_quarantine_is_told_once_also_when_its_batch_is_learned_again(
+    opened: Open, family: Family, tmp_path: Path
+) -> None:
+    lineage = Lineage(tmp_path / "lineage").of("coin")
+    lineage.append("quarantine", batch=2, device="a", reason="harm")
+    course = opened()  # from a checkpoint of before
+    harm = Quarantined("a", 25, 0.1, 9.0)
+
+    course.take([batch(2, values(2), family)], 1e6)
+    course.cycle.teaching.trust.quarantined["a"] = harm
+    course.learn()
+
+    assert len(list(lineage.read("quarantine"))) == 1

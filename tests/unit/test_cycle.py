@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cloud_learner.cycle import Cycle
+from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.train.dataset import Rows
@@ -195,6 +196,15 @@ def test_a_batch_with_nothing_to_learn_still_counts_as_learned(bench):
     assert (cycle.number, cycle.examples_learned, cycle.whole) == (1, 0, True)
 
 
+def test_a_batch_with_nothing_to_learn_raises_no_alarm_a_second_time(bench):
+    cycle = bench.pretrained()
+    cycle.alarms = [Alarm("sudden", "loss", "", 1.0, 0.5, 1, 0.0)]
+
+    cycle.learn(Batch(2, bench.batches(1, spec="other")[0].examples))
+
+    assert cycle.alarms == []
+
+
 def test_a_cycle_of_some_features_learns_from_examples_that_carry_all(bench):
     family = bench.family.restricted(["x"])
     cycle = Cycle(family, bench.reference[:, [1]], bench.family.spec)
@@ -230,6 +240,7 @@ def test_a_batch_that_would_leave_no_numbers_is_passed_over_and_nothing_else_cha
     assert "bounds" in caught.value.hint
     assert (cycle.number, cycle.failed, cycle.whole) == (2, 1, True)
     assert np.array_equal(cycle.answers(bench.reference), spared.answers(bench.reference))
+    assert cycle.examples_learned == spared.examples_learned
     cycle.learn(Batch(3, batches[2].examples))
     assert np.isfinite(cycle.answers(bench.reference)).all()
 

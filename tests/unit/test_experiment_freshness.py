@@ -87,7 +87,7 @@ def fixture_compass(tmp_path_factory):
         (folder / f"{name}.toml").write_text(text)
     (folder / "network.py").write_text(NETWORK)
 
-    def write(name, *, days=40, turns=0.6, every_s=HOUR_S / 2):
+    def write(name, *, days=40, turns=0.6, every_s=HOUR_S / 2, tilt=0.0):
         random = np.random.default_rng(6)
         path = folder.parent / f"{folder.name}-{name}.csv"
         with path.open("w", newline="") as file:
@@ -96,7 +96,7 @@ def fixture_compass(tmp_path_factory):
             for time_s in np.arange(0, days * DAY_S, every_s):
                 x, z, y = random.normal(size=3).round(6).tolist()
                 angle = 2 * math.pi * turns * time_s / (days * DAY_S)
-                chance = 1 / (1 + math.exp(-3 * (x * math.cos(angle) + z * math.sin(angle))))
+                chance = 1 / (1 + math.exp(-3 * (x * math.cos(angle) + z * math.sin(angle)) - tilt))
                 known = _utc(time_s + 600)
                 rows.writerow([_utc(time_s), x, z, y, float(random.random() < chance), known])
         return path
@@ -278,6 +278,7 @@ def test_the_table_names_the_knee_and_what_it_takes(found):
 BAD = {
     "too little": ({"days": 2, "every_s": HOUR_S}, "never,1h", "too_few_rows"),
     "a cadence that does not fit": ({"days": 30}, "never,30d,1d", "bad_cadence"),
+    "one class": ({"days": 30, "tilt": 99.0}, "never,1d", "one_class"),
 }
 
 

@@ -43,7 +43,7 @@ def opened(home: Path, *families: str) -> Intake:
         for name in families
     ]
     db, raw, archive = IngestDb(home / "db", families), RawLog(home / "raw"), Archive(home / "a")
-    return Intake(db, raw, archive, strands, clock=ManualClock(), widths={})
+    return Intake(db, raw, archive, strands, clock=ManualClock(), indices={})
 
 
 def life(device: str, chance: random.Random) -> list[Incoming]:

@@ -26,6 +26,7 @@ from edge_runtime.wire.messages import (
 )
 
 NAN, INF = float("nan"), float("inf")
+SPECS = {"spec": [0, 0], "words": [3, 0]}
 
 
 def prediction(**changes):
@@ -57,6 +58,9 @@ def label(**changes):
         (prediction(features=b"12345", spec="unknown"), "event", "bad_features"),
         (prediction(features=struct.pack("<2f", 1.0, NAN)), "event", "bad_features"),
         (prediction(features=struct.pack("<2f", INF, -INF)), "event", "bad_features"),
+        (prediction(spec="words", features=struct.pack("<2f", 2.0, -9.0)), "event", ""),
+        (prediction(spec="words", features=struct.pack("<2f", 3.0, 0.0)), "event", "bad_features"),
+        (prediction(spec="words", features=struct.pack("<2f", -1.0, 0.0)), "event", "bad_features"),
         (prediction(time_s=NAN), "event", "bad_time"),
         (prediction(time_s=1e300), "event", "bad_time"),
         (label(time_s=-1e12), "label", "bad_time"),
@@ -79,15 +83,16 @@ def label(**changes):
     ],
 )
 def test_a_record_that_would_ruin_learning_is_refused_by_name(record, event_class, reason):
-    assert refusal(record, event_class, {"spec": 2}) == reason
+    assert refusal(record, event_class, SPECS) == reason
     good = label() if event_class == "label" else ObservationRecord("f", "k", 1.0, {})
-    assert all_fine([good, record, good], event_class, {"spec": 2}) == (reason == "")
+    others = [] if event_class == "label" else [prediction()]
+    assert all_fine([good, record, good, *others], event_class, SPECS) == (reason == "")
 
 
 def test_omitted_records_are_fine_when_their_key_is_known():
-    assert all_fine([1, prediction(), 2], "event", {"spec": 2})
+    assert all_fine([1, prediction(), 2], "event", SPECS)
     assert all_fine([1, 2], "event", {})
-    assert not all_fine([9, prediction()], "event", {"spec": 2})
+    assert not all_fine([9, prediction()], "event", SPECS)
 
 
 TASKS = {

@@ -47,7 +47,7 @@ def opened(home: Path, **more: float) -> Intake:
         Archive(home / "archive"),
     )
     return Intake(
-        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), widths={}
+        db, raw, archive, [Strand(rules, Batcher(10, 10))], clock=ManualClock(), indices={}
     )
 
 

@@ -64,6 +64,35 @@ def test_a_replica_that_hurts_gets_weight_zero_and_is_not_heard(bad, good):
     assert np.array_equal(both.all[good].answers(features), both.answers(features))
 
 
+def test_a_row_without_a_number_is_the_largest_loss_and_spoils_no_weight():
+    both = replicas()
+    with torch.no_grad():
+        both.stable.average[0].weight.fill_(1e38)
+    wild = Rows(np.full((1, 2), 3e38, np.float32), np.ones(1, np.float32))
+    assert not np.isfinite(both.stable.answers(wild.features)).all()
+
+    both.weigh(wild)
+
+    assert all(np.isfinite(weight) for weight in both.weights.values())
+    assert np.isfinite(both.answers(rows(10).features)).all()
+
+
+def test_of_rankings_the_better_order_is_heard_whatever_the_level_of_its_scores():
+    task, some = Task(kind="ranking", group="query"), rows(100)
+    some = msgspec.structs.replace(some, groups=np.arange(100) // 10)
+    both = Replicas(nn.Linear(2, 1), task, LEARNING, 2)
+    for name, slope, level in (("fast", 1.0, 50.0), ("stable", -0.1, 0.5)):
+        replica = both.all[name]
+        with torch.no_grad():
+            for each in (replica.network, replica.average):
+                each.weight.copy_(torch.tensor([[slope, 0.0]]))
+                each.bias.fill_(level)
+
+    both.weigh(some)
+
+    assert both.weights["fast"] > both.weights["stable"]
+
+
 def test_a_replica_that_recovers_gets_its_weight_back():
     both = replicas()
     kept = copy.deepcopy(both.fast.network.state_dict())

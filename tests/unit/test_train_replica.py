@@ -9,7 +9,8 @@ from torch import nn
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows
-from cloud_learner.train.replica import CHUNK_ROWS, Replica, chunks, chunks_of
+from cloud_learner.train.losses import hard_loss
+from cloud_learner.train.replica import AVERAGE_KEEP, CHUNK_ROWS, Replica, chunks, chunks_of
 
 TASKS = {
     "binary": Task(),
@@ -94,6 +95,19 @@ def test_a_row_of_weight_zero_teaches_nothing_and_a_larger_weight_more():
     assert torch.allclose(3 * gradient([1.0] * 100), gradient([3.0] * 100), atol=1e-6)
 
 
+def test_a_row_of_weight_zero_pulls_in_no_task_neither_from_above_nor_from_below():
+    for kind, task in TASKS.items():
+        some = rows(100, kind)
+        weights = torch.tensor([1.0, 0.0] * 50)
+        logits = torch.zeros((100, task.outputs), requires_grad=True)
+
+        labels, groups = torch.from_numpy(some.labels), torch.from_numpy(some.groups)
+        hard_loss(task, logits, labels, weights, groups).backward()
+
+        assert not logits.grad[1::2].any(), kind
+        assert logits.grad[::2].any(), kind
+
+
 def test_rows_without_an_anchor_are_pulled_by_their_label_alone():
     some = rows(100)
     unknown = np.full((100, 1), np.nan, np.float32)
@@ -128,12 +142,18 @@ def test_the_moving_average_follows_buffers_too():
     assert torch.equal(replica.network[0].running_mean, replica.average[0].running_mean)
 
 
-def test_an_average_moves_less_than_its_network():
-    replica = Replica(network(), TASKS["binary"], 1e-2, averaged=True)
-    start = values(replica.network.parameters())
-    replica.step(rows(100))
+def test_an_average_follows_closely_at_first_and_moves_less_later():
+    def share_of_a_step(after):
+        replica = Replica(network(), TASKS["binary"], 1e-2, averaged=True)
+        for seed in range(after):
+            replica.step(rows(100, seed=seed))
+        replica.start_from(replica.network.state_dict())
+        start = values(replica.network.parameters())
+        replica.step(rows(100, seed=999))
+        return moved(replica.average, start) / moved(replica.network, start)
 
-    assert 0 < moved(replica.average, start) < 0.1 * moved(replica.network, start)
+    assert share_of_a_step(0) > 0.5
+    assert share_of_a_step(400) == pytest.approx(1 - AVERAGE_KEEP, rel=0.01)
 
 
 def test_a_fork_goes_its_own_way():

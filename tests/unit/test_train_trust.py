@@ -148,3 +148,27 @@ def test_trimming_leaves_out_the_rows_with_the_largest_loss():
 
     assert kept.tolist() == [True, False, True, False, True]
     assert trimmed(np.ones(9), 0.1).all()
+
+
+def test_rows_without_a_number_are_no_largest_loss_that_is_kept():
+    losses = np.array([0.1, np.nan, 0.3, 0.2])
+    assert trimmed(losses, 0.25).tolist() == [True, False, True, True]
+
+
+def test_a_batch_that_leaves_no_numbers_blinds_no_judge():
+    stream = Stream()
+    wild = Rows(np.full((200, 2), np.inf, np.float32), np.ones(200, np.float32))
+    stream.trust.admitted(stream.replica, wild, names(200, 0), stream.held_out)
+
+    stream.play(8, hostile=DEVICES[0])
+
+    assert set(stream.trust.quarantined) == {DEVICES[0]}
+
+
+def test_dropout_makes_nobody_seem_harmful():
+    stream = Stream()
+    stream.replica = Replica(nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1)), TASK, 3e-2)
+
+    stream.play(30)
+
+    assert stream.trust.counters["quarantines"] == 0
