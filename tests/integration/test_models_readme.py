@@ -95,7 +95,7 @@ def test_the_files_of_the_page_make_a_release(write, task):
     assert done.exit_code == 0, done.output
     assert '"outcome": "pass"' in done.stdout
     assert "passed the gate" in done.stderr
-    assert Path("var/cloud/bootstrap.json").is_file()
+    assert Path("var/cloud/families/cafe/origin.json").is_file()
     assert Path("var/cloud/trust/root.json").is_file()
 
 
