@@ -207,7 +207,7 @@ def _gaps(family: Family, home: Home, past: worlds.History, counted: Any) -> tup
         path = home.root / f"last-{name}.onnx"
         path.write_bytes(package)
         found[name] = auc(labels, probabilities(Runner(path), features))
-    teacher = auc(labels, cycle.replicas.answers(features))
+    teacher = auc(labels, cycle.replicas.answers(features)[:, 0])
     return found["float"] - found["int8"], teacher - found["int8"]
 
 
