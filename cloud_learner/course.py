@@ -83,7 +83,8 @@ class Course:
         except Exception as error:  # a family's network is foreign code
             self._pass_over(batch, error)
         else:
-            self.failure, self.is_fresh = "", True
+            self.failure = ""
+            self.is_fresh |= self.cycle.is_taught  # else the candidate would be the one before
         if self.cycle.whole:
             self._tell(batch.number)
             self._since.append(batch)

@@ -76,7 +76,10 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class Cycle:
-    """The trainable state of one family; single-threaded, torch with one thread."""
+    """The trainable state of one family; single-threaded, torch with one thread.
+
+    `is_taught` says whether the last batch held anything to learn.
+    """
 
     def __init__(self, family: Family, reference: Matrix, logged: Spec | None = None) -> None:
         """`reference` (rows, features) freezes the scaling.
@@ -104,7 +107,7 @@ class Cycle:
         self._graph: Graph | None = None
         self.number = 0
         self.failed = 0
-        self.whole = True
+        self.whole, self.is_taught = True, False
         self._cpu_s = 0.0
         self._learned_through_s = 0.0
         self._arrived_s = 0.0
@@ -151,6 +154,7 @@ class Cycle:
         self.whole, self.alarms = False, []
         self.number = batch.number
         entered = self.ledger.enter(batch.examples)
+        self.is_taught = bool(entered.examples)
         for example in batch.examples:
             self._learned_through_s = max(self._learned_through_s, example.time_s)
             self._arrived_s = max(self._arrived_s, example.matured_s)

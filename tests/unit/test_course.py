@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -289,3 +290,19 @@ def test_a_quarantine_is_told_once_also_when_its_batch_is_learned_again(
     course.learn()
 
     assert len(list(lineage.read("quarantine"))) == 1
+
+
+def test_a_batch_that_holds_nothing_to_learn_makes_no_candidate(
+    opened: Open, family: Family
+) -> None:
+    course = opened()
+    other = [msgspec.structs.replace(e, spec="other") for e in batch(1, values(1), family).examples]
+    course.take([Batch(1, other), batch(2, values(2), family)], 5000.0)
+
+    course.learn()
+    course.done()
+    assert not course.is_fresh
+
+    course.learn()
+    course.done()
+    assert course.is_fresh
