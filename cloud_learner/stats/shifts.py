@@ -101,12 +101,12 @@ class ScoreShift:
 
 
 class EmbeddingShift:
-    """MMD of at most 100 rows of a micro-batch against as many of the five before it, embedded.
+    """MMD of at most 60 rows of a micro-batch against as many of the five before it, embedded.
 
     Both are embedded by the network of today: that the network has learned since is no shift.
     """
 
-    ROWS, OF_EACH = 100, 20
+    ROWS, OF_EACH = 60, 12
 
     def __init__(self, alpha: float, seed: int) -> None:
         self._alpha, self._seed = alpha, seed

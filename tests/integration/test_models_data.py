@@ -144,7 +144,7 @@ def test_every_feature_tells_apart_but_those_that_come_to_life_later(real, start
 def test_label_windows_know_the_label_before(real, start):
     family, _ = real
     rows, features = start
-    at = family.spec.names.index("last")
+    at = family.spec.names.index("mean_1")
 
     assert [row.label for row in rows[:-1]] == [float(vector[at]) for vector in features[1:]]
 
