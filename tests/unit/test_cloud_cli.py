@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 
-import duckdb
 import pytest
 from click.testing import CliRunner
 
@@ -195,18 +193,6 @@ def test_an_error_out_of_a_task_is_said_as_clearly_as_any_other(capsys, error, c
     assert alone[0] == code
     assert "error: " in alone[1]
     assert "said" in alone[1]
-
-
-def test_an_interrupt_that_meets_a_query_is_an_interrupt():
-    endless = "SELECT sum(a.range) FROM range(10000000) a, range(1000000)"
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            _guarded(lambda: duckdb.sql(endless).fetchall())
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_defect_is_no_interrupt():
