@@ -25,7 +25,7 @@ from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.alarms import WATCHED
 from cloud_learner.evaluate.offline import load_set
 from cloud_learner.rules import label_rules
-from cloud_learner.store.examples import Batch
+from cloud_learner.store.examples import Batch, Certificate
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family
 from cloud_learner.train.teaching import TrainingError
@@ -51,6 +51,7 @@ class Course:
         self.waiting: deque[Batch] = deque()
         self.clock_s = float("-inf")
         self.candidates = self.skipped = 0
+        self.certificate: Certificate | None = None  # of the last batch that was dealt with
         self.failure = ""
         self.rests = False
         self.is_fresh = False
@@ -100,6 +101,7 @@ class Course:
             return
         batch = self.waiting.popleft()
         self.number = batch.number
+        self.certificate = batch.certificate(self.family.config.learning.device_cap)
         self.clock_s = max(self.clock_s, self._released_s(batch.examples[-1]))
         self.skipped += self.is_fresh and bool(self.waiting)
         self._settle_clock()

@@ -154,6 +154,7 @@ class Host:
             "rollout": releasing.controller.status(),
             "alarms": msgspec.to_builtins(alarms),
             "expected": releasing.expectation.facts(),
+            "certificate": msgspec.to_builtins(course.certificate),
             "counters": {
                 **self.learner.statistics_of(name),
                 **releasing.counts(),

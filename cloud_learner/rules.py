@@ -3,7 +3,8 @@
 Why: the bootstrap, the host and whoever judges elsewhere must read the same declaration in the same
 way; the gate and the campaign themselves know no families.
 
-Invariants: a declaration that cannot be kept is refused here, with its file and key.
+Invariants: what a declaration says is read here and nowhere else; a home that learns under another
+feature spec is refused.
 """
 
 from __future__ import annotations
@@ -62,22 +63,8 @@ def campaign_rules(family: Family) -> Rules:
 
 
 def gate_limits(family: Family) -> Limits:
-    """The offline gate's limits from the family's `[gates]`, and what else bounds its rules.
-
-    Raises: ConfigError when `gates.slices` names what is no field of a predicting kind.
-    """
+    """The offline gate's limits from the family's `[gates]`, and what else bounds its rules."""
     config = family.config
-    fields = {
-        name: None for kind in config.events.values() if kind.predicts for name in kind.fields
-    }
-    for name in config.gates.slices:
-        if name not in fields:
-            raise ConfigError(
-                "bad_family",
-                f"{family.folder / 'family.toml'}: gates.slices names {name!r}, which is no field "
-                "of a kind that predicts",
-                f"these have: {', '.join(fields)}",
-            )
     return msgspec.convert(
         {
             **msgspec.to_builtins(config.gates),

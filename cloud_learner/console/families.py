@@ -3,8 +3,9 @@
 Why: with several families in one home, whoever operates it must see which one stands still, and
 why.
 
-Invariants: it shows what the learner said last, and nothing else; a failure, an alarm that stands
-and what answers without labels are worth are lines of their own.
+Invariants: it shows what the learner said last, and nothing else; a failure, an alarm that stands,
+the certificate of the last micro-batch and what answers without labels are worth are lines of their
+own.
 
 Knows nothing about how the learner found it out.
 """
@@ -48,10 +49,19 @@ def _notes(said: Mapping[str, Any]) -> Iterator[str]:
     if said["failure"]:
         yield said["failure"]
     yield from (f"alarm: {_alarm(each)}" for each in said.get("alarms", ()))
+    if said.get("certificate"):
+        yield _certificate(said["certificate"])
     expected = said.get("expected", {})
     if expected.get("expected") is not None:
         numbers = f"{expected['expected']:.3f} without labels, {expected['reached']:.3f} reached"
         yield f"expected {expected['measure']} {numbers}"
+
+
+def _certificate(said: Mapping[str, Any]) -> str:
+    """How much of the last micro-batch one device had, and could have had."""
+    whose = f"{said['size']} examples of {said['devices']} devices"
+    bound = f"one has {said['largest_share']:.1%} of them, {said['bound_per_device']:.1%} at most"
+    return f"micro-batch {said['batch']}: {whose}; {bound}"
 
 
 def _alarm(alarm: Mapping[str, Any]) -> str:

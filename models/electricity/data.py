@@ -11,13 +11,10 @@ before the next.
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
-import duckdb
+from cloud_learner.experiment.outside import write_events
 
 _EVENTS = """
 SELECT '1996-05-07 00:00:00Z'::TIMESTAMPTZ + to_minutes(30 * row) AS event_time,
@@ -37,21 +34,7 @@ def write_data(path: Path) -> int:
 
     Returns: the number of rows. Raises: FileNotFoundError when the data set is not there.
     """
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(_source()) as archive:
-        csv = archive.extract("electricity.csv", folder)
-        with duckdb.connect() as database:
-            database.execute("SET TimeZone = 'UTC'")
-            events = database.sql(_EVENTS, params=[csv])
-            events.write_parquet(str(path))
-            return len(events)
-
-
-def _source() -> Path:
-    outside = Path(__file__).parents[2] / "../shared/data"
-    path = Path(os.environ.get("HEADWATER_DATA", outside)) / "elec2/electricity_river.zip"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; set HEADWATER_DATA")
-    return path
+    return write_events(_EVENTS, "elec2/electricity_river.zip", path, member="electricity.csv")
 
 
 if __name__ == "__main__":

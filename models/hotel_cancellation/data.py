@@ -15,13 +15,10 @@ assigned, changes, days on the waiting list, status.
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
-import duckdb
+from cloud_learner.experiment.outside import write_events
 
 _EVENTS = """
 WITH bookings AS (
@@ -57,21 +54,9 @@ def write_data(path: Path) -> int:
 
     Returns: the number of rows. Raises: FileNotFoundError when the data set is not there.
     """
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(_source()) as archive:
-        csv = archive.extract("hotel_bookings.csv", folder)
-        with duckdb.connect() as database:
-            database.execute("SET TimeZone = 'UTC'")
-            events = database.sql(_EVENTS, params=[csv])
-            events.write_parquet(str(path))
-            return len(events)
-
-
-def _source() -> Path:
-    outside = Path(__file__).parents[2] / "../shared/data"
-    path = Path(os.environ.get("HEADWATER_DATA", outside)) / "hotel_bookings/hotel_bookings.csv.zip"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; set HEADWATER_DATA")
-    return path
+    return write_events(
+        _EVENTS, "hotel_bookings/hotel_bookings.csv.zip", path, member="hotel_bookings.csv"
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ the numbers that the file has for them.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-import duckdb
+from cloud_learner.experiment.outside import write_events
 
 COLUMNS = 33
 
@@ -35,19 +34,7 @@ def write_data(path: Path) -> int:
 
     Returns: the number of rows. Raises: FileNotFoundError when the data set is not there.
     """
-    with duckdb.connect() as database:
-        database.execute("SET TimeZone = 'UTC'")
-        events = database.sql(_EVENTS, params=[str(_source())])
-        events.write_parquet(str(path))
-        return len(events)
-
-
-def _source() -> Path:
-    outside = Path(__file__).parents[2] / "../shared/data"
-    path = Path(os.environ.get("HEADWATER_DATA", outside)) / "insects/gradual_balanced_24150.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; set HEADWATER_DATA")
-    return path
+    return write_events(_EVENTS, "insects/gradual_balanced_24150.csv", path)
 
 
 if __name__ == "__main__":

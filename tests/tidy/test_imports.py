@@ -46,7 +46,7 @@ LEARNER_MAY_IMPORT = (
     *("errors", "clock", "files", "metrics", "wire", "bus", "features", "inference"),
     *("personal.head", "update.trust", "rollout.plan"),
 )
-MODELS_MAY_IMPORT = ("cloud_learner.train.blocks",)
+MODELS_MAY_IMPORT = ("cloud_learner.train.blocks", "cloud_learner.experiment.outside")
 # library -> the path prefixes that may import it
 HOMES = {
     "torch": ("cloud_learner/train/", "cloud_learner/package/build.py", "models/"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from cloud_learner.console.families import table, text
+from cloud_learner.store.examples import Batch, Example
 
 
 def said(*, failure: str = "", resting: int = 0, canary: str | None = None) -> dict:
@@ -48,6 +51,19 @@ def test_alarms_that_stand_and_what_is_expected_without_labels_are_said_in_words
         f"coin: alarm: by what devices tell, feature x changed suddenly, {since}",
         f"coin: alarm: later changed odd, {since}",
         "coin: expected AUC 0.741 without labels, 0.763 reached",
+    ]
+
+
+def test_the_last_micro_batch_says_what_one_device_had_of_it_and_could_have_had():
+    examples = [
+        Example("ab"[at > 5], 1, at, "coin", 1.0, 1.0, b"", "", 1.0, 1.0, [], 0.0, 0.0)
+        for at in range(8)
+    ]
+    certificate = msgspec.to_builtins(Batch(12, examples).certificate(6))
+    lines = table({"coin": said() | {"certificate": certificate}}).splitlines()
+
+    assert lines[2:] == [
+        "coin: micro-batch 12: 8 examples of 2 devices; one has 75.0% of them, 75.0% at most"
     ]
 
 

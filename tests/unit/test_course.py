@@ -306,3 +306,5 @@ def test_a_batch_that_holds_nothing_to_learn_makes_no_candidate(
     course.learn()
     course.done()
     assert course.is_fresh
+    assert course.certificate is not None
+    assert (course.certificate.batch, course.certificate.largest_share) == (2, 0.5)

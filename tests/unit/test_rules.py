@@ -10,7 +10,6 @@ import pytest
 from cloud_learner.rules import campaign_rules, device_share, gate_limits
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.family import Family
-from edge_runtime.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "models" / "flight_delay"
 
@@ -30,16 +29,6 @@ def test_limits_are_those_of_the_family():
 
     assert (limits.slices, limits.tighten, limits.device_share) == (("carrier",), 0.25, 0.5)
     assert limits.quality_min == 0.6
-
-
-def test_a_slice_over_what_is_no_field_names_file_and_key():
-    with pytest.raises(
-        ConfigError, match=r"family\.toml: gates\.slices names 'dep_delay'"
-    ) as caught:
-        gate_limits(family(gates={"slices": ("carrier", "dep_delay")}))  # of an observed kind
-
-    assert caught.value.code == "bad_family"
-    assert "carrier" in caught.value.hint
 
 
 @pytest.mark.parametrize(("cap", "share"), [(500, 0.5), (250, 0.5), (15, 0.03)])
