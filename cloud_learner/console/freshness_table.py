@@ -1,6 +1,7 @@
 """The end of a freshness experiment on a terminal: a table, and what it says, in sentences.
 
-Invariants: pure; as wide as a terminal of 100 columns.
+Invariants: pure; as wide as a terminal of 100 columns; an experiment whose control is not clean
+gives no advice.
 
 Knows nothing about how the numbers came about.
 """
@@ -24,7 +25,8 @@ def table(report: Report) -> str:
 def _policies(report: Report) -> Iterator[str]:
     yield _row("policy", "cadence", "loss", report.measure, "against fastest", "rows", "bytes")
     for line in report.lines:
-        yield _line(line.policy, line) + ("  <- enough" if line.is_knee else "")
+        enough = line.is_knee and report.control_is_clean
+        yield _line(line.policy, line) + ("  <- enough" if enough else "")
     for name, found in report.baselines.items():
         yield _row(name, "", _number(found.loss), _number(found.quality), "", "", "")
 
@@ -44,9 +46,10 @@ def _models(report: Report) -> Iterator[str]:
 
 def _words(report: Report) -> Iterator[str]:
     yield ""
-    for name in dict.fromkeys(line.policy for line in report.lines):
-        yield f"{name}: {take_away([line for line in report.lines if line.policy == name])}"
-    yield from report.sentences
+    if report.control_is_clean:
+        for name in dict.fromkeys(line.policy for line in report.lines):
+            yield f"{name}: {take_away([line for line in report.lines if line.policy == name])}"
+        yield from report.sentences
     if report.newer_data is not None:
         yield f"slowest against fastest: {_recency(report.newer_data)}"
     clean = "clean" if report.control_is_clean else "NOT CLEAN: do not trust this experiment"

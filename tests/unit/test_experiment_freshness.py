@@ -282,6 +282,15 @@ BAD = {
 }
 
 
+def test_an_experiment_whose_control_found_something_gives_no_advice(found):
+    shown = table(msgspec.structs.replace(found.report, control_is_clean=False))
+
+    assert "NOT CLEAN" in shown
+    assert "<- enough" not in shown
+    assert not any(sentence in shown for sentence in found.report.sentences)
+    assert found.report.sentences
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(compass, tmp_path, case):
     shape, cadence, code = BAD[case]
