@@ -115,8 +115,9 @@ class Learning(Section, frozen=True):
 
     A micro-batch is cut at `batch_size` examples, or when they span `batch_s` of event time (0: by
     count alone); at most `device_cap` of them are of one device. `contributors` is how many of the
-    largest devices of a micro-batch are tried without; `trim_share` of a micro-batch, the rows with
-    the largest loss, is left out while an alarm stands. `gradient_norm_max` 0 clips nothing.
+    largest devices of a micro-batch are tried without, besides suspects (0: nobody is judged);
+    `trim_share` of a micro-batch, the rows with the largest loss, is left out while an alarm
+    stands. `gradient_norm_max` 0 clips nothing.
     """
 
     batch_size: Annotated[int, Meta(ge=2)] = 500

@@ -138,7 +138,7 @@ class Teaching:
         """Which rows may be learned at all."""
         with self._timed("trust"):
             replica = next(iter(self.replicas.all.values()))
-            admitted = self.trust.admitted(replica, lesson.rows, lesson.devices, self.held_out)
+            admitted = self.trust.admitted(replica, lesson.rows, lesson.devices)
         if lesson.alarmed and learning.trim_share:
             losses = self.replicas.losses(lesson.rows)
             kept = trimmed(losses, learning.trim_share)

@@ -19,7 +19,7 @@ from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.family import Family
-from cloud_learner.train.trust import Quarantined
+from cloud_learner.train.trust import Quarantined, Standing
 
 HUGE, ODD = 50.0, 60.0  # values of x that the network below cannot bear
 FORWARD = "        return self.out(self.drop((features - self.mean) / self.std))\n"
@@ -283,7 +283,7 @@ def test_a_quarantine_is_told_once_also_when_its_batch_is_learned_again(
     lineage = Lineage(tmp_path / "lineage").of("coin")
     lineage.append("quarantine", batch=2, device="a", reason="harm")
     course = opened()  # from a checkpoint of before
-    harm = Quarantined("a", 25, 0.1, 9.0)
+    harm = Quarantined("a", 25, 0.1, Standing(9.0, 5.0))
 
     course.take([batch(2, values(2), family)], 1e6)
     course.cycle.teaching.trust.quarantined["a"] = harm
