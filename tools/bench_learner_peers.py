@@ -17,6 +17,7 @@ import numpy as np
 from bench_learner_streams import Setup, asked_of, first, learned, setup_of, tell
 from bench_rows import Row
 
+from cloud_learner.experiment.prequential import stream_start_s
 from cloud_learner.experiment.scoring import Truth, truth_of
 from cloud_learner.stats.tasks import Matrix
 
@@ -58,9 +59,8 @@ def _ours(setup: Setup) -> tuple[Truth, Matrix, float]:
 
 def _peer(setup: Setup, model: Any) -> tuple[Truth, Matrix, float]:
     family, asked = setup.family(0), setup.stream.asked
-    start_s = asked.start_s + 0.15 * (asked.end_s - asked.start_s)
     task = family.config.task
-    truth = truth_of(task, asked, start_s, family.config.label.window_s)
+    truth = truth_of(task, asked, stream_start_s(asked), family.config.label.window_s)
     answers = np.zeros((len(asked), task.outputs), np.float32)
     started_s = time.process_time()
     for row, values in enumerate(asked.features.tolist()):

@@ -15,7 +15,7 @@ import numpy as np
 from bench_learner_streams import Setup, asked_of, first, learned, over_seeds, quality, setup_of
 from bench_rows import Row
 
-from cloud_learner.experiment.prequential import Course
+from cloud_learner.experiment.prequential import Course, stream_start_s
 from cloud_learner.experiment.scoring import persistence, truth_of
 from cloud_learner.stats.scores import auc
 from cloud_learner.train.dataset import Matrix
@@ -161,7 +161,7 @@ def elec2(data: Path, seeds: int, count: int | None) -> list[Row]:
 def _persisting(setup: Setup) -> float:
     family, asked = setup.family(0), setup.stream.asked
     window_s = family.config.label.window_s
-    start_s = asked.start_s + 0.15 * (asked.end_s - asked.start_s)
+    start_s = stream_start_s(asked)
     truth = truth_of(family.config.task, asked, start_s, window_s)
     return persistence(truth, asked, asked.labels[asked.times_s < start_s]).accuracy
 

@@ -1,5 +1,7 @@
 """What hostile devices can do: two of fifty flip every label and send all they say ten times.
 
+They begin with the stream: what a learner is bootstrapped from is its operator's own file.
+
 Why: a cap for each device bounds their share of every micro-batch; what that is worth shows beside
 the same stream without it, and beside the same stream without enemies.
 
@@ -17,6 +19,7 @@ from bench_learner_streams import Setup, asked_of, first, learned, over_seeds, s
 from bench_rows import Row
 
 from cloud_learner.experiment.asked import Asked
+from cloud_learner.experiment.prequential import stream_start_s
 from cloud_learner.stats.scores import auc
 
 DEVICES, FLOOD = 50, 10
@@ -83,7 +86,8 @@ def _spread(asked: Asked) -> Asked:
 
 def _poisoned(asked: Asked) -> Asked:
     """What the hostile say, flipped, and sent `FLOOD` times."""
-    hostile = np.isin(asked.devices, HOSTILE)
+    streams = asked.times_s >= stream_start_s(asked)
+    hostile = np.isin(asked.devices, HOSTILE) & streams
     labels = np.where(hostile, 1 - asked.labels, asked.labels).astype(np.float32)
     rows = np.repeat(np.arange(len(asked)), np.where(hostile, FLOOD, 1))
     first = np.r_[True, rows[1:] != rows[:-1]]

@@ -23,7 +23,7 @@ import numpy as np
 from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
-from cloud_learner.experiment.asked import Index
+from cloud_learner.experiment.asked import Asked, Index
 from cloud_learner.experiment.scoring import Truth, truth_of
 from cloud_learner.experiment.stream import Stream
 from cloud_learner.experiment.worlds import REFERENCE_ROWS
@@ -52,6 +52,11 @@ class Course(msgspec.Struct, frozen=True):
     alarms: list[Alarm]
 
 
+def stream_start_s(asked: Asked) -> float:
+    """When the stream begins, if nothing else is said."""
+    return asked.start_s + WARM_SHARE * (asked.end_s - asked.start_s)
+
+
 def course(
     family: Family, stream: Stream, *, after_s: float | None = None, looks: Looks | None = None
 ) -> Course:
@@ -61,7 +66,7 @@ def course(
     """
     asked = stream.asked
     if after_s is None:
-        after_s = asked.start_s + WARM_SHARE * (asked.end_s - asked.start_s)
+        after_s = stream_start_s(asked)
     known = stream.known_before(after_s)
     held = np.array([is_held_out(stream.example(at), stream.group) for at in known.tolist()], bool)
     warm = stream.rows_at(known[~held])

@@ -45,6 +45,7 @@ from edge_runtime.wire.messages import (
 )
 
 AT_ONCE = 5000  # rows that one commit takes in
+ENVELOPE_RECORDS = 50
 _EPOCH = 1
 _NOBODY = [Scored("", "stable", [0.0])]  # a record must have been scored; by whom is nothing here
 
@@ -224,7 +225,7 @@ class _Joining:
             what = (config.name, kind, time_s, fields, self._spec, features, 1.0, _NOBODY)
             records[device].append(PredictionRecord(*what))
         for device, some in records.items():
-            yield self._portion((device, _EPOCH, "event"), some)
+            yield from self._portions((device, _EPOCH, "event"), some)
 
     def _labels(self, now_s: float) -> Iterator[Portion]:
         """The labels that became known up to now and were not told yet."""
@@ -236,7 +237,14 @@ class _Joining:
             records[asked.devices[row]].append(label)
         self._told = end
         for device, some in records.items():
-            yield self._portion((device, _EPOCH, "label"), some)
+            yield from self._portions((device, _EPOCH, "label"), some)
+
+    def _portions(
+        self, lane: tuple[str, int, EventClass], records: list[PredictionRecord] | list[LabelRecord]
+    ) -> Iterator[Portion]:
+        """In envelopes as short as a device's: one is looked at for each day that ends in it."""
+        for first in range(0, len(records), ENVELOPE_RECORDS):
+            yield self._portion(lane, records[first : first + ENVELOPE_RECORDS])
 
     def _portion(
         self, lane: tuple[str, int, EventClass], records: list[PredictionRecord] | list[LabelRecord]

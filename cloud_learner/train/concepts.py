@@ -8,7 +8,7 @@ referee.
 
 A state is recalled where it is better than the present one on rows that neither has learned, beyond
 noise: the mean of the paired differences of losses is above three of its standard errors, and a
-twentieth of the present loss.
+quarter of the present loss.
 
 Invariants: at most `count` states are kept; the one that was noted or recalled longest ago makes
 room. What grew out of a recalled state takes its place when it is noted, so one world is kept once.
@@ -34,7 +34,7 @@ Weights = dict[str, Tensor]
 Answers = Callable[[nn.Module, Matrix, Task], Matrix]
 
 ERRORS_BEYOND = 3.0
-SHARE_BEYOND = 0.05
+SHARE_BEYOND = 0.25
 ROWS_MIN = 30
 
 

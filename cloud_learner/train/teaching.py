@@ -76,10 +76,12 @@ class Teaching:
     def learn(self, lesson: Lesson, learning: Learning, random: np.random.Generator) -> None:
         """Take in one lesson. Raises: TrainingError, with all weights as they were."""
         admitted = self._admitted(lesson, learning)
-        self.held_out.add(lesson.held_out, lesson.held_out_devices)
+        heard = np.flatnonzero(self.trust.heard(lesson.held_out_devices))
+        held_out = lesson.held_out.take(heard)
+        self.held_out.add(held_out, [lesson.held_out_devices[at] for at in heard])
         new = lesson.rows.take(np.flatnonzero(admitted & lesson.follow & lesson.remember))
         with self._timed("weigh"):
-            self.replicas.weigh(concatenate([new, lesson.held_out]))
+            self.replicas.weigh(concatenate([new, held_out]))
         before = self.replicas.weights_state(), copy.deepcopy(self.student.state())
         follow, remember = self._train(lesson, learning, admitted, random)
         if not (self.replicas.is_finite and self.student.replica.is_finite):

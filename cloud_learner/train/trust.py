@@ -136,11 +136,15 @@ class Trust:
                     with_all = self._losses_after(replica, rows)
                 without = self._losses_after(replica, _unweighted(rows, ~others))
                 self._judge(device, counts[device], (with_all - without)[others])
-        admitted = np.array([name not in self.quarantined for name in devices], bool)
+        admitted = self.heard(devices)
         if admitted.sum() * 2 < len(rows):  # a majority is no outlier
             return np.ones(len(rows), bool)
         self.counters["quarantined_rows"] += int(len(rows) - admitted.sum())
         return admitted
+
+    def heard(self, devices: Sequence[str]) -> Mask:
+        """Which rows are of devices that are not quarantined, shape (rows,)."""
+        return np.array([name not in self.quarantined for name in devices], bool)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""

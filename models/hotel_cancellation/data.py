@@ -10,7 +10,8 @@ come in an order that has nothing to do with their outcome, and a label comes at
 
 Only what is known when a booking is made is written. Left out, as they are set or corrected later,
 in part at arrival and so only for those who came: country, parking spaces, the room that was
-assigned, changes, days on the waiting list, status.
+assigned, changes, days on the waiting list, status. So is the month of arrival: each was seen once
+or twice, so a network remembers what happened in it and learns nothing of the next.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ WITH bookings AS (
 )
 SELECT (arrival - lead_time::INT)::TIMESTAMPTZ AS event_time,
        CASE hotel WHEN 'City Hotel' THEN 'city' WHEN 'Resort Hotel' THEN 'resort' END AS device,
-       device AS hotel, lead_time::INT AS lead_days, month(arrival)::INT AS arrival_month,
-       isodow(arrival)::INT - 1 AS arrival_weekday,
+       device AS hotel, lead_time::INT AS lead_days,
        stays_in_weekend_nights::INT AS weekend_nights, stays_in_week_nights::INT AS week_nights,
        adults::INT AS adults, coalesce(TRY_CAST(children AS INT), 0) AS children,
        babies::INT AS babies, trim(meal) AS meal, market_segment AS segment,

@@ -15,6 +15,8 @@ from cloud_learner.train.teaching import TrainingError
 BATCHES, FLIPS_AT, FAILS_AT = 24, (18, 22), 5
 STEEP = "self.out.weight.data.copy_(torch.tensor([[0.0, 2.0, 0.0]]))"
 ALL_ON = """
+trim_share = 0.1
+
 [learning.scratch]
 on = true
 every_s = 500.0

@@ -99,9 +99,9 @@ def test_a_world_that_returns_is_known_at_once_and_without_recall_after_many_mic
 
 def test_worlds_that_alternate_are_kept_once_each():
     stream = Stream(4)
-    stream.live("A", 40)
+    stream.live("A", 60)
     for world in "BABABA":
-        stream.live(world, 25, alarmed=True)
+        stream.live(world, 50, alarmed=True)
 
     found = stream.concepts.statistics()
     assert found["concepts"] == 2
@@ -120,9 +120,9 @@ def test_a_state_that_fits_no_better_than_noise_is_not_recalled():
 
 def test_asking_changes_nothing_and_what_is_given_is_a_copy():
     stream = Stream(4)
-    stream.live("A", 60)
+    stream.live("B", 60)
     stream.concepts.note(stream.network.state_dict(), 1.0)
-    other, rows = network(9), stream.rows("A")
+    other, rows = network(9), stream.rows("B")
     before, drawn = copy.deepcopy(other.state_dict()), torch.get_rng_state()
     losses = TASK.losses(rows.labels, answers(other, rows.features, TASK))
 
