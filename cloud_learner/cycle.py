@@ -161,9 +161,8 @@ class Cycle:
         try:
             if entered.examples:
                 with self._working():
-                    learning = self.family.config.learning
                     lesson = self._watched(self._lesson(entered))
-                    self.teaching.learn(lesson, learning, self._random)
+                    self.teaching.learn(lesson, self.family.config.learning, self._random)
             elif entered.held_out:
                 devices = [example.device for example in entered.held_out]
                 self.teaching.held_out.add(self._rows_of(entered.held_out), devices)
@@ -267,6 +266,7 @@ class Cycle:
             self.alarms = self.watch.observe(
                 *(rows.labels, self.answers(rows.features), rows.features),
                 partial(embeddings_of, self.student.network),
+                groups=rows.groups,
                 batch=self.number,
                 time_s=lesson.time_s,
             )

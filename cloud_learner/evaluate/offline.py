@@ -147,7 +147,7 @@ def score(task: Task, rows: EvaluationSet, outputs: Matrix, where: Mask | None =
     return ScoredSet(
         len(labels),
         task.quality(labels, outputs, groups),
-        float(task.losses(labels, outputs).mean()),
+        float(task.losses(labels, outputs, groups).mean()),
         task.calibration(labels, outputs),
     )
 

@@ -32,7 +32,7 @@ from cloud_learner.evaluate.alarms import SOURCES, Alarm, Alarms, Sign
 from cloud_learner.stats import drift
 from cloud_learner.stats.columns import LEVELS_KEPT, ColumnShifts
 from cloud_learner.stats.shifts import Embed, EmbeddingShift, ScoreShift, usual_step
-from cloud_learner.stats.tasks import Task
+from cloud_learner.stats.tasks import Floats, Groups, Task
 from edge_runtime.features.feature import Column
 from edge_runtime.features.histogram import Counts, Histograms
 
@@ -98,21 +98,24 @@ class Watch:
         features: Matrix,
         embed: Embed | None = None,
         *,
+        groups: Groups | None = None,
         batch: int,
         time_s: float,
     ) -> list[Alarm]:
         """Take micro-batch `batch`, before it is learned; the alarms that it raises.
 
         `labels` (rows,), `outputs` (rows, outputs) of the student, `features` (rows, columns);
-        `embed` gives the student's last hidden layer for features. Rows that are not all finite
-        numbers are left out.
+        `groups` (rows,) say which rows compete; `embed` gives the student's last hidden layer for
+        features. Rows that are not all finite numbers are left out.
         """
         self.batch, self.time_s = batch, time_s
         sound = np.isfinite(outputs).all(1) & np.isfinite(features).all(1)
         if not self._limits.on or not sound.any():
             return []
         labels, outputs, features = labels[sound], outputs[sound], features[sound]
-        signs = self._see_losses(labels, outputs) + self._see_scores(outputs)
+        groups = None if groups is None else groups[sound]
+        losses = self._task.bounded_losses(labels, outputs, groups)
+        signs = self._see_losses(losses) + self._see_scores(outputs)
         signs += self._see_features(features)
         if embed is not None:
             signs += self._see_embeddings(features, embed)
@@ -150,8 +153,7 @@ class Watch:
         self._alarms.restore(state["alarms"])
         self.batch, self.time_s = state["at"]
 
-    def _see_losses(self, labels: Matrix, outputs: Matrix) -> list[Sign]:
-        losses = self._task.bounded_losses(labels, outputs)
+    def _see_losses(self, losses: Floats) -> list[Sign]:
         levels = self._level("loss", "", float(losses.mean()))
         rise = self._loss.add(losses)
         if rise is None:

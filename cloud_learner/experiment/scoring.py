@@ -64,7 +64,7 @@ class Truth(msgspec.Struct, frozen=True):
 
     def losses(self, outputs: Matrix) -> Floats:
         """The loss of each row over that of the best constant answer."""
-        return self.task.losses(self.labels, outputs) / self.base_loss
+        return self.task.losses(self.labels, outputs, self.groups) / self.base_loss
 
     def day_losses(self, losses: Floats) -> Floats:
         """Sums of the losses of each day."""
@@ -95,17 +95,17 @@ def truth_of(task: Task, asked: Asked, after_s: float, window_s: float) -> Truth
     labels, times_s = asked.labels[rows], asked.times_s[rows]
     span_s = float(times_s[-1] - times_s[0]) if len(rows) else 0.0
     day_s = min(DAY_S, span_s / BLOCKS_MIN) or DAY_S
-    fields = [asked.fields[row] if task.group else {} for row in rows]
+    groups = groups_of([asked.fields[row] if task.group else {} for row in rows], task.group)
     constant = _constant(task, labels, len(labels))
     return Truth(
         task,
         rows,
         times_s,
         labels,
-        groups_of(fields, task.group),
+        groups,
         ((times_s - after_s) // day_s).astype(np.intp),
         day_s,
-        float(task.losses(labels, constant).mean()) if len(rows) else math.nan,
+        float(task.losses(labels, constant, groups).mean()) if len(rows) else math.nan,
     )
 
 

@@ -28,6 +28,7 @@ Groups = npt.NDArray[np.int64]
 
 QUALITY = {"binary": "AUC", "multiclass": "accuracy", "regression": "R2", "ranking": "NDCG"}
 _PROBABILITY_MIN = 1e-7
+PARTNERS_MAX = 500  # of a large group, evenly spaced, that a row is compared with
 _CLASS_ROWS_MIN = 30  # below it a class says nothing about calibration
 
 
@@ -88,8 +89,14 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         assert groups is not None, "ranking without groups"
         return ndcg(labels.astype(np.float64), outputs[:, 0].astype(np.float64), groups)
 
-    def losses(self, labels: Matrix, outputs: Matrix) -> Floats:
-        """Log loss in nats, or squared error in squared scales; of shape (rows,)."""
+    def losses(self, labels: Matrix, outputs: Matrix, groups: Groups | None = None) -> Floats:
+        """Log loss in nats, or squared error in squared scales; of shape (rows,).
+
+        Of `ranking`, whose scores only order, that of the order against each row of the same
+        group with another label, on average; 0 for a row that has none.
+        """
+        if self.kind == "ranking" and groups is not None:
+            return _order_losses(labels, outputs[:, 0].astype(np.float64) / self.scale, groups)
         y, p = labels.astype(np.float64), outputs.astype(np.float64)
         if self.kind == "binary":
             p = p[:, 0].clip(_PROBABILITY_MIN, 1 - _PROBABILITY_MIN)
@@ -99,8 +106,15 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             return -_sum_of(np.log(chosen.clip(_PROBABILITY_MIN, 1.0)), 0.0)
         return ((p[:, 0] - y) / self.scale) ** 2
 
-    def bounded_losses(self, labels: Matrix, outputs: Matrix) -> Floats:
-        """Brier score in [0, 1], or squared error in squared scales, at most 1; (rows,)."""
+    def bounded_losses(
+        self, labels: Matrix, outputs: Matrix, groups: Groups | None = None
+    ) -> Floats:
+        """Brier score in [0, 1], or squared error in squared scales, at most 1; (rows,).
+
+        Of `ranking` with groups half of `losses`, at most 1.
+        """
+        if self.kind == "ranking" and groups is not None:
+            return np.minimum(self.losses(labels, outputs, groups) / 2, 1.0)
         y, p = labels.astype(np.float64), outputs.astype(np.float64)
         if self.kind == "binary":
             return np.minimum((p[:, 0] - y) ** 2, 1.0)
@@ -146,6 +160,21 @@ def ndcg(labels: Floats, answers: Floats, groups: Groups) -> float:
     found = np.add.reduceat(labels[order] * discounts, starts)
     best = np.add.reduceat(labels[ideal] * discounts, starts)
     return float(np.mean(found[best > 0] / best[best > 0])) if (best > 0).any() else math.nan
+
+
+def _order_losses(labels: Matrix, scores: Floats, groups: Groups) -> Floats:
+    """Logistic loss of each row's order against its group's other labels, on average; (rows,)."""
+    losses = np.zeros(len(labels))
+    order = np.argsort(groups, kind="stable")
+    ends = np.flatnonzero(np.diff(groups[order])) + 1
+    for group in np.split(order, ends):
+        others = group[
+            np.linspace(0, len(group) - 1, min(len(group), PARTNERS_MAX)).astype(np.intp)
+        ]
+        above = np.sign(labels[group, None] - labels[None, others])
+        each = np.logaddexp(0.0, -above * (scores[group, None] - scores[None, others]))
+        losses[group] = (each * (above != 0)).sum(1) / np.maximum((above != 0).sum(1), 1)
+    return losses
 
 
 def _sum_of(first: Floats, second: Floats | float) -> Floats:

@@ -114,7 +114,7 @@ class Concepts:
         self, concept: Concept, rows: Rows, task: Task, trial: nn.Module
     ) -> npt.NDArray[np.float64]:
         trial.load_state_dict(concept.weights)
-        losses = task.losses(rows.labels, self._answers(trial, rows.features, task))
+        losses = task.losses(rows.labels, self._answers(trial, rows.features, task), rows.groups)
         return np.where(np.isfinite(losses), losses, np.inf)
 
 

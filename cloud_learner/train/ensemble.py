@@ -117,7 +117,7 @@ class Replicas:
 
     def losses(self, rows: Rows) -> npt.NDArray[np.float64]:
         """Of the mixed answers, (rows,)."""
-        return self.task.losses(rows.labels, self.answers(rows.features))
+        return self.task.losses(rows.labels, self.answers(rows.features), rows.groups)
 
     def learn_fast(self, rows: Rows, random: np.random.Generator) -> None:
         """Passes of `fast` over the rows, each with as many of the window."""
@@ -235,9 +235,5 @@ class Replicas:
         return self._merit[best] + HEDGE_RATE * (others[best] - self._loss(replica, recent))
 
     def _loss(self, replica: Replica, rows: Rows) -> float:
-        answers = replica.answers(rows.features)
-        if self.task.kind == "ranking":  # scores only order: their level says nothing
-            quality = self.task.quality(rows.labels, answers, rows.groups)
-            return 1 - quality if np.isfinite(quality) else 0.0
-        losses = self.task.losses(rows.labels, answers)
+        losses = self.task.losses(rows.labels, replica.answers(rows.features), rows.groups)
         return float(np.fmin(losses, LOSS_MAX).mean())  # no number is the largest loss

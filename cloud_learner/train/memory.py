@@ -50,8 +50,15 @@ class Reservoir:
         self.seen += len(rows)
 
     def draw(self, count: int) -> tuple[Rows, Matrix]:
-        """`count` rows, with replacement, and their answers; none while it is empty."""
+        """`count` rows, with replacement, and their answers; none while it is empty.
+
+        Where rows compete, about as many in groups, as whole as they are here: a row by itself
+        teaches no order.
+        """
         index = self._random.integers(0, len(self), size=count if len(self) else 0)
+        groups = self._kept["groups"][: len(self)]
+        if groups.any():
+            index = _whole(groups, index)
         kept = {name: values[index] for name, values in self._kept.items()}
         rows = Rows(kept["features"], kept["labels"], groups=kept["groups"])
         return rows, kept["answers"]
@@ -76,6 +83,15 @@ class Reservoir:
             values[:size] = state[name]
         self.seen = state["seen"]
         self._random.bit_generator.state = state["random"]
+
+
+def _whole(groups: npt.NDArray[np.int64], drawn: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """All places of the first groups among those `drawn` that hold as many rows as were drawn."""
+    _names, number, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    first = np.sort(np.unique(number[drawn], return_index=True)[1])
+    chosen = number[drawn[first]]
+    fits = np.cumsum(sizes[chosen]) <= max(len(drawn), sizes[chosen[0]])
+    return np.flatnonzero(np.isin(number, chosen[fits]))
 
 
 class Newest:

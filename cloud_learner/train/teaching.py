@@ -106,7 +106,7 @@ class Teaching:
         if is_new:
             self.concepts.note(fast.network.state_dict(), time_s)
         task = self.replicas.task
-        losses = task.losses(rows.labels, fast.answers(rows.features))
+        losses = task.losses(rows.labels, fast.answers(rows.features), rows.groups)
         weights = self.concepts.recall(rows, task, fast.network, losses)
         if weights is None:
             return False

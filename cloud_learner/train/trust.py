@@ -203,7 +203,7 @@ class Trust:
         self.standings[device] = now
 
     def _losses(self, replica: Replica, rows: Rows) -> Values:
-        return self._task.losses(rows.labels, replica.answers(rows.features))
+        return self._task.losses(rows.labels, replica.answers(rows.features), rows.groups)
 
     def _losses_after(self, replica: Replica, rows: Rows) -> Values:
         trial = replica.fork()

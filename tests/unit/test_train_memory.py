@@ -110,3 +110,17 @@ def test_restored_newest_rows_go_on():
     other.add(rows(60, 60))
 
     assert other.rows().labels.tolist() == list(range(120))
+
+
+def test_of_rows_that_compete_whole_groups_are_drawn():
+    reservoir = Reservoir(400, 2, 1, 1)
+    numbers = np.arange(300, dtype=np.float32)
+    new = Rows(np.tile(numbers[:, None], 2), numbers, groups=1 + np.arange(300) // 6)
+    reservoir.add(new, numbers[:, None])
+
+    for count in (1, 50, 120):
+        drawn, answers = reservoir.draw(count)
+        _, sizes = np.unique(drawn.groups, return_counts=True)
+        assert (sizes == 6).all()
+        assert len(drawn) == max(6, count - count % 6)
+        assert np.array_equal(answers[:, 0], drawn.labels)
