@@ -42,7 +42,12 @@ def poison(data: Path, seeds: int, count: int | None) -> list[Row]:
     lost = worlds["clean"]["auc"] - worlds["poisoned"]["auc"]
     price = worlds["clean, no cap, nobody judged"]["auc"] - worlds["clean"]["auc"]
     return [
-        Row("poison, 4 % of 50 devices flip labels and flood tenfold: AUC lost", lost, "", 0.015),
+        Row(
+            "poison, on elec2: 4 % of 50 devices flip labels and flood tenfold: AUC lost",
+            lost,
+            "",
+            0.015,
+        ),
         Row("poison: AUC lost when clean", price, "", 0.002),
         *(Row(f"poison, {name}: AUC", found["auc"], "") for name, found in worlds.items()),
         Row("poison: certificate, k * cap / batch", len(HOSTILE) * CAP / 100, ""),
