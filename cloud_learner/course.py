@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable
 
@@ -32,6 +33,7 @@ from cloud_learner.train.teaching import TrainingError
 from edge_runtime.errors import CapacityError, HeadwaterError
 
 CHECKPOINT_CYCLES = 10
+CANDIDATE_S = 0.5  # how long what was learned may wait for its candidate
 
 log = logging.getLogger("cloud_learner")
 
@@ -54,7 +56,7 @@ class Course:
         self.certificate: Certificate | None = None  # of the last batch that was dealt with
         self.failure = ""
         self.rests = False
-        self.is_fresh = False
+        self.is_fresh, self._fresh_s = False, math.inf
         self._commits: deque[tuple[int, float]] = deque()
         self._since: list[Batch] = []  # the checkpoint
         trust = self.cycle.teaching.trust
@@ -94,21 +96,30 @@ class Course:
         if len(self._since) >= CHECKPOINT_CYCLES:
             self._save_now()
 
-    def done(self) -> None:
-        """The first batch that waits has been dealt with."""
+    def done(self, now_s: float) -> bool:
+        """The first batch that waits has been dealt with; whether a candidate is due.
+
+        It is when no other batch waits, or when what was learned is `CANDIDATE_S` old (`now_s` is
+        monotonic): a stream that never pauses must not keep it from the devices.
+        """
         if self.rests:
             self.waiting.clear()
-            return
+            return False
         batch = self.waiting.popleft()
         self.number = batch.number
         self.certificate = batch.certificate(self.family.config.learning.device_cap)
         self.clock_s = max(self.clock_s, self._released_s(batch.examples[-1]))
-        self.skipped += self.is_fresh and bool(self.waiting)
         self._settle_clock()
+        if not self.is_fresh:
+            return False
+        self._fresh_s = min(self._fresh_s, now_s)
+        is_due = not self.waiting or now_s - self._fresh_s >= CANDIDATE_S
+        self.skipped += not is_due
+        return is_due
 
     def candidate(self) -> Candidate | None:
         """The student as it stands; None where it cannot be made."""
-        self.is_fresh = False
+        self.is_fresh, self._fresh_s = False, math.inf
         try:
             candidate = self.cycle.candidate()
         except Exception as error:  # exporting runs the family's network, too

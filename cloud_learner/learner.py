@@ -6,7 +6,8 @@ gradient; ingest runs on the loop and its thread, training in a thread of its ow
 Invariants: every batch that ingest committed is dealt with exactly once, in order, by its family;
 after a restart those above the checkpoint are read again from the ingest database. Families take
 turns, a batch each, so none waits for more than one batch of each other. When several batches of a
-family wait, only the last of them makes a candidate; the others are counted as skipped.
+family wait, one of them makes a candidate every half second, and so does the last; the others are
+counted as skipped.
 
 Knows nothing about gates, releases and plans: `submit` does.
 """
@@ -56,7 +57,7 @@ class Learner:
         submit: Submit,
         on_released: OnReleased,
     ) -> None:
-        self._submit, self._on_released = submit, on_released
+        self._submit, self._on_released, self._clock = submit, on_released, clock
         self.courses = {
             family.name: Course(family, home.of(family.name), lineage.of(family.name))
             for family in families
@@ -126,11 +127,10 @@ class Learner:
                 await self._wake.wait()
 
     async def _turn(self, course: Course) -> None:
-        """One batch of a family, and a candidate if no other waits."""
+        """One batch of a family, and a candidate if one is due."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.thread, course.learn)
-        course.done()
-        if course.is_fresh and not course.waiting:
+        if course.done(self._clock.monotonic_s()):
             candidate = await loop.run_in_executor(self.thread, course.candidate)
             if candidate is not None:
                 try:

@@ -28,7 +28,7 @@ from cloud_learner.streams import make_streams
 from edge_runtime.api.client import Client
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.bus.nats import connect
-from edge_runtime.clock import SystemClock
+from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.errors import ConfigError
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
@@ -187,7 +187,7 @@ class Taught:
             self.families,
             Lineage(home.lineage),
             bus,
-            SystemClock(),
+            ManualClock(1e6),
             submit=self._submit,
             on_released=self._on_released,
         )

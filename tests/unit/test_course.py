@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cloud_learner.config import FamilyHome
-from cloud_learner.course import CHECKPOINT_CYCLES, Course
+from cloud_learner.course import CANDIDATE_S, CHECKPOINT_CYCLES, Course
 from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.offline import EvaluationSet, save_set
 from cloud_learner.store.examples import Batch, Example
@@ -95,7 +95,7 @@ def dealt(course: Course, batches: Sequence[Batch]) -> None:
     course.take(batches, 1e6)
     for _ in batches:
         course.learn()
-        course.done()
+        course.done(0.0)
 
 
 def package(course: Course) -> bytes:
@@ -193,7 +193,7 @@ def test_a_family_that_cannot_be_brought_back_rests_and_claims_no_time(
 
     course.take([bad(2, family, ODD), batch(3, values(3), family)], 1e9)
     course.learn()
-    course.done()
+    course.done(0.0)
     course.take([batch(4, values(4), family)], 1e9)
 
     assert course.rests
@@ -300,11 +300,30 @@ def test_a_batch_that_holds_nothing_to_learn_makes_no_candidate(
     course.take([Batch(1, other), batch(2, values(2), family)], 5000.0)
 
     course.learn()
-    course.done()
+    course.done(0.0)
     assert not course.is_fresh
 
     course.learn()
-    course.done()
+    course.done(0.0)
     assert course.is_fresh
     assert course.certificate is not None
     assert (course.certificate.batch, course.certificate.largest_share) == (2, 0.5)
+
+
+def test_a_candidate_is_due_when_nothing_waits_or_what_was_learned_has_waited_too_long(
+    opened: Open, family: Family
+) -> None:
+    course = opened()
+    course.take([batch(number, values(number), family) for number in range(1, 6)], 1e9)
+
+    def due(now_s: float) -> bool:
+        course.learn()
+        return course.done(now_s)
+
+    assert not due(10.0)
+    assert not due(10.0 + CANDIDATE_S / 2)
+    assert due(10.0 + CANDIDATE_S)
+    assert course.candidate() is not None
+    assert not due(10.1 + CANDIDATE_S)
+    assert due(10.2 + CANDIDATE_S)
+    assert course.skipped == 3
