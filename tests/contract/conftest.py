@@ -70,8 +70,9 @@ class Repository:
     def rotate_keys(self, *roles: str) -> None:
         """Give each of these roles a new key in place of all that it had."""
         for role in roles:
-            for signer in self.signers.pop(role):
-                self.root.revoke_key(signer.public_key.keyid, role)
+            for keyid in list(self.root.roles[role].keyids):
+                self.root.revoke_key(keyid, role)
+            self.signers[role] = []
             self.add_key(role)
 
     def delegate(
@@ -167,7 +168,9 @@ class Device:
         return done.returncode
 
     def refresh(self, *options: str, before: tuple[str, ...] = ()) -> int:
-        return self.run("--metadata-url", f"{self._url}/metadata", *options, "refresh", before=before)
+        return self.run(
+            "--metadata-url", f"{self._url}/metadata", *options, "refresh", before=before
+        )
 
     def download(self, *paths: str, options: tuple[str, ...] = ()) -> int:
         names = [word for path in paths for word in ("--target-name", path)]
@@ -206,7 +209,7 @@ def repository_url(repository: Repository) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(data or b"")
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, *args: object) -> None:
             """Say nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

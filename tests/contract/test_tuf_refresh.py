@@ -11,7 +11,12 @@ from tuf.api.metadata import MetaFile
 
 FIRST = {"root": 1, "timestamp": 1, "snapshot": 1, "targets": 1}
 WORKFLOW = ["root", "timestamp", "snapshot", "targets"]
-REQUESTS = ["/metadata/2.root", "/metadata/timestamp", "/metadata/1.snapshot", "/metadata/1.targets"]
+REQUESTS = [
+    "/metadata/2.root",
+    "/metadata/timestamp",
+    "/metadata/1.snapshot",
+    "/metadata/1.targets",
+]
 OF_OTHERS = "30" * 71
 
 
@@ -128,7 +133,11 @@ def test_unknown_fields_are_signed_along_and_change_nothing(repository, device):
     made = CryptoSigner.generate_ed25519()
     key = made.public_key
     odd = SSlibKey(
-        "odd", key.keytype, key.scheme, key.keyval, {"keyid_hash_algorithms": "md5", "more": {"a": 1}}
+        "odd",
+        key.keytype,
+        key.scheme,
+        key.keyval,
+        {"keyid_hash_algorithms": "md5", "more": {"a": 1}},
     )
     repository.root.unrecognized_fields["custom"] = "value"
     repository.root.roles["root"].unrecognized_fields["another"] = ["value"]
