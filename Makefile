@@ -4,7 +4,7 @@
 #   ARGS=--full            passed on to the demo
 
 BIN := .venv/bin
-SCRIPTS = $$(grep -l '^\#!.*python' tools/* tests/contract/*)
+SCRIPTS = $$(grep -l "^\#!.*python" tools/* tests/contract/*)
 
 .PHONY: help setup demo test check slow bench-peers old-server clean
 

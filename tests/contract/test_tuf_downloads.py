@@ -16,9 +16,7 @@ def served(repository, target: TargetFile) -> list[str]:
     return [each for each in repository.files if any(h in each for h in target.hashes.values())]
 
 
-@pytest.mark.parametrize(
-    "path", ["file.txt", "path/to/a/file.txt", PATH, "../up", "a%20b", "?#"]
-)
+@pytest.mark.parametrize("path", ["file.txt", "path/to/a/file.txt", PATH, "../up", "a%20b", "?#"])
 def test_a_file_arrives_under_a_name_of_its_own(repository, device, path):
     target = repository.add_target(path, b"content")
     for address in served(repository, target):
