@@ -1,4 +1,4 @@
-"""What the fuzz of updates shares: a genuine history of a home, and devices that went along with it.
+"""What the fuzz of updates shares: a genuine history of a home, and a device that took part.
 
 A broker that lies is a dictionary; the loop that real fetchers want runs in a thread of its own.
 """
