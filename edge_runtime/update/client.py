@@ -38,7 +38,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import write_atomic
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
-from edge_runtime.update.fetcher import BASE_URL, BusFetcher
+from edge_runtime.update.fetcher import Fetcher
 from edge_runtime.update.shelf import Shelf
 
 _CODES: list[tuple[type[Exception], type[HeadwaterError], str]] = [
@@ -61,9 +61,7 @@ class UpdateClient:
     `root_bytes` is the root metadata that the device was given when it was set up.
     """
 
-    def __init__(
-        self, state_dir: Path, root_bytes: bytes, fetcher: BusFetcher, clock: Clock
-    ) -> None:
+    def __init__(self, state_dir: Path, root_bytes: bytes, fetcher: Fetcher, clock: Clock) -> None:
         self._state_dir = state_dir
         self._metadata_dir = state_dir / "tuf"
         self._metadata_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +90,7 @@ class UpdateClient:
         with _ours("the signed metadata"):
             updater = Updater(
                 str(self._metadata_dir),
-                BASE_URL,
+                self._fetcher.base_url,
                 fetcher=self._fetcher,
                 config=_LIMITS,
                 bootstrap=self._root_bytes,
@@ -102,7 +100,7 @@ class UpdateClient:
             self._fetcher.prefetch([f"{self._root_version + 1}.root.json", "timestamp.json"])
             updater.refresh()
         self._root_version = _trusted(updater).root.version
-        trust.check_versions(self._floor, _versions(updater))
+        trust.check_versions(self._floor, _versions(updater), _online(updater))
         self._updater = updater
 
     def plan(self, family: str) -> Plan:
@@ -112,7 +110,7 @@ class UpdateClient:
         plan_of_other_family), TransportError (no_plan: none was published yet).
         """
         self._prefetch_roles(family)
-        target = self._target(plan_path(family))
+        target = self.target(plan_path(family))
         if target is None:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
@@ -134,19 +132,25 @@ class UpdateClient:
         with _ours(f"the package of {arm.release}"):
             return shelf.put(package.sha256, self._fetcher.chunks(package.sha256, target.length))
 
-    def confirm(self, plan: Plan) -> None:
-        """Raise the floor to `plan` and the metadata that proved it: it serves now.
+    def target(self, path: str) -> TargetFile | None:
+        """What the signed metadata says of the file `path`; `refresh` comes first.
+
+        Raises: as `refresh`.
+        """
+        with _ours(f"the metadata of {path}"):
+            return self._refreshed().get_targetinfo(path)
+
+    def confirm(self, plan: Plan | None) -> None:
+        """Raise the floor to the metadata, and to the `plan` that it proved and that serves now.
 
         Raises: CapacityError (state_unwritable), with the floor as it was or raised.
         """
         updater = self._refreshed()
         floor = trust.confirmed(
-            self._floor,
-            plan,
-            _versions(updater),
-            self._release_floor(plan.family),
-            _issued_s(updater),
+            self._floor, _versions(updater), _online(updater), _issued_s(updater)
         )
+        if plan is not None:
+            floor = trust.planned(floor, plan, self._release_floor(plan.family))
         if floor == self._floor:
             return
         with _ours("the floor"):
@@ -168,13 +172,9 @@ class UpdateClient:
         assert self._updater is not None, "refresh comes first, and must have succeeded"
         return self._updater
 
-    def _target(self, path: str) -> TargetFile | None:
-        with _ours(f"the metadata of {path}"):
-            return self._refreshed().get_targetinfo(path)
-
     def _proven_target(self, arm: PlanArm, package: Variant) -> TargetFile:
         """The counter binds the packages of a release: a plan cannot mix those of two."""
-        target = self._target(package.path)
+        target = self.target(package.path)
         if target is None:
             raise TrustError("not_released", f"{package.path} is not among the signed releases")
         counter = (target.custom or {}).get("counter")
@@ -248,6 +248,11 @@ def _versions(updater: Updater) -> dict[str, int]:
         "timestamp": trusted.timestamp.version,
         "snapshot": trusted.snapshot.version,
     }
+
+
+def _online(updater: Updater) -> str:
+    roles = _trusted(updater).root.roles
+    return " ".join(sorted(key for role in trust.ONLINE for key in roles[role].keyids))
 
 
 def _issued_s(updater: Updater) -> float:
