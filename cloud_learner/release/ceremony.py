@@ -84,6 +84,7 @@ def revoke(custody: Custody, names: Sequence[str], tell: Tell, clock: Clock | No
     Raises: as `rotate`.
     """
     for name in [each for each in names if each.startswith(f"{OPERATORS}/")]:
+        checked_name(name.removeprefix(f"{OPERATORS}/"), "operator")
         path = custody.home / "keys" / f"{name}.pub"
         if not path.exists():
             raise ConfigError("unknown_key", f"{path} is not there; no such operator is known")

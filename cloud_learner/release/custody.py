@@ -142,12 +142,20 @@ class Custody:
         """The key in the file of `name` that ends so, made if there is none.
 
         A key that lies there already was put there on purpose, or by a ceremony that was cut off.
-        Raises: ConfigError, as keyfiles.write_new and keyfiles.load; OSError.
+        Raises: ConfigError (key_elsewhere, and as keyfiles.write_new and keyfiles.load); OSError.
         """
         for path in self.paths(name):
             if path.name in (f"{name}{end}.pem", f"{name}{end}.uri"):
                 return keyfiles.load(path, self.secrets)
-        old = [path for path in self.paths(name) if keyfiles.is_encrypted(path)]
+        before = [path for path in self.paths(name) if ".next." not in path.name]
+        if any(path.suffix == ".uri" for path in before):
+            raise ConfigError(
+                "key_elsewhere",
+                f"{before[0]} says that {name} lies with a keeper of its own; nothing was changed",
+                f"make its successor there, and write its URI and public key to "
+                f"{before[0].with_name(name + '.next.uri')}",
+            )
+        old = any(keyfiles.is_encrypted(path) for path in before)
         secret = self.secrets(name) if self.encrypt or old else None
         return keyfiles.write_new(self.at_home(name) / f"{name}{end}.pem", secret, self.files)
 

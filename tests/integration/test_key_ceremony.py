@@ -398,14 +398,15 @@ CEREMONIES = {
 
 
 @pytest.mark.parametrize("held", CEREMONIES)
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_ceremony_cut_off_anywhere_leaves_the_old_trust_or_the_new(
-    tmp_path: Path, held: str
+    tmp_path: Path, held: str, stride: int
 ) -> None:
     async def scene(site: Site) -> None:
         await site.publish(b"before")
         old = site.trust.ids()
         seen = set()
-        for last in count():
+        for last in count(step=stride):
             site.place, files = tmp_path / f"{last}", DyingFiles(last)
             for name in ("home", "a", "b", "c"):
                 shutil.copytree(tmp_path / name, site.place / name)
