@@ -39,6 +39,7 @@ from cloud_learner.release.keyfiles import KeySigner
 from cloud_learner.release.metadata import expiry, opened, sealed
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError
+from edge_runtime.update.trust import ISSUED_FIELD
 from edge_runtime.wire.subjects import checked_name
 
 ONLINE_PAIR = ("snapshot", "timestamp")
@@ -216,6 +217,7 @@ class _Change:
             self._swap(document.keys, delegated.keyids, names)
         document.version += 1
         document.expires = expiry(self.now_s, keys.OFFLINE_DAYS)
+        document.unrecognized_fields[ISSUED_FIELD] = int(self.now_s)
         signing = [name for name in ROOT_KEYS if name in self.old]
         new = [name for name in ROOT_KEYS if name in self.fresh]
         data = sealed(

@@ -39,7 +39,7 @@ from cloud_learner.release.metadata import Signs, expiry, opened, releases_in, s
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import write_atomic
-from edge_runtime.update.trust import PLANS_ROLE, TIME_ROLE, models_role
+from edge_runtime.update.trust import ISSUED_FIELD, PLANS_ROLE, TIME_ROLE, models_role
 from edge_runtime.wire.subjects import checked_name
 
 ONLINE_KEYS = ("learner", "gate", "rollout", "snapshot", "timestamp")
@@ -238,6 +238,7 @@ def _root(public: Mapping[str, Key], now_s: float) -> Root:
             for role, names in holders.items()
         },
         consistent_snapshot=True,
+        unrecognized_fields={ISSUED_FIELD: int(now_s)},
     )
 
 
