@@ -254,7 +254,7 @@ def _operator(custody: Custody, name: str) -> str:
                 f"tools/key-ceremony revoke {OPERATORS}/{name} --home {custody.home}, "
                 "and remove the private key",
             )
-    secret = custody.secrets(f"{OPERATORS}/{name}") if custody.encrypt else None
+    secret = custody.new_secrets(f"{OPERATORS}/{name}") if custody.encrypt else None
     signer = keyfiles.write_new(private, secret, custody.files)
     keys.write(custody, public, keyfiles.public_pem(signer.public_key))
     return f"{private}, for them alone; {public}, for the gate"

@@ -85,6 +85,7 @@ class Custody:
     home: Path
     offline: Sequence[Path] = ()
     secrets: Secrets = keyfiles.unattended
+    new_secrets: Secrets = keyfiles.unattended
     encrypt: bool = False
     files: Files = field(default_factory=OsFiles)
 
@@ -156,7 +157,7 @@ class Custody:
                 f"{before[0].with_name(name + '.next.uri')}",
             )
         old = any(keyfiles.is_encrypted(path) for path in before)
-        secret = self.secrets(name) if self.encrypt or old else None
+        secret = self.new_secrets(name) if self.encrypt or old else None
         return keyfiles.write_new(self.at_home(name) / f"{name}{end}.pem", secret, self.files)
 
     def promote(self, name: str, wanted: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -243,6 +244,14 @@ def test_unknown_names_and_homes_are_refused(place: Place, tmp_path: Path) -> No
     for words in (["show"], ["rotate", "root"], ["revoke", "gate"], ["admit", "toy"]):
         assert "no_trust" in nowhere.run(*words, code=2).stderr
     assert not nowhere.home.exists()
+
+
+def test_it_runs_from_any_shell(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [TOOL, "show", "--home", tmp_path / "home"], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "no_trust" in found.stderr
 
 
 def test_all_in_one_home_is_said(tmp_path: Path) -> None:
