@@ -273,7 +273,7 @@ def _say_where(custody: Custody, tell: Tell) -> None:
 def _say_next(chosen: list[str], tell: Tell) -> None:
     online = [name for name in chosen if name not in OFFLINE]
     if online:
-        tell(f"next: if {', '.join(online)} is held on another machine, bring it its new file")
+        tell(f"next: if another machine or user holds {', '.join(online)}, move the new file there")
     tell(
         "next: start `cloud-learner serve`; it signs anew what the old keys had signed, and devices"
         " follow by themselves"

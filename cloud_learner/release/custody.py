@@ -125,7 +125,8 @@ class Custody:
 
     def paths(self, name: str) -> Iterator[Path]:
         """The files that hold a key of that name, the successor of a ceremony's last."""
-        for end in (".pem", ".uri", ".next.pem", ".next.uri"):
+        kinds = (".pem", ".uri") if name in OFFLINE else (".pem", ".uri", ".pub")
+        for end in (*kinds, *(f".next{kind}" for kind in kinds)):
             for folder in self.folders:
                 path = folder / f"{name}{end}"
                 if path.exists():
@@ -146,15 +147,15 @@ class Custody:
         Raises: ConfigError (key_elsewhere, and as keyfiles.write_new and keyfiles.load); OSError.
         """
         for path in self.paths(name):
-            if path.name in (f"{name}{end}.pem", f"{name}{end}.uri"):
+            if path.stem == f"{name}{end}":
                 return keyfiles.load(path, self.secrets)
         before = [path for path in self.paths(name) if ".next." not in path.name]
-        if any(path.suffix == ".uri" for path in before):
+        if any(path.suffix != ".pem" for path in before):
             raise ConfigError(
                 "key_elsewhere",
-                f"{before[0]} says that {name} lies with a keeper of its own; nothing was changed",
-                f"make its successor there, and write its URI and public key to "
-                f"{before[0].with_name(name + '.next.uri')}",
+                f"{before[0]} says that {name} has a keeper of its own; nothing was changed",
+                "make its successor there, and tell of it in "
+                f"{before[0].with_name(f'{name}.next{before[0].suffix}')}",
             )
         old = any(keyfiles.is_encrypted(path) for path in before)
         secret = self.new_secrets(name) if self.encrypt or old else None

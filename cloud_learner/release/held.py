@@ -104,7 +104,7 @@ def _where(custody: Custody, name: str, wanted: str | None) -> str:
             said.append(f"{path}: {_REASONS.get(error.code, error.code)}")
             continue
         if signer.public_key.keyid == wanted:
-            return str(path)
+            return str(path) if path.suffix != ".pub" else "with a keeper of its own"
         said.append(f"{path}: another key")
     return "; ".join(said[1:] or said)
 

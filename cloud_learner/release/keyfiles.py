@@ -2,7 +2,8 @@
 
 Why: a key is a PKCS8 PEM file today and a key of a KMS or an HSM tomorrow. The one is `NAME.pem`;
 the other `NAME.uri`: a line that securesystemslib understands (`awskms:...`, `hsm:...`,
-`file2:...`), and below it the public key as PEM. Whoever signs cannot tell which it was.
+`file2:...`), and below it the public key as PEM. Whoever signs cannot tell which it was. Where only
+`NAME.pub` lies, the private half is another's, who never shows it.
 
 Invariants: a private key is written whole or not at all, with mode 0600; one that others may read
 is refused, not used. What a key at a URI signs is checked by the public key that was said. No error
@@ -118,10 +119,12 @@ def read_public(path: Path) -> Key:
 
 
 def load(path: Path, secrets: Secrets) -> KeySigner:
-    """The signer of a `.pem` or a `.uri` file.
+    """The signer of a `.pem` or a `.uri` file; of a `.pub` file, one that has nothing to sign with.
 
     Raises: ConfigError (no_key, key_mode, key_encrypted, bad_passphrase, bad_key).
     """
+    if path.suffix == ".pub":
+        return _Another(path)
     return _at_uri(path, secrets) if path.suffix == ".uri" else _from_pem(path, secrets)
 
 
@@ -194,3 +197,15 @@ class _Elsewhere:
                 "signer_unreachable", f"the key at {self._path} signs nothing now: {error}"
             ) from error
         return signature
+
+
+class _Another:
+    """A key whose private half somebody else holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.public_key, self._path = read_public(path), path
+
+    def sign(self, _payload: bytes) -> Signature:
+        raise ConfigError(
+            "no_key", f"{self._path} is a public key; who holds the private one signs elsewhere"
+        )

@@ -221,6 +221,24 @@ def test_a_key_with_a_keeper_of_its_own_is_a_change_of_uri(tmp_path: Path) -> No
     assert not (folder / "gate.next.uri").exists()
 
 
+def test_a_gate_that_shows_its_public_key_alone_takes_part(tmp_path: Path) -> None:
+    place, folder = Place(tmp_path), tmp_path / "home" / "keys"
+    gates = [write_new(tmp_path / "gate" / f"{n}.pem", None).public_key for n in (1, 2)]
+    folder.mkdir(parents=True)
+    (folder / "gate.pub").write_bytes(public_pem(gates[0]))
+    place.run("create", "--family", "toy")
+    place.run("admit", "more")
+    assert place.show()["gate"]["id"] == gates[0].keyid
+    assert place.show()["gate"]["private"] == "with a keeper of its own"
+    with pytest.raises(ConfigError, match="no_key"):
+        keys.load_signer(place.home, "gate").sign(b"payload")
+    assert "gate.next.pub" in place.run("revoke", "gate", code=2).stderr
+    (folder / "gate.next.pub").write_bytes(public_pem(gates[1]))
+    place.run("revoke", "gate")
+    assert place.show()["gate"]["id"] == gates[1].keyid
+    assert {path.name for path in folder.glob("gate*")} == {"gate.pub"}
+
+
 def test_a_home_of_before_there_was_a_time_key_gets_one(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.run("create", "--family", "toy")
