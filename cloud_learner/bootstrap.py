@@ -105,7 +105,7 @@ def _bootstrapped(
             f" {judgement.why_not}",
             "mend data, network or [gates], and do it again; all verdicts are in its lineage/",
         )
-    first = asyncio.run(_sign(family, home, candidate, judgement))
+    first = asyncio.run(_sign(family, home, candidate, judgement, tell))
     folder = str(family.folder.resolve())
     own.write_origin(Origin(family.name, folder, learned_through_s, first.release, first.sha256))
     tell(f"release {first.release} passed the gate and is signed by learner and gate")
@@ -140,13 +140,19 @@ def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> Evaluation
     )
 
 
-async def _sign(family: Family, home: Home, candidate: Candidate, judgement: Judgement) -> Offer:
+async def _sign(
+    family: Family,
+    home: Home,
+    candidate: Candidate,
+    judgement: Judgement,
+    tell: Callable[[str], None],
+) -> Offer:
     """Offer the candidate to a campaign whose publisher signs to disk; nobody listens yet.
 
     A bootstrap that was killed may have come this far: then what it has signed is the first.
     """
     clock, lineage = SystemClock(), Lineage(home.lineage)
-    keys.admit(home.root, family.name)
+    keys.admit(home.root, family.name, tell=tell)
     release = Releases(family.name, Registry(home.registry), lineage.of(family.name))
     bus = await MemoryBroker().connect(name="bootstrap")
     known = {name: passed_before(lineage.of(name)) for name in (*home.families(), family.name)}

@@ -18,7 +18,6 @@ import asyncio
 from pathlib import Path
 
 from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all__
-    Root,
     Snapshot,
     Targets,
     Timestamp,
@@ -44,7 +43,7 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, TransportError, TrustError
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
-from edge_runtime.update.trust import PLANS_ROLE, RELEASE_FLOOR_FIELD, models_role
+from edge_runtime.update.trust import PLANS_ROLE, RELEASE_FLOOR_FIELD, TIME_ROLE, models_role
 from edge_runtime.wire import subjects
 
 _DAY_S = 86_400.0
@@ -61,9 +60,7 @@ class Publisher:
         self._bus = bus
         self._signers = signers
         self._clock = clock
-        roots = self._repository.roots
-        self._root = opened(Root, roots[max(roots)], None, "root")
-        self._targets = opened(Targets, self._repository.targets, self._root, "targets")
+        self._root, self._targets = self._repository.trust.root, self._repository.trust.targets
         self._lock = asyncio.Lock()
         self._counts = {"transactions": 0, "repairs": 0, "messages": 0}
 
@@ -155,7 +152,8 @@ class Publisher:
     def _documents(self) -> dict[str, Targets]:
         """A fresh copy of every delegated role, empty and of version 0 where none was signed."""
         assert self._targets.delegations is not None
-        return {role: self._document(role) for role in self._targets.delegations.roles or {}}
+        roles = self._targets.delegations.roles or {}
+        return {role: self._document(role) for role in roles if role != TIME_ROLE}
 
     def _document(self, role: str) -> Targets:
         file = self._state.roles.get(role)
@@ -227,7 +225,7 @@ class Publisher:
             raise TrustError(
                 "targets_fast_forwarded",
                 "the broker holds a signed snapshot of newer targets; nothing is published",
-                "rotate the snapshot and timestamp keys with a new root",
+                "stop `cloud-learner serve`, then tools/key-ceremony revoke snapshot timestamp",
             )
 
     def _draft(
@@ -265,13 +263,16 @@ class Publisher:
         }
 
     def _above(self, role: str, view: BrokerView) -> int:
-        ours = self._state.roles.get(role)
-        return max(ours.version if ours else 0, view.versions.get(role, 0)) + 1
+        """Once both online keys are new, versions begin anew: nobody holds us to the old ones."""
+        anew = not any(self._repository.stands(each) for each in ("snapshot", "timestamp"))
+        ours = 0 if anew else self._state.roles[role].version
+        return max(ours, view.versions.get(role, 0)) + 1
 
     def _due(self, role: str) -> bool:
-        file = self._state.roles.get(role)
+        if not self._repository.stands(role):
+            return True
         days = TIMESTAMP_DAYS if role == "timestamp" else MODELS_DAYS
-        return file is None or file.expires_s - self._clock.now_s() < days * _DAY_S / 2
+        return self._state.roles[role].expires_s - self._clock.now_s() < days * _DAY_S / 2
 
 
 def _file(document: Targets | Snapshot | Timestamp, data: bytes) -> SignedFile:

@@ -1,29 +1,25 @@
-"""The keys of the trust domains, and the ceremony that creates them with the first metadata.
+"""Who signs: the trust domains, the first trust of a home, and what the gate looks at.
 
 Why: each domain signs alone. Learner and gate must both sign a release, so a stolen learner key
 ships nothing; the rollout key signs plans, which choose among genuine releases; snapshot and
-timestamp are the publisher's; root and targets sign once and then stay offline.
+timestamp are the publisher's; the time key answers what time it is; root and targets sign once and
+then stay offline.
 
-Invariants: one private key per file, PKCS8 PEM, readable by its owner only; existing keys are never
-overwritten. `trust/root.json` is what devices embed. The gate signs no release that it has not
-passed, and no document that would give its power to another key.
+Invariants: existing keys are never overwritten. The rename of `tuf/1.root.json` makes a home's
+trust; cut off before it, `create` goes on with the keys that it made. `trust/root.json` is what
+devices embed. The gate signs no release that it has not passed, and no document that would give its
+power to another key.
 
-Knows nothing about the broker.
+Knows nothing about the broker, and nothing about how keys are replaced: that is `ceremony`'s.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import (  # type: ignore[attr-defined] # no __all__
-    CryptoSigner,
-    Signature,
-)
+from securesystemslib.signer import Key, Signature  # type: ignore[attr-defined] # no __all__
 from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all__
     DelegatedRole,
     Delegations,
@@ -32,18 +28,28 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
     Targets,
 )
 
+from cloud_learner.release.custody import (
+    ALL_KEYS,
+    ROOT_KEYS,
+    ROOT_THRESHOLD,
+    Custody,
+)
+from cloud_learner.release.keyfiles import KeySigner
 from cloud_learner.release.metadata import Signs, expiry, opened, releases_in, sealed
-from cloud_learner.release.repository import Repository
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError, TrustError
-from edge_runtime.files import fsync_directory, write_atomic
-from edge_runtime.update.trust import PLANS_ROLE, models_role
+from edge_runtime.files import write_atomic
+from edge_runtime.update.trust import ISSUED_FIELD, PLANS_ROLE, TIME_ROLE, models_role
 from edge_runtime.wire.subjects import checked_name
 
-ROOT_KEYS = ("root-1", "root-2", "root-3")
-ROOT_THRESHOLD = 2
 ONLINE_KEYS = ("learner", "gate", "rollout", "snapshot", "timestamp")
 OFFLINE_DAYS = 365
+
+Tell = Callable[[str], None]
+
+
+def _quiet(_step: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -82,72 +88,86 @@ class GateSigner:
         return self._signer.sign(payload)
 
 
-def create(home: Path, families: Sequence[str], clock: Clock | None = None) -> None:
+def create(
+    home: Path,
+    families: Sequence[str],
+    clock: Clock | None = None,
+    custody: Custody | None = None,
+    tell: Tell = _quiet,
+) -> None:
     """Create all keys, and the first root and targets metadata for `families`.
 
-    Raises: ConfigError (keys_exist, bad_name).
+    A key that lies in its place already is taken. Raises: ConfigError (keys_exist, bad_name, and
+    what Custody.make raises), OSError.
     """
+    custody = custody or Custody(home)
     names = [checked_name(family, "family") for family in families]
-    if (home / "keys").exists() and any((home / "keys").iterdir()):
-        raise ConfigError(
-            "keys_exist",
-            f"{home / 'keys'} already holds keys; they are unchanged",
-            "use another home, or move the old keys away",
-        )
-    signers = {
-        name: CryptoSigner.generate_ed25519() for name in (*ROOT_KEYS, "targets", *ONLINE_KEYS)
-    }
+    _refuse_another(home)
+    signers = {name: custody.make(name, "") for name in ALL_KEYS}
     for name, signer in signers.items():
-        _write_private(home / "keys" / f"{name}.pem", signer.private_bytes)
+        tell(f"key {name} {signer.public_key.keyid[:12]}: {custody.at_home(name)}")
+    public = {name: signer.public_key for name, signer in signers.items()}
     now_s = (clock or SystemClock()).now_s()
-    root = sealed(_root(signers, now_s), [signers[name] for name in ROOT_KEYS])
-    targets = sealed(_targets(signers, names, now_s), [signers["targets"]])
-    write_atomic(home / "tuf" / "1.targets.json", targets)
-    write_atomic(home / "tuf" / "1.root.json", root)
-    write_atomic(home / "trust" / "root.json", root)
+    root = sealed(_root(public, now_s), [signers[name] for name in ROOT_KEYS])
+    targets = sealed(_targets(public, names, now_s), [signers["targets"]])
+    write(custody, home / "tuf" / "1.targets.json", targets)
+    write(custody, home / "trust" / "root.json", root)
+    write(custody, home / "tuf" / "1.root.json", root)
+    tell(f"root 1 and targets 1: {home / 'tuf'}; devices embed {home / 'trust' / 'root.json'}")
 
 
-def admit(home: Path, family: str, clock: Clock | None = None) -> None:
+def admit(
+    home: Path,
+    family: str,
+    clock: Clock | None = None,
+    custody: Custody | None = None,
+    tell: Tell = _quiet,
+) -> None:
     """Let learner and gate release `family` in this home; its keys are created if it has none.
 
     In a home that has keys, its targets metadata delegates one more role; the root of trust that
     devices embed stays as it is. Raises: ConfigError (bad_name, no_key, bad_key, no_trust).
     """
-    if not (home / "keys").exists():
-        create(home, [family], clock)
+    custody = custody or Custody(home)
+    if not any((home / "tuf").glob("*.root.json")):
+        create(home, [family], clock, custody)
+        tell(f"all keys, root's included, lie in {home / 'keys'}; before devices are enrolled,")
+        tell(f"move {', '.join(ROOT_KEYS)} and targets to a place that is offline")
         return
-    document = opened(Targets, Repository(home / "tuf").targets, None, "targets")
+    trust = custody.trust()
+    document, role = trust.targets, models_role(checked_name(family, "family"))
     assert document.delegations is not None
     assert document.delegations.roles is not None
-    role = models_role(checked_name(family, "family"))
     if role in document.delegations.roles:
         return  # by a bootstrap that did not come to its end
-    document.delegations.roles[role] = _models(family, _online_ids(home))
+    ids = trust.ids()
+    both = [custody.signer(name, ids.get(name)).public_key for name in ("learner", "gate")]
+    document.delegations.keys |= {key.keyid: key for key in both}
+    document.delegations.roles[role] = _models(family, [key.keyid for key in both])
     document.version += 1
     document.expires = expiry((clock or SystemClock()).now_s(), OFFLINE_DAYS)
-    data = sealed(document, [load_signer(home, "targets")])
-    write_atomic(home / "tuf" / f"{document.version}.targets.json", data)
+    data = sealed(document, [_targets_signer(custody, family, ids["targets"])])
+    write(custody, home / "tuf" / f"{document.version}.targets.json", data)
+    tell(f"targets {document.version}: learner and gate may release {family}")
 
 
 def load(home: Path) -> Signers:
     """The signers of all publishing domains, for a process that hosts them all.
 
-    Raises: ConfigError (no_key, bad_key).
+    Raises: ConfigError, as `load_signer`.
     """
     return Signers(**{name: load_signer(home, name) for name in ONLINE_KEYS})
 
 
-def load_signer(home: Path, name: str) -> CryptoSigner:
-    """The signer of one trust domain, such as `gate`. Raises: ConfigError (no_key, bad_key)."""
-    path = home / "keys" / f"{name}.pem"
-    try:
-        return CryptoSigner(load_pem_private_key(path.read_bytes(), None))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            "no_key", f"there is no key {path}", "create the keys of this home first"
-        ) from error
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError("bad_key", f"{path} is no usable private key: {error}") from error
+def load_signer(home: Path, name: str) -> KeySigner:
+    """The signer of one trust domain, such as `gate`: of the key that the home's trust names.
+
+    In a folder without a trust, of the key that lies there. Raises: ConfigError (no_key,
+    key_not_trusted, key_mode, key_encrypted, bad_passphrase, bad_key).
+    """
+    custody = Custody(home)
+    known = any((home / "tuf").glob("*.root.json"))
+    return custody.signer(name, custody.trust().ids().get(name) if known else None)
 
 
 def trusted_root(home: Path) -> Root:
@@ -159,46 +179,80 @@ def trusted_root(home: Path) -> Root:
         raise ConfigError("no_root", f"{path} cannot be read: {error}") from error
 
 
-def _write_private(path: Path, pem: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_directory(path.parent)
+def write(custody: Custody, path: Path, data: bytes) -> None:
+    """Replace a file of the trust in one commit point."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data, files=custody.files)
 
 
-def _root(signers: dict[str, CryptoSigner], now_s: float) -> Root:
-    holders = {"root": ROOT_KEYS} | {name: (name,) for name in ("targets", "snapshot", "timestamp")}
-    ids = {name: signer.public_key.keyid for name, signer in signers.items()}
-    return Root(
-        version=1,
-        expires=expiry(now_s, OFFLINE_DAYS),
-        keys={ids[name]: signers[name].public_key for names in holders.values() for name in names},
-        roles={
-            role: Role([ids[name] for name in names], ROOT_THRESHOLD if role == "root" else 1)
-            for role, names in holders.items()
-        },
-        consistent_snapshot=True,
+def delegate_time(delegations: Delegations, key: Key) -> None:
+    """The role whose key answers what time it is. It publishes nothing."""
+    assert delegations.roles is not None
+    delegations.keys[key.keyid] = key
+    delegations.roles[TIME_ROLE] = DelegatedRole(
+        TIME_ROLE, [key.keyid], 1, terminating=True, paths=["t/*"]
     )
 
 
-def _targets(signers: dict[str, CryptoSigner], families: list[str], now_s: float) -> Targets:
-    keys = {name: signers[name].public_key for name in ("learner", "gate", "rollout")}
+def _refuse_another(home: Path) -> None:
+    tuf, embedded = home / "tuf", home / "trust" / "root.json"
+    if any(tuf.glob("*.root.json")):
+        raise ConfigError(
+            "keys_exist",
+            f"{home} already has keys and a trust; they are unchanged",
+            f"tools/key-ceremony show --home {home}; `rotate` replaces keys",
+        )
+    if embedded.exists() and not any(tuf.glob("*.targets.json")):
+        raise ConfigError(
+            "keys_exist",
+            f"devices embed {embedded}, but the trust in {tuf} is gone; nothing was changed",
+            f"put {tuf} back from a copy; a new trust needs another home, and devices enrol anew",
+        )
+
+
+def _targets_signer(custody: Custody, family: str, wanted: str) -> KeySigner:
+    try:
+        return custody.signer("targets", wanted)
+    except ConfigError as error:
+        if error.code != "no_key":
+            raise
+        raise ConfigError(
+            "no_key",
+            f"to let learner and gate release {family!r} the targets key is needed, and it is not"
+            f" in {', '.join(str(folder) for folder in custody.folders)}; nothing was changed",
+            f"tools/key-ceremony admit {family} --home {custody.home} --offline FOLDER, "
+            "then the same again",
+        ) from error
+
+
+def _root(public: Mapping[str, Key], now_s: float) -> Root:
+    holders = {"root": ROOT_KEYS} | {name: (name,) for name in ("targets", "snapshot", "timestamp")}
+    return Root(
+        version=1,
+        expires=expiry(now_s, OFFLINE_DAYS),
+        keys={public[name].keyid: public[name] for names in holders.values() for name in names},
+        roles={
+            role: Role(
+                [public[name].keyid for name in names], ROOT_THRESHOLD if role == "root" else 1
+            )
+            for role, names in holders.items()
+        },
+        consistent_snapshot=True,
+        unrecognized_fields={ISSUED_FIELD: int(now_s)},
+    )
+
+
+def _targets(public: Mapping[str, Key], families: list[str], now_s: float) -> Targets:
+    keys = {name: public[name] for name in ("learner", "gate", "rollout")}
     both = [keys["learner"].keyid, keys["gate"].keyid]
     roles = {PLANS_ROLE: DelegatedRole(PLANS_ROLE, [keys["rollout"].keyid], 1, True, ["p/*"])}
     for family in families:
         roles[models_role(family)] = _models(family, both)
     delegations = Delegations({key.keyid: key for key in keys.values()}, roles)
+    delegate_time(delegations, public["time"])
     return Targets(version=1, expires=expiry(now_s, OFFLINE_DAYS), delegations=delegations)
 
 
 def _models(family: str, both: list[str]) -> DelegatedRole:
     """The releases of a family, which learner and gate must both sign."""
     return DelegatedRole(models_role(family), list(both), 2, True, [f"m/{family}/*"])
-
-
-def _online_ids(home: Path) -> list[str]:
-    """The ids of the keys of learner and gate."""
-    return [load_signer(home, name).public_key.keyid for name in ("learner", "gate")]

@@ -6,7 +6,7 @@ its oldest messages when it is full.
 Invariants: `online.json` is replaced in one commit point, after the packages that it names are on
 disk. What is live is sent again when it was never sent, or so much followed that it could fade.
 
-Knows nothing about signing.
+Knows nothing about signing, but for whose signature counts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all__
+    Snapshot,
+    Targets,
+    Timestamp,
+)
 
-from cloud_learner.release.metadata import ReleaseFile, blob_messages, metadata_message
-from edge_runtime.errors import CapacityError, ConfigError
+from cloud_learner.release.custody import Trust
+from cloud_learner.release.metadata import ReleaseFile, blob_messages, metadata_message, opened
+from edge_runtime.errors import CapacityError, ConfigError, TrustError
 from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
@@ -57,20 +63,11 @@ class Repository:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.roots = _versioned(directory, "root")
-        targets = _versioned(directory, "targets")
-        if not self.roots or not targets:
-            raise ConfigError(
-                "no_trust",
-                f"{directory} holds no root of trust",
-                "create the keys of this home first",
-            )
-        newest = max(targets)
-        self.targets = targets[newest]
+        self.trust = trust = Trust.read(directory)
         self._static = [
-            metadata_message("root", number, data) for number, data in self.roots.items()
+            metadata_message("root", number, data) for number, data in sorted(trust.roots.items())
         ]
-        self._static.append(metadata_message("targets", newest, self.targets))
+        self._static.append(metadata_message("targets", trust.targets.version, trust.targets_file))
         self.state = _load_state(directory / "online.json")
         self._sent: dict[str, int] = {}
         self._sent_bytes = 0
@@ -79,6 +76,22 @@ class Repository:
     def anything_sent(self) -> bool:
         """Whether the broker is known to hold anything of ours."""
         return bool(self._sent)
+
+    def stands(self, role: str) -> bool:
+        """Whether our file of a role is signed by who must sign it now: keys may have changed."""
+        if role not in self.state.roles:
+            return False
+        data = self.state.roles[role].text.encode()
+        try:
+            if role == "snapshot":
+                opened(Snapshot, data, self.trust.root, role)
+            elif role == "timestamp":
+                opened(Timestamp, data, self.trust.root, role)
+            else:
+                opened(Targets, data, self.trust.targets, role)
+        except TrustError:
+            return False
+        return True
 
     def commit(self, state: State, release: ReleaseFile | None, live: set[str]) -> Messages:
         """Make `state` durable; give what the broker lacks of it, the timestamp excepted.
@@ -134,11 +147,6 @@ class Repository:
     def _fresh(self, subject: str) -> bool:
         at = self._sent.get(subject)
         return at is not None and self._sent_bytes - at < STREAM_BYTES // 2
-
-
-def _versioned(directory: Path, role: str) -> dict[int, bytes]:
-    paths = directory.glob(f"[0-9]*.{role}.json")
-    return {int(path.name.split(".")[0]): path.read_bytes() for path in paths}
 
 
 def _load_state(path: Path) -> State:

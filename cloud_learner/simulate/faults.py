@@ -185,7 +185,7 @@ async def _push_forged(
     home: Path,
     bus: Bus,
     release: metadata.ReleaseFile,
-    signers: list[CryptoSigner],
+    signers: Sequence[metadata.Signs],
     now_s: float,
 ) -> None:
     root = keys.trusted_root(home)

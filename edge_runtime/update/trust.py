@@ -24,6 +24,7 @@ CHUNK_BYTES = 128 * 1024
 """Packages and plans travel in chunks of this size, the last one shorter."""
 
 PLANS_ROLE = "plans"
+TIME_ROLE = "time"
 RELEASE_FLOOR_FIELD = "x-release-floor"
 ISSUED_FIELD = "x-issued-at"
 FLOOR_VERSION = 1
