@@ -44,7 +44,7 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, TransportError, TrustError
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
-from edge_runtime.update.trust import PLANS_ROLE, RELEASE_FLOOR_FIELD, models_role
+from edge_runtime.update.trust import PLANS_ROLE, RELEASE_FLOOR_FIELD, TIME_ROLE, models_role
 from edge_runtime.wire import subjects
 
 _DAY_S = 86_400.0
@@ -155,7 +155,8 @@ class Publisher:
     def _documents(self) -> dict[str, Targets]:
         """A fresh copy of every delegated role, empty and of version 0 where none was signed."""
         assert self._targets.delegations is not None
-        return {role: self._document(role) for role in self._targets.delegations.roles or {}}
+        publishing = set(self._targets.delegations.roles or {}) - {TIME_ROLE}
+        return {role: self._document(role) for role in sorted(publishing)}
 
     def _document(self, role: str) -> Targets:
         file = self._state.roles.get(role)

@@ -37,12 +37,13 @@ from cloud_learner.release.repository import Repository
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import fsync_directory, write_atomic
-from edge_runtime.update.trust import PLANS_ROLE, models_role
+from edge_runtime.update.trust import ISSUED_FIELD, PLANS_ROLE, TIME_ROLE, models_role
 from edge_runtime.wire.subjects import checked_name
 
 ROOT_KEYS = ("root-1", "root-2", "root-3")
 ROOT_THRESHOLD = 2
 ONLINE_KEYS = ("learner", "gate", "rollout", "snapshot", "timestamp")
+TIME_KEY = "time"
 OFFLINE_DAYS = 365
 
 
@@ -95,7 +96,8 @@ def create(home: Path, families: Sequence[str], clock: Clock | None = None) -> N
             "use another home, or move the old keys away",
         )
     signers = {
-        name: CryptoSigner.generate_ed25519() for name in (*ROOT_KEYS, "targets", *ONLINE_KEYS)
+        name: CryptoSigner.generate_ed25519()
+        for name in (*ROOT_KEYS, "targets", *ONLINE_KEYS, TIME_KEY)
     }
     for name, signer in signers.items():
         _write_private(home / "keys" / f"{name}.pem", signer.private_bytes)
@@ -181,13 +183,15 @@ def _root(signers: dict[str, CryptoSigner], now_s: float) -> Root:
             for role, names in holders.items()
         },
         consistent_snapshot=True,
+        unrecognized_fields={ISSUED_FIELD: int(now_s)},
     )
 
 
 def _targets(signers: dict[str, CryptoSigner], families: list[str], now_s: float) -> Targets:
-    keys = {name: signers[name].public_key for name in ("learner", "gate", "rollout")}
+    keys = {name: signers[name].public_key for name in ("learner", "gate", "rollout", TIME_KEY)}
     both = [keys["learner"].keyid, keys["gate"].keyid]
     roles = {PLANS_ROLE: DelegatedRole(PLANS_ROLE, [keys["rollout"].keyid], 1, True, ["p/*"])}
+    roles[TIME_ROLE] = DelegatedRole(TIME_ROLE, [keys[TIME_KEY].keyid], 1, True, ["t/*"])
     for family in families:
         roles[models_role(family)] = _models(family, both)
     delegations = Delegations({key.keyid: key for key in keys.values()}, roles)

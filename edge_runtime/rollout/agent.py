@@ -32,6 +32,7 @@ from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.arms import good_packages, load_plan_arm, packages_kept
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
+from edge_runtime.update.trust import Freshness
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import FeatureSketch, Mark, Report
 
@@ -61,6 +62,9 @@ class Host(Protocol):
 
 class Updates(Protocol):
     """What the agent asks of an update client, on the thread `update`."""
+
+    @property
+    def freshness(self) -> Freshness: ...
 
     def refresh(self) -> None: ...
 
@@ -133,7 +137,12 @@ class Agent:
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start; refused updates as `refused_<error code>`."""
-        return dict(self._counts) | {f"refused_{code}": n for code, n in self._refused.items()}
+        fresh = self._client.freshness
+        return (
+            dict(self._counts)
+            | {"metadata_issued_s": int(fresh.issued_s), "metadata_stale": int(fresh.stale)}
+            | {f"refused_{code}": n for code, n in self._refused.items()}
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -212,8 +221,15 @@ class Agent:
         while True:
             self._changed.clear()
             sketches = await asyncio.to_thread(self._sketches)
-            told = self._host.report(dict(self._refused))
-            told = msgspec.structs.replace(told, durable=self._durable(), sketches=sketches)
+            told, fresh = self._host.report(dict(self._refused)), self._client.freshness
+            told = msgspec.structs.replace(
+                told,
+                counters=told.counters | {"metadata_stale": int(fresh.stale)},
+                durable=self._durable(),
+                sketches=sketches,
+                floor=list(fresh.floor),
+                issued_s=fresh.issued_s,
+            )
             try:
                 await self._bus.publish(subject, codec.encode(told))
                 self._counts["reports"] += 1

@@ -19,6 +19,7 @@ from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
+from edge_runtime.update.trust import Freshness
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import Mark, Report
 
@@ -35,6 +36,7 @@ class Orders:
     fails: dict[str, HeadwaterError] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    freshness: Freshness = Freshness()
 
     def refresh(self) -> None:
         self._called("refresh")
