@@ -1,4 +1,4 @@
-"""What each device has confirmed, as it reports it: a floor that goes back gives a restored disk away.
+"""What each device has confirmed, as it says: a floor that goes back gives a restored disk away.
 
 Why: a device that was put back to last month's disk has forgotten what it confirmed since, and
 believes metadata that it had left behind. Only who remembers for it can tell.

@@ -20,7 +20,7 @@ from cloud_learner.release.metadata import Signs
 from edge_runtime.bus.base import Bus, Message, Subscription
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, HeadwaterError, RequestError
-from edge_runtime.update.trust import NONCE_BYTES, time_payload
+from edge_runtime.update.trust import NONCE_BYTES, TIME_ROLE, time_payload
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, TimeAnswer
 
@@ -63,7 +63,7 @@ class Timekeeper:
 
 def _signer(root: Path) -> Signs | None:
     try:
-        return keys.load_signer(root, keys.TIME_KEY)
+        return keys.load_signer(root, TIME_ROLE)
     except ConfigError as error:
         log.warning("devices with a wrong clock are not told the time: %s", error)
         return None

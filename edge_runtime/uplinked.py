@@ -111,6 +111,9 @@ class _Refusing:
     def fetch(self, _arm: PlanArm, _package: Variant, _shelf: Shelf) -> Path:
         raise self._error
 
+    def lowest_counter(self, _family: str) -> int:
+        raise self._error
+
     def confirm(self, _plan: Plan) -> None:
         raise self._error
 

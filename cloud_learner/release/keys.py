@@ -43,7 +43,6 @@ from edge_runtime.wire.subjects import checked_name
 ROOT_KEYS = ("root-1", "root-2", "root-3")
 ROOT_THRESHOLD = 2
 ONLINE_KEYS = ("learner", "gate", "rollout", "snapshot", "timestamp")
-TIME_KEY = "time"
 OFFLINE_DAYS = 365
 
 
@@ -97,7 +96,7 @@ def create(home: Path, families: Sequence[str], clock: Clock | None = None) -> N
         )
     signers = {
         name: CryptoSigner.generate_ed25519()
-        for name in (*ROOT_KEYS, "targets", *ONLINE_KEYS, TIME_KEY)
+        for name in (*ROOT_KEYS, "targets", *ONLINE_KEYS, TIME_ROLE)
     }
     for name, signer in signers.items():
         _write_private(home / "keys" / f"{name}.pem", signer.private_bytes)
@@ -188,10 +187,10 @@ def _root(signers: dict[str, CryptoSigner], now_s: float) -> Root:
 
 
 def _targets(signers: dict[str, CryptoSigner], families: list[str], now_s: float) -> Targets:
-    keys = {name: signers[name].public_key for name in ("learner", "gate", "rollout", TIME_KEY)}
+    keys = {name: signers[name].public_key for name in ("learner", "gate", "rollout", TIME_ROLE)}
     both = [keys["learner"].keyid, keys["gate"].keyid]
     roles = {PLANS_ROLE: DelegatedRole(PLANS_ROLE, [keys["rollout"].keyid], 1, True, ["p/*"])}
-    roles[TIME_ROLE] = DelegatedRole(TIME_ROLE, [keys[TIME_KEY].keyid], 1, True, ["t/*"])
+    roles[TIME_ROLE] = DelegatedRole(TIME_ROLE, [keys[TIME_ROLE].keyid], 1, True, ["t/*"])
     for family in families:
         roles[models_role(family)] = _models(family, both)
     delegations = Delegations({key.keyid: key for key in keys.values()}, roles)

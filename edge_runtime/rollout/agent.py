@@ -4,8 +4,8 @@ Why: nobody logs in to a device. It asks by itself, proves what it gets, swaps w
 request, and whatever goes wrong leaves the current release serving and shows in the next report.
 
 Invariants: network, disk and model loading happen on the thread `update`, swaps on the event loop.
-A release serves before its plan is confirmed, and is remembered for a restart after that. A package
-that fails on this device, or that was left by a local roll back, is quarantined by its hash and
+A release serves before it is remembered for a restart, and that comes before the floor rises to it:
+no crash leaves a floor above what a restart, or a roll back, finds on the shelf. A package that fails on this device, or that was left by a local roll back, is quarantined by its hash and
 never tried again: a plan that has nothing else is refused, until a newer one names other packages.
 
 Knows nothing about signatures (the client proves them) nor about how predictions are made.
@@ -71,6 +71,8 @@ class Updates(Protocol):
     def plan(self, family: str, /) -> Plan: ...
 
     def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path: ...
+
+    def lowest_counter(self, family: str, /) -> int: ...
 
     def confirm(self, plan: Plan, /) -> None: ...
 
@@ -191,9 +193,9 @@ class Agent:
         return self._client.fetch(arm, package, self._shelf)
 
     def _settle(self, plan: Plan, current: Sequence[Plan]) -> None:
-        """Confirm and remember `plan`; keep the packages that run, and those to go back to."""
+        """Remember and confirm `plan`; keep the packages that run, and those to go back to."""
+        self._shelf.save_current(plan, self._client.lowest_counter(plan.family))
         self._client.confirm(plan)
-        self._shelf.save_current(plan)
         previous = [self._shelf.load_previous(family) for family in self._host.families]
         arms = [arm for each in current for arm in each.arms]
         arms += [each.stable for each in previous if each is not None]

@@ -22,7 +22,8 @@ from tuf.api.metadata import TargetFile  # type: ignore[attr-defined] # tuf has 
 from tuf.ngclient.updater import Updater
 
 from edge_runtime.clock import Clock
-from edge_runtime.errors import ConfigError, TransportError, TrustError
+from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, TrustError
+from edge_runtime.files import remove_strays
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
 from edge_runtime.update.fetcher import BusFetcher
@@ -50,9 +51,17 @@ class UpdateClient:
         metadata_dir = state_dir / "tuf"
         metadata_dir.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(state_dir / "update.lock")
+        remove_strays(state_dir)
+        for stray in metadata_dir.glob("tmp*"):  # python-tuf's, when it was killed
+            stray.unlink(missing_ok=True)
         self._fetcher = fetcher
         self._refreshing = Refreshing(metadata_dir, root_bytes, fetcher, clock, ask_time)
-        self._floors = FloorFile(state_dir)
+        try:
+            with ours("the floor"):
+                self._floors = FloorFile(state_dir)
+        except HeadwaterError:
+            self.close()
+            raise
         self._updater: Updater | None = None
         self._fresh = trust.Freshness(self._confirmed())
         self._held: dict[str, int] = {}
@@ -128,6 +137,10 @@ class UpdateClient:
         with ours("the floor"):
             self._floors.raise_to(floor)
         self._fresh = trust.Freshness(self._confirmed(), self._fresh.issued_s, self._fresh.stale)
+
+    def lowest_counter(self, family: str) -> int:
+        """The release counter below which no release of `family` may run; `refresh` comes first."""
+        return max(self.floor.release_counter.get(family, 0), self._release_floor(family))
 
     def statistics(self) -> dict[str, int]:
         """What the fetcher counted."""

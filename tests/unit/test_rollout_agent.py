@@ -14,7 +14,7 @@ import pytest
 from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import HeadwaterError, TransportError, TrustError
+from edge_runtime.errors import HeadwaterError, RequestError, TransportError, TrustError
 from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
@@ -36,7 +36,8 @@ class Orders:
     fails: dict[str, HeadwaterError] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
-    freshness: Freshness = Freshness()
+    freshness: Freshness = field(default_factory=Freshness)
+    lowest: int = 0
 
     def refresh(self) -> None:
         self._called("refresh")
@@ -50,6 +51,9 @@ class Orders:
     def fetch(self, _arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path:
         self._called("fetch")
         return shelf.put(package.sha256, [self.files[package.sha256]])
+
+    def lowest_counter(self, _family: str, /) -> int:
+        return self.lowest
 
     def confirm(self, plan: Plan, /) -> None:
         self._called(f"confirm {plan.seq}")
@@ -73,10 +77,17 @@ class Device:
     broker: MemoryBroker
     write_package: WritePackage
 
-    def arm(self, release: str, bias: float = 0.0, weight: float = 1.0, **more: float) -> PlanArm:
+    def arm(
+        self,
+        release: str,
+        bias: float = 0.0,
+        weight: float = 1.0,
+        counter: int = 1,
+        **more: float,
+    ) -> PlanArm:
         path, sha256 = self.write_package(bias, **more)
         self.orders.files[sha256] = path.read_bytes()
-        return PlanArm(release, model_path("toy", release), sha256, 1, weight)
+        return PlanArm(release, model_path("toy", release), sha256, counter, weight)
 
     def two_variants(self, release: str, slower: int, **more: float) -> PlanArm:
         """`slower` 0 or 1 says which of the two takes longer; `more` spoils the default one."""
@@ -361,11 +372,29 @@ def test_a_plan_that_could_not_be_confirmed_is_confirmed_later(play: Callable[..
         device.orders.fails["confirm"] = TransportError("unreachable", "away")
         await device.agent.check()
         assert device.answering() == "r1"
-        assert device.runtime.shelf.load_current("toy") is None
+        assert device.runtime.shelf.load_current("toy") == device.orders.current
         del device.orders.fails["confirm"]
         await device.agent.check()
         assert device.runtime.shelf.load_current("toy") == device.orders.current
         assert device.orders.calls.count("fetch") == 1
+        assert device.orders.calls.count("confirm 4") == 2
+
+    play(stage)
+
+
+def test_r7_what_is_below_the_floor_is_nothing_to_go_back_to(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        device.orders.current = Plan(family="toy", seq=2, stable=device.arm("r2", 1.0, counter=2))
+        device.orders.lowest = 2
+        device.orders.fails["confirm"] = TransportError("unreachable", "away")
+        await device.agent.check()
+        assert device.answering() == "r2"
+        assert device.runtime.shelf.load_previous("toy") is None
+        with pytest.raises(RequestError, match="nothing_to_roll_back"):
+            device.runtime.rollback("toy", "a test")
+        assert device.answering() == "r2"
 
     play(stage)
 
