@@ -67,14 +67,15 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
     with Runtime.open(config) as runtime:
         # Until here a signal ends the process at once, for a model may hang when it is loaded.
         stop = _stop_on_signals(asyncio.get_running_loop())
-        parts: Parts = {"starts": starts.statistics}
+        parts: Parts = {"starts": starts.statistics, "watch": runtime.watch.statistics}
         async with _listening(runtime, parts) as where:
             log.info("%s serves %s at %s", config.device, _served(runtime), where)
             notify.ready(f"serves {_served(runtime)}")
             if on_ready is not None:
                 on_ready(runtime)
             async with _cloud_side(runtime, root, parts) as works:
-                await _run_until(stop, notify.watchdog(), starts.settle(), *works)
+                local = [notify.watchdog(), starts.settle(), runtime.watch.run()]
+                await _run_until(stop, *local, *works)
             notify.stopping()
     starts.well()
     log.info("%s stopped", config.device)

@@ -1,4 +1,4 @@
-"""Starts that did not end well, counted: a device that dies again and again leaves its newest release.
+"""Starts that did not end well: a device that dies again and again leaves its newest release.
 
 Why: a model that passed every check may still end the process on some request, and a supervisor
 would start it on the same release for ever.
@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import logging
 import os
-from pathlib import Path
 
 import msgspec
 
@@ -74,7 +73,7 @@ class Starts:
         await asyncio.to_thread(self.well)
 
     def well(self) -> None:
-        """This start went well; those before it count no more."""
+        """Count anew: all goes well now."""
         if self._lock >= 0:
             with contextlib.suppress(OSError):
                 self._save(0)

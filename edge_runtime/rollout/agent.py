@@ -4,9 +4,10 @@ Why: nobody logs in to a device. It asks by itself, proves what it gets, swaps w
 request, and whatever goes wrong leaves the current release serving and shows in the next report.
 
 Invariants: network, disk and model loading happen on the thread `update`, swaps on the event loop.
-A release serves before it is remembered for a restart, and that comes before the floor rises to it:
-no crash leaves a floor above what a restart, or a roll back, finds on the shelf. A package that fails on this device, or that was left by a local roll back, is quarantined by its hash and
-never tried again: a plan that has nothing else is refused, until a newer one names other packages.
+A release serves before it is remembered for a restart, and that comes before the floor rises to
+it: no crash leaves a floor above what a restart, or a roll back, finds on the shelf. A package that
+fails on this device, or that was left by a local roll back, is quarantined by its hash and never
+tried again: a plan that has nothing else is refused, until a newer one names other packages.
 
 Knows nothing about signatures (the client proves them) nor about how predictions are made.
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +40,8 @@ from edge_runtime.rollout.plan import Plan, PlanArm
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
-from edge_runtime.update.trust import CHUNK_BYTES
+from edge_runtime.update.floorfile import FloorFile
+from edge_runtime.update.trust import CHUNK_BYTES, Floor
 from edge_runtime.wire import subjects
 
 CALLS = frozenset(
@@ -91,7 +94,7 @@ class Life:
         )
 
     @contextlib.asynccontextmanager
-    async def agent(self, runtime: Runtime) -> Any:
+    async def agent(self, runtime: Runtime) -> AsyncIterator[tuple[Agent, UpdateClient]]:
         broker = MemoryBroker()
         bus = await broker.connect()
         await bus.ensure_stream(
@@ -114,10 +117,8 @@ class Life:
             await agent.check()
             return {code: n for code, n in agent.statistics().items() if code.startswith("refused")}
 
-    def floor(self) -> Any:
+    def floor(self) -> Floor:
         """What is confirmed on the disk."""
-        from edge_runtime.update.floorfile import FloorFile
-
         return FloorFile(self.config.state_dir / "update").floor
 
 
@@ -137,10 +138,8 @@ def play(life: Life, kill_at: int, say: Callable[[str], None]) -> int:
         threading.setprofile(None)
 
     with Runtime.open(life.config) as runtime:
-        swap = threading.Event()
         asyncio.run(scene(runtime))
         assert answer(runtime)[0] == "r3"
-        assert not swap.is_set()
         say("confirmed")
         sys.setprofile(killer)
         runtime.rollback("toy", "a test")
@@ -149,8 +148,9 @@ def play(life: Life, kill_at: int, say: Callable[[str], None]) -> int:
     return killer.count
 
 
-def check(life: Life, said: str, answers: dict[str, float]) -> None:
+def check(life: Life, said: str, _say: Callable[[str], None]) -> None:
     """What is left serves the old or the new release, proven; and then the device converges."""
+    answers = json.loads((life.folder.parent / "answers").read_text())
     floor = life.floor()
     assert floor.plan_seq["toy"] in {2, 3}
     assert floor.release_counter.get("toy", 0) in {0, 2}
@@ -204,7 +204,7 @@ def forked(work: Callable[[Callable[[str], None]], int | None]) -> tuple[int, st
             count = work(lambda word: os.writev(writing, [word.encode() + b" "]))
             os.writev(writing, [str(count).encode()])
             status = 0
-        except BaseException:  # noqa: BLE001 - told, and the parent fails
+        except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
@@ -216,20 +216,19 @@ def forked(work: Callable[[Callable[[str], None]], int | None]) -> tuple[int, st
 
 def sweep(folder: Path, first: int, step: int) -> int:
     """Kill at every `step`-th call; how many kills there were."""
-    messages = {k: bytes.fromhex(v) for k, v in json.loads((folder / "messages").read_text()).items()}
-    answers = json.loads((folder / "answers").read_text())
-    kills, kill_at = 0, first
-    while True:
-        shutil.rmtree(folder / "life", ignore_errors=True)
-        shutil.copytree(folder / "base", folder / "life", symlinks=True)
-        life = Life(folder / "life", messages)
-        status, said = forked(lambda say, at=kill_at: play(life, at, say))
+    text = json.loads((folder / "messages").read_text())
+    life = Life(folder / "life", {subject: bytes.fromhex(data) for subject, data in text.items()})
+    for kills in itertools.count():
+        shutil.rmtree(life.folder, ignore_errors=True)
+        shutil.copytree(folder / "base", life.folder, symlinks=True)
+        kill_at = first + kills * step
+        status, said = forked(partial(play, life, kill_at))
         assert status in {0, -signal.SIGKILL}, f"kill {kill_at}: {status}"
-        looked, _ = forked(lambda _say: check(life, said, answers))
+        looked, _ = forked(partial(check, life, said))
         assert looked == 0, f"killed at call {kill_at}, which had said {said!r}"
         if status == 0:
-            return kills
-        kills, kill_at = kills + 1, kill_at + step
+            break
+    return kills
 
 
 async def prepared(folder: Path, write_package: WritePackage) -> None:
@@ -268,9 +267,9 @@ async def prepared(folder: Path, write_package: WritePackage) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, write_package: WritePackage) -> Iterator[Path]:
+def home(tmp_path: Path, write_package: WritePackage) -> Path:
     asyncio.run(prepared(tmp_path, write_package))
-    yield tmp_path
+    return tmp_path
 
 
 def kills_of(home: Path, first: int, step: int) -> int:
@@ -287,13 +286,13 @@ def kills_of(home: Path, first: int, step: int) -> int:
 
 
 def test_a_kill_at_a_call_of_an_update_leaves_the_old_or_the_new_release(home: Path) -> None:
-    assert kills_of(home, first=1, step=9) > 10
+    assert kills_of(home, first=1, step=7) > 8
 
 
 @pytest.mark.slow
 def test_a_kill_at_every_call_of_an_update_leaves_the_old_or_the_new_release(home: Path) -> None:
-    assert kills_of(home, first=1, step=1) > 100
+    assert kills_of(home, first=1, step=1) > 60
 
 
 if __name__ == "__main__":
-    print(sweep(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))  # noqa: T201
+    print(sweep(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
