@@ -478,3 +478,45 @@ def test_a_report_that_cannot_be_sent_stops_nothing(play: Callable[..., None]) -
         assert (await with_agent(device, outage())).plan_seq == 2
 
     play(stage)
+
+
+def test_f5_metadata_that_was_held_back_is_told_in_report_and_status(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.freshness = Freshness((2, 41), 1.35e9, stale=True)
+        report = await with_agent(device, next_report(device, lambda _report: True))
+        assert report.counters["metadata_stale"] == 1
+        assert (report.floor, report.issued_s) == ([2, 41], 1.35e9)
+        told = device.agent.statistics()
+        assert (told["metadata_stale"], told["metadata_issued_s"]) == (1, 1_350_000_000)
+
+    play(stage)
+
+
+def test_r10_without_a_way_for_reports_plans_are_followed_and_the_next_report_tells_all(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        async def days() -> Report:
+            streams = dict(device.broker.streams)
+            device.broker.streams.clear()  # what is published has nowhere to go; all else works
+            for number in range(1, 6):
+                device.orders.current = Plan(
+                    family="toy", seq=number, stable=device.arm(f"r{number}", float(number))
+                )
+                device.agent.nudge()
+                while device.runtime.shelf.load_current("toy") != device.orders.current:
+                    await asyncio.to_thread(lambda: None)
+                assert device.answering() == f"r{number}"
+            assert device.agent.statistics()["reports"] == 0
+            assert device.runtime.shelf.quarantined() == {}
+            device.broker.streams |= streams
+            return await next_report(device, lambda report: report.plan_seq == 5)
+
+        report = await with_agent(device, days())
+        assert report.counters["swaps"] == 5
+        assert report.counters["predictions"] == 5
+        assert [arm.release for arm in report.arms] == ["r5"]
+
+    play(stage)
