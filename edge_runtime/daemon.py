@@ -78,6 +78,7 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
                 await _run_until(stop, *local, *works)
             notify.stopping()
     starts.well()
+    starts.close()
     log.info("%s stopped", config.device)
     _leave_behind()
 

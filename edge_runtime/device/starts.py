@@ -78,6 +78,12 @@ class Starts:
             with contextlib.suppress(OSError):
                 self._save(0)
 
+    def close(self) -> None:
+        """Give the lock back; the end of the process does it as well."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
     def statistics(self) -> dict[str, int]:
         """Starts in a row that did not end well, and releases that were left for that."""
         return dict(self._counts)
