@@ -4,6 +4,7 @@
 #   ARGS=--full            passed on to the demo
 
 BIN := .venv/bin
+SCRIPTS = $$(grep -l "^\#!.*python" tools/* tests/contract/*)
 
 .PHONY: help setup demo test check slow bench-peers old-server clean
 
@@ -23,8 +24,8 @@ demo: setup
 	@$(BIN)/cloud-learner demo $(ARGS)
 
 check: setup
-	$(BIN)/ruff check . $$(grep -l '^#!.*python' tools/*)
-	$(BIN)/ruff format --check . $$(grep -l '^#!.*python' tools/*)
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
 
 test: check

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.errors import PackageError
-from edge_runtime.inference.onnxfile import is_package, metadata_in
+from edge_runtime.inference.onnxfile import check_whole, is_package, metadata_in
 from edge_runtime.inference.package import Matrix, PackageInfo, read_package
 from edge_runtime.inference.runner import INPUT, OUTPUT, Runner
 from edge_runtime.inference.tensors import Tensor, described
@@ -182,11 +182,12 @@ def load_arm(
     """Load the package at `path` and prove that it answers here as it did where it was made.
 
     `sha256` is the hash that the file must have; None for a file that nobody signed.
-    Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, wrong_signature,
-    missing_metadata, bad_metadata, spec_mismatch).
+    Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, external_data,
+    wrong_signature, missing_metadata, bad_metadata, spec_mismatch).
     """
     if sha256 is not None:
         _check_hash(Path(path), sha256)
+    check_whole(Path(path))
     runner = Runner(path)
     info = read_package(runner.metadata)
     _check_widths(runner, info, str(path))

@@ -26,9 +26,17 @@ from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, Tru
 from edge_runtime.files import remove_strays
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
-from edge_runtime.update.fetcher import BusFetcher
+from edge_runtime.update.fetcher import Fetcher
 from edge_runtime.update.floorfile import FloorFile
-from edge_runtime.update.refreshing import Ask, Refreshing, issued_at, ours, trusted, versions
+from edge_runtime.update.refreshing import (
+    Ask,
+    Refreshing,
+    issued_at,
+    online,
+    ours,
+    trusted,
+    versions,
+)
 from edge_runtime.update.shelf import Shelf
 
 
@@ -43,7 +51,7 @@ class UpdateClient:
         self,
         state_dir: Path,
         root_bytes: bytes,
-        fetcher: BusFetcher,
+        fetcher: Fetcher,
         clock: Clock,
         *,
         ask_time: Ask | None = None,
@@ -99,7 +107,7 @@ class UpdateClient:
         plan_of_other_family), TransportError (no_plan: none was published yet).
         """
         self._prefetch_roles(family)
-        target = self._target(plan_path(family))
+        target = self.target(plan_path(family))
         if target is None:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
@@ -121,19 +129,25 @@ class UpdateClient:
         with ours(f"the package of {arm.release}"):
             return shelf.put(package.sha256, self._fetcher.chunks(package.sha256, target.length))
 
-    def confirm(self, plan: Plan) -> None:
-        """Raise the floor to `plan` and the metadata that proved it: it serves now.
+    def target(self, path: str) -> TargetFile | None:
+        """What the signed metadata says of the file `path`; `refresh` comes first.
+
+        Raises: as `refresh`.
+        """
+        with ours(f"the metadata of {path}"):
+            return self._refreshed().get_targetinfo(path)
+
+    def confirm(self, plan: Plan | None) -> None:
+        """Raise the floor to the metadata, and to the `plan` that it proved and that serves now.
 
         Raises: CapacityError (state_unwritable), with the floor as it was or raised.
         """
         updater = self._refreshed()
         floor = trust.confirmed(
-            self.floor,
-            plan,
-            versions(updater),
-            self._release_floor(plan.family),
-            issued_at(trusted(updater).timestamp),
+            self.floor, versions(updater), online(updater), issued_at(trusted(updater).timestamp)
         )
+        if plan is not None:
+            floor = trust.planned(floor, plan, self._release_floor(plan.family))
         with ours("the floor"):
             self._floors.raise_to(floor)
         self._fresh = trust.Freshness(self._confirmed(), self._fresh.issued_s, self._fresh.stale)
@@ -160,13 +174,9 @@ class UpdateClient:
         assert self._updater is not None, "refresh comes first, and must have succeeded"
         return self._updater
 
-    def _target(self, path: str) -> TargetFile | None:
-        with ours(f"the metadata of {path}"):
-            return self._refreshed().get_targetinfo(path)
-
     def _proven_target(self, arm: PlanArm, package: Variant) -> TargetFile:
         """The counter binds the packages of a release: a plan cannot mix those of two."""
-        target = self._target(package.path)
+        target = self.target(package.path)
         if target is None:
             raise TrustError("not_released", f"{package.path} is not among the signed releases")
         counter = (target.custom or {}).get("counter")

@@ -13,6 +13,7 @@ Implements proto/asyncapi.yaml (channels hw.meta, hw.blob) on the reading side.
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
@@ -25,15 +26,36 @@ from edge_runtime.errors import HeadwaterError
 from edge_runtime.update.trust import chunk_sizes
 from edge_runtime.wire import subjects
 
-BASE_URL = "hw://meta/"
-
 _WINDOW = 16
 
 T = TypeVar("T")
 
 
-class BusFetcher(FetcherInterface):
+class Fetcher(FetcherInterface):
+    """What the client asks of a way to the files, beyond what python-tuf asks.
+
+    Metadata lies below `base_url`.
+    """
+
+    base_url: str
+
+    @abstractmethod
+    def prefetch(self, names: list[str]) -> None:
+        """Ask for these metadata files ahead, where that saves time. Raises: DownloadError."""
+
+    @abstractmethod
+    def chunks(self, sha256: str, length: int) -> Iterator[bytes]:
+        """The file with this content, never more than `length` bytes. Raises: DownloadError."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start."""
+
+
+class BusFetcher(Fetcher):
     """Fetches over `bus`, whose calls run on `loop`; `timeout_s` bounds each wait."""
+
+    base_url = "hw://meta/"
 
     def __init__(
         self, bus: Bus, loop: asyncio.AbstractEventLoop, *, timeout_s: float = 10.0
@@ -80,7 +102,7 @@ class BusFetcher(FetcherInterface):
         return dict(self._counts)
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        name = url.removeprefix(BASE_URL)
+        name = url.removeprefix(self.base_url)
         if name in self._ahead:
             data = self._ahead.pop(name)
         else:

@@ -28,7 +28,7 @@ from tuf.ngclient.updater import Updater
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, HeadwaterError, TransportError, TrustError
 from edge_runtime.update import trust
-from edge_runtime.update.fetcher import BASE_URL, BusFetcher
+from edge_runtime.update.fetcher import Fetcher
 from edge_runtime.update.timekeeper import Keys, signed_time_s, time_keys
 
 Ask = Callable[[bytes], bytes]
@@ -58,7 +58,7 @@ class Refreshing:
         self,
         directory: Path,
         root_bytes: bytes,
-        fetcher: BusFetcher,
+        fetcher: Fetcher,
         clock: Clock,
         ask_time: Ask | None,
     ) -> None:
@@ -91,7 +91,7 @@ class Refreshing:
         with ours("the signed metadata"):
             updater = Updater(
                 str(directory),
-                BASE_URL,
+                self._fetcher.base_url,
                 fetcher=self._fetcher,
                 config=_LIMITS,
                 bootstrap=self._root_bytes,
@@ -100,7 +100,7 @@ class Refreshing:
             root_version = floor.versions.get("root", 1)
             self._fetcher.prefetch([f"{root_version + 1}.root.json", "timestamp.json"])
             updater.refresh()
-        trust.check_versions(floor, versions(updater))
+        trust.check_versions(floor, versions(updater), online(updater))
         return updater
 
     def _settled(self, floor: trust.Floor, lowest_s: float, expired: TrustError) -> float:
@@ -148,6 +148,12 @@ def versions(updater: Updater) -> dict[str, int]:
         "timestamp": found.timestamp.version,
         "snapshot": found.snapshot.version,
     }
+
+
+def online(updater: Updater) -> str:
+    """The ids of the keys that vouch for the versions."""
+    roles = trusted(updater).root.roles
+    return " ".join(sorted(key for role in trust.ONLINE for key in roles[role].keyids))
 
 
 def issued_at(document: Timestamp | Root) -> float:

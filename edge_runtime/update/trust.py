@@ -36,15 +36,17 @@ STALE_S = 18 * 3600.0
 TIME_KEPT_S = 3600.0
 """By how much the signed time must rise before it is stored again: flash wears out."""
 
-_ONLINE = ("timestamp", "snapshot")
+ONLINE = ("timestamp", "snapshot")
+"""The roles whose keys are online; whoever steals them can raise every version that they name."""
 
 
 class Floor(msgspec.Struct, frozen=True, kw_only=True):
     """What a device has confirmed, below which it never goes again.
 
     `versions` holds metadata versions by role, `plan_seq` and `release_counter` are by family,
-    `time_s` is the newest signed time. That alone rises without a confirmation; and it is never
-    the device's own clock, which might be years ahead and would shut the device out for as long.
+    `time_s` is the newest signed time of issue, `online` the ids of the keys that vouched for the
+    versions. The time alone rises without a confirmation; and it is never the device's own clock,
+    which might be years ahead and would shut the device out for as long.
     """
 
     version: int = FLOOR_VERSION
@@ -52,6 +54,7 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
     plan_seq: dict[str, int] = {}
     release_counter: dict[str, int] = {}
     time_s: float = 0.0
+    online: str = ""
 
 
 class Freshness(msgspec.Struct, frozen=True):
@@ -104,31 +107,33 @@ def decode_floor(data: bytes) -> Floor:
 
 
 def merge_floors(one: Floor, other: Floor) -> Floor:
-    """The higher of two floors in every part."""
+    """The higher of two floors in every part; versions as `confirmed` raises them."""
+    older, newer = sorted((one, other), key=lambda each: each.versions.get("root", 0))
     return Floor(
-        versions=_higher(one.versions, other.versions),
+        versions=_higher(_binding(older, newer.versions, newer.online), newer.versions),
         plan_seq=_higher(one.plan_seq, other.plan_seq),
         release_counter=_higher(one.release_counter, other.release_counter),
         time_s=max(one.time_s, other.time_s),
+        online=newer.online,
     )
 
 
-def confirmed(
-    floor: Floor, plan: Plan, versions: dict[str, int], release_floor: int, issued_s: float
-) -> Floor:
-    """The floor after `plan` serves, under metadata of these versions.
+def confirmed(floor: Floor, versions: dict[str, int], online: str, issued_s: float) -> Floor:
+    """The floor after metadata of these versions was proven, under the `online` keys."""
+    return msgspec.structs.replace(
+        floor,
+        versions=_higher(_binding(floor, versions, online), versions),
+        time_s=max(floor.time_s, issued_s),
+        online=online,
+    )
 
-    A newer root may have changed the online keys, so it resets the versions of timestamp and
-    snapshot (TUF 5.3.11).
-    """
-    kept = dict(floor.versions)
-    if versions["root"] > kept.get("root", 0):
-        kept = {role: version for role, version in kept.items() if role not in _ONLINE}
-    return Floor(
-        versions=_higher(kept, versions),
+
+def planned(floor: Floor, plan: Plan, release_floor: int) -> Floor:
+    """The floor after `plan` serves, where the family's signed floor is `release_floor`."""
+    return msgspec.structs.replace(
+        floor,
         plan_seq=_higher(floor.plan_seq, {plan.family: plan.seq}),
         release_counter=_higher(floor.release_counter, {plan.family: release_floor}),
-        time_s=max(floor.time_s, issued_s),
     )
 
 
@@ -167,15 +172,12 @@ def time_payload(nonce: bytes, time_s: float) -> bytes:
     return b"headwater-time-1|" + nonce + b"|" + str(round(time_s * 1000)).encode()
 
 
-def check_versions(floor: Floor, versions: dict[str, int]) -> None:
+def check_versions(floor: Floor, versions: dict[str, int], online: str) -> None:
     """Refuse metadata below the floor, whatever a cache says.
 
     Raises: TrustError (metadata_rolled_back).
     """
-    rotated = versions["root"] > floor.versions.get("root", 0)
-    for role, lowest in floor.versions.items():
-        if rotated and role in _ONLINE:
-            continue
+    for role, lowest in _binding(floor, versions, online).items():
         if versions.get(role, 0) < lowest:
             raise TrustError(
                 "metadata_rolled_back",
@@ -223,6 +225,18 @@ def check_release(
             f"a release of {family!r} (counter {counter}) failed on this device before",
             "publish a mended release; this one is not tried again here",
         )
+
+
+def _binding(floor: Floor, versions: dict[str, int], online: str) -> dict[str, int]:
+    """The versions that still bind: of those that other online keys vouched for, the root's alone.
+
+    So a thief who raised versions out of reach is undone by new keys (TUF 5.3.11). A floor of
+    before keys were noted counts as of other keys once the root is newer.
+    """
+    root = floor.versions.get("root", 0)
+    if versions.get("root", 0) > root and online != floor.online:
+        return {"root": root}
+    return floor.versions
 
 
 def _higher(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
-from onnx import ModelProto, StringStringEntryProto
+from onnx import ModelProto, StringStringEntryProto, TensorProto, helper
 
 from edge_runtime.errors import PackageError
-from edge_runtime.inference.onnxfile import family_of, is_package, metadata_in
+from edge_runtime.inference.onnxfile import check_whole, family_of, is_package, metadata_in
 from edge_runtime.inference.runner import Runner
 
 
@@ -101,3 +102,97 @@ def test_of_a_file_far_larger_than_memory_only_the_metadata_is_read(tmp_path):
         metadata_in(path)
 
     assert caught.value.code == "unreadable_package"
+
+
+def external(tensor):
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "there.bin", "offset": "0", "length": "4"}.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+def a_graph(name="g"):
+    return helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], name, [], [])
+
+
+def in_the_weights(model):
+    return model.graph.initializer.add(name="w")
+
+
+def in_a_constant(model):
+    attribute = model.graph.node.add(op_type="Constant").attribute.add(name="value")
+    return attribute.t
+
+
+def in_a_list_of_an_attribute(model):
+    return model.graph.node.add(op_type="X").attribute.add(name="values").tensors.add()
+
+
+def in_sparse_weights(model):
+    return model.graph.sparse_initializer.add().values
+
+
+def in_indices_of_an_attribute(model):
+    return model.graph.node.add(op_type="X").attribute.add(name="v").sparse_tensor.indices
+
+
+def in_an_inner_graph(model):
+    attribute = model.graph.node.add(op_type="If").attribute.add(name="then_branch")
+    attribute.g.CopyFrom(a_graph())
+    inner = attribute.g.node.add(op_type="Loop").attribute.add(name="body")
+    inner.graphs.append(a_graph())
+    return inner.graphs[0].initializer.add(name="deep")
+
+
+def in_a_function(model):
+    node = model.functions.add(name="f", domain="d").node.add(op_type="Constant")
+    return node.attribute.add(name="value").t
+
+
+def in_what_trains(model):
+    return model.training_info.add().initialization.initializer.add(name="w")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(in_the_weights, in_a_constant, in_a_list_of_an_attribute, in_sparse_weights),
+        *(in_indices_of_an_attribute, in_an_inner_graph, in_a_function, in_what_trains),
+    ],
+)
+def test_weights_elsewhere_are_found_wherever_they_are_named(tmp_path, place):
+    model = helper.make_model(a_graph())
+    path = tmp_path / "m.onnx"
+    tensor = place(model)
+    tensor.raw_data = bytes(range(4)) * 1000
+    path.write_bytes(model.SerializeToString())
+    check_whole(path)
+    external(tensor)
+    path.write_bytes(model.SerializeToString())
+    assert code(check_whole, path) == "external_data"
+
+
+def test_a_good_package_is_whole(write_package):
+    check_whole(write_package()[0])
+
+
+def test_a_model_of_very_many_parts_is_still_read(tmp_path):
+    model = helper.make_model(a_graph())
+    for number in range(20_000):
+        model.graph.node.add(op_type="Identity", input=[f"{number}"], output=[f"{number + 1}"])
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    check_whole(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_garbage_is_refused_or_whole(tmp_path, write_package, seed):
+    good, chance = write_package()[0].read_bytes(), random.Random(seed)
+    path = tmp_path / "m.onnx"
+    for _ in range(200):
+        data = bytearray(good[: chance.randrange(1, len(good) + 1)])
+        for _ in range(chance.randint(0, 4)):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with contextlib.suppress(PackageError):
+            check_whole(path)

@@ -25,6 +25,7 @@ from edge_runtime.update.trust import (
     is_behind,
     lowest_time_s,
     merge_floors,
+    planned,
     seen,
 )
 
@@ -33,6 +34,7 @@ FLOOR = Floor(
     plan_seq={"f": 4},
     release_counter={"f": 3},
     time_s=1000.0,
+    online="k",
 )
 names = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1, max_size=4)
 numbers = st.dictionaries(names, st.integers(0, 100), max_size=4)
@@ -93,33 +95,43 @@ def test_merging_takes_the_higher_of_every_part(one: Floor, other: Floor) -> Non
 def test_confirming_never_lowers_plan_counter_or_time(
     floor: Floor, seq: int, counter: int, issued_s: float
 ) -> None:
-    after = confirmed(floor, plan(seq), {"root": 1}, counter, issued_s)
+    after = planned(confirmed(floor, {"root": 1}, "k", issued_s), plan(seq), counter)
     assert after.plan_seq.get("f", 0) >= max(seq, floor.plan_seq.get("f", 0))
     assert after.release_counter.get("f", 0) >= max(counter, floor.release_counter.get("f", 0))
     assert after.time_s >= floor.time_s
 
 
 def test_what_was_confirmed_passes_again_and_what_is_older_does_not() -> None:
-    check_versions(FLOOR, FLOOR.versions)
-    check_versions(FLOOR, FLOOR.versions | {"plans": 6, "m-new": 1})
+    check_versions(FLOOR, FLOOR.versions, "k")
+    check_versions(FLOOR, FLOOR.versions | {"plans": 6, "m-new": 1}, "k")
     for role in ("root", "timestamp", "snapshot", "targets", "plans"):
         older = FLOOR.versions | {role: FLOOR.versions[role] - 1}
         with pytest.raises(TrustError, match="metadata_rolled_back"):
-            check_versions(FLOOR, older)
+            check_versions(FLOOR, older, "k")
 
 
 def test_a_role_may_not_vanish() -> None:
     vanished = {role: version for role, version in FLOOR.versions.items() if role != "plans"}
     with pytest.raises(TrustError, match="metadata_rolled_back"):
-        check_versions(FLOOR, vanished)
+        check_versions(FLOOR, vanished, "k")
 
 
-def test_a_newer_root_resets_the_online_roles_and_no_others() -> None:
-    rotated = FLOOR.versions | {"root": 2, "timestamp": 1, "snapshot": 1}
-    check_versions(FLOOR, rotated)
-    assert confirmed(FLOOR, plan(), rotated, 0, 0.0).versions == rotated
+RECOVERED = {"root": 2, "timestamp": 1, "snapshot": 1, "targets": 1, "plans": 1}
+
+
+def test_new_online_keys_undo_the_versions_that_the_old_ones_vouched_for() -> None:
+    check_versions(FLOOR, RECOVERED, "new")
+    after = confirmed(FLOOR, RECOVERED, "new", 0.0)
+    assert (after.versions, after.plan_seq, after.online) == (RECOVERED, {"f": 4}, "new")
+    assert merge_floors(FLOOR, after) == merge_floors(after, FLOOR) == after
     with pytest.raises(TrustError, match="metadata_rolled_back"):
-        check_versions(FLOOR, rotated | {"plans": 4})
+        check_versions(after, RECOVERED | {"root": 1}, "k")
+
+
+def test_a_newer_root_with_the_same_online_keys_undoes_nothing() -> None:
+    for role in ("timestamp", "snapshot", "targets", "plans"):
+        with pytest.raises(TrustError, match="metadata_rolled_back"):
+            check_versions(FLOOR, FLOOR.versions | {"root": 2, role: 1}, "k")
 
 
 @pytest.mark.parametrize(
