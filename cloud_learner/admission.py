@@ -148,6 +148,7 @@ def published(device: str) -> list[str]:
         subjects.report(device),
         f"{_DIRECT_GET}.{subjects.STATE_STREAM}.{subjects.watermark(device)}",
         f"{_DIRECT_GET}.{subjects.TRUST_STREAM}.>",
+        subjects.TIME,
     ]
 
 
@@ -166,6 +167,7 @@ accounts {{
       {{ service: "hw.report.*" }}
       {{ service: "{get}.HW_STATE.hw.wm.*" }}
       {{ service: "{get}.HW_TRUST.>" }}
+      {{ service: "hw.time" }}
       {{ stream: "hw.wm.*" }}
       {{ stream: "hw.cmd.>" }}
       {{ stream: "hw.status.learner" }}

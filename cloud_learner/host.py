@@ -25,6 +25,7 @@ import msgspec
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.holdout import HoldOut
+from cloud_learner.floors import Floors
 from cloud_learner.gate import Judgement
 from cloud_learner.ingest.intake import Released
 from cloud_learner.learner import Learner
@@ -32,6 +33,7 @@ from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releasing, release_signers
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.streams import make_streams
+from cloud_learner.timekeeper import Timekeeper
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
@@ -79,6 +81,8 @@ class Host:
             submit=self.submit,
             on_released=self._on_released,
         )
+        self._timekeeper = Timekeeper(home.root, bus, clock)
+        self._floors = Floors(home.root / "floors.json")
         self._quarantined_reports = self._reconnects = 0
 
     async def run(self) -> None:
@@ -87,6 +91,7 @@ class Host:
         for releasing in self.releasing.values():
             await releasing.controller.start()
         reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
+        answers = await self._timekeeper.start()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.learner.run())
@@ -96,6 +101,9 @@ class Host:
                 group.create_task(self._look())
         finally:
             await reports.close()
+            await answers.close()
+            with contextlib.suppress(OSError):
+                self._floors.save()
             for releasing in self.releasing.values():
                 await releasing.close()
 
@@ -123,7 +131,11 @@ class Host:
             time_s=self._clock.now_s(),
             clock_s=self.learner.clock_s,
             events_archived=self.learner.archived,
-            counters={**counters, "bad_reports": self._quarantined_reports},
+            counters={
+                **counters,
+                **self._timekeeper.statistics(),
+                "bad_reports": self._quarantined_reports,
+            },
             freshness_s=[sample for r in rollouts.values() for sample in r["freshness_s"]],
             stage=", ".join(stages),
             gates=[
@@ -135,6 +147,7 @@ class Host:
                 {
                     "families": found,
                     "duplicate_identities": self.learner.ingest.duplicates,
+                    "restored_devices": self._floors.restored(),
                     "paused": self.learner.ingest.paused,
                 }
             ),
@@ -175,6 +188,7 @@ class Host:
             self._quarantined_reports += 1
             return
         self.learner.ingest.hear(report)
+        self._floors.hear(report, self._clock.now_s())
         for name, releasing in self.releasing.items():
             await releasing.report(report, self.learner.courses[name].number)
 
@@ -220,6 +234,8 @@ class Host:
         while True:
             await asyncio.sleep(LOOK_S)
             await self.look()
+            with contextlib.suppress(OSError):  # the disk is full: tried again
+                await asyncio.to_thread(self._floors.save)
 
     async def _maintain(self) -> None:
         while True:

@@ -28,6 +28,7 @@ from edge_runtime.api.socket import SocketServer
 from edge_runtime.config import EdgeConfig
 from edge_runtime.cpus import flush_denormals
 from edge_runtime.device import standing
+from edge_runtime.device.starts import Starts
 from edge_runtime.errors import ConfigError
 from edge_runtime.runtime import Runtime
 
@@ -61,18 +62,23 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
     root = _read_root(config)
     _check_access(config)
     flush_denormals()
+    starts = Starts(config)
+    starts.begin()
     with Runtime.open(config) as runtime:
         # Until here a signal ends the process at once, for a model may hang when it is loaded.
         stop = _stop_on_signals(asyncio.get_running_loop())
-        parts: Parts = {}
+        parts: Parts = {"starts": starts.statistics, "watch": runtime.watch.statistics}
         async with _listening(runtime, parts) as where:
             log.info("%s serves %s at %s", config.device, _served(runtime), where)
             notify.ready(f"serves {_served(runtime)}")
             if on_ready is not None:
                 on_ready(runtime)
             async with _cloud_side(runtime, root, parts) as works:
-                await _run_until(stop, notify.watchdog(), *works)
+                local = [notify.watchdog(), starts.settle(), runtime.watch.run()]
+                await _run_until(stop, *local, *works)
             notify.stopping()
+    starts.well()
+    starts.close()
     log.info("%s stopped", config.device)
     _leave_behind()
 

@@ -134,6 +134,16 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644, files: Files | None
     files.sync_directory(path.parent)
 
 
+def remove_strays(directory: Path) -> None:
+    """Remove what `write_atomic` left half written below `directory` when it was killed.
+
+    For the one owner of the directory, before it writes. What cannot be removed stays.
+    """
+    for stray in directory.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            stray.unlink()
+
+
 def replace_whole(path: Path, data: bytes, mode: int, files: Files) -> None:
     """Replace `path` by `data`; a crash leaves the one or the other until the directory is synced.
 

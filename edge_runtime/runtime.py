@@ -32,6 +32,7 @@ from edge_runtime.device.family import Family
 from edge_runtime.device.releases import Releases
 from edge_runtime.device.serving import ModelInfo, Serving
 from edge_runtime.device.sketching import Sketcher
+from edge_runtime.device.watch import Watch
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import position
@@ -66,8 +67,8 @@ class Runtime:
         self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
         self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
         self.sketcher = Sketcher(self.log, self._members, clock)
-        self._ends = contextlib.ExitStack()
-        self._closed = False
+        self.watch = Watch(self._members, self.rollback_async)
+        self._ends, self._closed = contextlib.ExitStack(), False
 
     @classmethod
     def open(
@@ -219,9 +220,9 @@ class Runtime:
 
     # Releases.
     def swap(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
-        """Serve `arms`, loaded and proven, as `plan` says; no request is dropped. Windows that are
-        new are rebuilt from the log first, which may take long: in an event loop use `adopt`.
-        Raises: PackageError, TrustError, CapacityError, with what serves unchanged.
+        """Serve `arms`, loaded and proven, as `plan` says; no request is dropped. New windows come
+        from the log first, which may take long: in an event loop use `adopt`. Raises: PackageError,
+        TrustError, CapacityError, with what serves unchanged.
         """
         self._releases.swap(self._asking.family(family), arms, plan)
 
@@ -230,10 +231,9 @@ class Runtime:
         await self._releases.adopt(self._asking.family(family), arms, plan)
 
     def rollback(self, family: str, reason: str) -> str:
-        """Leave the newest release for the one before it, from the shelf, and quarantine what is
-        left; with a canary, the canary is left. Returns the release that serves now. Raises:
-        RequestError (unknown_family, nothing_to_roll_back), PackageError and CapacityError with
-        what serves unchanged.
+        """Leave the newest release, or the canary, for what served before it, and quarantine it;
+        returns what serves now. Raises: RequestError (unknown_family, nothing_to_roll_back),
+        PackageError and CapacityError with what serves unchanged.
         """
         return self._releases.roll_back(self._asking.family(family), reason)
 

@@ -31,6 +31,7 @@ from edge_runtime.runtime import Runtime
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
 from edge_runtime.update.shelf import Shelf
+from edge_runtime.update.trust import Freshness
 
 log = logging.getLogger("edge_runtime.daemon")
 
@@ -99,6 +100,8 @@ class _Refusing:
     def __init__(self, error: HeadwaterError) -> None:
         self._error = error
 
+    freshness = Freshness()
+
     def refresh(self) -> None:
         raise self._error
 
@@ -106,6 +109,9 @@ class _Refusing:
         raise self._error
 
     def fetch(self, _arm: PlanArm, _package: Variant, _shelf: Shelf) -> Path:
+        raise self._error
+
+    def lowest_counter(self, _family: str) -> int:
         raise self._error
 
     def confirm(self, _plan: Plan) -> None:
@@ -116,7 +122,8 @@ def _open_client(
     config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
 ) -> Updates:
     try:
-        return UpdateClient(config.state_dir / "update", root, fetcher, clock)
+        directory = config.state_dir / "update"
+        return UpdateClient(directory, root, fetcher, clock, ask_time=fetcher.ask_time)
     except HeadwaterError as error:
         log.warning("no updates until this is mended, what runs is unchanged: %s", error)
         return _Refusing(error)

@@ -39,12 +39,17 @@ async def no_ack() -> None:
     """The acknowledgement of a message that needs none."""
 
 
+async def no_answer(_data: bytes) -> None:
+    """The answer to a message that asks for none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message: where it was sent, its bytes and headers, and its place in the stream.
 
     `seq` counts from 1 within the stream and is 0 for a message that no stream holds. `ack` tells
-    the broker that a pulled message is dealt with; for any other message it does nothing.
+    the broker that a pulled message is dealt with, `answer` sends to whom that sent it with
+    `Bus.ask`; for any other message they do nothing.
     """
 
     subject: str
@@ -52,6 +57,7 @@ class Message:
     headers: dict[str, str] = field(default_factory=dict)
     seq: int = 0
     ack: Callable[[], Awaitable[None]] = no_ack
+    answer: Callable[[bytes], Awaitable[None]] = no_answer
 
 
 def check_message(subject: str, data: bytes, headers: dict[str, str]) -> None:
@@ -121,6 +127,13 @@ class Bus(Protocol):
         """Send to whoever listens now; not stored.
 
         Raises: TransportError `unreachable`; RequestError as `check_message`.
+        """
+
+    async def ask(self, subject: str, data: bytes, *, timeout_s: float = 5.0) -> bytes:
+        """Send to whoever listens now, and return the first `Message.answer` to it.
+
+        Raises: TransportError `unreachable`, `timeout`, `nobody` (no one listens there),
+        `not_allowed`; RequestError as `check_message`.
         """
 
     async def subscribe(

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from edge_runtime.bus.answers import own_headers
-from edge_runtime.bus.base import UNHEARD_MAX, Message
+from edge_runtime.bus.base import UNHEARD_MAX, Message, no_answer
 from edge_runtime.bus.link import Link, log
 
 Callback = Callable[[Message], Awaitable[None]]
@@ -56,11 +57,17 @@ class Listener:
         if self._ears is not None:
             await self._ears[0].silence(self._ears[1])
 
+    async def _answer(self, where: str, data: bytes) -> None:
+        if self._ears is not None:
+            await self._ears[0].send(where, data)
+
     async def _receive(self, raw: Any) -> None:
         if self._closed:
             return
         try:
-            await self._callback(Message(raw.subject, raw.data, own_headers(raw)))
+            answer = partial(self._answer, raw.reply) if raw.reply else no_answer
+            message = Message(raw.subject, raw.data, own_headers(raw), answer=answer)
+            await self._callback(message)
         except Exception:
             self._counters["callback_errors"] += 1
             log.exception("a subscriber to %s failed", self._subject)

@@ -77,11 +77,12 @@ class MemoryBroker:
                 return stream
         raise TransportError("no_stream", f"no stream holds {subject}")
 
-    def deliver(self, message: Message) -> None:
-        """Hand a message to every core listener on its subject."""
-        for listener in self.listeners:
-            if matches(listener.subject, message.subject):
-                listener.take(message)
+    def deliver(self, message: Message) -> bool:
+        """Hand a message to every core listener on its subject; whether there is one."""
+        found = [each for each in self.listeners if matches(each.subject, message.subject)]
+        for listener in found:
+            listener.take(message)
+        return bool(found)
 
     def _consumers(self) -> list[Consumer]:
         return [c for stream in self.streams.values() for c in stream.consumers.values()]
@@ -131,6 +132,22 @@ class MemoryBus:
         check_message(subject, data, {})
         self._check_connected()
         self._broker.deliver(Message(subject, data))
+
+    async def ask(self, subject: str, data: bytes, *, timeout_s: float = 5.0) -> bytes:
+        check_message(subject, data, {})
+        self._check_connected()
+        end: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def answer(reply: bytes) -> None:
+            if not end.done():
+                end.set_result(reply)
+
+        if not self._broker.deliver(Message(subject, data, answer=answer)):
+            raise TransportError("nobody", f"nobody answers on {subject}")
+        try:
+            return await asyncio.wait_for(end, timeout_s)
+        except TimeoutError as error:
+            raise TransportError("timeout", f"no answer on {subject}") from error
 
     async def subscribe(self, subject: str, callback: Callback) -> Subscription:
         listener = _Listener(self._broker, subject, callback, self._counters)

@@ -123,6 +123,13 @@ class NatsBus:
         check_message(subject, data, {})
         await self._live().send(subject, data)
 
+    async def ask(self, subject: str, data: bytes, *, timeout_s: float = 5.0) -> bytes:
+        check_message(subject, data, {})
+        answer = await (await self._live().ask(subject, data, None, timeout_s)).answer()
+        if status_of(answer) == "503":
+            raise TransportError("nobody", f"nobody answers on {subject}")
+        return bytes(answer.data)
+
     async def subscribe(self, subject: str, callback: Callback) -> Subscription:
         listener = Listener(subject, callback, self._counters, self._listeners.remove)
         self._listeners.append(listener)

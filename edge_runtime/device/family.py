@@ -56,6 +56,8 @@ class Family:
         self.plan: Plan | None = None
         self._device, self._clock = device, clock
         self.salt = device
+        self.answers = 0
+        self.newest: Scored | None = None
         self._since: dict[tuple[str, str], float] = {}
 
     def follow(
@@ -98,6 +100,7 @@ class Family:
         ]
         if index:
             scored.insert(0, scored.pop(index))
+        self.answers, self.newest = self.answers + 1, scored[0]
         return PredictionRecord(
             self.name,
             *said,
@@ -117,6 +120,10 @@ class Family:
         except (TypeError, ValueError, OverflowError):  # a value that no record can carry
             return False
         return max(sizes, default=0) <= RECORD_BYTES_MAX
+
+    def live(self) -> tuple[int, int, Scored | None]:
+        """Answers so far, runs that failed so far, and the newest answer."""
+        return self.answers, self.pipeline.statistics()["run_failures"], self.newest
 
     @property
     def plan_seq(self) -> int:

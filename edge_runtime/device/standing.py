@@ -66,6 +66,9 @@ def health(config: EdgeConfig, status: Mapping[str, Any]) -> dict[str, Any]:
         "log_full": bool(config.nats) and status["log"]["bytes"] > nearly,
         "stream_full": uplink.get("held", 0),
         "duplicate_identity": uplink.get("duplicate_identity", 0),
+        "bad_answers": status.get("watch", {}).get("releases_left", 0),
+        "crash_loop": status.get("starts", {}).get("releases_left", 0),
+        "metadata_stale": status.get("agent", {}).get("metadata_stale", 0),
     }
     reasons = [name for name, sign in signs.items() if sign]
     return {"degraded": int(bool(reasons)), "reasons": reasons}

@@ -4,9 +4,10 @@ Why: nobody logs in to a device. It asks by itself, proves what it gets, swaps w
 request, and whatever goes wrong leaves the current release serving and shows in the next report.
 
 Invariants: network, disk and model loading happen on the thread `update`, swaps on the event loop.
-A release serves before its plan is confirmed, and is remembered for a restart after that. A package
-that fails on this device, or that was left by a local roll back, is quarantined by its hash and
-never tried again: a plan that has nothing else is refused, until a newer one names other packages.
+A release serves before it is remembered for a restart, and that comes before the floor rises to
+it: no crash leaves a floor above what a restart, or a roll back, finds on the shelf. A package that
+fails on this device, or that was left by a local roll back, is quarantined by its hash and never
+tried again: a plan that has nothing else is refused, until a newer one names other packages.
 
 Knows nothing about signatures (the client proves them) nor about how predictions are made.
 """
@@ -32,6 +33,7 @@ from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.arms import good_packages, load_plan_arm, packages_kept
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
+from edge_runtime.update.trust import Freshness
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import FeatureSketch, Mark, Report
 
@@ -62,11 +64,16 @@ class Host(Protocol):
 class Updates(Protocol):
     """What the agent asks of an update client, on the thread `update`."""
 
+    @property
+    def freshness(self) -> Freshness: ...
+
     def refresh(self) -> None: ...
 
     def plan(self, family: str, /) -> Plan: ...
 
     def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path: ...
+
+    def lowest_counter(self, family: str, /) -> int: ...
 
     def confirm(self, plan: Plan, /) -> None: ...
 
@@ -133,7 +140,12 @@ class Agent:
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start; refused updates as `refused_<error code>`."""
-        return dict(self._counts) | {f"refused_{code}": n for code, n in self._refused.items()}
+        fresh = self._client.freshness
+        return (
+            dict(self._counts)
+            | {"metadata_issued_s": int(fresh.issued_s), "metadata_stale": int(fresh.stale)}
+            | {f"refused_{code}": n for code, n in self._refused.items()}
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -182,9 +194,9 @@ class Agent:
         return self._client.fetch(arm, package, self._shelf)
 
     def _settle(self, plan: Plan, current: Sequence[Plan]) -> None:
-        """Confirm and remember `plan`; keep the packages that run, and those to go back to."""
+        """Remember and confirm `plan`; keep the packages that run, and those to go back to."""
+        self._shelf.save_current(plan, self._client.lowest_counter(plan.family))
         self._client.confirm(plan)
-        self._shelf.save_current(plan)
         previous = [self._shelf.load_previous(family) for family in self._host.families]
         arms = [arm for each in current for arm in each.arms]
         arms += [each.stable for each in previous if each is not None]
@@ -212,8 +224,15 @@ class Agent:
         while True:
             self._changed.clear()
             sketches = await asyncio.to_thread(self._sketches)
-            told = self._host.report(dict(self._refused))
-            told = msgspec.structs.replace(told, durable=self._durable(), sketches=sketches)
+            told, fresh = self._host.report(dict(self._refused)), self._client.freshness
+            told = msgspec.structs.replace(
+                told,
+                counters=told.counters | {"metadata_stale": int(fresh.stale)},
+                durable=self._durable(),
+                sketches=sketches,
+                floor=list(fresh.floor),
+                issued_s=fresh.issued_s,
+            )
             try:
                 await self._bus.publish(subject, codec.encode(told))
                 self._counts["reports"] += 1

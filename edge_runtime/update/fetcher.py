@@ -93,6 +93,10 @@ class BusFetcher(Fetcher):
             for index, data in zip(window, answers, strict=True):
                 yield _checked(data, sizes[index], f"chunk {index} of {sha256[:12]}")
 
+    def ask_time(self, question: bytes) -> bytes:
+        """What is answered to a question of the time. Raises: DownloadError."""
+        return self._wait(self._bus.ask(subjects.TIME, question))
+
     def statistics(self) -> dict[str, int]:
         """Round trips made and bytes received."""
         return dict(self._counts)

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.errors import CapacityError, TrustError
-from edge_runtime.files import fsync_directory, write_atomic
+from edge_runtime.files import fsync_directory, remove_strays, write_atomic
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
 
 PLANS_VERSION = 2
@@ -50,6 +50,7 @@ class Shelf:
         self._directory = directory
         self._packages = directory / "packages"
         self._packages.mkdir(parents=True, exist_ok=True)
+        remove_strays(directory)
         for leftover in self._packages.glob(".*.part"):
             leftover.unlink()
         self._lock = threading.Lock()
@@ -95,13 +96,15 @@ class Shelf:
         with self._lock, _ours("the shelf"):
             return self._prune(keep)
 
-    def save_current(self, plan: Plan) -> None:
+    def save_current(self, plan: Plan, lowest_counter: int = 0) -> None:
         """Remember durably that the arms of `plan` run now, in place of its family's last one.
+
+        A release below `lowest_counter` is nothing to go back to any more.
 
         Raises: CapacityError (shelf_unwritable), with the last one kept.
         """
         with self._lock, _ours(f"the current plan of {plan.family}"):
-            write_atomic(self._current(plan.family), self._encoded(plan))
+            write_atomic(self._current(plan.family), self._encoded(plan, lowest_counter))
 
     def load_current(self, family: str) -> Plan | None:
         """The plan that ran last; None before the first. Raises: TrustError (bad_plan)."""
@@ -153,13 +156,14 @@ class Shelf:
         self._counts["pruned"] += len(gone)
         return len(gone)
 
-    def _encoded(self, plan: Plan) -> bytes:
+    def _encoded(self, plan: Plan, lowest_counter: int) -> bytes:
         """The family's file with `plan` as the current one; one that cannot be read is given up."""
         try:
             known = self._plans(plan.family)
         except TrustError:
             known = None, None
-        before = [each for each in known if each and self._is_good_before(each, plan)]
+        good = [each for each in known if each and self._is_good_before(each, plan)]
+        before = [each for each in good if each.stable.counter >= lowest_counter]
         plans = [msgspec.Raw(encode_plan(each)) for each in (plan, *before[:1])]
         return msgspec.json.encode(_Plans(PLANS_VERSION, plans))
 

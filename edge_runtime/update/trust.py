@@ -28,6 +28,13 @@ TIME_ROLE = "time"
 RELEASE_FLOOR_FIELD = "x-release-floor"
 ISSUED_FIELD = "x-issued-at"
 FLOOR_VERSION = 1
+NONCE_BYTES = 16
+SKEW_S = 300.0
+"""How far a clock may be behind a signed time before it counts as wrong."""
+STALE_S = 18 * 3600.0
+"""Metadata is signed afresh every half day: what was issued longer ago is being held back."""
+TIME_KEPT_S = 3600.0
+"""By how much the signed time must rise before it is stored again: flash wears out."""
 
 ONLINE = ("timestamp", "snapshot")
 """The roles whose keys are online; whoever steals them can raise every version that they name."""
@@ -37,8 +44,9 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
     """What a device has confirmed, below which it never goes again.
 
     `versions` holds metadata versions by role, `plan_seq` and `release_counter` are by family,
-    `time_s` is the newest signed time of issue, `online` the ids of the keys that vouched for
-    the versions.
+    `time_s` is the newest signed time of issue, `online` the ids of the keys that vouched for the
+    versions. The time alone rises without a confirmation; and it is never the device's own clock,
+    which might be years ahead and would shut the device out for as long.
     """
 
     version: int = FLOOR_VERSION
@@ -47,6 +55,18 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
     release_counter: dict[str, int] = {}
     time_s: float = 0.0
     online: str = ""
+
+
+class Freshness(msgspec.Struct, frozen=True):
+    """How far the metadata of a device is: for its report, its status and the alarm.
+
+    `floor` holds the confirmed versions of root and timestamp, `issued_s` is when the newest
+    metadata that was believed was signed; `stale`: that was too long ago when it arrived.
+    """
+
+    floor: tuple[int, int] = (0, 0)
+    issued_s: float = 0.0
+    stale: bool = False
 
 
 class _Sealed(msgspec.Struct):
@@ -117,9 +137,39 @@ def planned(floor: Floor, plan: Plan, release_floor: int) -> Floor:
     )
 
 
-def trusted_time_s(floor: Floor, now_s: float) -> float:
-    """The time to judge expiry by: a clock that was set back counts as the newest signed time."""
-    return max(now_s, floor.time_s)
+def seen(floor: Floor, signed_s: float) -> Floor:
+    """The floor after a signed time was seen; the same one where it would rise only a little."""
+    if signed_s < floor.time_s + TIME_KEPT_S:
+        return floor
+    return msgspec.structs.replace(floor, time_s=signed_s)
+
+
+def lowest_time_s(floor: Floor, root_issued_s: float) -> float:
+    """It cannot be earlier: the newest signed time, or the issue of the root the device got."""
+    return max(floor.time_s, root_issued_s)
+
+
+def is_behind(now_s: float, signed_s: float) -> bool:
+    """Whether a clock that says `now_s` is wrong, for this much was signed already."""
+    return now_s < signed_s - SKEW_S
+
+
+def check_issued(issued_s: float, now_s: float) -> None:
+    """Refuse metadata from the future, `now_s` being a signed time.
+
+    Raises: TrustError (issued_ahead).
+    """
+    if is_behind(now_s, issued_s):
+        raise TrustError(
+            "issued_ahead",
+            f"the metadata was issued {issued_s - now_s:.0f} s from now; nothing is installed",
+            "the clock where it is signed is wrong, or the timestamp key is stolen",
+        )
+
+
+def time_payload(nonce: bytes, time_s: float) -> bytes:
+    """What the time key signs."""
+    return b"headwater-time-1|" + nonce + b"|" + str(round(time_s * 1000)).encode()
 
 
 def check_versions(floor: Floor, versions: dict[str, int], online: str) -> None:
@@ -194,6 +244,4 @@ def _higher(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 
 def _unreadable(what: str) -> TrustError:
-    return TrustError(
-        "floor_unreadable", f"floor: {what}; nothing is installed", "enrol the device anew"
-    )
+    return TrustError("floor_unreadable", f"floor: {what}")

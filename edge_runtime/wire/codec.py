@@ -25,6 +25,8 @@ from edge_runtime.wire.messages import (
     LearnerStatus,
     Record,
     Report,
+    TimeAnswer,
+    TimeQuestion,
     Watermark,
 )
 
@@ -45,6 +47,8 @@ _envelope = msgspec.msgpack.Decoder(Envelope)
 _watermark = msgspec.msgpack.Decoder(Watermark)
 _report = msgspec.msgpack.Decoder(Report)
 _status = msgspec.msgpack.Decoder(LearnerStatus)
+_time_question = msgspec.msgpack.Decoder(TimeQuestion)
+_time_answer = msgspec.msgpack.Decoder(TimeAnswer)
 
 encode = _encoder.encode
 
@@ -87,6 +91,16 @@ def decode_report(data: bytes) -> Report:
 def decode_status(data: bytes) -> LearnerStatus:
     """A learner status. Raises: RequestError."""
     return _decode(_status, data, "status")
+
+
+def decode_time_question(data: bytes) -> TimeQuestion:
+    """A question of the time. Raises: RequestError."""
+    return _decode(_time_question, data, "question")
+
+
+def decode_time_answer(data: bytes) -> TimeAnswer:
+    """A signed time. Raises: RequestError."""
+    return _decode(_time_answer, data, "signed time")
 
 
 def pack_envelope(envelope: Envelope) -> tuple[bytes, dict[str, str]]:

@@ -167,7 +167,9 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     """What a device says about itself. Counters count since the start of the process `epoch`.
 
     `durable` is where each epoch and class ends on the device that the learner may not hold whole.
-    `sketches` come about once a minute, each family's in one report only.
+    `sketches` come about once a minute, each family's in one report only. `floor` holds the
+    versions of root and timestamp that the device confirmed last: it never goes back in one life
+    of its disk. `issued_s` is the signed time of issue of the newest metadata that it has seen.
     """
 
     version: int
@@ -184,6 +186,29 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     log_pending: int
     durable: list[Mark] = []
     sketches: list[FeatureSketch] = []
+    floor: list[int] = []
+    issued_s: float = 0.0
+
+
+class TimeQuestion(msgspec.Struct, array_like=True, frozen=True):
+    """What time is it? `nonce` is 16 random bytes, so that no old answer fits."""
+
+    version: int
+    nonce: bytes
+
+
+class TimeAnswer(msgspec.Struct, array_like=True, frozen=True):
+    """The wall time `time_s` when the question with this nonce came, signed by the key `keyid`.
+
+    `signature` is by a key of the role `time` over "headwater-time-1|", the nonce, "|" and the time
+    in whole milliseconds as decimal digits.
+    """
+
+    version: int
+    nonce: bytes
+    time_s: float
+    signature: bytes
+    keyid: str
 
 
 class LearnerStatus(msgspec.Struct, array_like=True, frozen=True):

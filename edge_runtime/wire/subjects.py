@@ -22,6 +22,7 @@ TRUST_STREAM = "HW_TRUST"
 TRUST_ALL = ["hw.meta.>", "hw.blob.>"]
 REFRESH = "hw.cmd.refresh"
 LEARNER_STATUS = "hw.status.learner"
+TIME = "hw.time"
 
 
 def checked_name(name: str, what: str) -> str:

@@ -30,6 +30,7 @@ def test_each_subject_of_the_code_is_an_address_and_the_other_way_round():
             subjects.chunk(SHA256, 2),
             subjects.LEARNER_STATUS,
             subjects.REFRESH,
+            subjects.TIME,
         ]
     )
 

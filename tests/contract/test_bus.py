@@ -641,3 +641,36 @@ async def until_unreachable(bus: Bus, subject: str) -> None:
         except TransportError as error:
             assert error.code == "unreachable"  # noqa: PT017
         await asyncio.sleep(0)
+
+
+def test_a_question_is_answered_by_who_listens(play):
+    async def scenario(world: World) -> None:
+        asking, answering = await world.bus(), await world.bus()
+
+        async def double(message: Message) -> None:
+            await message.answer(message.data * 2)
+
+        subscription = await answering.subscribe(world.subject("ask"), double)
+        assert await asking.ask(world.subject("ask"), b"ab") == b"abab"
+        await asking.send(world.subject("ask"), b"asks for nothing")
+        assert await asking.ask(world.subject("ask"), b"c") == b"cc"
+        assert answering.statistics()["callback_errors"] == 0
+        await subscription.close()
+
+    play(scenario)
+
+
+def test_a_question_that_nobody_answers_ends(play):
+    async def scenario(world: World) -> None:
+        bus = await world.bus()
+        with pytest.raises(TransportError, match="nobody"):
+            await bus.ask(world.subject("ask"), b"")
+
+        async def silent(_message: Message) -> None:
+            pass
+
+        await bus.subscribe(world.subject("ask"), silent)
+        with pytest.raises(TransportError, match="timeout"):
+            await bus.ask(world.subject("ask"), b"", timeout_s=QUIET_S)
+
+    play(scenario)

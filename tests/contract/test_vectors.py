@@ -24,6 +24,8 @@ DECODERS = {
     "watermark": codec.decode_watermark,
     "report": codec.decode_report,
     "learner-status": codec.decode_status,
+    "time-question": codec.decode_time_question,
+    "time-answer": codec.decode_time_answer,
 }
 
 

@@ -436,3 +436,22 @@ def test_the_commands_admit_list_and_expel(home, tmp_path):
     assert learner("expel", "new")[0] == 0
     assert learner("expel", "new")[0] == 2
     assert learner("admit", "new", "U123")[0] == 2
+
+
+def test_a_device_asks_the_time_and_nobody_but_the_learner_hears_or_answers_it(play) -> None:
+    async def scenario(world: World) -> None:
+        learner, device = await world.learner(), await world.device("kiosk-1")
+        other = await world.device("kiosk-2")
+
+        async def answer(message: Message) -> None:
+            await message.answer(b"said to " + message.data)
+
+        async with hearing(other, subjects.TIME) as heard:
+            assert await refusal(device.ask(subjects.TIME, b"")) in {"nobody", "timeout"}
+            subscription = await learner.subscribe(subjects.TIME, answer)
+            assert await device.ask(subjects.TIME, b"kiosk-1") == b"said to kiosk-1"
+            assert await other.ask(subjects.TIME, b"kiosk-2") == b"said to kiosk-2"
+            assert heard.empty()
+            await subscription.close()
+
+    play(scenario)

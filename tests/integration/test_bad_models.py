@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -33,6 +34,7 @@ from edge_runtime.bus import nats
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.config import EdgeConfig
+from edge_runtime.device.watch import BAD_LOOKS
 from edge_runtime.errors import PackageError, TrustError
 from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.slot import Arm
@@ -261,6 +263,65 @@ def test_a_bad_package_is_refused_by_name_and_the_old_one_serves_on(
 @on_x86
 def test_a_package_that_ends_the_process_ends_another_one(device: Device) -> None:
     assert refused(device, device.spoiled(CRASHES)) == "package_crashed"
+
+
+# Sound on the samples, whose features are 100 at most; a distance is more.
+SAYS_NAN = """ <float none = {0}, float high = {500}, int64[1] axis = {1}> {
+    sum = ReduceSum (features, axis)
+    logit = Mul (sum, thousandth)
+    said = Sigmoid (logit)
+    most = ReduceMax <axes = [1]> (features)
+    left = Sub (high, most)
+    root = Sqrt (left)
+    nothing = Mul (root, none)
+    probability = Add (said, nothing) }"""
+FAILS = """ <float high = {500}, float[1,1] table = {0}, int64[1] axis = {1}> {
+    sum = ReduceSum (features, axis)
+    logit = Mul (sum, thousandth)
+    said = Sigmoid (logit)
+    most = ReduceMax <axes = [1], keepdims = 0> (features)
+    part = Div (most, high)
+    place = Cast <to = 7> (part)
+    nothing = Gather (table, place)
+    probability = Add (said, nothing) }"""
+
+
+@pytest.mark.parametrize("body", [SAYS_NAN, FAILS], ids=["nan", "fails"])
+def test_r5_a_release_that_only_fails_on_what_really_comes_is_left_without_a_network(
+    device: Device, body: str
+) -> None:
+    body = body.replace("<float", "<float thousandth = {0.001}, float", 1)
+    data = device.spoiled(computing(body))
+    before = device.answer()
+
+    def ask() -> None:
+        with contextlib.suppress(PackageError):
+            assert not math.isfinite(device.answer()[1][0])
+
+    async def looks(count: int) -> None:
+        for _ in range(count):
+            ask()
+            await device.runtime.watch.look()
+
+    asyncio.run(device.runtime.watch.look())
+    device.update(data)
+    asyncio.run(looks(BAD_LOOKS - 1))
+    assert device.runtime.model("toy").releases == ("r2",)
+    asyncio.run(looks(1))
+    assert device.answer() == before
+    assert device.runtime.watch.statistics()["releases_left"] == 1
+    with pytest.raises(TrustError, match="release_quarantined"):
+        device.update(data)
+
+
+def test_r5_the_last_release_is_not_left_and_a_good_answer_acquits(device: Device) -> None:
+    async def looks(count: int) -> None:
+        for _ in range(count):
+            await device.runtime.watch.look()
+
+    device.answer()
+    asyncio.run(looks(2 * BAD_LOOKS))
+    assert device.runtime.watch.statistics() == {"bad_looks": 0, "releases_left": 0}
 
 
 def test_metadata_that_is_no_text_is_refused(device: Device) -> None:

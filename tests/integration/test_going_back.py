@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from edge_runtime.device.starts import STARTS_MAX
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "edge_runtime.cli"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -29,7 +31,7 @@ def edge_runtime(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[None]:
+def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The device in `folder`, from when it says that it is ready until it has ended."""
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor,
@@ -46,7 +48,7 @@ def running(folder: Path) -> Iterator[None]:
         )
         try:
             assert supervisor.recv(4096).startswith(b"READY=1")
-            yield
+            yield daemon
             daemon.terminate()
             assert daemon.wait(10) == 0
         finally:
@@ -80,3 +82,45 @@ def test_a_device_goes_back_when_told_and_stays_there_over_a_restart(
     assert f"factory-{second_sha256[:12]} is left" in (tmp_path / "log").read_text()
     with running(tmp_path):
         assert serving(tmp_path) == before
+
+
+def crashed(folder: Path) -> str:
+    """What the device in `folder` serves, before it dies."""
+    with contextlib.suppress(AssertionError), running(folder) as daemon:
+        found = serving(folder)
+        daemon.kill()
+        daemon.wait(10)
+    return found
+
+
+def test_r6_a_device_that_dies_again_and_again_leaves_its_newest_release(
+    tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
+) -> None:
+    (first, first_sha256), (second, second_sha256) = write_package(0.0), write_package(1.0)
+    for options in (["--device", "EWR", "--package", str(first)], ["--package", str(second)]):
+        done = edge_runtime(tmp_path, "init", *options)
+        assert done.returncode == 0, done.stderr
+    newest, before = (f"factory-{each[:12]}" for each in (second_sha256, first_sha256))
+    for _ in range(STARTS_MAX):
+        assert crashed(tmp_path) == newest
+    with running(tmp_path):
+        assert serving(tmp_path) == before
+        status = json.loads(edge_runtime(tmp_path, "status", "--json").stdout)
+        assert status["starts"] == {"starts": 1, "releases_left": 1}
+        assert status["health"]["reasons"] == ["crash_loop"]
+    quarantine = json.loads((tmp_path / "state" / "shelf" / "quarantine.json").read_text())
+    assert quarantine == {second_sha256: "crash_loop"}
+
+
+def test_r9_a_second_agent_on_a_state_directory_is_refused_and_counts_for_nothing(
+    tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
+) -> None:
+    (first, _), (second, sha256) = write_package(0.0), write_package(1.0)
+    for options in (["--device", "EWR", "--package", str(first)], ["--package", str(second)]):
+        assert edge_runtime(tmp_path, "init", *options).returncode == 0
+    with running(tmp_path):
+        other = edge_runtime(tmp_path, "run")
+        assert (other.returncode, "already_owned" in other.stderr) == (2, True), other.stderr
+        assert serving(tmp_path) == f"factory-{sha256[:12]}"
+    with running(tmp_path):
+        assert serving(tmp_path) == f"factory-{sha256[:12]}"

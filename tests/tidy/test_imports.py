@@ -33,7 +33,7 @@ CLOUD_ORDER = (
     STEPS,
     ("rules",),
     ("cycle",),
-    ("course", "gate", "publisher", "controller"),
+    ("course", "gate", "publisher", "controller", "floors", "timekeeper"),
     ("learner", "releasing"),
     ("host",),
     ("experiment", "console"),

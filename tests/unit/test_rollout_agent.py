@@ -14,11 +14,12 @@ import pytest
 from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.errors import HeadwaterError, TransportError, TrustError
+from edge_runtime.errors import HeadwaterError, RequestError, TransportError, TrustError
 from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
+from edge_runtime.update.trust import Freshness
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import Mark, Report
 
@@ -35,6 +36,8 @@ class Orders:
     fails: dict[str, HeadwaterError] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    freshness: Freshness = field(default_factory=Freshness)
+    lowest: int = 0
 
     def refresh(self) -> None:
         self._called("refresh")
@@ -48,6 +51,9 @@ class Orders:
     def fetch(self, _arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path:
         self._called("fetch")
         return shelf.put(package.sha256, [self.files[package.sha256]])
+
+    def lowest_counter(self, _family: str, /) -> int:
+        return self.lowest
 
     def confirm(self, plan: Plan, /) -> None:
         self._called(f"confirm {plan.seq}")
@@ -71,10 +77,17 @@ class Device:
     broker: MemoryBroker
     write_package: WritePackage
 
-    def arm(self, release: str, bias: float = 0.0, weight: float = 1.0, **more: float) -> PlanArm:
+    def arm(
+        self,
+        release: str,
+        bias: float = 0.0,
+        weight: float = 1.0,
+        counter: int = 1,
+        **more: float,
+    ) -> PlanArm:
         path, sha256 = self.write_package(bias, **more)
         self.orders.files[sha256] = path.read_bytes()
-        return PlanArm(release, model_path("toy", release), sha256, 1, weight)
+        return PlanArm(release, model_path("toy", release), sha256, counter, weight)
 
     def two_variants(self, release: str, slower: int, **more: float) -> PlanArm:
         """`slower` 0 or 1 says which of the two takes longer; `more` spoils the default one."""
@@ -359,11 +372,29 @@ def test_a_plan_that_could_not_be_confirmed_is_confirmed_later(play: Callable[..
         device.orders.fails["confirm"] = TransportError("unreachable", "away")
         await device.agent.check()
         assert device.answering() == "r1"
-        assert device.runtime.shelf.load_current("toy") is None
+        assert device.runtime.shelf.load_current("toy") == device.orders.current
         del device.orders.fails["confirm"]
         await device.agent.check()
         assert device.runtime.shelf.load_current("toy") == device.orders.current
         assert device.orders.calls.count("fetch") == 1
+        assert device.orders.calls.count("confirm 4") == 2
+
+    play(stage)
+
+
+def test_r7_what_is_below_the_floor_is_nothing_to_go_back_to(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        device.orders.current = Plan(family="toy", seq=2, stable=device.arm("r2", 1.0, counter=2))
+        device.orders.lowest = 2
+        device.orders.fails["confirm"] = TransportError("unreachable", "away")
+        await device.agent.check()
+        assert device.answering() == "r2"
+        assert device.runtime.shelf.load_previous("toy") is None
+        with pytest.raises(RequestError, match="nothing_to_roll_back"):
+            device.runtime.rollback("toy", "a test")
+        assert device.answering() == "r2"
 
     play(stage)
 
@@ -445,5 +476,47 @@ def test_a_report_that_cannot_be_sent_stops_nothing(play: Callable[..., None]) -
             return await next_report(device, lambda report: report.plan_seq == 2)
 
         assert (await with_agent(device, outage())).plan_seq == 2
+
+    play(stage)
+
+
+def test_f5_metadata_that_was_held_back_is_told_in_report_and_status(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.freshness = Freshness((2, 41), 1.35e9, stale=True)
+        report = await with_agent(device, next_report(device, lambda _report: True))
+        assert report.counters["metadata_stale"] == 1
+        assert (report.floor, report.issued_s) == ([2, 41], 1.35e9)
+        told = device.agent.statistics()
+        assert (told["metadata_stale"], told["metadata_issued_s"]) == (1, 1_350_000_000)
+
+    play(stage)
+
+
+def test_r10_without_a_way_for_reports_plans_are_followed_and_the_next_report_tells_all(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        async def days() -> Report:
+            streams = dict(device.broker.streams)
+            device.broker.streams.clear()  # what is published has nowhere to go; all else works
+            for number in range(1, 6):
+                device.orders.current = Plan(
+                    family="toy", seq=number, stable=device.arm(f"r{number}", float(number))
+                )
+                device.agent.nudge()
+                while device.runtime.shelf.load_current("toy") != device.orders.current:
+                    await asyncio.to_thread(lambda: None)
+                assert device.answering() == f"r{number}"
+            assert device.agent.statistics()["reports"] == 0
+            assert device.runtime.shelf.quarantined() == {}
+            device.broker.streams |= streams
+            return await next_report(device, lambda report: report.plan_seq == 5)
+
+        report = await with_agent(device, days())
+        assert report.counters["swaps"] == 5
+        assert report.counters["predictions"] == 5
+        assert [arm.release for arm in report.arms] == ["r5"]
 
     play(stage)

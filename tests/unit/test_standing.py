@@ -25,8 +25,8 @@ def config(nats="nats://127.0.0.1:4222"):
     )
 
 
-def status(*, failing=0, bytes_=0, **uplink):
-    return {"log": {"failing": failing, "bytes": bytes_}, "uplink": uplink}
+def status(*, failing=0, bytes_=0, parts=None, **uplink):
+    return {"log": {"failing": failing, "bytes": bytes_}, "uplink": uplink} | (parts or {})
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,9 @@ def status(*, failing=0, bytes_=0, **uplink):
         (status(bytes_=91 * MB), ["log_full"]),
         (status(bytes_=89 * MB), []),
         (status(held=1), ["stream_full"]),
+        (status(parts={"agent": {"metadata_stale": 1}}), ["metadata_stale"]),
+        (status(parts={"starts": {"releases_left": 1}}), ["crash_loop"]),
+        (status(parts={"watch": {"releases_left": 1}}), ["bad_answers"]),
         (status(duplicate_identity=2, held=1), ["stream_full", "duplicate_identity"]),
     ],
 )

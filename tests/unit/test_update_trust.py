@@ -11,7 +11,10 @@ from edge_runtime.errors import TrustError
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.update.trust import (
     CHUNK_BYTES,
+    SKEW_S,
+    TIME_KEPT_S,
     Floor,
+    check_issued,
     check_plan,
     check_release,
     check_versions,
@@ -19,9 +22,11 @@ from edge_runtime.update.trust import (
     confirmed,
     decode_floor,
     encode_floor,
+    is_behind,
+    lowest_time_s,
     merge_floors,
     planned,
-    trusted_time_s,
+    seen,
 )
 
 FLOOR = Floor(
@@ -161,9 +166,24 @@ def test_a_release_is_refused_below_either_floor_and_in_quarantine() -> None:
         check_release(FLOOR, "f", 3, quarantined=True)
 
 
-def test_trusted_time_follows_the_clock_but_not_below_the_signed_time() -> None:
-    assert trusted_time_s(FLOOR, 2000.0) == 2000.0
-    assert trusted_time_s(FLOOR, 0.0) == 1000.0
+def test_it_is_never_earlier_than_what_was_signed() -> None:
+    assert lowest_time_s(FLOOR, 0.0) == 1000.0
+    assert lowest_time_s(FLOOR, 3000.0) == 3000.0
+    assert is_behind(3000.0 - SKEW_S - 1, 3000.0)
+    assert not is_behind(3000.0 - SKEW_S, 3000.0)
+
+
+def test_a_signed_time_is_stored_only_when_it_rose_by_much() -> None:
+    assert seen(FLOOR, FLOOR.time_s + TIME_KEPT_S - 1) is FLOOR
+    assert seen(FLOOR, 0.0) is FLOOR
+    later = seen(FLOOR, FLOOR.time_s + TIME_KEPT_S)
+    assert later == msgspec.structs.replace(FLOOR, time_s=FLOOR.time_s + TIME_KEPT_S)
+
+
+def test_metadata_from_the_future_is_refused() -> None:
+    check_issued(1000.0, 1000.0 - SKEW_S)
+    with pytest.raises(TrustError, match="issued_ahead"):
+        check_issued(1000.0, 999.0 - SKEW_S)
 
 
 @given(st.integers(0, 5 * CHUNK_BYTES))
