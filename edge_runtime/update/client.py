@@ -26,6 +26,7 @@ from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, Tru
 from edge_runtime.files import remove_strays
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
+from edge_runtime.update.delivery import Delivery
 from edge_runtime.update.fetcher import Fetcher
 from edge_runtime.update.floorfile import FloorFile
 from edge_runtime.update.refreshing import (
@@ -63,6 +64,7 @@ class UpdateClient:
         for stray in metadata_dir.glob("tmp*"):  # python-tuf's, when it was killed
             stray.unlink(missing_ok=True)
         self._fetcher = fetcher
+        self._delivery = Delivery(fetcher)
         self._refreshing = Refreshing(metadata_dir, root_bytes, fetcher, clock, ask_time)
         try:
             with ours("the floor"):
@@ -121,13 +123,14 @@ class UpdateClient:
         """One of an arm's packages on the shelf, brought there if need be and proven.
 
         Raises: TrustError (not_released, plan_mismatch, release_below_floor, hash_mismatch,
-        release_quarantined, wrong_length), TransportError (absent, unreachable), CapacityError.
+        release_quarantined, wrong_length), TransportError (absent, unreachable, too_slow),
+        CapacityError.
         """
         target = self._proven_target(arm, package)
         if package.sha256 in shelf.quarantined():
             trust.check_release(self.floor, _family(arm), arm.counter, quarantined=True)
         with ours(f"the package of {arm.release}"):
-            return shelf.put(package.sha256, self._fetcher.chunks(package.sha256, target.length))
+            return self._delivery.bring(target, shelf)
 
     def target(self, path: str) -> TargetFile | None:
         """What the signed metadata says of the file `path`; `refresh` comes first.
@@ -157,8 +160,8 @@ class UpdateClient:
         return max(self.floor.release_counter.get(family, 0), self._release_floor(family))
 
     def statistics(self) -> dict[str, int]:
-        """What the fetcher counted."""
-        return self._fetcher.statistics()
+        """What was fetched, in which way, and how it went."""
+        return self._fetcher.statistics() | self._delivery.statistics()
 
     def close(self) -> None:
         """Give the state directory back; closing twice is no error."""

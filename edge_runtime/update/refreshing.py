@@ -41,6 +41,7 @@ _CODES: list[tuple[type[Exception], type[HeadwaterError], str]] = [
     (tuf_errors.RepositoryError, TrustError, "bad_metadata"),
     (tuf_errors.DownloadLengthMismatchError, TrustError, "wrong_length"),
     (tuf_errors.DownloadHTTPError, TransportError, "absent"),
+    (tuf_errors.SlowRetrievalError, TransportError, "too_slow"),
     (tuf_errors.DownloadError, TransportError, "unreachable"),
     (OSError, CapacityError, "state_unwritable"),
 ]

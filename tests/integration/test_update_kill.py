@@ -48,6 +48,7 @@ CALLS = frozenset(
     {
         *("open", "mkdir", "rmdir", "replace", "rename", "unlink", "remove", "symlink", "link"),
         *("write", "pwrite", "flush", "fsync", "fdatasync", "ftruncate", "truncate", "close"),
+        "posix_fallocate",
     }
 )
 SCHEDULED = Event("scheduled", 1.36e9, {"carrier": "UA", "distance": 998.0})

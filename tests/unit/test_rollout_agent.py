@@ -50,7 +50,7 @@ class Orders:
 
     def fetch(self, _arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path:
         self._called("fetch")
-        return shelf.put(package.sha256, [self.files[package.sha256]])
+        return shelf.put_whole(package.sha256, self.files[package.sha256])
 
     def lowest_counter(self, _family: str, /) -> int:
         return self.lowest

@@ -29,7 +29,7 @@ def files(shelf_dir: Path) -> list[str]:
 def test_a_package_is_found_by_its_content_also_after_a_restart(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     assert shelf.path_of(SHA) is None
-    path = shelf.put(SHA, [DATA[:10], DATA[10:]])
+    path = shelf.put(SHA, len(DATA), lambda _first: [DATA[:10], DATA[10:]])
     assert path.read_bytes() == DATA
     assert shelf.path_of(SHA) == path
     assert Shelf(tmp_path).path_of(SHA) == path
@@ -37,49 +37,52 @@ def test_a_package_is_found_by_its_content_also_after_a_restart(tmp_path: Path) 
 
 def test_a_stored_package_is_not_fetched_again(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
-    shelf.put(SHA, [DATA])
+    shelf.put_whole(SHA, DATA)
 
-    def never() -> Iterator[bytes]:
+    def never(_first: int) -> Iterator[bytes]:
         raise AssertionError("asked for a chunk")
         yield b""
 
-    shelf.put(SHA, never())
+    shelf.put(SHA, len(DATA), never)
     assert shelf.statistics()["put"] == 1
 
 
 def test_other_content_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     with pytest.raises(TrustError, match="hash_mismatch"):
-        shelf.put(SHA, [DATA[:-1]])
+        shelf.put(SHA, len(DATA), lambda _first: [DATA[:-1]])
     assert shelf.path_of(SHA) is None
     assert files(tmp_path) == []
 
 
 def test_a_fetch_that_breaks_off_leaves_no_trace(tmp_path: Path) -> None:
-    def broken() -> Iterator[bytes]:
+    def broken(_first: int) -> Iterator[bytes]:
         yield DATA[:10]
         raise TransportError("unreachable", "gone")
 
     shelf = Shelf(tmp_path)
     with pytest.raises(TransportError):
-        shelf.put(SHA, broken())
+        shelf.put(SHA, len(DATA), broken)
     assert files(tmp_path) == []
 
 
-def test_what_a_crash_left_half_written_is_removed_at_the_start(tmp_path: Path) -> None:
+def test_what_a_crash_left_half_written_is_no_package_and_goes_with_the_next_pruning(
+    tmp_path: Path,
+) -> None:
     Shelf(tmp_path)
     (tmp_path / "packages" / f".{SHA}.part").write_bytes(DATA[:10])
     shelf = Shelf(tmp_path)
-    assert files(tmp_path) == []
     assert shelf.path_of(SHA) is None
+    shelf.prune(set())
+    assert files(tmp_path) == []
 
 
 def test_a_package_damaged_on_disk_is_dropped_at_its_first_use(tmp_path: Path) -> None:
-    Shelf(tmp_path).put(SHA, [DATA]).write_bytes(DATA[:-1] + b"?")
+    Shelf(tmp_path).put_whole(SHA, DATA).write_bytes(DATA[:-1] + b"?")
     shelf = Shelf(tmp_path)
     assert shelf.path_of(SHA) is None
     assert shelf.statistics()["corrupt"] == 1
-    assert shelf.put(SHA, [DATA]).read_bytes() == DATA
+    assert shelf.put_whole(SHA, DATA).read_bytes() == DATA
 
 
 def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> No
     (tmp_path / "packages").rmdir()
     (tmp_path / "current").write_bytes(b"a file where a directory belongs")
     with pytest.raises(CapacityError, match="shelf_unwritable"):
-        shelf.put(SHA, [DATA])
+        shelf.put_whole(SHA, DATA)
     with pytest.raises(CapacityError, match="shelf_unwritable"):
         shelf.save_current(plan(1))
 
@@ -95,8 +98,8 @@ def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> No
 def test_pruning_keeps_what_it_is_told_to_keep(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     other = hashlib.sha256(b"other").hexdigest()
-    shelf.put(SHA, [DATA])
-    shelf.put(other, [b"other"])
+    shelf.put_whole(SHA, DATA)
+    shelf.put_whole(other, b"other")
     assert shelf.prune({SHA}) == 1
     assert shelf.path_of(other) is None
     assert shelf.path_of(SHA) is not None
