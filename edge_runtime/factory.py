@@ -148,7 +148,7 @@ def install(
 def _put(shelf: Shelf, package: Path) -> str:
     data = package.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
-    shelf.put(sha256, [data])
+    shelf.put_whole(sha256, data)
     return sha256
 
 

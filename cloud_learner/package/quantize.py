@@ -55,7 +55,7 @@ def quantized(model: ModelProto, rows: Matrix) -> ModelProto:
                 str(target),
                 _Once(rows),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Gemm", "MatMul", "Relu"],
+                op_types_to_quantize=["Gemm", "MatMul", "Relu", "Gather"],
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 reduce_range=True,

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,13 +183,13 @@ def load_arm(
 ) -> Arm:
     """Load the package at `path` and prove that it answers here as it did where it was made.
 
-    `sha256` is the hash that the file must have; None for a file that nobody signed.
+    `sha256` is the hash that the file must have before it is read and after; None for a file that
+    nobody signed.
     Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, wrong_signature,
     missing_metadata, bad_metadata, spec_mismatch).
     """
-    if sha256 is not None:
-        _check_hash(Path(path), sha256)
-    runner = Runner(path)
+    with nullcontext() if sha256 is None else unchanged(Path(path), sha256):
+        runner = Runner(path)
     info = read_package(runner.metadata)
     _check_widths(runner, info, str(path))
     _check_golden(runner, info, str(path))
@@ -224,9 +226,29 @@ def _described(tensors: Iterable[Tensor]) -> str:
     return ", ".join(f"{tensor.name!r} {described(tensor)}" for tensor in tensors)
 
 
-def _check_hash(path: Path, sha256: str) -> None:
+@contextmanager
+def unchanged(path: Path, sha256: str) -> Iterator[None]:
+    """What reads the file at `path` within reads the bytes with this hash, or the end says no.
+
+    The same file, with the same hash and untouched since, stands under the name before and after:
+    so no second copy has to be held in memory to be sure of what was read from the first.
+    Raises: PackageError (hash_mismatch, unreadable_package).
+    """
+    before = _stamp(path, sha256)
     try:
-        with open(path, "rb") as file:
+        yield
+    finally:  # what fails because the file was changed says nothing about the package
+        if _stamp(path, sha256) != before:
+            raise PackageError(
+                "hash_mismatch", f"{path} was changed while it was read; it was not loaded"
+            )
+
+
+def _stamp(path: Path, sha256: str) -> tuple[int, ...]:
+    """Which file it is, and when it was last touched; its hash is checked."""
+    try:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise PackageError("unreadable_package", f"{path} cannot be read: {error}") from error
@@ -234,6 +256,7 @@ def _check_hash(path: Path, sha256: str) -> None:
         raise PackageError(
             "hash_mismatch", f"{path} has sha256 {found}, not {sha256}; it was not loaded"
         )
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def _check_golden(runner: Runner, info: PackageInfo, path: str) -> None:

@@ -38,6 +38,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import write_atomic
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
+from edge_runtime.update.delivery import Delivery
 from edge_runtime.update.fetcher import BASE_URL, BusFetcher
 from edge_runtime.update.shelf import Shelf
 
@@ -49,6 +50,7 @@ _CODES: list[tuple[type[Exception], type[HeadwaterError], str]] = [
     (tuf_errors.RepositoryError, TrustError, "bad_metadata"),
     (tuf_errors.DownloadLengthMismatchError, TrustError, "wrong_length"),
     (tuf_errors.DownloadHTTPError, TransportError, "absent"),
+    (tuf_errors.SlowRetrievalError, TransportError, "too_slow"),
     (tuf_errors.DownloadError, TransportError, "unreachable"),
     (OSError, CapacityError, "state_unwritable"),
 ]
@@ -70,6 +72,7 @@ class UpdateClient:
         self._lock = _lock(state_dir / "update.lock")
         self._root_bytes = root_bytes
         self._fetcher = fetcher
+        self._delivery = Delivery(fetcher)
         self._clock = clock
         self._floor = self._load_floor()
         self._updater: Updater | None = None
@@ -126,13 +129,14 @@ class UpdateClient:
         """One of an arm's packages on the shelf, brought there if need be and proven.
 
         Raises: TrustError (not_released, plan_mismatch, release_below_floor, hash_mismatch,
-        release_quarantined, wrong_length), TransportError (absent, unreachable), CapacityError.
+        release_quarantined, wrong_length), TransportError (absent, unreachable, too_slow),
+        CapacityError.
         """
         target = self._proven_target(arm, package)
         if package.sha256 in shelf.quarantined():
             trust.check_release(self._floor, _family(arm), arm.counter, quarantined=True)
         with _ours(f"the package of {arm.release}"):
-            return shelf.put(package.sha256, self._fetcher.chunks(package.sha256, target.length))
+            return self._delivery.bring(target, shelf)
 
     def confirm(self, plan: Plan) -> None:
         """Raise the floor to `plan` and the metadata that proved it: it serves now.
@@ -155,8 +159,8 @@ class UpdateClient:
         self._floor = floor
 
     def statistics(self) -> dict[str, int]:
-        """What the fetcher counted."""
-        return self._fetcher.statistics()
+        """What was fetched, in which way, and how it went."""
+        return self._fetcher.statistics() | self._delivery.statistics()
 
     def close(self) -> None:
         """Give the state directory back; closing twice is no error."""

@@ -4,7 +4,8 @@ Why: a restart without a network serves at once from what was verified before, a
 disappoints can be left at once for the one before it.
 
 Invariants: a package appears under its name whole or not at all: the rename in `put` is the commit
-point. A file whose bytes do not match its name is never handed out. A family's current plan and the
+point. What arrives takes its space first, and no package gives way to it. A file whose bytes do not
+match its name is never handed out. A family's current plan and the
 good one before it are one file, replaced in one commit point; so are the list of quarantined
 packages and the choices of variants, whose loss costs new choices. Any thread may call, one at a
 time to `put`.
@@ -14,22 +15,21 @@ Knows nothing about signatures: the caller has verified the hash that it asks fo
 
 from __future__ import annotations
 
-import hashlib
-import os
+import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from edge_runtime.errors import CapacityError, TrustError
-from edge_runtime.files import fsync_directory, write_atomic
+from edge_runtime.files import Files, OsFiles, write_atomic
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
+from edge_runtime.update.arrival import Chunks, hash_of, receive
+from edge_runtime.update.trust import CHUNK_BYTES
 
 PLANS_VERSION = 2
-
-_READ_BYTES = 1 << 20
 
 
 class _Version(msgspec.Struct):
@@ -46,12 +46,11 @@ class _Plans(msgspec.Struct):
 class Shelf:
     """The packages, current plans and quarantine under one directory; one process at a time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Files | None = None) -> None:
         self._directory = directory
+        self._files = files or OsFiles()
         self._packages = directory / "packages"
         self._packages.mkdir(parents=True, exist_ok=True)
-        for leftover in self._packages.glob(".*.part"):
-            leftover.unlink()
         self._lock = threading.Lock()
         self._proven: set[str] = set()
         self._quarantined = self._load_quarantine()
@@ -65,30 +64,50 @@ class Shelf:
             return None
         if sha256 in self._proven:
             return path
-        if _hash_of(path) != sha256:
-            path.unlink()
+        try:
+            found = hash_of(self._files, path)
+        except OSError:  # a disk that cannot read it
+            found = ""
+        if found != sha256:
+            with contextlib.suppress(OSError):
+                self._files.unlink(path)
             self._counts["corrupt"] += 1
             return None
         self._proven.add(sha256)
         return path
 
-    def put(self, sha256: str, chunks: Iterable[bytes]) -> Path:
-        """Store a package; a stored one is kept and `chunks` is not read.
+    def put(self, sha256: str, length: int, chunks: Chunks) -> Path:
+        """Store a package; a stored one is kept and `chunks` is not asked.
 
-        Raises: TrustError (hash_mismatch), CapacityError (shelf_unwritable), and what `chunks`
-        raises; the shelf is then unchanged.
+        What an interruption leaves of it is gone on with at the next call, also after a restart.
+
+        Raises: TrustError (hash_mismatch, wrong_length), CapacityError (shelf_unwritable), and what
+        `chunks` raises; the packages on the shelf are then unchanged.
         """
         stored = self.path_of(sha256)
         if stored is not None:
             return stored
+        part = self._packages / f".{sha256}.part"
         with _ours(f"package {sha256[:12]}"):
-            self._write(self._packages / f".{sha256}.part", sha256, chunks)
+            try:
+                receive(self._files, part, sha256, length, chunks)
+                self._files.replace(part, self._path(sha256))
+                self._files.sync_directory(self._packages)
+            except OSError:
+                self._drop_parts()
+                raise
         self._proven.add(sha256)
         self._counts["put"] += 1
         return self._path(sha256)
 
+    def put_whole(self, sha256: str, data: bytes) -> Path:
+        """Store a package that is at hand. Raises: as `put`."""
+        return self.put(sha256, len(data), lambda first: [data[first * CHUNK_BYTES :]])
+
     def prune(self, keep: set[str]) -> int:
         """Remove all packages but those in `keep`, and say how many went.
+
+        What is on its way goes as well: whoever still wants it has to start again.
 
         Raises: CapacityError (shelf_unwritable).
         """
@@ -101,7 +120,7 @@ class Shelf:
         Raises: CapacityError (shelf_unwritable), with the last one kept.
         """
         with self._lock, _ours(f"the current plan of {plan.family}"):
-            write_atomic(self._current(plan.family), self._encoded(plan))
+            self._replace(self._current(plan.family), self._encoded(plan))
 
     def load_current(self, family: str) -> Plan | None:
         """The plan that ran last; None before the first. Raises: TrustError (bad_plan)."""
@@ -121,7 +140,7 @@ class Shelf:
         """
         with self._lock, _ours("the quarantine"):
             self._quarantined = self._quarantined | {sha256: reason}
-            write_atomic(self._quarantine_path, msgspec.json.encode(self._quarantined))
+            self._replace(self._quarantine_path, msgspec.json.encode(self._quarantined))
 
     def choose(self, default: str, chosen: str) -> None:
         """Remember which of a release's packages, known by its default one, this device runs.
@@ -130,7 +149,7 @@ class Shelf:
         """
         with self._lock, _ours("the choice of variants"):
             self._chosen = self._chosen | {default: chosen}
-            write_atomic(self._choices_path, msgspec.json.encode(self._chosen))
+            self._replace(self._choices_path, msgspec.json.encode(self._chosen))
 
     def chosen(self, default: str) -> str | None:
         """What `choose` was told about the release with this default package."""
@@ -146,8 +165,9 @@ class Shelf:
 
     def _prune(self, keep: set[str]) -> int:
         gone = [path for path in self._packages.glob("*.onnx") if path.stem not in keep]
+        self._drop_parts()
         for path in gone:
-            path.unlink()
+            self._files.unlink(path)
             self._proven.discard(path.stem)
         self._chosen = {each: sha for each, sha in self._chosen.items() if sha in keep}
         self._counts["pruned"] += len(gone)
@@ -189,13 +209,14 @@ class Shelf:
     def _current(self, family: str) -> Path:
         return self._directory / "current" / f"{family}.json"
 
-    def _write(self, staged: Path, sha256: str, chunks: Iterable[bytes]) -> None:
-        try:
-            _stage(staged, sha256, chunks)
-            os.replace(staged, self._path(sha256))
-            fsync_directory(self._packages)
-        finally:
-            staged.unlink(missing_ok=True)
+    def _replace(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data, files=self._files)
+
+    def _drop_parts(self) -> None:
+        for part in self._packages.glob(".*.part"):
+            with contextlib.suppress(OSError):
+                self._files.unlink(part)
 
     @property
     def _quarantine_path(self) -> Path:
@@ -225,20 +246,6 @@ class Shelf:
             ) from error
 
 
-def _stage(staged: Path, sha256: str, chunks: Iterable[bytes]) -> None:
-    digest = hashlib.sha256()
-    with staged.open("wb") as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            file.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise TrustError(
-                "hash_mismatch", f"package {sha256[:12]} arrived with other content; dropped"
-            )
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextmanager
 def _ours(what: str) -> Iterator[None]:
     try:
@@ -249,11 +256,3 @@ def _ours(what: str) -> Iterator[None]:
             f"{what} cannot be stored: {error}; what runs is unchanged",
             "free disk space under the state directory",
         ) from error
-
-
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -87,7 +87,7 @@ class Life:
         self.ids: list[str] = []
         self.lives = 0
         self.runtime = self._opened()
-        self.runtime.shelf.put(self.sha256, [path.read_bytes()])
+        self.runtime.shelf.put_whole(self.sha256, path.read_bytes())
         arm = PlanArm(release, model_path("toy", release), self.sha256, 1, 1.0)
         plan = Plan(family="toy", seq=1, stable=arm, salt="s")
         self.runtime.swap("toy", [load_plan_arm(self.runtime.shelf, "stable", arm)], plan)

@@ -203,7 +203,7 @@ class Device:
 
     def load(self, data: bytes) -> Arm:
         arm, shelf = planned(data), self.runtime.shelf
-        path = shelf.put(arm.sha256, [data])
+        path = shelf.put_whole(arm.sha256, data)
         return load_plan_arm(shelf, "stable", arm, lambda _: path, self.prover.prove)
 
     def spoiled(self, spoil: Spoil) -> bytes:

@@ -68,7 +68,7 @@ class Story:
         ]
         spec = Spec.from_toml("version = 1\n" + "".join(parts))
         path, sha256 = self.write_package(bias=self.releases / 8, spec=spec)
-        self.runtime.shelf.put(sha256, [path.read_bytes()])
+        self.runtime.shelf.put_whole(sha256, path.read_bytes())
         release = f"r{self.releases}"
         stable = PlanArm(release, model_path("toy", release), sha256, 1, 1.0)
         plan = Plan(family="toy", seq=self.releases, stable=stable, salt="s")

@@ -55,7 +55,7 @@ def load(config, write_package):
 
     def load(*windows, bias=0.0, name="stable", weight=1.0):
         path, sha256 = write_package(bias=bias, spec=spec_of(bias, *windows))
-        Shelf(config.state_dir / "shelf").put(sha256, [path.read_bytes()])
+        Shelf(config.state_dir / "shelf").put_whole(sha256, path.read_bytes())
         return load_arm(path, sha256, name, f"r{bias:g}", weight)
 
     return load

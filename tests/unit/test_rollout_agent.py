@@ -47,7 +47,7 @@ class Orders:
 
     def fetch(self, _arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path:
         self._called("fetch")
-        return shelf.put(package.sha256, [self.files[package.sha256]])
+        return shelf.put_whole(package.sha256, self.files[package.sha256])
 
     def confirm(self, plan: Plan, /) -> None:
         self._called(f"confirm {plan.seq}")

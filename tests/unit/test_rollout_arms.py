@@ -27,7 +27,7 @@ class Store:
 
     def obtain(self, package: Variant) -> Path:
         self.asked.append(package.name)
-        return self.shelf.put(package.sha256, [self.files[package.sha256]])
+        return self.shelf.put_whole(package.sha256, self.files[package.sha256])
 
 
 @pytest.fixture

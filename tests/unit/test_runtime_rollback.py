@@ -50,7 +50,7 @@ def put(config, write_package):
 
     def put(bias, weight=1.0, **options):
         path, sha256 = write_package(bias=bias, **options)
-        Shelf(config.state_dir / "shelf").put(sha256, [path.read_bytes()])
+        Shelf(config.state_dir / "shelf").put_whole(sha256, path.read_bytes())
         release = f"r{bias:g}"
         return PlanArm(release, model_path("toy", release), sha256, 1, weight)
 

@@ -37,7 +37,7 @@ def test_a_package_is_found_by_its_content_also_after_a_restart(tmp_path: Path) 
 
 def test_a_stored_package_is_not_fetched_again(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
-    shelf.put(SHA, [DATA])
+    shelf.put_whole(SHA, DATA)
 
     def never() -> Iterator[bytes]:
         raise AssertionError("asked for a chunk")
@@ -75,11 +75,11 @@ def test_what_a_crash_left_half_written_is_removed_at_the_start(tmp_path: Path) 
 
 
 def test_a_package_damaged_on_disk_is_dropped_at_its_first_use(tmp_path: Path) -> None:
-    Shelf(tmp_path).put(SHA, [DATA]).write_bytes(DATA[:-1] + b"?")
+    Shelf(tmp_path).put_whole(SHA, DATA).write_bytes(DATA[:-1] + b"?")
     shelf = Shelf(tmp_path)
     assert shelf.path_of(SHA) is None
     assert shelf.statistics()["corrupt"] == 1
-    assert shelf.put(SHA, [DATA]).read_bytes() == DATA
+    assert shelf.put_whole(SHA, DATA).read_bytes() == DATA
 
 
 def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> No
     (tmp_path / "packages").rmdir()
     (tmp_path / "current").write_bytes(b"a file where a directory belongs")
     with pytest.raises(CapacityError, match="shelf_unwritable"):
-        shelf.put(SHA, [DATA])
+        shelf.put_whole(SHA, DATA)
     with pytest.raises(CapacityError, match="shelf_unwritable"):
         shelf.save_current(plan(1))
 
@@ -95,8 +95,8 @@ def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> No
 def test_pruning_keeps_what_it_is_told_to_keep(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     other = hashlib.sha256(b"other").hexdigest()
-    shelf.put(SHA, [DATA])
-    shelf.put(other, [b"other"])
+    shelf.put_whole(SHA, DATA)
+    shelf.put_whole(other, b"other")
     assert shelf.prune({SHA}) == 1
     assert shelf.path_of(other) is None
     assert shelf.path_of(SHA) is not None
