@@ -7,7 +7,8 @@ Invariants: `publish` is one transaction: the new state is built and its thresho
 memory, committed by one rename, then pushed, the timestamp last. A refused signature changes
 nothing. What was committed and not pushed, the next transaction pushes, under higher versions.
 Versions go above what the broker holds, so a genuine publish mends forged metadata. A family's role
-lists what its current plan and the one before it name, and the newest release.
+lists what its current plan and the one before it name, and the newest release, with patches to it
+from what ran when it was published.
 
 Knows nothing about verdicts and campaigns: it publishes what the trust domains sign.
 """
@@ -15,6 +16,7 @@ Knows nothing about verdicts and campaigns: it publishes what the trust domains 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all__
@@ -24,6 +26,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
     Timestamp,
 )
 
+from cloud_learner.package.delta import patch_between
 from cloud_learner.release.keys import Signers
 from cloud_learner.release.metadata import (
     MODELS_DAYS,
@@ -39,6 +42,7 @@ from cloud_learner.release.metadata import (
     snapshot_of,
     timestamp_of,
 )
+from cloud_learner.release.patches import hashes_in, patches_for
 from cloud_learner.release.repository import STREAM_BYTES, Repository, SignedFile, State
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
@@ -79,6 +83,7 @@ class Publisher:
             documents = self._documents()
             changed: set[str] = set()
             if release is not None:
+                release = await asyncio.to_thread(self._patched, release)
                 changed.add(self._add_release(documents, release, plan))
             if plan is not None:
                 changed.add(self._add_plan(documents, plan))
@@ -174,6 +179,13 @@ class Publisher:
                 "name the family when the keys are created",
             )
         return role
+
+    def _patched(self, release: ReleaseFile) -> ReleaseFile:
+        """The release with what makes it of the packages that run now."""
+        plan, stored = self.plan(release.family), self._repository.package
+        arms = [] if plan is None else plan.arms
+        made = patches_for(release.packages(), release.release, arms, stored, patch_between)
+        return dataclasses.replace(release, patches=made)
 
     def _add_release(
         self, documents: dict[str, Targets], release: ReleaseFile, plan: Plan | None
@@ -279,10 +291,8 @@ def _file(document: Targets | Snapshot | Timestamp, data: bytes) -> SignedFile:
 
 
 def _packages_in(documents: dict[str, Targets]) -> set[str]:
-    """The hashes of all packages that the roles list."""
-    return {
-        target.hashes["sha256"]
-        for role, document in documents.items()
-        if role != PLANS_ROLE
-        for target in document.targets.values()
-    }
+    """The hashes of all packages that the roles list, and of the patches to them."""
+    roles = [document for role, document in documents.items() if role != PLANS_ROLE]
+    targets = [target for document in roles for target in document.targets.values()]
+    packages = {target.hashes["sha256"] for target in targets}
+    return packages.union(*(hashes_in(target.custom) for target in targets))

@@ -25,7 +25,7 @@ from edge_runtime.events.uplink import Uplink
 from edge_runtime.events.watermarks import ends
 from edge_runtime.events.withhold import Withhold
 from edge_runtime.inference.prover import Prover
-from edge_runtime.rollout.agent import Agent, Updates
+from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 from edge_runtime.runtime import Runtime
 from edge_runtime.update.client import UpdateClient
@@ -74,7 +74,7 @@ async def cloud_side(
             "agent": lambda: agent.statistics() | runtime.sketcher.statistics(),
             "bus": lambda: bus.statistics() | {"connected": int(bus.connected)},
         }
-        parts["prover"] = prover.statistics
+        parts |= {"prover": prover.statistics, "updates": client.statistics}
         if withhold is not None:
             parts["withheld"] = withhold.statistics
         yield [uplink.run(), agent.run()]
@@ -114,7 +114,7 @@ class _Refusing:
 
 def _open_client(
     config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
-) -> Updates:
+) -> UpdateClient | _Refusing:
     try:
         return UpdateClient(config.state_dir / "update", root, fetcher, clock)
     except HeadwaterError as error:

@@ -14,6 +14,7 @@ hw.meta, hw.blob) on the writing side.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -34,6 +35,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
     Timestamp,
 )
 
+from cloud_learner.release.patches import Patch, listed
 from edge_runtime.bus.base import Bus
 from edge_runtime.errors import TrustError
 from edge_runtime.rollout.plan import Plan, encode_plan, model_path, plan_path
@@ -59,7 +61,7 @@ class Signs(Protocol):
 class ReleaseFile:
     """A release on its way to be published; `verdict` is kept with it in the signed metadata.
 
-    `data` is its default package, `variants` its others by name.
+    `data` is its default package, `variants` its others by name, `patches` are by package's path.
     """
 
     family: str
@@ -68,6 +70,7 @@ class ReleaseFile:
     data: bytes
     verdict: dict[str, Any] = field(default_factory=dict)
     variants: Mapping[str, bytes] = field(default_factory=dict)
+    patches: Mapping[str, list[Patch]] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -90,7 +93,10 @@ class ReleaseFile:
     def targets(self) -> dict[str, TargetFile]:
         """The entries of the packages in their family's role, by name."""
         custom = {"counter": self.counter} | ({"verdict": self.verdict} if self.verdict else {})
-        return {path: _target(path, data, custom) for path, data in self.packages().items()}
+        return {
+            path: _target(path, data, custom | listed(self.patches.get(path, ())))
+            for path, data in self.packages().items()
+        }
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ async def look(bus: Bus, root: Root) -> BrokerView:
     if message is None:
         return BrokerView(None, {})
     versions: dict[str, int] = {}
-    try:
+    with contextlib.suppress(TrustError):  # devices refuse it, too, so it bounds no next version
         timestamp = opened(Timestamp, message.data, root, "timestamp")
         number = timestamp.snapshot_meta.version
         versions = {"timestamp": timestamp.version, "snapshot": number}
@@ -224,11 +230,8 @@ async def look(bus: Bus, root: Root) -> BrokerView:
         found = await bus.last(subjects.TRUST_STREAM, name)
         if found is not None:
             snapshot = opened(Snapshot, found.data, root, "snapshot")
-            listed = {key.removesuffix(".json"): e.version for key, e in snapshot.meta.items()}
-            versions = listed | versions
-    except TrustError:
-        # Devices refuse it as well, so it sets no lower bound for the next version.
-        return BrokerView(message.data, versions)
+            roles = {key.removesuffix(".json"): e.version for key, e in snapshot.meta.items()}
+            versions = roles | versions
     return BrokerView(message.data, versions)
 
 

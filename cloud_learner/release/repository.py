@@ -83,7 +83,7 @@ class Repository:
     def commit(self, state: State, release: ReleaseFile | None, live: set[str]) -> Messages:
         """Make `state` durable; give what the broker lacks of it, the timestamp excepted.
 
-        `live` holds the hashes of the packages that stay.
+        `live` holds the hashes of the packages and patches that stay.
         Raises: CapacityError (state_unwritable), with the state as it was or as it shall be.
         """
         try:
@@ -92,6 +92,13 @@ class Repository:
             raise CapacityError(
                 "state_unwritable", f"{self._directory} fails: {error}; nothing is published"
             ) from error
+
+    def package(self, sha256: str) -> bytes | None:
+        """A package that is live; None for any other."""
+        try:
+            return (self._directory / "blobs" / sha256).read_bytes()
+        except OSError:
+            return None
 
     def mark_sent(self, messages: Iterable[tuple[str, bytes]]) -> None:
         """Remember that the broker stored these."""
@@ -106,7 +113,7 @@ class Repository:
     def _commit(
         self, blobs: Path, state: State, release: ReleaseFile | None, live: set[str]
     ) -> Messages:
-        for data in release.packages().values() if release is not None else ():
+        for data in _files_of(release) if release is not None else ():
             path = blobs / hashlib.sha256(data).hexdigest()
             if not path.exists():
                 write_atomic(path, data)
@@ -134,6 +141,11 @@ class Repository:
     def _fresh(self, subject: str) -> bool:
         at = self._sent.get(subject)
         return at is not None and self._sent_bytes - at < STREAM_BYTES // 2
+
+
+def _files_of(release: ReleaseFile) -> list[bytes]:
+    patches = [patch.data for each in release.patches.values() for patch in each]
+    return [*release.packages().values(), *patches]
 
 
 def _versioned(directory: Path, role: str) -> dict[int, bytes]:

@@ -199,7 +199,8 @@ class Agent:
             self._failures += 1
             self._counts["unreachable"] += 1
             log.debug("%s: %s", what, error)
-            return
+            if error.code != "too_slow":  # somebody may be holding updates back
+                return
         self._refused[error.code] += 1
         self._changed.set()
         log.warning("%s: update refused, what runs is unchanged: %s", what, error)

@@ -13,9 +13,10 @@ Knows nothing about ONNX and signatures. Implements proto/package.md, section Pa
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -37,26 +38,26 @@ STEPS = np.array([0, 1, 255, 0], np.uint8)
 ESCAPE = 3
 
 Bytes = npt.NDArray[np.uint8]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class PatchEntry(msgspec.Struct, frozen=True):
     """A patch as the signed metadata lists it: from which package, and its own hash and length."""
 
-    base: str = msgspec.field(name="from")
-    sha256: str
-    length: int
+    base: Sha256 = msgspec.field(name="from")
+    sha256: Sha256
+    length: Annotated[int, msgspec.Meta(ge=0)]
     kind: str = KIND
 
 
 def entries(custom: Mapping[str, Any] | None) -> list[PatchEntry]:
     """The patches in the custom fields of a package that can be applied here."""
+    listed = (custom or {}).get(FIELD)
     found = []
-    for plain in (custom or {}).get(FIELD, ()):
-        try:
+    for plain in listed if isinstance(listed, list) else ():
+        with contextlib.suppress(msgspec.ValidationError):
             found.append(msgspec.convert(plain, PatchEntry))
-        except msgspec.ValidationError:
-            continue
-    return [each for each in found if each.kind == KIND and each.length >= 0]
+    return [each for each in found if each.kind == KIND]
 
 
 def applied(base: BinaryIO, patch: bytes, length: int) -> Iterator[bytes]:

@@ -58,19 +58,21 @@ class Shelf:
         self._counts = {"put": 0, "corrupt": 0, "pruned": 0}
 
     def path_of(self, sha256: str) -> Path | None:
-        """The package with this content, hashed at its first use; None when absent or damaged."""
+        """The package with this content, hashed at its first use; None when absent or unreadable,
+        or damaged and now gone.
+        """
         path = self._path(sha256)
         if not path.exists():
             return None
         if sha256 in self._proven:
             return path
         try:
-            found = hash_of(self._files, path)
-        except OSError:  # a disk that cannot read it
-            found = ""
-        if found != sha256:
-            with contextlib.suppress(OSError):
+            proven = hash_of(self._files, path) == sha256
+            if not proven:
                 self._files.unlink(path)
+        except OSError:  # the disk may read it another time
+            proven = False
+        if not proven:
             self._counts["corrupt"] += 1
             return None
         self._proven.add(sha256)

@@ -16,6 +16,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Targets
 
 from cloud_learner.broker import Broker
+from cloud_learner.package.delta import patch_between
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import (
@@ -28,7 +29,7 @@ from cloud_learner.release.metadata import (
     sealed,
 )
 from edge_runtime.bus import nats
-from edge_runtime.bus.base import Bus
+from edge_runtime.bus.base import Bus, Message
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, TrustError
@@ -435,7 +436,7 @@ def test_a_damaged_package_is_refused_and_the_next_try_heals(
         await site.bus.publish(subject, damage(message.data))
         device = site.device()
         assert await refused(family, device.update()) == code
-        assert list((tmp_path / "EWR" / "shelf" / "packages").iterdir()) == []
+        assert list((tmp_path / "EWR" / "shelf" / "packages").glob("*.onnx")) == []
         await site.bus.publish(subject, message.data)
         assert await device.update() == [package]
 
@@ -704,5 +705,121 @@ def test_variants_that_no_plan_names_leave_the_signed_releases(tmp_path: Path) -
             await site.publisher.publish(release, plan(counter, release))
         stored = (site.home / "tuf" / "blobs").iterdir()
         assert len(list(stored)) == 4  # of the current release and the one before it
+
+    in_memory(tmp_path, scene)
+
+
+FIRST = hashlib.shake_128(b"first").digest(300_000)
+SECOND = FIRST[:100] + b"other weights" + FIRST[113:] + b"grown"
+
+
+class Forgetful:
+    """A bus to a broker that lost some messages."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.forgotten: set[str] = set()
+
+    async def last_many(self, stream: str, names: list[str]) -> list[Message | None]:
+        found = await self._bus.last_many(stream, names)
+        return [
+            None if name in self.forgotten else message
+            for name, message in zip(names, found, strict=True)
+        ]
+
+
+async def patch_listed(site: Site, release: ReleaseFile) -> dict[str, str]:
+    """The one patch that the signed metadata lists for a release."""
+    view = await look(site.bus, site.root)
+    name = subjects.metadata(f"{view.versions[f'm-{FAMILY}']}.m-{FAMILY}.json")
+    message = await site.bus.last(subjects.TRUST_STREAM, name)
+    assert message is not None
+    [patch] = Metadata.from_bytes(message.data).signed.targets[release.path].custom["patches"]
+    return dict(patch)
+
+
+def test_a_device_that_has_what_ran_before_fetches_a_patch(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish("r1", 1, FIRST)
+        device = site.device()
+        await device.update()
+        await site.publish("r2", 2, SECOND, counter=2)
+        before = device.client.statistics()
+        assert await device.update() == [SECOND]
+        after = device.client.statistics()
+        assert (after["patched"], after["patch_failed"], after["whole"]) == (1, 0, 1)
+        assert after["bytes"] - before["bytes"] < 10_000
+        assert after["bytes_saved"] > 290_000
+        newcomer = site.device("JFK")
+        assert await newcomer.update() == [SECOND]
+        assert newcomer.client.statistics()["whole"] == 1
+
+    in_memory(tmp_path, scene)
+
+
+@pytest.mark.parametrize("damaged", [None, b"", b"no patch", b"\0" * 400])
+def test_a_patch_that_is_absent_or_forged_costs_the_whole_file_and_is_counted(
+    tmp_path: Path, damaged: bytes | None
+) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish("r1", 1, FIRST)
+        bus = Forgetful(site.bus)
+        device = site.device(bus=bus)  # type: ignore[arg-type]
+        await device.update()
+        release = await site.publish("r2", 2, SECOND, counter=2)
+        chunk = subjects.chunk((await patch_listed(site, release))["sha256"], 0)
+        if damaged is None:
+            bus.forgotten.add(chunk)
+        else:
+            await site.bus.publish(chunk, damaged)
+        assert await device.update() == [SECOND]
+        counts = device.client.statistics()
+        assert (counts["patched"], counts["patch_failed"], counts["whole"]) == (0, 1, 2)
+
+    in_memory(tmp_path, scene)
+
+
+def test_a_genuine_patch_to_another_package_is_caught_by_the_hash(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish("r1", 1, FIRST)
+        device = site.device()
+        await device.update()
+        wrong = patch_between(FIRST, SECOND[:-1] + b"?")
+        right = patch_between(FIRST, SECOND)
+        assert wrong is not None
+        assert right is not None
+        release = await site.publish("r2", 2, SECOND, counter=2)
+        patch = await patch_listed(site, release)
+        assert patch["sha256"] == hashlib.sha256(right).hexdigest()
+        await site.bus.publish(subjects.chunk(patch["sha256"], 0), wrong.ljust(len(right), b"\0"))
+        assert await device.update() == [SECOND]
+        assert device.client.statistics()["patch_failed"] == 1
+
+    in_memory(tmp_path, scene)
+
+
+def test_patches_go_with_the_release_that_they_lead_to(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        data = FIRST
+        for number in range(1, 6):
+            data = data[:-10] + b"%010d" % number**9
+            await site.publish(f"r{number}", number, data, counter=number)
+        blobs = [path.stat().st_size for path in (site.home / "tuf" / "blobs").iterdir()]
+        assert sorted(size > 290_000 for size in blobs) == [False, False, True, True]
+
+    in_memory(tmp_path, scene)
+
+
+def test_each_variant_is_patched_from_its_own_kind(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        other = hashlib.shake_128(b"float").digest(200_000)
+        first = ReleaseFile(FAMILY, "r1", 1, FIRST, variants={"float32": other})
+        second = ReleaseFile(FAMILY, "r2", 2, SECOND, variants={"float32": other[:-1] + b"!"})
+        await site.publisher.publish(site.pass_(first), plan(1, first))
+        device = site.device()
+        await device.update()
+        await site.publisher.publish(site.pass_(second), plan(2, second))
+        assert await device.update() == [SECOND, other[:-1] + b"!"]
+        assert device.client.statistics()["patched"] == 2
 
     in_memory(tmp_path, scene)

@@ -44,7 +44,7 @@ CLOUD_ORDER = (
 )
 LEARNER_MAY_IMPORT = (
     *("errors", "clock", "files", "metrics", "wire", "bus", "features", "inference"),
-    *("personal.head", "update.trust", "rollout.plan"),
+    *("personal.head", "update.trust", "update.patch", "rollout.plan"),
 )
 MODELS_MAY_IMPORT = ("cloud_learner.train.blocks", "cloud_learner.experiment.outside")
 # library -> the path prefixes that may import it

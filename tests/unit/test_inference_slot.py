@@ -13,7 +13,7 @@ import pytest
 
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.runner import Runner
-from edge_runtime.inference.slot import Slot, load_arm
+from edge_runtime.inference.slot import Slot, load_arm, unchanged
 
 X = np.zeros((1, 5), dtype=np.float32)
 
@@ -172,3 +172,32 @@ def test_memory_does_not_grow_from_swap_to_swap(write_package):
         slot.settle()
         resident.append(resident_mib())
     assert max(resident[1:]) < resident[0] + 8
+
+
+def test_what_was_read_while_its_file_was_changed_is_refused(write_package, tmp_path):
+    path, sha256 = write_package()
+    genuine = path.read_bytes()
+    with unchanged(path, sha256):
+        assert path.read_bytes() == genuine
+
+    def overwrite():
+        path.write_bytes(genuine + b"\0")
+
+    def replace():
+        other = tmp_path / "other"
+        other.write_bytes(genuine)
+        other.replace(path)
+
+    for change in (overwrite, replace):
+        path.write_bytes(genuine)
+        with pytest.raises(PackageError) as caught, unchanged(path, sha256):
+            change()
+        assert caught.value.code == "hash_mismatch"
+
+
+def test_what_fails_because_its_file_was_changed_is_not_held_against_the_package(write_package):
+    path, sha256 = write_package()
+    with pytest.raises(PackageError) as caught, unchanged(path, sha256):
+        path.write_bytes(b"garbage")
+        raise PackageError("unreadable_package", "no model")
+    assert caught.value.code == "hash_mismatch"

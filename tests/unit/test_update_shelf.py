@@ -29,7 +29,7 @@ def files(shelf_dir: Path) -> list[str]:
 def test_a_package_is_found_by_its_content_also_after_a_restart(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     assert shelf.path_of(SHA) is None
-    path = shelf.put(SHA, [DATA[:10], DATA[10:]])
+    path = shelf.put(SHA, len(DATA), lambda _first: [DATA[:10], DATA[10:]])
     assert path.read_bytes() == DATA
     assert shelf.path_of(SHA) == path
     assert Shelf(tmp_path).path_of(SHA) == path
@@ -39,39 +39,42 @@ def test_a_stored_package_is_not_fetched_again(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shelf.put_whole(SHA, DATA)
 
-    def never() -> Iterator[bytes]:
+    def never(_first: int) -> Iterator[bytes]:
         raise AssertionError("asked for a chunk")
         yield b""
 
-    shelf.put(SHA, never())
+    shelf.put(SHA, len(DATA), never)
     assert shelf.statistics()["put"] == 1
 
 
 def test_other_content_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     with pytest.raises(TrustError, match="hash_mismatch"):
-        shelf.put(SHA, [DATA[:-1]])
+        shelf.put(SHA, len(DATA), lambda _first: [DATA[:-1]])
     assert shelf.path_of(SHA) is None
     assert files(tmp_path) == []
 
 
 def test_a_fetch_that_breaks_off_leaves_no_trace(tmp_path: Path) -> None:
-    def broken() -> Iterator[bytes]:
+    def broken(_first: int) -> Iterator[bytes]:
         yield DATA[:10]
         raise TransportError("unreachable", "gone")
 
     shelf = Shelf(tmp_path)
     with pytest.raises(TransportError):
-        shelf.put(SHA, broken())
+        shelf.put(SHA, len(DATA), broken)
     assert files(tmp_path) == []
 
 
-def test_what_a_crash_left_half_written_is_removed_at_the_start(tmp_path: Path) -> None:
+def test_what_a_crash_left_half_written_is_no_package_and_goes_with_the_next_pruning(
+    tmp_path: Path,
+) -> None:
     Shelf(tmp_path)
     (tmp_path / "packages" / f".{SHA}.part").write_bytes(DATA[:10])
     shelf = Shelf(tmp_path)
-    assert files(tmp_path) == []
     assert shelf.path_of(SHA) is None
+    shelf.prune(set())
+    assert files(tmp_path) == []
 
 
 def test_a_package_damaged_on_disk_is_dropped_at_its_first_use(tmp_path: Path) -> None:
