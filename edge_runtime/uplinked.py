@@ -111,6 +111,9 @@ class _Refusing:
     def confirm(self, _plan: Plan) -> None:
         raise self._error
 
+    def statistics(self) -> dict[str, int]:
+        return {}
+
 
 def _open_client(
     config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock

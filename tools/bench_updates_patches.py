@@ -3,7 +3,7 @@
 Why: a patch is worth what it saves against the best that would be sent without it.
 
 Invariants: both sides carry the same learning: the int8 package that devices run, as a patch to the
-one before it, and the float32 package of the same student, without golden rows, in zstandard's best.
+one before it, and the float32 package of the same student without golden rows, by zstandard 19.
 Quality is that of the very files, by the device's runner, on flights that nobody has learned yet.
 """
 

@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -121,22 +121,12 @@ async def resume(home: Path, megabytes: int) -> list[Row]:
     sha256, chunks = hashlib.sha256(data).hexdigest(), len(chunk_sizes(len(data)))
     packages = home / "device" / "state" / "shelf" / "packages"
     part, whole = packages / f".{sha256}.part", packages / f"{sha256}.onnx"
-    killed_at = 0
     async with site(home) as place, await AsyncClient.connect(place.device.socket) as client:
         publishing = asyncio.create_task(place.publish(data))
-        while not part.exists() and not whole.exists():
-            await asyncio.sleep(0)
+        await asyncio.to_thread(wait_for, lambda: part.exists() or whole.exists())
         started_s = time.perf_counter()
-        while not killed_at and not whole.exists():
-            there = await asyncio.to_thread(written, part, len(data))
-            if there >= chunks // 4:
-                killed_at = there
-                await asyncio.to_thread(place.broker.kill)
-                await asyncio.to_thread(place.broker.restart)
-            await asyncio.sleep(0)
-        async with asyncio.timeout(WAIT_S):
-            while not whole.exists():
-                await asyncio.sleep(POLL_S)
+        killed_at = await asyncio.to_thread(kill_in_the_middle, place.broker, part, len(data))
+        await asyncio.to_thread(wait_for, whole.exists)
         spent_s = time.perf_counter() - started_s
         with contextlib.suppress(TransportError):  # the nudge after it met the dead broker
             await publishing
@@ -156,8 +146,22 @@ async def resume(home: Path, megabytes: int) -> list[Row]:
     ]
 
 
-def written(part: Path, length: int) -> int:
-    return whole_chunks(OsFiles(), part, length)
+def kill_in_the_middle(broker: Broker, part: Path, length: int) -> int:
+    """Kill the broker, and start it again, when a quarter is there; how many chunks there were."""
+    disk, quarter = OsFiles(), len(chunk_sizes(length)) // 4
+    wait_for(lambda: whole_chunks(disk, part, length) >= quarter or not part.exists())
+    broker.kill()
+    there = whole_chunks(disk, part, length)
+    broker.restart()
+    return there
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("what is waited for does not come")
+        time.sleep(POLL_S)
 
 
 async def memory(home: Path) -> list[Row]:
@@ -184,5 +188,3 @@ async def memory(home: Path) -> list[Row]:
         Row("added by trust to the daemon's RSS", found["added_mb"], "MB", TRUST_MB),
         Row("RSS before trust: runtime, bus, uplink, no model", found["before_mb"], "MB"),
     ]
-
-

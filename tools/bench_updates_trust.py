@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import edge_runtime.daemon  # noqa: F401
-import edge_runtime.events.uplink  # noqa: F401
+import edge_runtime.daemon
+import edge_runtime.events.uplink
 import edge_runtime.rollout.agent  # noqa: F401
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
@@ -30,14 +30,14 @@ def rss_mb() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-async def measured(url: str, root: str, state: str, family: str) -> dict[str, float]:
+async def measured(url: str, root: bytes, state: str, family: str) -> dict[str, float]:
     bus = await connect(url, name="bench-memory")
     before_mb = rss_mb()
     from edge_runtime.update.client import UpdateClient
     from edge_runtime.update.fetcher import BusFetcher
 
     fetcher = BusFetcher(bus, asyncio.get_running_loop())
-    client = UpdateClient(Path(state), Path(root).read_bytes(), fetcher, SystemClock())
+    client = UpdateClient(Path(state), root, fetcher, SystemClock())
     shelf = Shelf(Path(state) / "shelf")
 
     def follow() -> None:
@@ -54,4 +54,5 @@ async def measured(url: str, root: str, state: str, family: str) -> dict[str, fl
 
 if __name__ == "__main__":
     settings = json.loads(Path(sys.argv[1]).read_text())
+    settings["root"] = Path(settings["root"]).read_bytes()
     print(json.dumps(asyncio.run(measured(**settings))))

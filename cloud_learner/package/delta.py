@@ -3,7 +3,7 @@
 Why: see edge_runtime/update/patch.py, which applies what is made here.
 
 What makes patches small is decided before: packages of one graph have their tensors in the same
-places, and int8 weights move by a step or none (docs/adr/0016-patches.md, with what else was tried).
+places, and int8 weights move by a step or none. docs/adr/0016-patches.md has what else was tried.
 
 Invariants: same packages give the same bytes; a patch that would save less than half is none.
 """
@@ -14,7 +14,7 @@ import lzma
 
 import numpy as np
 
-from edge_runtime.update.patch import ESCAPE, FILTERS, STEPS, Bytes
+from edge_runtime.update.patch import ESCAPE, FILTERS, SHIFTS, STEPS, Bytes
 from edge_runtime.update.trust import chunk_sizes
 
 _SLOW_BYTES_MAX = 1 << 20
@@ -51,4 +51,5 @@ def _codes(steps: Bytes) -> Bytes:
 
 def _packed(codes: Bytes) -> bytes:
     padded = np.append(codes, np.zeros(-len(codes) % 4, np.uint8)).reshape(-1, 4)
-    return np.bitwise_or.reduce(padded << np.array([0, 2, 4, 6], np.uint8), axis=1).tobytes()
+    packed: Bytes = np.bitwise_or.reduce(padded << SHIFTS, axis=1)
+    return packed.tobytes()

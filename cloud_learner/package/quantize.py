@@ -4,7 +4,9 @@ Why: dynamic quantization takes its ranges from the batch it meets; static ones 
 on recent rows and travel in the file.
 
 Activations are unsigned and weights signed with one bit less than int8 has, the one choice that
-does not saturate on x86 without VNNI and is right on ARM too (docs/adr/0003-int8.md).
+does not saturate on x86 without VNNI and is right on ARM too (docs/adr/0003-int8.md). Tables that
+are gathered from, embeddings, are weights too: in float they were most of what two releases differ
+in (docs/adr/0016-patches.md).
 
 Invariants: same package and rows give the same bytes; metadata survives.
 """

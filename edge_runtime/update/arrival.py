@@ -22,7 +22,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edge_runtime.errors import HeadwaterError, TrustError
+from edge_runtime.errors import TrustError
 from edge_runtime.files import Files
 from edge_runtime.update.trust import CHUNK_BYTES
 

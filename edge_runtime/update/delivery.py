@@ -1,7 +1,7 @@
 """How a package reaches the shelf: as a patch to one that lies there, or whole.
 
-Why: which way it takes is a matter of bytes, not of trust; the shelf takes nothing whose hash is not
-the signed one, whoever made it.
+Why: which way it takes is a matter of bytes, not of trust: the shelf takes nothing whose hash is
+not the signed one, whoever made it.
 
 Invariants: a patch that cannot be had or does not lead to the package costs its bytes and nothing
 else: the whole file is fetched instead, and the failure is counted.

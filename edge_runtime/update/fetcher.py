@@ -96,7 +96,7 @@ class BusFetcher(FetcherInterface):
             some = range(at, min(at + window, len(sizes)))
             try:
                 answers = self._many([subjects.chunk(sha256, index) for index in some])
-            except _Unanswered as error:
+            except _UnansweredError as error:
                 window = max(window // 2, 1) if error.late else window
                 self._counts["retries"] += 1
                 self._pause(patience.next_pause_s(error))
@@ -138,16 +138,16 @@ class BusFetcher(FetcherInterface):
             return future.result(self._timeout_s)
         except TimeoutError as error:
             future.cancel()
-            raise _Unanswered(f"no answer within {self._timeout_s} s", late=True) from error
+            raise _UnansweredError(f"no answer within {self._timeout_s} s", late=True) from error
         except CancelledError as error:
             raise DownloadError("the bus is gone") from error
         except TransportError as error:
-            raise _Unanswered(str(error), late=error.code == "timeout") from error
+            raise _UnansweredError(str(error), late=error.code == "timeout") from error
         except HeadwaterError as error:
             raise DownloadError(str(error)) from error
 
 
-class _Unanswered(DownloadError):
+class _UnansweredError(DownloadError):
     """Worth another try; `late` when an answer was on its way, as far as is known."""
 
     def __init__(self, what: str, *, late: bool) -> None:
@@ -164,7 +164,7 @@ class _Patience:
         self._pause_s = _PAUSE_FIRST_S
         self._late = False
 
-    def next_pause_s(self, error: _Unanswered) -> float:
+    def next_pause_s(self, error: _UnansweredError) -> float:
         """Raises: SlowRetrievalError, or `error`, when it has lasted too long."""
         self._late |= error.late
         if self._clock.monotonic_s() >= self._until_s:

@@ -4,9 +4,9 @@ Why: two students of one architecture differ in small steps of their int8 weight
 the newer file are those of the older one, or one more, or one less. Said that way, a release is a
 twentieth of itself, and a metered line carries it.
 
-Invariants: what comes out has exactly the signed length, and is made block by block, so a patch that
-inflates is cut and costs no memory. Nothing here is trusted: whether the bytes are the package is
-for their hash to say. A patch of another make or kind is no patch, never an error of the release.
+Invariants: what comes out has exactly the signed length, and is made block by block, so a patch
+that inflates is cut and costs no memory. Nothing here is trusted: whether the bytes are the package
+is for their hash to say. A patch of another make or kind is no patch, never an error of a release.
 
 Knows nothing about ONNX and signatures. Implements proto/package.md, section Patches.
 """
@@ -29,13 +29,14 @@ KIND = "residual"
 FIELD = "patches"
 """The custom field of a package's signed entry that lists its patches."""
 
-FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 20}]
-"""The coder of a patch, whose memory is its dictionary; `preset` is a matter of who compresses."""
+FILTERS = [{"id": lzma.FILTER_LZMA1, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0}]
+"""The coder of a patch, whose memory is its dictionary."""
 
 STEPS = np.array([0, 1, 255, 0], np.uint8)
-"""What each code of two bits adds to a byte; the last one stands for any other byte, given apart."""
+"""What each code of two bits adds to a byte; the last stands for any other byte, given apart."""
 
 ESCAPE = 3
+SHIFTS = np.array([0, 2, 4, 6], np.uint8)
 
 Bytes = npt.NDArray[np.uint8]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -83,7 +84,8 @@ def packed_size(size: int) -> int:
 
 def unpacked(packed: Bytes) -> Bytes:
     """Four codes for each byte, the lowest bits first."""
-    return (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).ravel()
+    codes: Bytes = packed[:, None] >> SHIFTS & np.uint8(3)
+    return codes.ravel()
 
 
 def _reader(patch: bytes) -> Callable[[int], Bytes]:

@@ -197,7 +197,13 @@ def test_what_was_read_while_its_file_was_changed_is_refused(write_package, tmp_
 
 def test_what_fails_because_its_file_was_changed_is_not_held_against_the_package(write_package):
     path, sha256 = write_package()
-    with pytest.raises(PackageError) as caught, unchanged(path, sha256):
-        path.write_bytes(b"garbage")
-        raise PackageError("unreadable_package", "no model")
+
+    def load():
+        with unchanged(path, sha256):
+            path.write_bytes(b"garbage")
+            Runner(path)
+
+    with pytest.raises(PackageError) as caught:
+        load()
     assert caught.value.code == "hash_mismatch"
+    assert caught.value.__context__.code == "unreadable_package"

@@ -26,7 +26,7 @@ WRITES = ("create", "allocate", "write", "sync", "replace", "sync_directory")
 
 
 class Source:
-    """Gives the chunks of `data`, notes from which one on it was asked, and breaks off on demand."""
+    """Gives the chunks of `data`, notes from which one on it was asked, breaks off on demand."""
 
     def __init__(self, data: bytes = DATA, breaks_at: int | None = None) -> None:
         self.data, self.breaks_at = data, breaks_at

@@ -64,6 +64,13 @@ def test_what_would_save_little_is_no_patch() -> None:
     assert patch_between(b"", b"") is None
 
 
+def outcome(base: bytes, patch: bytes, length: int) -> str:
+    try:
+        return "whole" if len(apply(base, patch, length)) == length else "of another length"
+    except PackageError as error:
+        return error.code
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_a_damaged_patch_gives_a_named_error_or_bytes_of_the_signed_length(seed: int) -> None:
     base, package, patch = made(3000)
@@ -79,12 +86,7 @@ def test_a_damaged_patch_gives_a_named_error_or_bytes_of_the_signed_length(seed:
                 damaged += b"\0"
             case 2:
                 damaged[at:at] = random_.randbytes(random_.randrange(20))
-    try:
-        found = apply(base, bytes(damaged), len(package))
-    except PackageError as error:
-        assert error.code == "bad_patch"
-    else:
-        assert len(found) == len(package)
+    assert outcome(base, bytes(damaged), len(package)) in {"bad_patch", "whole"}
 
 
 def test_a_patch_that_inflates_is_cut_at_the_signed_length() -> None:
