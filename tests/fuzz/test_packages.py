@@ -45,10 +45,10 @@ def damaged(chance: random.Random, good: bytes, other: bytes) -> bytes:
 
 @COUNT
 def test_the_reader_refuses_by_name_or_reads_what_is_sound(
-    tmp_path: Path, write_package: WritePackage, count: int
+    memory: Path, write_package: WritePackage, count: int
 ) -> None:
     good, other = (write_package(bias=bias)[0].read_bytes() for bias in (0.0, 0.5))
-    path, codes = tmp_path / "damaged.onnx", Counter[str]()
+    path, codes = memory / "damaged.onnx", Counter[str]()
     for seed in range(count):
         path.write_bytes(damaged(random.Random(seed), good, other))
         try:
