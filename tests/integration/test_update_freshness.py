@@ -38,6 +38,7 @@ from edge_runtime.wire.messages import WIRE_VERSION, Report, TimeAnswer
 NOW_S = 1_800_000_000.0
 HOUR_S, DAY_S, YEAR_S = 3600.0, 86_400.0, 365 * 86_400.0
 FAMILY = "flight_delay"
+VERDICT = {"outcome": "pass", "rules": ["static"], "sha256": "0" * 64}
 ROLES = ("timestamp", "snapshot", "targets", "plans", f"m-{FAMILY}")
 
 
@@ -89,7 +90,7 @@ class Site:
 
     async def publish(self, data: bytes) -> Plan:
         self.seq += 1
-        release = ReleaseFile(FAMILY, f"r{self.seq}", self.seq, data)
+        release = ReleaseFile(FAMILY, f"r{self.seq}", self.seq, data, VERDICT)
         arm = PlanArm(release.release, release.path, release.sha256, self.seq, 1.0)
         plan = Plan(family=FAMILY, seq=self.seq, stable=arm)
         await self.publisher.publish(release, plan)

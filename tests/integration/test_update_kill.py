@@ -53,6 +53,7 @@ CALLS = frozenset(
 )
 SCHEDULED = Event("scheduled", 1.36e9, {"carrier": "UA", "distance": 998.0})
 RELEASES_KEPT_MAX = 3
+VERDICT = {"outcome": "pass", "rules": ["static"], "sha256": "0" * 64}
 WritePackage = Callable[..., tuple[Path, str]]
 
 
@@ -243,7 +244,7 @@ async def prepared(folder: Path, write_package: WritePackage) -> None:
     for number in (1, 2, 3):
         path, sha256 = write_package(bias=float(number), ballast=250)
         assert path.stat().st_size > CHUNK_BYTES
-        release = ReleaseFile("toy", f"r{number}", number, path.read_bytes())
+        release = ReleaseFile("toy", f"r{number}", number, path.read_bytes(), VERDICT)
         arm = PlanArm(release.release, release.path, sha256, number, 1.0)
         hashes[release.release] = sha256
         if number == 3:
