@@ -45,6 +45,7 @@ _CODES: list[tuple[type[Exception], type[HeadwaterError], str]] = [
     (tuf_errors.DownloadError, TransportError, "unreachable"),
     (OSError, CapacityError, "state_unwritable"),
 ]
+_TIME_S_MAX = 253_402_300_799.0  # the end of year 9999: no date is later
 _HINTS = {"expired": "it is signed afresh while cloud-learner serve runs; root and targets yearly"}
 _LIMITS = UpdaterConfig(max_delegations=8, snapshot_max_length=512_000, targets_max_length=1 << 20)
 
@@ -97,7 +98,8 @@ class Refreshing:
                 config=_LIMITS,
                 bootstrap=self._root_bytes,
             )
-            trusted(updater).reference_time = dt.datetime.fromtimestamp(now_s, dt.UTC)
+            latest_s = min(now_s, _TIME_S_MAX)
+            trusted(updater).reference_time = dt.datetime.fromtimestamp(latest_s, dt.UTC)
             root_version = floor.versions.get("root", 1)
             self._fetcher.prefetch([f"{root_version + 1}.root.json", "timestamp.json"])
             updater.refresh()
@@ -106,7 +108,7 @@ class Refreshing:
 
     def _settled(self, floor: trust.Floor, lowest_s: float, expired: TrustError) -> float:
         """The signed time where all looks expired, for the clock may be ahead."""
-        with tempfile.TemporaryDirectory(prefix="headwater-") as aside:
+        with ours("the time"), tempfile.TemporaryDirectory(prefix="headwater-") as aside:
             keys = time_keys(trusted(self._loaded(floor, lowest_s, Path(aside))).targets)
         if not keys:
             raise expired
@@ -160,7 +162,7 @@ def online(updater: Updater) -> str:
 def issued_at(document: Timestamp | Root) -> float:
     """The signed time of issue; 0 where it is not said."""
     issued = document.unrecognized_fields.get(trust.ISSUED_FIELD, 0)
-    return float(issued) if isinstance(issued, int | float) else 0.0
+    return float(min(max(0, issued), _TIME_S_MAX)) if isinstance(issued, int | float) else 0.0
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
 from cloud_learner.evaluate.offline import is_held_out, load_set
+from cloud_learner.floors import Floors
 from cloud_learner.host import Host
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
@@ -43,6 +44,7 @@ from edge_runtime.wire.messages import (
     PredictionRecord,
     Report,
     Scored,
+    TimeQuestion,
 )
 
 WAIT_S = 30.0
@@ -323,6 +325,27 @@ def test_what_a_device_reports_is_in_the_accounts(home, family):
             assert cloud.count("balanced") == 1
 
     asyncio.run(scenario())
+
+
+def test_f3_a_device_whose_floor_went_back_is_named_and_the_time_is_told(home, family):
+    def report(*floor):
+        bare = Report(WIRE_VERSION, "a", 1, 0.0, {}, [], 0, {}, {}, [], 0, 0, floor=list(floor))
+        return subjects.report("a"), codec.encode(bare)
+
+    async def scenario():
+        async with hosted(home, family, MemoryBroker()) as (_host, cloud, _running):
+            await cloud.until(lambda: True)
+            await cloud.send([report(1, 9), report(1, 3)])
+            await cloud.until(lambda: bool(json.loads(cloud.status.detail)["restored_devices"]))
+            named = json.loads(cloud.status.detail)["restored_devices"]
+            assert named["a"]["times"] == named["a"]["below"] == 1
+            question = codec.encode(TimeQuestion(WIRE_VERSION, bytes(16)))
+            answer = codec.decode_time_answer(await cloud.bus.ask(subjects.TIME, question))
+            assert abs(answer.time_s - SYSTEM.now_s()) < 60
+            await cloud.until(lambda: cloud.count("times_told") == 1)
+
+    asyncio.run(scenario())
+    assert Floors(home.root / "floors.json").devices["a"].went_back == 1
 
 
 def test_reports_that_nobody_may_send_are_counted(home, family):

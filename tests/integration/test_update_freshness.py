@@ -6,6 +6,7 @@ Each test is a promise of docs/promises.md; what runs is never touched by a refu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import shutil
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tuf.api.metadata import Root, Targets
+from tuf.api.metadata import Root, Targets, Timestamp
 
 from cloud_learner.broker import Broker
 from cloud_learner.floors import Floors
@@ -500,6 +501,27 @@ def test_f6_metadata_from_the_future_is_refused_by_a_signed_time(tmp_path: Path)
         device = site.device()
         assert (await refused(device.update())).code == "issued_ahead"
         assert device.client.floor.time_s == 0.0
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("issued", [-1, 10**12, 10**400, True, "soon", None, [1]])
+def test_f6_a_time_of_issue_that_is_none_ends_nothing(tmp_path: Path, issued: object) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish(b"package")
+        await site.tell_the_time()
+        device = site.device()
+        await device.update()
+        told = (await site.messages())[subjects.metadata("timestamp.json")]
+        stamp = opened(Timestamp, told, None, "timestamp")
+        stamp.version += 1
+        stamp.unrecognized_fields[ISSUED_FIELD] = issued
+        data = sealed(stamp, [keys.load_signer(site.home, "timestamp")])
+        await site.serve({subjects.metadata("timestamp.json"): data})
+        with contextlib.suppress(TrustError):
+            await device.update()
+        assert device.client.floor.time_s == NOW_S
+        assert device.shelf.load_current(FAMILY) is not None
 
     play(tmp_path, scene)
 
