@@ -12,7 +12,11 @@ of its own such an answer ends before its own doors.
 Invariants: one key per device and one device per key. What the file says is what a running broker
 knows when `admit` or `expel` returns; who stays admitted stays connected.
 
-Durable state: `devices.json`; the commit point is its rename. The learner's seed, `learner.nk`.
+A gate that has moved out has a key of its own in the learner's account, which may read the stream,
+fetch candidates and answer, and nothing else: no device hears it.
+
+Durable state: `devices.json`; the commit point is its rename. The learner's seed, `learner.nk`; the
+gate's public key, `gate.pub`.
 Knows nothing about what devices say.
 """
 
@@ -22,6 +26,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -33,6 +38,7 @@ from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
+GATE_KEY = "gate.nk"
 _DIRECT_GET = "$JS.API.DIRECT.GET"
 
 
@@ -105,7 +111,12 @@ class Admissions:
         """The part of a server's configuration that admits the learner and these devices."""
         key = self.access().key
         assert key is not None
-        return rules(nkey.load(key).public, self.devices)
+        return rules(nkey.load(key).public, self.devices, self._gate())
+
+    def _gate(self) -> str:
+        """The public key of a gate that has moved out, or nothing."""
+        path = gate_public(self._home)
+        return path.read_text().strip() if path.exists() else ""
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
@@ -120,7 +131,7 @@ class Admissions:
             yield devices
             key = self.access().key
             assert key is not None
-            text = rules(nkey.load(key).public, devices)
+            text = rules(nkey.load(key).public, devices, self._gate())
             write_atomic(self._path, msgspec.json.encode(_Admitted(1, devices)))
             if self._home.broker.exists():
                 broker.write_access(self._home.broker, text)
@@ -135,10 +146,23 @@ class Admissions:
         return broker.reload(self._home.broker)
 
 
-def rules(learner_key: str, devices: Mapping[str, str]) -> str:
-    """`accounts` for a learner's key and those of devices."""
+def gate_public(home: Home) -> Path:
+    """Where a learner's home keeps the public key by which its gate apart comes in."""
+    return home.root / "gate.pub"
+
+
+def gate_access(home: Home) -> Access:
+    """How the gate comes in: by the key of its own home."""
+    return Access(key=home.root / GATE_KEY, inbox="_INBOX_gate")
+
+
+def rules(learner_key: str, devices: Mapping[str, str], gate_key: str = "") -> str:
+    """`accounts` for a learner's key, those of devices, and that of a gate apart."""
     worlds = "".join(_world(device, key) for device, key in sorted(devices.items()))
-    return _ACCOUNTS.format(hub=broker.ACCOUNT, learner=learner_key, get=_DIRECT_GET, worlds=worlds)
+    gate = _GATE.format(key=gate_key, get=_DIRECT_GET) if gate_key else ""
+    return _ACCOUNTS.format(
+        hub=broker.ACCOUNT, learner=learner_key, gate=gate, get=_DIRECT_GET, worlds=worlds
+    )
 
 
 def published(device: str) -> list[str]:
@@ -160,7 +184,7 @@ _ACCOUNTS = """\
 accounts {{
   {hub} {{
     jetstream: enabled
-    users: [ {{ nkey: {learner} }} ]
+    users: [ {{ nkey: {learner} }}{gate} ]
     exports: [
       {{ service: "hw.ev.*.*" }}
       {{ service: "hw.report.*" }}
@@ -173,6 +197,13 @@ accounts {{
   }}
 {worlds}}}
 """
+
+_GATE = """, {{ nkey: {key}, permissions: {{
+      publish: ["hw.answer.*", "{get}.HW_CANDIDATES.>", "$JS.ACK.HW_EVENTS.gate.>",
+        "$JS.API.CONSUMER.*.HW_EVENTS.gate", "$JS.API.CONSUMER.*.HW_EVENTS.gate.>",
+        "$JS.API.CONSUMER.MSG.NEXT.HW_EVENTS.gate", "$JS.API.CONSUMER.LIST.HW_EVENTS"]
+      subscribe: ["hw.gate.>", "_INBOX_gate.>"]
+    }} }}"""
 
 _WORLD = """\
   "device {device}" {{

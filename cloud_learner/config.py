@@ -75,6 +75,10 @@ class Home:
         self.broker = root / "broker"
         self.learner_key = root / "learner.nk"
 
+    def key(self, name: str) -> Path:
+        """Where the private key of a trust domain lies, whether or not it is there."""
+        return self.root / "keys" / f"{name}.pem"
+
     def of(self, family: str) -> FamilyHome:
         """Where a family's own things lie, whether or not it is there."""
         return FamilyHome(self.root / "families" / family)

@@ -16,6 +16,7 @@ Knows nothing about gates, keys and the network.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.evaluate.watch import Watch
 from cloud_learner.package.build import Graph
+from cloud_learner.package.provenance import origin
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
@@ -109,7 +111,8 @@ class Cycle:
         self.failed = 0
         self.whole, self.is_taught = True, False
         self._cpu_s = 0.0
-        self._learned_through_s = 0.0
+        self.parent = ""  # the release that serves
+        self._learned_from_s, self._learned_through_s = math.inf, 0.0
         self._arrived_s = 0.0
 
     @property
@@ -156,6 +159,7 @@ class Cycle:
         entered = self.ledger.enter(batch.examples)
         self.is_taught = bool(entered.examples)
         for example in batch.examples:
+            self._learned_from_s = min(self._learned_from_s, example.time_s)
             self._learned_through_s = max(self._learned_through_s, example.time_s)
             self._arrived_s = max(self._arrived_s, example.matured_s)
         try:
@@ -181,8 +185,10 @@ class Cycle:
         plain = self._exported().package(self.student.network, {})
         int8 = quantized(plain, self._calibration_rows())
         weights = self.replicas.weights
-        facts = {"batch": self.number, "weights": weights}
         family, golden = self.family, self._reference[:GOLDEN_ROWS]
+        range_s = self._learned_from_s, self._learned_through_s
+        made_of = origin(self.parent, *range_s, family.spec)
+        facts = {"batch": self.number, "weights": weights, **made_of}
         return Candidate(
             self.number,
             sealed(int8, family.interface, family.spec, golden, {**facts, "form": "int8"}),
@@ -230,6 +236,7 @@ class Cycle:
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
+        self._learned_from_s = state.get("learned_from_s", math.inf)
         self._learned_through_s = state["learned_through_s"]
         self._arrived_s = state["arrived_s"]
         self._cpu_s = state["cpu_s"]
@@ -243,6 +250,7 @@ class Cycle:
             "torch_random": self._torch_random.state,
             "number": self.number,
             "failed": self.failed,
+            "learned_from_s": self._learned_from_s,
             "learned_through_s": self._learned_through_s,
             "arrived_s": self._arrived_s,
             "cpu_s": self._cpu_s,

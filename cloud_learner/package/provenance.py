@@ -1,0 +1,36 @@
+"""Provenance: what a package says of where it came from, in its own metadata.
+
+Why: who finds a model on a device must learn what it was made from, without asking the cloud.
+
+Knows nothing about what the numbers do. Implements proto/package.md (provenance).
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edge_runtime.features.spec import Spec
+
+
+def origin(
+    parent: str, learned_from_s: float, learned_through_s: float, spec: Spec
+) -> dict[str, Any]:
+    """The release that served when it was made, the event times it learned (null where none), its
+    features and the code.
+    """
+    return {
+        "parent": parent,
+        "learned_from_s": learned_from_s if math.isfinite(learned_from_s) else None,
+        "learned_through_s": learned_through_s,
+        "features": spec.hash,
+        "code": _code(),
+    }
+
+
+def _code() -> str:
+    try:
+        return f"headwater {version('headwater')}"
+    except PackageNotFoundError:
+        return "headwater, not installed"
