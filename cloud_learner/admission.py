@@ -199,7 +199,7 @@ accounts {{
 """
 
 _GATE = """, {{ nkey: {key}, permissions: {{
-      publish: ["hw.answer.*", "{get}.HW_CANDIDATES.>", "$JS.ACK.HW_EVENTS.gate.>",
+      publish: ["hw.answer.*", "_INBOX_gate.>", "{get}.HW_CANDIDATES.>", "$JS.ACK.HW_EVENTS.gate.>",
         "$JS.API.CONSUMER.*.HW_EVENTS.gate", "$JS.API.CONSUMER.*.HW_EVENTS.gate.>",
         "$JS.API.CONSUMER.MSG.NEXT.HW_EVENTS.gate", "$JS.API.CONSUMER.LIST.HW_EVENTS"]
       subscribe: ["hw.gate.>", "_INBOX_gate.>"]

@@ -38,7 +38,7 @@ from edge_runtime.errors import RequestError, TransportError
 from edge_runtime.wire import subjects
 
 HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
-JUDGE_S = 60.0
+JUDGE_S = 30.0
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -165,6 +165,7 @@ class ApartGate:
 
     async def judge(self, case: Case, thread: Executor) -> Judgement:
         del thread
+        self._waits = self._waits or "a candidate is at the gate, which has not answered yet"
         try:
             judgement = await self._judge(case)
         except (TransportError, RequestError) as error:

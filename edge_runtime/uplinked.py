@@ -25,7 +25,7 @@ from edge_runtime.events.uplink import Uplink
 from edge_runtime.events.watermarks import ends
 from edge_runtime.events.withhold import Withhold
 from edge_runtime.inference.prover import Prover
-from edge_runtime.rollout.agent import Agent, Updates
+from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant
 from edge_runtime.runtime import Runtime
 from edge_runtime.update.client import UpdateClient
@@ -75,6 +75,7 @@ async def cloud_side(
             "bus": lambda: bus.statistics() | {"connected": int(bus.connected)},
         }
         parts["prover"] = prover.statistics
+        parts["verdicts"] = client.verdicts
         if withhold is not None:
             parts["withheld"] = withhold.statistics
         yield [uplink.run(), agent.run()]
@@ -111,10 +112,13 @@ class _Refusing:
     def confirm(self, _plan: Plan) -> None:
         raise self._error
 
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        return {}
+
 
 def _open_client(
     config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
-) -> Updates:
+) -> UpdateClient | _Refusing:
     try:
         return UpdateClient(config.state_dir / "update", root, fetcher, clock)
     except HeadwaterError as error:

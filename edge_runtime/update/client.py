@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined] # tuf has no __all__
@@ -76,6 +77,7 @@ class UpdateClient:
         self._root_version = self._floor.versions.get("root", 1)
         self._held: dict[str, int] = {}
         self._plans: dict[str, tuple[str, Plan]] = {}
+        self._verdicts: dict[str, dict[str, Any]] = {}
 
     @property
     def floor(self) -> trust.Floor:
@@ -117,16 +119,18 @@ class UpdateClient:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
         trust.check_plan(self._floor, family, plan)
+        found = {}
         for arm in plan.arms:
             for package in arm.packages:
-                self._proven_target(arm, package)
+                found[arm.release] = self._proven_target(arm, package).custom["verdict"]
+        self._verdicts[family] = found
         return plan
 
     def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf) -> Path:
         """One of an arm's packages on the shelf, brought there if need be and proven.
 
-        Raises: TrustError (not_released, plan_mismatch, release_below_floor, hash_mismatch,
-        release_quarantined, wrong_length), TransportError (absent, unreachable), CapacityError.
+        Raises: TrustError (not_released, plan_mismatch, no_verdict, release_below_floor,
+        hash_mismatch, release_quarantined, wrong_length), TransportError, CapacityError.
         """
         target = self._proven_target(arm, package)
         if package.sha256 in shelf.quarantined():
@@ -153,6 +157,10 @@ class UpdateClient:
             for path in self._floor_paths():
                 write_atomic(path, trust.encode_floor(floor))
         self._floor = floor
+
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        """By family and release, what the gate said of those in the plan that was read last."""
+        return dict(self._verdicts)
 
     def statistics(self) -> dict[str, int]:
         """What the fetcher counted."""
@@ -182,6 +190,8 @@ class UpdateClient:
             raise TrustError(
                 "plan_mismatch", f"the plan and the signed release of {package.path} differ"
             )
+        if not trust.is_passed(target.custom):
+            raise TrustError("no_verdict", f"{package.path} does not carry its gate's verdict")
         family = _family(arm)
         floor = self._release_floor(family)
         trust.check_release(self._floor, family, arm.counter, release_floor=floor)

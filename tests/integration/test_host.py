@@ -275,7 +275,10 @@ def test_a_restarted_host_claims_the_time_that_it_had_reached_before_anything_co
             before, held = host.status(), host.releasing["coin"].door.hold_out.rows()
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.until(lambda: True)
-            assert host.releasing["coin"].door.hold_out.rows().times_s.tolist() == held.times_s.tolist()
+            assert (
+                host.releasing["coin"].door.hold_out.rows().times_s.tolist()
+                == held.times_s.tolist()
+            )
             assert len(held) > 20
             assert cloud.status.clock_s >= before.clock_s > 2000.0
             assert cloud.status.events_archived == before.events_archived > 0

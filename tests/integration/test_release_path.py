@@ -41,6 +41,7 @@ from edge_runtime.wire import subjects
 NOW_S = 1_800_000_000.0
 DAY_S = 86_400.0
 FAMILY = "flight_delay"
+VERDICT = {"outcome": "pass", "rules": ["static"], "sha256": "0" * 64}
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Site:
     def release(
         self, name: str, data: bytes, counter: int = 1, family: str = FAMILY
     ) -> ReleaseFile:
-        return self.pass_(ReleaseFile(family, name, counter, data))
+        return self.pass_(ReleaseFile(family, name, counter, data, VERDICT))
 
     def pass_(self, release: ReleaseFile) -> ReleaseFile:
         """Let the gate have passed every package of a release."""
@@ -647,7 +648,7 @@ def test_a_quarantined_package_is_not_fetched_again(tmp_path: Path) -> None:
 
 
 def two_variants(name: str = "r1", counter: int = 1, data: bytes = b"int8") -> ReleaseFile:
-    return ReleaseFile(FAMILY, name, counter, data, variants={"float32": b"float " + data})
+    return ReleaseFile(FAMILY, name, counter, data, VERDICT, variants={"float32": b"float " + data})
 
 
 def test_every_variant_of_a_release_is_signed_and_reaches_the_shelf(tmp_path: Path) -> None:
