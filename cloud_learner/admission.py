@@ -111,12 +111,17 @@ class Admissions:
         """The part of a server's configuration that admits the learner and these devices."""
         key = self.access().key
         assert key is not None
-        return rules(nkey.load(key).public, self.devices, self._gate())
+        return rules(nkey.load(key).public, self.devices, self._gate(), self._operators())
 
     def _gate(self) -> str:
         """The public key of a gate that has moved out, or nothing."""
         path = gate_public(self._home)
         return path.read_text().strip() if path.exists() else ""
+
+    def _operators(self) -> dict[str, str]:
+        """Operators come in by the key that signs their orders."""
+        folder = self._home.operators
+        return {path.stem: nkey.public_of(path.read_bytes()) for path in folder.glob("*.pub")}
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
@@ -131,7 +136,7 @@ class Admissions:
             yield devices
             key = self.access().key
             assert key is not None
-            text = rules(nkey.load(key).public, devices, self._gate())
+            text = rules(nkey.load(key).public, devices, self._gate(), self._operators())
             write_atomic(self._path, msgspec.json.encode(_Admitted(1, devices)))
             if self._home.broker.exists():
                 broker.write_access(self._home.broker, text)
@@ -156,10 +161,24 @@ def gate_access(home: Home) -> Access:
     return Access(key=home.root / GATE_KEY, inbox="_INBOX_gate")
 
 
-def rules(learner_key: str, devices: Mapping[str, str], gate_key: str = "") -> str:
-    """`accounts` for a learner's key, those of devices, and that of a gate apart."""
+def operator_inbox(name: str) -> str:
+    """Below this subject an operator's answers come."""
+    return f"_INBOX_by_{name}"
+
+
+def rules(
+    learner_key: str,
+    devices: Mapping[str, str],
+    gate_key: str = "",
+    operators: Mapping[str, str] = {},
+) -> str:
+    """`accounts` for the keys of a learner, of devices, of a gate apart and of operators."""
     worlds = "".join(_world(device, key) for device, key in sorted(devices.items()))
     gate = _GATE.format(key=gate_key, get=_DIRECT_GET) if gate_key else ""
+    gate += "".join(
+        _OPERATOR.format(key=key, inbox=operator_inbox(name))
+        for name, key in sorted(operators.items())
+    )
     return _ACCOUNTS.format(
         hub=broker.ACCOUNT, learner=learner_key, gate=gate, get=_DIRECT_GET, worlds=worlds
     )
@@ -203,6 +222,11 @@ _GATE = """, {{ nkey: {key}, permissions: {{
         "$JS.API.CONSUMER.*.HW_EVENTS.gate", "$JS.API.CONSUMER.*.HW_EVENTS.gate.>",
         "$JS.API.CONSUMER.MSG.NEXT.HW_EVENTS.gate", "$JS.API.CONSUMER.LIST.HW_EVENTS"]
       subscribe: ["hw.gate.>", "_INBOX_gate.>"]
+    }} }}"""
+
+_OPERATOR = """, {{ nkey: {key}, permissions: {{
+      publish: ["hw.submit.*", "hw.candidate.>", "{inbox}.>"]
+      subscribe: ["hw.answer.*", "hw.status.learner", "{inbox}.>"]
     }} }}"""
 
 _WORLD = """\

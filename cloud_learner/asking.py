@@ -31,6 +31,7 @@ QUESTION_VERSION = 1
 AGAIN_S = 1.0
 REMEMBERED = 32
 
+_AWAY = {"no_answer", "unreachable", "timeout"}  # of somebody further on
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 Work = Callable[[Message, bytes], Awaitable[bytes]]
 
@@ -69,7 +70,7 @@ class Asker:
     async def ask(self, subject: str, body: bytes, *, wait_s: float) -> bytes:
         """The answer's body.
 
-        Raises: RequestError with the code of a refusal; TransportError `no_answer`, `unreachable`.
+        Raises: RequestError with the code of a refusal; TransportError `no_answer`.
         """
         if self._subscription is None:
             self._subscription = await self._bus.subscribe(subjects.answer(self._token), self._hear)
@@ -84,7 +85,8 @@ class Asker:
         finally:
             del self._waiting[question.id]
         if answer.code:
-            raise RequestError(answer.code, answer.message, answer.hint)
+            kind = TransportError if answer.code in _AWAY else RequestError
+            raise kind(answer.code, answer.message, answer.hint)
         return answer.body
 
     async def close(self) -> None:

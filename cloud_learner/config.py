@@ -44,6 +44,7 @@ class FamilyHome:
         self.known = root / "known.keys"
         self.hold_out = root / "recent.hold-out"
         self.marker = root / "origin.json"
+        self.submitted = root / "submitted.json"
 
     def write_origin(self, origin: Origin) -> None:
         """The last act of a bootstrap."""
@@ -74,6 +75,7 @@ class Home:
         self.trusted_root = root / "trust" / "root.json"
         self.broker = root / "broker"
         self.learner_key = root / "learner.nk"
+        self.operators = root / "keys" / "operators"
 
     def key(self, name: str) -> Path:
         """Where the private key of a trust domain lies, whether or not it is there."""

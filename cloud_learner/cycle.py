@@ -16,7 +16,6 @@ Knows nothing about gates, keys and the network.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -52,6 +51,7 @@ GOLDEN_ROWS = 8
 CALIBRATION_ROWS = 1000
 STUDENT_PASSES = 4
 HELD_OUT_ROWS = 500
+NEVER_S = float("inf")
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -107,13 +107,11 @@ class Cycle:
         self.watch = Watch(drift, task, family.spec.columns, reference, learning.seed)
         self.alarms: list[Alarm] = []
         self._graph: Graph | None = None
-        self.number = 0
-        self.failed = 0
+        self.number = self.failed = 0
         self.whole, self.is_taught = True, False
-        self._cpu_s = 0.0
+        self._cpu_s = self._arrived_s = 0.0
         self.parent = ""  # the release that serves
-        self._learned_from_s, self._learned_through_s = math.inf, 0.0
-        self._arrived_s = 0.0
+        self._learned_s = NEVER_S, 0.0  # from the first event time to the last
 
     @property
     def replicas(self) -> Replicas:
@@ -158,10 +156,10 @@ class Cycle:
         self.number = batch.number
         entered = self.ledger.enter(batch.examples)
         self.is_taught = bool(entered.examples)
-        for example in batch.examples:
-            self._learned_from_s = min(self._learned_from_s, example.time_s)
-            self._learned_through_s = max(self._learned_through_s, example.time_s)
-            self._arrived_s = max(self._arrived_s, example.matured_s)
+        times_s = [example.time_s for example in batch.examples]
+        first_s, last_s = self._learned_s
+        self._learned_s = min([first_s, *times_s]), max([last_s, *times_s])
+        self._arrived_s = max([self._arrived_s, *(e.matured_s for e in batch.examples)])
         try:
             if entered.examples:
                 with self._working():
@@ -186,14 +184,13 @@ class Cycle:
         int8 = quantized(plain, self._calibration_rows())
         weights = self.replicas.weights
         family, golden = self.family, self._reference[:GOLDEN_ROWS]
-        range_s = self._learned_from_s, self._learned_through_s
-        made_of = origin(self.parent, *range_s, family.spec)
+        made_of = origin(self.parent, self._learned_s, family.spec)
         facts = {"batch": self.number, "weights": weights, **made_of}
         return Candidate(
             self.number,
             sealed(int8, family.interface, family.spec, golden, {**facts, "form": "int8"}),
             sealed(plain, family.interface, family.spec, golden, {**facts, "form": "float32"}),
-            self._learned_through_s,
+            self._learned_s[1],
             self._arrived_s,
             weights,
             self.watch.stands,
@@ -236,10 +233,8 @@ class Cycle:
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
-        self._learned_from_s = state.get("learned_from_s", math.inf)
-        self._learned_through_s = state["learned_through_s"]
-        self._arrived_s = state["arrived_s"]
-        self._cpu_s = state["cpu_s"]
+        self._learned_s = state.get("learned_from_s", NEVER_S), state["learned_through_s"]
+        self._arrived_s, self._cpu_s = state["arrived_s"], state["cpu_s"]
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -250,8 +245,8 @@ class Cycle:
             "torch_random": self._torch_random.state,
             "number": self.number,
             "failed": self.failed,
-            "learned_from_s": self._learned_from_s,
-            "learned_through_s": self._learned_through_s,
+            "learned_from_s": self._learned_s[0],
+            "learned_through_s": self._learned_s[1],
             "arrived_s": self._arrived_s,
             "cpu_s": self._cpu_s,
         }
@@ -264,7 +259,7 @@ class Cycle:
             entered.remember,
             self._rows_of(entered.held_out),
             [example.device for example in entered.held_out],
-            self._learned_through_s,
+            self._learned_s[1],
         )
 
     def _watched(self, lesson: Lesson) -> Lesson:

@@ -63,7 +63,7 @@ def move_out(source: Home, home: Home) -> None:
 def _copy_shared(source: Home, home: Home) -> None:
     pairs = (
         (source.trusted_root.parent, home.trusted_root.parent),
-        (source.root / "operators", home.root / "operators"),
+        (source.operators, home.operators),
         (source.ingest_db, home.ingest_db),
         (source.archive, home.archive),
         (source.raw, home.raw),
@@ -92,7 +92,7 @@ def _copy_family(source: Home, home: Home, name: str, folder: Path) -> None:
 
 def _move_key(old: Path, new: Path) -> None:
     """The key is on disk there before it is gone here."""
-    new.parent.mkdir(mode=0o700)
+    new.parent.mkdir(mode=0o700, exist_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(old.read_bytes())

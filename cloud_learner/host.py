@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from cloud_learner.asking import Asker
+from cloud_learner.asking import Answerer, Asker
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.holdout import HoldOut
@@ -35,6 +35,7 @@ from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releasing, release_signers
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.streams import keep_place, make_streams
+from cloud_learner.submissions import Submissions
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
@@ -94,7 +95,12 @@ class Host:
         await self._furnish()
         for releasing in self.releasing.values():
             await releasing.controller.start()
-        reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
+        desk = Submissions(self._bus, self.releasing, self.learner.thread, self._clock)
+        answerer = Answerer(self._bus, desk.work)
+        heard = [
+            await self._bus.subscribe(subjects.report("*"), self._on_report),
+            await self._bus.subscribe(subjects.submit("*"), answerer.hear),
+        ]
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.learner.run())
@@ -105,7 +111,8 @@ class Host:
                 for releasing in self.releasing.values():
                     group.create_task(releasing.run(self.learner.thread))
         finally:
-            await reports.close()
+            for subscription in heard:
+                await subscription.close()
             await self._asker.close()
             for releasing in self.releasing.values():
                 await releasing.close()

@@ -110,7 +110,7 @@ class OwnGate:
         """`lineage` is the family's own part; what was passed in earlier lives is trusted."""
         own = home.of(family.name)
         self._kept, self._family = own.hold_out, family.name
-        self._operators = home.root / "operators"
+        self._operators = home.operators
         self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
         if self._kept.exists():
             self.hold_out.load(self._kept)

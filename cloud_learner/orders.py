@@ -4,7 +4,7 @@ Why: whoever may hand in a model must be somebody; the gate knows operators by t
 judges what they bring as it judges the learner's. An order holds no power to release.
 
 Invariants: the signature covers the hashes of the packages and the whole request. Private keys stay
-with their operators; a home holds `operators/<name>.pub` (PEM, Ed25519) alone.
+with their operators; a home holds `keys/operators/<name>.pub` (PEM, Ed25519) alone.
 
 Knows nothing about gates and campaigns.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edge_runtime.bus import nkey
 from edge_runtime.errors import ConfigError, RequestError
 from edge_runtime.wire.subjects import checked_name
 
@@ -29,7 +31,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for: `packages` are the hashes of the int8 (or only) and the float form.
 
     `stages` are shares of the fleet in percent, `to` the devices' attribute (`name=value`) that
-    canaries have.
+    canaries have. `then` says what the learner's candidates do once it is decided: `follow` it, or
+    `hold` until another is handed in.
     """
 
     family: str
@@ -37,6 +40,7 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[int, ...] = (100,)
     to: str = ""
     dry_run: bool = False
+    then: Literal["follow", "hold"] = "follow"
     version: int = 1
 
 
@@ -67,7 +71,7 @@ def checked(order: Order, operators: Path) -> Wish:
         raise RequestError(
             "unknown_operator",
             f"the gate knows no operator {order.operator!r:.70}; nothing was judged",
-            f"put the operator's public key there: {operators.name}/<name>.pub",
+            "put the operator's public key there: keys/operators/<name>.pub",
         ) from error
     try:
         if not isinstance(key, Ed25519PublicKey):
@@ -82,6 +86,14 @@ def checked(order: Order, operators: Path) -> Wish:
         ) from error
     except msgspec.DecodeError as error:
         raise RequestError("bad_order", f"the order of {name} cannot be read: {error}") from error
+
+
+def seed(key: Path) -> str:
+    """The seed by which the operator with this private key comes in to the broker; a secret.
+
+    Raises: as `signed`.
+    """
+    return nkey.seed_of(_private(key))
 
 
 def create(private: Path, public: Path) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
+
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
 from cloud_learner.cycle import Candidate
@@ -42,6 +44,7 @@ from cloud_learner.store.registry import Registry
 from cloud_learner.train.family import Family
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, RequestError, TransportError
+from edge_runtime.files import write_atomic
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire.messages import Report
 
@@ -119,6 +122,17 @@ class Releases:
         return ReleaseFile(self._family, name, counter, data, verdict, variants=others)
 
 
+class _Submitted(msgspec.Struct, frozen=True):
+    """What an operator handed in last, and what the learner's candidates do after it."""
+
+    release: str = ""
+    then: str = "follow"
+
+    @classmethod
+    def load(cls, path: Path) -> _Submitted:
+        return msgspec.json.decode(path.read_bytes(), type=cls) if path.exists() else cls()
+
+
 class Releasing:
     """Gate and campaign of one family; `start` it first, `close` it last."""
 
@@ -143,11 +157,15 @@ class Releasing:
         self.hearing = Hearing(family.name, family.spec, config.drift, reference)
         self.expectation = Expectation(config.drift, config.task)
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="hearing")
+        self._own = own
+        self._submitted = _Submitted.load(own.submitted)
         self._waiting: Candidate | None = None
         self._news = asyncio.Event()
 
     async def hand_in(self, candidate: Candidate, thread: Executor) -> None:
         """As `submit`; for a gate apart, which takes its time, the newest waits for `run`."""
+        if self._is_kept_out():
+            return
         if not self.door.is_apart:
             await self.submit(candidate, thread)
             return
@@ -160,7 +178,7 @@ class Releasing:
             await self._news.wait()
             self._news.clear()
             candidate, self._waiting = self._waiting, None
-            if candidate is None:
+            if candidate is None or self._is_kept_out():
                 continue
             try:
                 await self.submit(candidate, thread)
@@ -169,6 +187,19 @@ class Releasing:
                 await asyncio.sleep(AGAIN_S)
                 self._waiting = self._waiting or candidate
                 self._news.set()
+
+    async def submitted(self, candidate: Candidate, judgement: Judgement, then: str) -> str:
+        """Offer what an operator handed in and the gate passed; the release's name."""
+        offer = self.releases.register(candidate, judgement)
+        self._submitted = _Submitted(offer.release, then)
+        write_atomic(self._own.submitted, msgspec.json.encode(self._submitted))
+        await self.controller.offer(offer)
+        return offer.release
+
+    def _is_kept_out(self) -> bool:
+        """Whether the learner's candidates stand back for what an operator handed in."""
+        known = self._submitted
+        return known.then == "hold" or self.controller.is_undecided(known.release)
 
     async def close(self) -> None:
         """Let what is under way reach the disk."""

@@ -14,16 +14,14 @@ from typing import Any
 from edge_runtime.features.spec import Spec
 
 
-def origin(
-    parent: str, learned_from_s: float, learned_through_s: float, spec: Spec
-) -> dict[str, Any]:
+def origin(parent: str, learned_s: tuple[float, float], spec: Spec) -> dict[str, Any]:
     """The release that served when it was made, the event times it learned (null where none), its
     features and the code.
     """
     return {
         "parent": parent,
-        "learned_from_s": learned_from_s if math.isfinite(learned_from_s) else None,
-        "learned_through_s": learned_through_s,
+        "learned_from_s": learned_s[0] if math.isfinite(learned_s[0]) else None,
+        "learned_through_s": learned_s[1],
         "features": spec.hash,
         "code": _code(),
     }
