@@ -29,7 +29,7 @@ from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.evaluate.watch import Watch
 from cloud_learner.package.build import Graph
-from cloud_learner.package.provenance import origin
+from cloud_learner.package.provenance import NOTHING_S, origin, widened
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
@@ -51,7 +51,6 @@ GOLDEN_ROWS = 8
 CALIBRATION_ROWS = 1000
 STUDENT_PASSES = 4
 HELD_OUT_ROWS = 500
-NEVER_S = float("inf")
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -111,7 +110,7 @@ class Cycle:
         self.whole, self.is_taught = True, False
         self._cpu_s = self._arrived_s = 0.0
         self.parent = ""  # the release that serves
-        self._learned_s = NEVER_S, 0.0  # from the first event time to the last
+        self._learned_s = NOTHING_S  # from the first event time to the last
 
     @property
     def replicas(self) -> Replicas:
@@ -156,9 +155,7 @@ class Cycle:
         self.number = batch.number
         entered = self.ledger.enter(batch.examples)
         self.is_taught = bool(entered.examples)
-        times_s = [example.time_s for example in batch.examples]
-        first_s, last_s = self._learned_s
-        self._learned_s = min([first_s, *times_s]), max([last_s, *times_s])
+        self._learned_s = widened(self._learned_s, (e.time_s for e in batch.examples))
         self._arrived_s = max([self._arrived_s, *(e.matured_s for e in batch.examples)])
         try:
             if entered.examples:
@@ -233,7 +230,7 @@ class Cycle:
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
-        self._learned_s = state.get("learned_from_s", NEVER_S), state["learned_through_s"]
+        self._learned_s = state.get("learned_from_s", NOTHING_S[0]), state["learned_through_s"]
         self._arrived_s, self._cpu_s = state["arrived_s"], state["cpu_s"]
 
     def _state(self) -> dict[str, Any]:

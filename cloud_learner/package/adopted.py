@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnx import ModelProto
 
 from cloud_learner.package.foreign import fitted
-from cloud_learner.package.provenance import origin
+from cloud_learner.package.provenance import NOTHING_S, origin
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from edge_runtime.errors import PackageError
@@ -56,7 +56,7 @@ def prepared(
             "no_rows", f"the rows are of shape {rows.shape}, the features are {spec.size}"
         )
     golden = _made_up(spec.size) if rows is None else rows[:GOLDEN_ROWS]
-    made_of = {**origin("", (float("inf"), 0.0), spec), **facts}
+    made_of = {**origin("", NOTHING_S, spec), **facts}
 
     def seal(form: ModelProto, name: str) -> bytes:
         try:

@@ -8,10 +8,20 @@ Knows nothing about what the numbers do. Implements proto/package.md (provenance
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edge_runtime.features.spec import Spec
+
+NOTHING_S = float("inf"), 0.0
+"""From the first event time to the last, of what was learned, before anything was."""
+
+
+def widened(learned_s: tuple[float, float], times_s: Iterable[float]) -> tuple[float, float]:
+    """The range with these event times in it."""
+    times = list(times_s)
+    return min([learned_s[0], *times]), max([learned_s[1], *times])
 
 
 def origin(parent: str, learned_s: tuple[float, float], spec: Spec) -> dict[str, Any]:
