@@ -75,6 +75,8 @@ def fitted(
     wanted = {INPUT, OUTPUT, *features}
     if unknown := sorted(set(names) - wanted):
         raise _wrong(model, f"--map names {', '.join(unknown)}", f"known: {', '.join(wanted)}")
+    _step_aside(fit)
+    names = {ours: _aside(yours) for ours, yours in names.items()}
     before = _inputs(fit, features, names)
     after = _output(fit, outputs, names)
     nodes = [*before, *fit.graph.node, *after]
@@ -89,6 +91,19 @@ def fitted(
     return fit
 
 
+def _step_aside(fit: ModelProto) -> None:
+    """Free the names of a package's input and output, whatever the model uses them for."""
+    for node in fit.graph.node:
+        node.input[:] = [_aside(each) for each in node.input]
+        node.output[:] = [_aside(each) for each in node.output]
+    for each in (*fit.graph.input, *fit.graph.output, *fit.graph.initializer):
+        each.name = _aside(each.name)
+
+
+def _aside(name: str) -> str:
+    return f"{_PRE}own/{name}" if name in {INPUT, OUTPUT} else name
+
+
 def _inputs(fit: ModelProto, features: Sequence[str], names: Mapping[str, str]) -> list[NodeProto]:
     given = {each.name for each in fit.graph.initializer}
     inputs = {each.name: each for each in fit.graph.input if each.name not in given}
@@ -98,7 +113,7 @@ def _inputs(fit: ModelProto, features: Sequence[str], names: Mapping[str, str]) 
         if name not in inputs or len(inputs) != 1 or _width(inputs[name]) not in {0, len(features)}:
             raise _wrong(fit, f"{len(features)} features go in", f"--map {INPUT}=INPUT")
         return _renamed_input(fit, inputs[name])
-    columns = [names.get(feature, feature) for feature in features]
+    columns = [_aside(names.get(feature, feature)) for feature in features]
     if sorted(columns) != sorted(inputs):
         raise _wrong(
             fit, f"the features are {', '.join(features)}", "--map FEATURE=INPUT, one for each"
@@ -118,14 +133,7 @@ def _renamed_input(fit: ModelProto, own: ValueInfoProto) -> list[NodeProto]:
     kind = own.type.tensor_type.elem_type
     if kind not in _FLOATS:
         raise _wrong(fit, "features are floats", "export with a float input")
-    if own.name == INPUT and kind == TensorProto.FLOAT:
-        return []
-    name = own.name
-    if name == INPUT:  # a double under the name of ours
-        name = f"{_PRE}features"
-        for node in fit.graph.node:
-            node.input[:] = [name if each == INPUT else each for each in node.input]
-    return [helper.make_node("Cast", [INPUT], [name], to=kind)]
+    return [helper.make_node("Cast", [INPUT], [own.name], to=kind)]
 
 
 def _output(fit: ModelProto, outputs: int, names: Mapping[str, str]) -> list[NodeProto]:
@@ -135,13 +143,8 @@ def _output(fit: ModelProto, outputs: int, names: Mapping[str, str]) -> list[Nod
     if name not in found:
         raise _wrong(fit, f"{outputs} numbers come out", f"--map {OUTPUT}=OUTPUT")
     source = _without_zipmap(fit, name)
-    own = f"{_PRE}answer" if source == OUTPUT else source
-    if source == OUTPUT:
-        for node in fit.graph.node:
-            node.output[:] = [own if each == OUTPUT else each for each in node.output]
-            node.input[:] = [own if each == OUTPUT else each for each in node.input]
     width = _width(found[name]) if source == name else 0
-    nodes = [helper.make_node("Cast", [own], [f"{_PRE}float"], to=TensorProto.FLOAT)]
+    nodes = [helper.make_node("Cast", [source], [f"{_PRE}float"], to=TensorProto.FLOAT)]
     if outputs == 1 and (source != name or width == 2):
         one = numpy_helper.from_array(np.array([1], np.int64), f"{_PRE}one")
         fit.graph.initializer.append(one)
@@ -166,8 +169,8 @@ def _likeliest(fit: ModelProto, outputs: int) -> str:
         and (_width(each) in {0, outputs} or (outputs == 1 and _width(each) in {1, 2}))
     ]
     meant = [each.name for each in fit.graph.output if each.name in zipped] or floats
-    if OUTPUT in meant:
-        return OUTPUT
+    if _aside(OUTPUT) in meant:
+        return _aside(OUTPUT)
     return meant[0] if len(meant) == 1 else ""
 
 
