@@ -57,6 +57,7 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     """
     family = Family.load(folder)
     _refuse_known(family, home)
+    home.check_gate_is_here()
     if home.root.exists():
         with home.owned():  # who may not have it hears that before the rows are read
             pass

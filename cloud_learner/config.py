@@ -81,6 +81,16 @@ class Home:
         """Where the private key of a trust domain lies, whether or not it is there."""
         return self.root / "keys" / f"{name}.pem"
 
+    def check_gate_is_here(self) -> None:
+        """Raises: ConfigError `gate_apart` where the gate's key has left a home that has others."""
+        if self.key("learner").exists() and not self.key("gate").exists():
+            raise ConfigError(
+                "gate_apart",
+                f"the gate of {self.root} has a home of its own, and this needs its key here; "
+                "nothing was changed",
+                "move gate.pem back into keys/, do it, and cloud-learner gate init into a new home",
+            )
+
     def of(self, family: str) -> FamilyHome:
         """Where a family's own things lie, whether or not it is there."""
         return FamilyHome(self.root / "families" / family)

@@ -189,6 +189,14 @@ def test_the_key_is_in_one_place_and_the_gate_is_set_up_from_its_home_alone(home
     assert caught.value.code == "no_key"
 
 
+def test_what_needs_the_gate_s_key_in_the_learner_s_home_says_so_before_it_learns(moved_out, coin):
+    folder = coin.write_family(moved_out / "dice", {"family.toml": ('"coin"', '"dice"')})
+
+    with pytest.raises(ConfigError) as caught:
+        bootstrap(folder, moved_out / "data.csv", Home(moved_out / "home"), lambda _text: None)
+    assert caught.value.code == "gate_apart"
+
+
 def test_candidates_wait_for_a_gate_that_is_away_and_what_it_signs_reaches_a_device(
     homes, broker, coin, tmp_path
 ):

@@ -229,6 +229,30 @@ def test_a_new_plan_costs_four_round_trips_and_no_news_one(tmp_path: Path) -> No
     in_memory(tmp_path, scene)
 
 
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        {},
+        {"outcome": "fail", "rules": [], "sha256": ""},
+        {"outcome": "pass"},
+        VERDICT | {"rules": 1},
+    ],
+)
+def test_a_release_without_its_gate_s_verdict_is_refused(
+    tmp_path: Path, verdict: dict[str, object]
+) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish("r1", 1, b"genuine")
+        device = site.device()
+        await device.update()
+        unjudged = site.pass_(ReleaseFile(FAMILY, "r2", 2, b"unjudged", verdict))
+        await site.publisher.publish(unjudged, plan(2, unjudged))
+        assert await refused(TrustError, device.update()) == "no_verdict"
+        assert device.client.verdicts()[FAMILY] == {"r1": VERDICT}
+
+    in_memory(tmp_path, scene)
+
+
 def test_before_anything_is_published_a_device_waits(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         assert await refused(TransportError, site.device("LGA").update()) == "unreachable"
