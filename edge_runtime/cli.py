@@ -281,9 +281,9 @@ def _told(answer: dict[str, Any]) -> str:
 
 def _evidence(arm: dict[str, Any], verdict: dict[str, Any]) -> str:
     """Why this release is here: its counter, its gate's verdict, and what it came from."""
-    said = (
-        f"{len(verdict['rules'])} rules {verdict['outcome']}" if verdict else "verdict not read yet"
-    )
+    said = "verdict not read yet" if arm["counter"] else "of no signed plan"
+    if verdict:
+        said = f"{len(verdict['rules'])} rules {verdict['outcome']}"
     came = arm["provenance"]
     parent = f", after {came['parent']}" if came.get("parent") else ""
     return f"release   {arm['release']}: counter {arm['counter']}, {said}{parent}"

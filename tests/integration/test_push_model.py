@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.machinery
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from cloud_learner import orders
@@ -20,6 +23,7 @@ from cloud_learner.admission import Admissions
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
+from cloud_learner.gate_home import move_out
 from cloud_learner.rules import recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.train.family import Family
@@ -62,19 +66,28 @@ def site(bootstrapped, tmp_path):
 
 
 @contextlib.contextmanager
-def served(home):
+def served(home, gate=None):
+    """The broker's url, with a learner beside it, and a gate where it is apart."""
+    with Broker.start(home.broker, Admissions(home).rules()) as broker, contextlib.ExitStack() as s:
+        s.enter_context(process("serve", home, broker.url))
+        if gate is not None:
+            s.enter_context(process("gate", gate, broker.url))
+        asyncio.run(spoken(home, broker.url))
+        yield broker.url
+
+
+@contextlib.contextmanager
+def process(name, home, url):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with Broker.start(home.broker, Admissions(home).rules()) as broker:
-        command = [sys.executable, "-m", "cloud_learner.cli", "serve", "--home", str(home.root)]
-        with subprocess.Popen(
-            [*command, "--nats", broker.url], stdout=subprocess.DEVNULL, env=environment
-        ) as child:
-            try:
-                asyncio.run(spoken(home, broker.url))
-                yield broker.url
-            finally:
-                child.terminate()
-                child.wait(WAIT_S)
+    command = [sys.executable, "-m", "cloud_learner.cli", name, "--home", str(home.root)]
+    with subprocess.Popen(
+        [*command, "--nats", url], stdout=subprocess.DEVNULL, env=environment
+    ) as child:
+        try:
+            yield
+        finally:
+            child.terminate()
+            child.wait(WAIT_S)
 
 
 async def spoken(home, url):
@@ -90,16 +103,23 @@ async def spoken(home, url):
     await bus.close()
 
 
+def tool():
+    path = ROOT / "tools" / "push-model"
+    loader = importlib.machinery.SourceFileLoader("push_model", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("push_model", loader))
+    loader.exec_module(module)
+    return module.main
+
+
+MAIN = tool()
+
+
 def pushed(folder, file, *options):
-    command = [sys.executable, ROOT / "tools" / "push-model", file, "--family", folder]
-    done = subprocess.run(
-        [str(each) for each in (*command, *options)],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+    """Exit code, stdout and stderr of the tool."""
+    arguments = [str(each) for each in (file, "--family", folder, *options)]
+    done = CliRunner().invoke(MAIN, arguments)
+    assert isinstance(done.exception, SystemExit | None), done.exception
+    return done.exit_code, done.stdout, done.stderr
 
 
 def classifier(path, slope, name="float_input"):
@@ -171,6 +191,20 @@ def test_a_model_from_elsewhere_is_judged_and_released_or_refused_with_the_reaso
                     pytest.fail("it ended before it was on trial")
             finally:
                 following.kill()
+
+
+def test_a_gate_apart_judges_only_for_operators_that_it_knows_itself(bootstrapped, site, tmp_path):
+    folder, gate = bootstrapped / "coin", Home(tmp_path / "gate")
+    good = classifier(tmp_path / "good.onnx", 4.0)
+    move_out(site, gate)
+    shutil.copy(tmp_path / "eve.pub", site.operators)  # who owns the learner's home lets her in
+    with served(site, gate) as url:
+        anna = ("--operator", "anna", "--key", tmp_path / "anna.pem", "--nats", url)
+        code, out, told = pushed(folder, good, *anna, "--dry-run")
+        assert code == 0, told + out
+        eve = ("--operator", "eve", "--key", tmp_path / "eve.pem", "--nats", url)
+        code, _, told = pushed(folder, good, *eve)
+        assert (code, "unknown_operator" in told) == (2, True), told
 
 
 @pytest.mark.parametrize(
