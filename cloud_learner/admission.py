@@ -12,7 +12,11 @@ of its own such an answer ends before its own doors.
 Invariants: one key per device and one device per key. What the file says is what a running broker
 knows when `admit` or `expel` returns; who stays admitted stays connected.
 
-Durable state: `devices.json`; the commit point is its rename. The learner's seed, `learner.nk`.
+A gate that has moved out has a key of its own in the learner's account, which may read the stream,
+fetch candidates and answer, and nothing else: no device hears it.
+
+Durable state: `devices.json`; the commit point is its rename. The learner's seed, `learner.nk`; the
+gate's public key, `gate.pub`.
 Knows nothing about what devices say.
 """
 
@@ -22,6 +26,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -33,6 +38,7 @@ from edge_runtime.errors import CapacityError, ConfigError
 from edge_runtime.files import write_atomic
 from edge_runtime.wire import subjects
 
+GATE_KEY = "gate.nk"
 _DIRECT_GET = "$JS.API.DIRECT.GET"
 
 
@@ -105,7 +111,17 @@ class Admissions:
         """The part of a server's configuration that admits the learner and these devices."""
         key = self.access().key
         assert key is not None
-        return rules(nkey.load(key).public, self.devices)
+        return rules(nkey.load(key).public, self.devices, self._gate(), self._operators())
+
+    def _gate(self) -> str:
+        """The public key of a gate that has moved out, or nothing."""
+        path = gate_public(self._home)
+        return path.read_text().strip() if path.exists() else ""
+
+    def _operators(self) -> dict[str, str]:
+        """Operators come in by the key that signs their orders."""
+        folder = self._home.operators
+        return {path.stem: nkey.public_of(path.read_bytes()) for path in folder.glob("*.pub")}
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, str]]:
@@ -120,7 +136,7 @@ class Admissions:
             yield devices
             key = self.access().key
             assert key is not None
-            text = rules(nkey.load(key).public, devices)
+            text = rules(nkey.load(key).public, devices, self._gate(), self._operators())
             write_atomic(self._path, msgspec.json.encode(_Admitted(1, devices)))
             if self._home.broker.exists():
                 broker.write_access(self._home.broker, text)
@@ -135,10 +151,37 @@ class Admissions:
         return broker.reload(self._home.broker)
 
 
-def rules(learner_key: str, devices: Mapping[str, str]) -> str:
-    """`accounts` for a learner's key and those of devices."""
+def gate_public(home: Home) -> Path:
+    """Where a learner's home keeps the public key by which its gate apart comes in."""
+    return home.root / "gate.pub"
+
+
+def gate_access(home: Home) -> Access:
+    """How the gate comes in: by the key of its own home."""
+    return Access(key=home.root / GATE_KEY, inbox="_INBOX_gate")
+
+
+def operator_inbox(name: str) -> str:
+    """Below this subject an operator's answers come."""
+    return f"_INBOX_by_{name}"
+
+
+def rules(
+    learner_key: str,
+    devices: Mapping[str, str],
+    gate_key: str = "",
+    operators: Mapping[str, str] = {},
+) -> str:
+    """`accounts` for the keys of a learner, of devices, of a gate apart and of operators."""
     worlds = "".join(_world(device, key) for device, key in sorted(devices.items()))
-    return _ACCOUNTS.format(hub=broker.ACCOUNT, learner=learner_key, get=_DIRECT_GET, worlds=worlds)
+    gate = _GATE.format(key=gate_key, get=_DIRECT_GET) if gate_key else ""
+    gate += "".join(
+        _OPERATOR.format(key=key, inbox=operator_inbox(name))
+        for name, key in sorted(operators.items())
+    )
+    return _ACCOUNTS.format(
+        hub=broker.ACCOUNT, learner=learner_key, gate=gate, get=_DIRECT_GET, worlds=worlds
+    )
 
 
 def published(device: str) -> list[str]:
@@ -161,7 +204,7 @@ _ACCOUNTS = """\
 accounts {{
   {hub} {{
     jetstream: enabled
-    users: [ {{ nkey: {learner} }} ]
+    users: [ {{ nkey: {learner} }}{gate} ]
     exports: [
       {{ service: "hw.ev.*.*" }}
       {{ service: "hw.report.*" }}
@@ -175,6 +218,18 @@ accounts {{
   }}
 {worlds}}}
 """
+
+_GATE = """, {{ nkey: {key}, permissions: {{
+      publish: ["hw.answer.*", "_INBOX_gate.>", "{get}.HW_CANDIDATES.>", "$JS.ACK.HW_EVENTS.gate.>",
+        "$JS.API.CONSUMER.*.HW_EVENTS.gate", "$JS.API.CONSUMER.*.HW_EVENTS.gate.>",
+        "$JS.API.CONSUMER.MSG.NEXT.HW_EVENTS.gate", "$JS.API.CONSUMER.LIST.HW_EVENTS"]
+      subscribe: ["hw.gate.>", "_INBOX_gate.>"]
+    }} }}"""
+
+_OPERATOR = """, {{ nkey: {key}, permissions: {{
+      publish: ["hw.submit.*", "hw.candidate.>", "{inbox}.>"]
+      subscribe: ["hw.answer.*", "hw.status.learner", "{inbox}.>"]
+    }} }}"""
 
 _WORLD = """\
   "device {device}" {{

@@ -24,9 +24,10 @@ from cloud_learner.evaluate.slices import Keys
 from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import DataRow, read_rows
 from cloud_learner.gate import Gate, Judgement
+from cloud_learner.judging import passed_before
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
-from cloud_learner.releasing import Releases, passed_before, release_signers
+from cloud_learner.releasing import Releases, release_signers
 from cloud_learner.rollout.campaign import Offer
 from cloud_learner.rules import campaign_rules, gate_limits
 from cloud_learner.store.lineage import Lineage
@@ -56,6 +57,7 @@ def bootstrap(folder: Path, data: Path, home: Home, tell: Tell) -> Judgement:
     """
     family = Family.load(folder)
     _refuse_known(family, home)
+    home.check_gate_is_here()
     if home.root.exists():
         with home.owned():  # who may not have it hears that before the rows are read
             pass
@@ -156,7 +158,7 @@ async def _sign(
     release = Releases(family.name, Registry(home.registry), lineage.of(family.name))
     bus = await MemoryBroker().connect(name="bootstrap")
     known = {name: passed_before(lineage.of(name)) for name in (*home.families(), family.name)}
-    signers = release_signers(home, lambda name, sha256: sha256 in known.get(name, ()))
+    signers = release_signers(home, lambda name, sha256: known.get(name, {}).get(sha256))
     publish = release.publishing(Publisher(home.root, bus, signers, clock))
     campaign, part = home.of(family.name).campaign, lineage.of(family.name)
     controller = Controller(campaign_rules(family), campaign, publish, part, clock)

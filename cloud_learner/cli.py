@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cloud_learner.commands import backfill
+from cloud_learner.commands import backfill, gate
 from cloud_learner.exits import guarded as _guarded
 from cloud_learner.exits import tell as _tell
 from edge_runtime.errors import TransportError
@@ -69,6 +69,7 @@ def bootstrap(family: Path, data: Path, home: Path) -> None:
 
 
 main.add_command(backfill)
+main.add_command(gate)
 
 
 @main.command()

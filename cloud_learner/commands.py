@@ -1,4 +1,5 @@
-"""The commands of `cloud-learner` that look back at what a home has kept; `cli` has all of them.
+"""Commands of `cloud-learner` that stand apart: looking back at what a home has kept, and the gate
+as a process of its own; `cli` has all of them.
 
 Results go to stdout, narration to stderr.
 """
@@ -33,3 +34,55 @@ def backfill(family: Path, home: Path, *, as_json: bool) -> None:
 
     found = guarded(lambda: facts(run(family, Home(home), tell)))
     click.echo(json.dumps(found) if as_json else table(found))
+
+
+@click.group(invoke_without_command=True)
+@click.option("--home", type=click.Path(path_type=Path), default=Path("var/gate"))
+@click.option("--nats", default="", help="Broker url, as `serve` prints it.")
+@click.option("--key", type=click.Path(path_type=Path), help="By default the home's gate.nk.")
+@click.option("--tls-ca", type=click.Path(path_type=Path), help="Who vouches for the broker.")
+@click.pass_context
+def gate(
+    context: click.Context, home: Path, nats: str, key: Path | None, tls_ca: Path | None
+) -> None:
+    """Judge candidates and sign what passed, in a process and under a key of its own.
+
+    The home is the gate's own; `cloud-learner gate init` makes it. The learner asks over the bus.
+
+    Example: cloud-learner gate --home var/gate --nats nats://127.0.0.1:4222
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from dataclasses import replace
+
+    from cloud_learner.admission import gate_access
+    from cloud_learner.config import Home
+    from cloud_learner.serve import serve_gate
+    from edge_runtime.errors import ConfigError
+
+    def run() -> None:
+        if not nats:
+            raise ConfigError("no_broker", "a gate has no broker of its own", "--nats URL")
+        access = gate_access(Home(home))
+        serve_gate(Home(home), nats, replace(access, key=key or access.key, tls_ca=tls_ca))
+
+    guarded(run)
+
+
+@gate.command("init")
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--home", type=click.Path(path_type=Path), default=Path("var/gate"))
+def gate_init(source: Path, home: Path) -> None:
+    """Move the gate out of SOURCE, a learner's home, into a home of its own. Stop `serve` first.
+
+    Afterwards SOURCE holds no gate's key: its `serve` asks the gate over the broker. Give the new
+    folder to the user or the machine that the gate shall run as.
+
+    Example: cloud-learner gate init var/cloud --home var/gate
+    """
+    from cloud_learner.config import Home
+    from cloud_learner.gate_home import move_out
+
+    guarded(lambda: move_out(Home(source), Home(home)))
+    tell(f"{home} is the gate's home and the only place of its key")
+    tell(f"start it beside `serve`: cloud-learner gate --home {home} --nats URL")

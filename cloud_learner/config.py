@@ -44,6 +44,7 @@ class FamilyHome:
         self.known = root / "known.keys"
         self.hold_out = root / "recent.hold-out"
         self.marker = root / "origin.json"
+        self.submitted = root / "submitted.json"
 
     def write_origin(self, origin: Origin) -> None:
         """The last act of a bootstrap."""
@@ -74,6 +75,21 @@ class Home:
         self.trusted_root = root / "trust" / "root.json"
         self.broker = root / "broker"
         self.learner_key = root / "learner.nk"
+        self.operators = root / "keys" / "operators"
+
+    def key(self, name: str) -> Path:
+        """Where the private key of a trust domain lies, whether or not it is there."""
+        return self.root / "keys" / f"{name}.pem"
+
+    def check_gate_is_here(self) -> None:
+        """Raises: ConfigError `gate_apart` where the gate's key has left a home that has others."""
+        if self.key("learner").exists() and not self.key("gate").exists():
+            raise ConfigError(
+                "gate_apart",
+                f"the gate of {self.root} has a home of its own, and this needs its key here; "
+                "nothing was changed",
+                "move gate.pem back into keys/, do it, and cloud-learner gate init into a new home",
+            )
 
     def of(self, family: str) -> FamilyHome:
         """Where a family's own things lie, whether or not it is there."""

@@ -105,6 +105,16 @@ class Controller:
                 await self._settle(changed=self._measure_freshness(report))
 
     @property
+    def rules(self) -> Rules:
+        """How the campaign decides."""
+        return self._campaign.rules
+
+    def is_undecided(self, release: str) -> bool:
+        """Whether a release is on trial or waits for it."""
+        waiting = (self._campaign.state.canary, self._campaign.state.pending)
+        return any(each is not None and each.release == release for each in waiting)
+
+    @property
     def stable(self) -> Offer | None:
         """The release that serves; None before the first."""
         return self._campaign.state.stable

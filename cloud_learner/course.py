@@ -117,9 +117,10 @@ class Course:
         self.skipped += not is_due
         return is_due
 
-    def candidate(self) -> Candidate | None:
-        """The student as it stands; None where it cannot be made."""
+    def candidate(self, parent: str = "") -> Candidate | None:
+        """The student as it stands, while `parent` serves; None where it cannot be made."""
         self.is_fresh, self._fresh_s = False, math.inf
+        self.cycle.parent = parent
         try:
             candidate = self.cycle.candidate()
         except Exception as error:  # exporting runs the family's network, too

@@ -29,6 +29,7 @@ from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.offline import is_held_out
 from cloud_learner.evaluate.watch import Watch
 from cloud_learner.package.build import Graph
+from cloud_learner.package.provenance import NOTHING_S, origin, widened
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
@@ -105,12 +106,11 @@ class Cycle:
         self.watch = Watch(drift, task, family.spec.columns, reference, learning.seed)
         self.alarms: list[Alarm] = []
         self._graph: Graph | None = None
-        self.number = 0
-        self.failed = 0
+        self.number = self.failed = 0
         self.whole, self.is_taught = True, False
-        self._cpu_s = 0.0
-        self._learned_through_s = 0.0
-        self._arrived_s = 0.0
+        self._cpu_s = self._arrived_s = 0.0
+        self.parent = ""  # the release that serves
+        self._learned_s = NOTHING_S  # from the first event time to the last
 
     @property
     def replicas(self) -> Replicas:
@@ -155,9 +155,8 @@ class Cycle:
         self.number = batch.number
         entered = self.ledger.enter(batch.examples)
         self.is_taught = bool(entered.examples)
-        for example in batch.examples:
-            self._learned_through_s = max(self._learned_through_s, example.time_s)
-            self._arrived_s = max(self._arrived_s, example.matured_s)
+        self._learned_s = widened(self._learned_s, (e.time_s for e in batch.examples))
+        self._arrived_s = max([self._arrived_s, *(e.matured_s for e in batch.examples)])
         try:
             if entered.examples:
                 with self._working():
@@ -181,13 +180,14 @@ class Cycle:
         plain = self._exported().package(self.student.network, {})
         int8 = quantized(plain, self._calibration_rows())
         weights = self.replicas.weights
-        facts = {"batch": self.number, "weights": weights}
         family, golden = self.family, self._reference[:GOLDEN_ROWS]
+        made_of = origin(self.parent, self._learned_s, family.spec)
+        facts = {"batch": self.number, "weights": weights, **made_of}
         return Candidate(
             self.number,
             sealed(int8, family.interface, family.spec, golden, {**facts, "form": "int8"}),
             sealed(plain, family.interface, family.spec, golden, {**facts, "form": "float32"}),
-            self._learned_through_s,
+            self._learned_s[1],
             self._arrived_s,
             weights,
             self.watch.stands,
@@ -230,9 +230,8 @@ class Cycle:
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
-        self._learned_through_s = state["learned_through_s"]
-        self._arrived_s = state["arrived_s"]
-        self._cpu_s = state["cpu_s"]
+        self._learned_s = state.get("learned_from_s", NOTHING_S[0]), state["learned_through_s"]
+        self._arrived_s, self._cpu_s = state["arrived_s"], state["cpu_s"]
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -243,7 +242,8 @@ class Cycle:
             "torch_random": self._torch_random.state,
             "number": self.number,
             "failed": self.failed,
-            "learned_through_s": self._learned_through_s,
+            "learned_from_s": self._learned_s[0],
+            "learned_through_s": self._learned_s[1],
             "arrived_s": self._arrived_s,
             "cpu_s": self._cpu_s,
         }
@@ -256,7 +256,7 @@ class Cycle:
             entered.remember,
             self._rows_of(entered.held_out),
             [example.device for example in entered.held_out],
-            self._learned_through_s,
+            self._learned_s[1],
         )
 
     def _watched(self, lesson: Lesson) -> Lesson:

@@ -54,7 +54,7 @@ class Judgement(msgspec.Struct, frozen=True):
     """What the gate says of a candidate: the outcome, every verdict, and the evidence.
 
     `variants` are the hashes of the packages that were judged to ship, by form, the default one
-    first; that one's is `sha256`, too.
+    first; that one's is `sha256`, too. `proof` is the hash of all the rest, in its lineage's words.
     """
 
     sha256: str
@@ -62,6 +62,13 @@ class Judgement(msgspec.Struct, frozen=True):
     verdicts: list[Verdict]
     evidence: Evidence | None
     variants: dict[str, str]
+    proof: str = ""
+
+    @property
+    def signed(self) -> dict[str, Any]:
+        """What of it is told to devices, in the signed metadata of a release."""
+        rules = [verdict.rule for verdict in self.verdicts]
+        return {"outcome": self.outcome, "rules": rules, "sha256": self.proof}
 
     @property
     def why_not(self) -> str:
@@ -108,16 +115,20 @@ class Gate:
         self._limits, self._static, self._lineage = limits, static, lineage
         self._hold_out, self._keys = hold_out, keys
         self._serving: tuple[str, _Loaded | None] | None = None
-        self._passed: set[str] = set()
+        self._passed: dict[str, dict[str, Any]] = {}
         self.counts = {"judged": 0, "pass": 0, "fail": 0, "hold": 0}
 
     def passed(self, _path: str, sha256: str) -> bool:
         """Whether this gate passed the package with this hash; what its signer asks."""
         return sha256 in self._passed
 
-    def trust(self, sha256: str) -> None:
+    def verdict(self, sha256: str) -> dict[str, Any] | None:
+        """The verdict on a package that this gate passed; None for any other."""
+        return self._passed.get(sha256)
+
+    def trust(self, sha256: str, verdict: dict[str, Any]) -> None:
         """A package that this gate passed in an earlier life, as its own lineage says."""
-        self._passed.add(sha256)
+        self._passed[sha256] = verdict
 
     def judge(
         self, package: bytes, float_package: bytes, serving: Path | None, *, alarmed: bool = False
@@ -136,6 +147,8 @@ class Gate:
         except PackageError as error:
             broken = Verdict("loads", "fail", math.nan, math.nan, str(error))
             judgement = Judgement(sha256, "fail", [broken], None, shipped)
+        proof = msgspec.json.encode(as_facts(judgement), order="sorted")
+        judgement = msgspec.structs.replace(judgement, proof=_sha256(proof))
         self._remember(judgement)
         return judgement
 
@@ -220,7 +233,7 @@ class Gate:
         self.counts["judged"] += 1
         self.counts[judgement.outcome] += 1
         if judgement.outcome == "pass":
-            self._passed.update(judgement.variants.values())
+            self._passed.update(dict.fromkeys(judgement.variants.values(), judgement.signed))
         self._lineage.append("verdict", **as_facts(judgement))
 
 

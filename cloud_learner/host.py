@@ -1,7 +1,7 @@
-"""All four trust domains in one process: learner, gates, publisher and controllers, for a laptop.
+"""The trust domains in one process: learner, publisher, controllers, on a laptop the gates, too.
 
-Why: on a fleet each root runs as a process of its own; on one machine one process may host them,
-with the same code and the same keys.
+Why: on one machine one process may host them all, with the same code and the same keys. A home
+without the gate's key has its gate apart (`gatehouse`), and asks it over the bus.
 
 Invariants: all families share one ingest and one publisher; each has a gate, a campaign and a place
 in the trainer's turns of its own. The publisher signs for a gate only what that gate passed; plans
@@ -22,17 +22,21 @@ from typing import Any
 
 import msgspec
 
+from cloud_learner.asking import Answerer, Asker
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.floors import Floors
 from cloud_learner.gate import Judgement
+from cloud_learner.gate_signing import ApartSigner
 from cloud_learner.ingest.intake import Released
+from cloud_learner.judging import ApartGate, GateDoor, OwnGate
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releasing, release_signers
 from cloud_learner.store.lineage import Lineage
-from cloud_learner.streams import make_streams
+from cloud_learner.streams import keep_place, make_streams
+from cloud_learner.submissions import Submissions
 from cloud_learner.timekeeper import Timekeeper
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
@@ -64,13 +68,17 @@ class Host:
     ) -> None:
         self.home, self._bus, self._clock = home, bus, clock
         lineage = self.lineage = Lineage(home.lineage)
-        self.publisher = Publisher(home.root, bus, release_signers(home, self._passed), clock)
+        self._asker = Asker(bus)
+        self.is_gate_here = home.key("gate").exists()
+        apart = None if self.is_gate_here else ApartSigner(self._asker)
+        signers = release_signers(home, self._verdict, apart)
+        self.publisher = Publisher(home.root, bus, signers, clock)
         self.releasing: dict[str, Releasing] = {}
         for family in families:
-            hold_out = hold_outs.get(family.name)
-            part = lineage.of(family.name)
+            part, hold_out = lineage.of(family.name), hold_outs.get(family.name)
+            door = self._door(family, part, hold_out)
             self.releasing[family.name] = Releasing(
-                home, family, part, self.publisher, hold_out=hold_out, clock=clock
+                home, family, part, self.publisher, door, clock=clock
             )
         self.learner = Learner(
             home,
@@ -78,8 +86,9 @@ class Host:
             lineage,
             bus,
             clock,
-            submit=self.submit,
+            submit=self._hand_in,
             on_released=self._on_released,
+            serving=self._serving,
         )
         self._timekeeper = Timekeeper(home.root, bus, clock)
         self._floors = Floors(home.root / "floors.json")
@@ -90,8 +99,13 @@ class Host:
         await self._furnish()
         for releasing in self.releasing.values():
             await releasing.controller.start()
-        reports = await self._bus.subscribe(subjects.report("*"), self._on_report)
-        answers = await self._timekeeper.start()
+        desk = Submissions(self._bus, self.releasing, self.learner.thread, self._clock)
+        answerer = Answerer(self._bus, desk.work)
+        heard = [
+            await self._bus.subscribe(subjects.report("*"), self._on_report),
+            await self._bus.subscribe(subjects.submit("*"), answerer.hear),
+            await self._timekeeper.start(),
+        ]
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.learner.run())
@@ -99,17 +113,23 @@ class Host:
                 group.create_task(self._maintain())
                 group.create_task(self._mend())
                 group.create_task(self._look())
+                for releasing in self.releasing.values():
+                    group.create_task(releasing.run(self.learner.thread))
         finally:
-            await reports.close()
-            await answers.close()
             with contextlib.suppress(OSError):
                 self._floors.save()
+            for subscription in heard:
+                await subscription.close()
+            await self._asker.close()
             for releasing in self.releasing.values():
                 await releasing.close()
 
     async def submit(self, family: str, candidate: Candidate) -> Judgement:
         """Let a family's gate judge a candidate, and offer it if it passed."""
         return await self.releasing[family].submit(candidate, self.learner.thread)
+
+    async def _hand_in(self, family: str, candidate: Candidate) -> None:
+        await self.releasing[family].hand_in(candidate, self.learner.thread)
 
     async def look(self) -> None:
         """Look at what unlabelled answers are worth, of every family."""
@@ -153,8 +173,17 @@ class Host:
             ),
         )
 
-    def _passed(self, family: str, sha256: str) -> bool:
-        return family in self.releasing and self.releasing[family].gate.passed("", sha256)
+    def _door(self, family: Family, part: Lineage, hold_out: HoldOut | None) -> GateDoor:
+        if self.is_gate_here:
+            return OwnGate(self.home, family, part, hold_out)
+        return ApartGate(family.name, self._bus, self._asker, part)
+
+    def _verdict(self, family: str, sha256: str) -> Mapping[str, Any] | None:
+        return self.releasing[family].door.verdict(sha256) if family in self.releasing else None
+
+    def _serving(self, family: str) -> str:
+        stable = self.releasing[family].controller.stable
+        return stable.release if stable else ""
 
     def _family(self, name: str) -> dict[str, Any]:
         """What is going on with one family."""
@@ -165,6 +194,7 @@ class Host:
             "failure": course.failure,
             "weights": course.cycle.replicas.weights,
             "rollout": releasing.controller.status(),
+            "gate": releasing.door.status(),
             "alarms": msgspec.to_builtins(alarms),
             "expected": releasing.expectation.facts(),
             "certificate": msgspec.to_builtins(course.certificate),
@@ -215,6 +245,8 @@ class Host:
             self._reconnects = self._bus.statistics()["reconnects"]
             try:
                 await make_streams(self._bus)
+                if not self.is_gate_here:  # from now on the stream keeps what the gate has to read
+                    await keep_place(self._bus)
                 await self.publisher.publish()
             except (TransportError, CapacityError) as error:
                 log.warning("the broker is not ready yet: %s", error)

@@ -41,10 +41,13 @@ WAITING_BATCHES_MAX = 400  # that ingest may be ahead of the trainer; they are i
 
 Submit = Callable[[str, Candidate], Awaitable[object]]
 OnReleased = Callable[[str, Released], Awaitable[None]]
+Serving = Callable[[str], str]
 
 
 class Learner:
-    """Ingests and learns for as long as `run` runs; `on_released` sees all that came out."""
+    """Ingests and learns for as long as `run` runs; `on_released` sees all that came out, and
+    `serving` names the release of a family that serves.
+    """
 
     def __init__(
         self,
@@ -56,8 +59,10 @@ class Learner:
         *,
         submit: Submit,
         on_released: OnReleased,
+        serving: Serving = lambda _family: "",
     ) -> None:
         self._submit, self._on_released, self._clock = submit, on_released, clock
+        self._serving = serving
         self.courses = {
             family.name: Course(family, home.of(family.name), lineage.of(family.name))
             for family in families
@@ -131,7 +136,8 @@ class Learner:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.thread, course.learn)
         if course.done(self._clock.monotonic_s()):
-            candidate = await loop.run_in_executor(self.thread, course.candidate)
+            parent = self._serving(course.family.name)
+            candidate = await loop.run_in_executor(self.thread, course.candidate, parent)
             if candidate is not None:
                 try:
                     await self._submit(course.family.name, candidate)

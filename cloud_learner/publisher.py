@@ -26,6 +26,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
 )
 
 from cloud_learner.package.delta import patch_between
+from cloud_learner.release.collecting import collected
 from cloud_learner.release.keys import Signers
 from cloud_learner.release.metadata import (
     MODELS_DAYS,
@@ -127,7 +128,7 @@ class Publisher:
     ) -> None:
         try:
             view = await self._look()
-            state = self._draft(documents, changed, plan, view)
+            state = await self._draft(documents, changed, plan, view)
             messages = await asyncio.to_thread(
                 self._repository.commit, state, release, _packages_in(documents)
             )
@@ -240,7 +241,7 @@ class Publisher:
                 "stop `cloud-learner serve`, then tools/key-ceremony revoke snapshot timestamp",
             )
 
-    def _draft(
+    async def _draft(
         self, documents: dict[str, Targets], changed: set[str], plan: Plan | None, view: BrokerView
     ) -> State:
         """The next state: what changed, is due or was overtaken, below new online documents."""
@@ -248,10 +249,17 @@ class Publisher:
         roles = dict(self._state.roles)
         for role, document in documents.items():
             held = view.versions.get(role, 0)
-            if role in changed or held > document.version or self._due(role):
+            must = role in changed or held > document.version or role not in roles
+            if must or self._due(role):
                 document.version = max(held, document.version) + 1
                 document.expires = expiry(now_s, MODELS_DAYS)
-                data = sealed(document, self._signers.of_role(role))
+                try:
+                    data = await collected(document, self._signers.of_role(role))
+                except TransportError:  # a gate that is away keeps no plan from the devices
+                    if must:
+                        raise
+                    document.version = roles[role].version
+                    continue
                 opened(Targets, data, self._targets, role)
                 roles[role] = _file(document, data)
         roles |= self._online(documents, view, now_s)

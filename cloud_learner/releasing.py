@@ -18,8 +18,9 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
@@ -27,27 +28,29 @@ from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.expectation import Expectation
 from cloud_learner.evaluate.hearing import Hearing
-from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import load_set
-from cloud_learner.evaluate.slices import Keys
-from cloud_learner.gate import Gate, Judgement
+from cloud_learner.gate import Judgement
+from cloud_learner.gate_signing import JudgedSigner, VerdictOf
 from cloud_learner.ingest.intake import Released
+from cloud_learner.judging import Case, GateDoor
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
+from cloud_learner.release.collecting import Asks
 from cloud_learner.release.metadata import ReleaseFile
 from cloud_learner.rollout.campaign import Offer
-from cloud_learner.rules import campaign_rules, check_spec, gate_limits, recent_hold_out
+from cloud_learner.rules import campaign_rules, check_spec
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.family import Family
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError
+from edge_runtime.errors import CapacityError, RequestError, TransportError
+from edge_runtime.files import write_atomic
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.wire.messages import Report
 
 log = logging.getLogger("cloud_learner")
 
-HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
+AGAIN_S = 1.0
 
 
 class Releases:
@@ -75,6 +78,7 @@ class Releases:
             learned_through_s=candidate.learned_through_s,
             arrived_s=candidate.arrived_s,
             variants=self._variants(release, judgement.variants),
+            verdict=judgement.signed,
         )
         self._lineage.append(
             "release",
@@ -114,7 +118,19 @@ class Releases:
         others = {
             each.name: self._registry.path(each.sha256).read_bytes() for each in offer.variants[1:]
         }
-        return ReleaseFile(self._family, offer.release, offer.counter, data, variants=others)
+        name, counter, verdict = offer.release, offer.counter, offer.verdict
+        return ReleaseFile(self._family, name, counter, data, verdict, variants=others)
+
+
+class _Submitted(msgspec.Struct, frozen=True):
+    """What an operator handed in last, and what the learner's candidates do after it."""
+
+    release: str = ""
+    then: str = "follow"
+
+    @classmethod
+    def load(cls, path: Path) -> _Submitted:
+        return msgspec.json.decode(path.read_bytes(), type=cls) if path.exists() else cls()
 
 
 class Releasing:
@@ -126,21 +142,13 @@ class Releasing:
         family: Family,
         lineage: Lineage,
         publisher: Publisher,
+        door: GateDoor,
         *,
-        hold_out: HoldOut | None,
         clock: Clock,
     ) -> None:
-        """`lineage` is the family's own part; the gate trusts what it passed in earlier lives."""
+        """`lineage` is the family's own part, `door` leads to its gate."""
         check_spec(home, family)
-        self.family, own = family, home.of(family.name)
-        self._kept = own.hold_out
-        self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
-        if self._kept.exists():
-            self.hold_out.load(self._kept)
-        static, known = load_set(own.static), Keys.load(own.known)
-        self.gate = Gate(gate_limits(family), static, self.hold_out, lineage, known)
-        for sha256 in passed_before(lineage):
-            self.gate.trust(sha256)
+        self.family, own, self.door = family, home.of(family.name), door
         self.releases = Releases(family.name, Registry(home.registry), lineage)
         publish, rules = self.releases.publishing(publisher), campaign_rules(family)
         self.controller = Controller(rules, own.campaign, publish, lineage, clock)
@@ -149,32 +157,70 @@ class Releasing:
         self.hearing = Hearing(family.name, family.spec, config.drift, reference)
         self.expectation = Expectation(config.drift, config.task)
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="hearing")
+        self._own = own
+        self._submitted = _Submitted.load(own.submitted)
+        self._waiting: Candidate | None = None
+        self._news = asyncio.Event()
 
-    async def submit(self, candidate: Candidate, thread: Executor) -> Judgement:
-        """Let the gate judge a candidate in `thread`, and offer it if it passed."""
-        await self.look(candidate.number)
-        loop = asyncio.get_running_loop()
-        judgement = await loop.run_in_executor(thread, self._judge, candidate)
-        if judgement.outcome == "pass":
-            await self.controller.offer(self.releases.register(candidate, judgement))
-        return judgement
+    async def hand_in(self, candidate: Candidate, thread: Executor) -> None:
+        """As `submit`; for a gate apart, which takes its time, the newest waits for `run`."""
+        if self._is_kept_out():
+            return
+        if not self.door.is_apart:
+            await self.submit(candidate, thread)
+            return
+        self._waiting = candidate
+        self._news.set()
+
+    async def run(self, thread: Executor) -> None:
+        """Bring the newest candidate that waits to a gate apart, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            candidate, self._waiting = self._waiting, None
+            if candidate is None or self._is_kept_out():
+                continue
+            try:
+                await self.submit(candidate, thread)
+            except (TransportError, RequestError) as error:
+                log.warning("%s: a candidate waits for the gate: %s", self.family.name, error)
+                await asyncio.sleep(AGAIN_S)
+                self._waiting = self._waiting or candidate
+                self._news.set()
+
+    async def submitted(self, candidate: Candidate, judgement: Judgement, then: str) -> str:
+        """Offer what an operator handed in and the gate passed; the release's name."""
+        offer = self.releases.register(candidate, judgement)
+        self._submitted = _Submitted(offer.release, then)
+        write_atomic(self._own.submitted, msgspec.json.encode(self._submitted))
+        await self.controller.offer(offer)
+        return offer.release
+
+    def _is_kept_out(self) -> bool:
+        """Whether the learner's candidates stand back for what an operator handed in."""
+        known = self._submitted
+        return known.then == "hold" or self.controller.is_undecided(known.release)
 
     async def close(self) -> None:
-        """Let what is under way reach the disk, and keep the hold-out."""
+        """Let what is under way reach the disk."""
         await self.controller.close()
         self._aside.shutdown()
-        self.hold_out.save(self._kept)
+        self.door.close()
 
-    def _judge(self, candidate: Candidate) -> Judgement:
+    @property
+    def serving(self) -> Path | None:
+        """The package that serves."""
         stable = self.controller.stable
-        judgement = self.gate.judge(
-            candidate.package,
-            candidate.float_package,
-            Path(stable.file) if stable else None,
-            alarmed=candidate.alarmed or bool(self.standing(candidate.number)),
-        )
-        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
-            self.hold_out.save(self._kept)
+        return Path(stable.file) if stable else None
+
+    async def submit(self, candidate: Candidate, thread: Executor) -> Judgement:
+        """Let the gate judge a candidate, here in `thread`, and offer it if it passed."""
+        await self.look(candidate.number)
+        alarmed = candidate.alarmed or bool(self.standing(candidate.number))
+        case = Case(candidate.package, candidate.float_package, self.serving, alarmed)
+        judgement = await self.door.judge(case, thread)
+        if judgement.outcome == "pass":
+            await self.controller.offer(self.releases.register(candidate, judgement))
         return judgement
 
     async def take(self, released: Released) -> None:
@@ -183,7 +229,7 @@ class Releasing:
         self.expectation.take(examples, released.answers, released.clock_s)
         if examples:
             spec = self.family.spec.hash
-            self.hold_out.add([example for example in examples if example.spec == spec])
+            self.door.take([example for example in examples if example.spec == spec])
             await self.controller.examples(examples)
 
     async def report(self, report: Report, batch: int) -> None:
@@ -206,7 +252,7 @@ class Releasing:
         """Verdicts of the gate and what became of offers."""
         rollout = self.controller.status()["counts"]
         return {
-            **{f"gate_{name}": count for name, count in self.gate.counts.items()},
+            **{f"gate_{name}": count for name, count in self.door.counts.items()},
             **{f"rollout_{name}": count for name, count in rollout.items()},
             **self.hearing.statistics(),
         }
@@ -228,21 +274,12 @@ class Releasing:
                 log.warning("%s", full)
 
 
-def passed_before(lineage: Lineage) -> set[str]:
-    """The hashes of all packages that a family's gate has passed, as its lineage says."""
-    return {
-        sha256
-        for entry in lineage.read("verdict")
-        if entry["outcome"] == "pass"
-        for sha256 in (entry["sha256"], *entry.get("variants", {}).values())
-    }
+def release_signers(home: Home, verdict_of: VerdictOf, apart: Asks | None = None) -> keys.Signers:
+    """The signers of one process that hosts all domains; `apart` where the gate is not here.
 
-
-def release_signers(home: Home, passed: Callable[[str, str], bool]) -> keys.Signers:
-    """The signers of one process that hosts all domains; the gates' looks at what it signs.
-
-    `passed(family, sha256)` says whether the gate of that family passed a package.
+    `verdict_of(family, sha256)` is what the gate of that family said of a package that it passed.
     """
-    signers = keys.load(home.root)
-    gate = keys.GateSigner(signers.gate, lambda path, sha256: passed(path.split("/")[1], sha256))
-    return replace(signers, gate=gate)
+    here = {name: keys.load_signer(home.root, name) for name in keys.ONLINE_KEYS if name != "gate"}
+    if apart is not None:
+        return keys.Signers(gate=apart, **here)
+    return keys.Signers(gate=JudgedSigner(keys.load_signer(home.root, "gate"), verdict_of), **here)

@@ -26,7 +26,9 @@ import uvloop
 from cloud_learner.admission import Admissions
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
+from cloud_learner.gatehouse import Gatehouse
 from cloud_learner.host import Host
+from cloud_learner.release.keys import load_signer
 from cloud_learner.train.family import Family
 from edge_runtime.bus import nats as bus_nats
 from edge_runtime.bus.access import Access
@@ -71,6 +73,19 @@ def serve_home(
             access = replace(access or Access(), key=admissions.access().key)
         bus = bus_nats.connect(url, name="learner", access=access)
         uvloop.run(_serve(bus, lambda bus: make_host(home, families, bus, SystemClock())))
+
+
+def serve_gate(home: Home, nats: str, access: Access) -> None:
+    """Serve a gate's own home over the broker at `nats`.
+
+    Raises: ConfigError (no_home, no_key, already_owned, bad_family, ...), with nothing started.
+    """
+    families = load_families(home)
+    load_signer(home.root, "gate")
+    with home.owned():
+        _tell(f"judging for {', '.join(each.name for each in families)} at {nats}")
+        bus = bus_nats.connect(nats, name="gate", access=access)
+        uvloop.run(_serve(bus, lambda bus: Gatehouse(home, families, bus, SystemClock())))
 
 
 def load_families(home: Home) -> list[Family]:

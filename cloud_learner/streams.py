@@ -17,6 +17,10 @@ from edge_runtime.wire import subjects
 EVENTS_BYTES = 4 << 30
 EVENTS_PER_SUBJECT = 64  # envelopes of one device and class; beyond, that device waits
 STATE_BYTES = 1 << 30  # some kilobytes of each device: nobody's watermark goes for another's
+CANDIDATES_BYTES = 256 << 20  # packages on their way to a gate: the oldest go, and are sent again
+
+
+GATE_DURABLE = "gate"
 
 
 async def make_streams(bus: Bus) -> None:
@@ -35,3 +39,16 @@ async def make_streams(bus: Bus) -> None:
         per_subject=1,
         discard_new=False,
     )
+    await bus.ensure_stream(
+        subjects.CANDIDATES_STREAM,
+        subjects.CANDIDATES_ALL,
+        max_bytes=CANDIDATES_BYTES,
+        per_subject=1,
+        discard_new=False,
+    )
+
+
+async def keep_place(bus: Bus) -> None:
+    """Have the events kept until the gate, too, has read them. Raises: TransportError."""
+    async with bus.pull(subjects.EVENTS_STREAM, GATE_DURABLE, subjects.EVENTS_ALL):
+        pass

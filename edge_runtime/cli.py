@@ -259,6 +259,8 @@ def _told(answer: dict[str, Any]) -> str:
     for name, family in answer["families"].items():
         arms = ", ".join(_arm(each) for each in family["arms"])
         lines.append(f"family    {name}: {arms or 'no release yet'}, plan {family['plan_seq']}")
+        verdicts = answer.get("verdicts", {}).get(name, {})
+        lines += [_evidence(each, verdicts.get(each["release"], {})) for each in family["arms"]]
     counted = ", ".join(f"{n} {name}" for name, n in answer["counters"].items())
     lines.append(f"counted   {counted}")
     for asked in ("predict", "infer"):
@@ -275,6 +277,16 @@ def _told(answer: dict[str, Any]) -> str:
     flash = f"{kept['flash_bytes_today']} bytes written today, {kept['flash_bytes_yesterday']}"
     lines.append(f"flash     {flash} yesterday, {wear:.2f} per byte logged")
     return "\n".join(lines)
+
+
+def _evidence(arm: dict[str, Any], verdict: dict[str, Any]) -> str:
+    """Why this release is here: its counter, its gate's verdict, and what it came from."""
+    said = "verdict not read yet" if arm["counter"] else "of no signed plan"
+    if verdict:
+        said = f"{len(verdict['rules'])} rules {verdict['outcome']}"
+    came = arm["provenance"]
+    parent = f", after {came['parent']}" if came.get("parent") else ""
+    return f"release   {arm['release']}: counter {arm['counter']}, {said}{parent}"
 
 
 def _arm(arm: dict[str, Any]) -> str:

@@ -76,6 +76,7 @@ async def cloud_side(
             "bus": lambda: bus.statistics() | {"connected": int(bus.connected)},
         }
         parts |= {"prover": prover.statistics, "updates": client.statistics}
+        parts["verdicts"] = client.verdicts
         if withhold is not None:
             parts["withheld"] = withhold.statistics
         yield [uplink.run(), agent.run()]
@@ -118,6 +119,9 @@ class _Refusing:
         raise self._error
 
     def statistics(self) -> dict[str, int]:
+        return {}
+
+    def verdicts(self) -> dict[str, dict[str, Any]]:
         return {}
 
 

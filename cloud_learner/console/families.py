@@ -48,6 +48,10 @@ def table(families: Mapping[str, Mapping[str, Any]]) -> str:
 def _notes(said: Mapping[str, Any]) -> Iterator[str]:
     if said["failure"]:
         yield said["failure"]
+    if waits := said.get("gate", {}).get("waits"):
+        yield f"gate: {waits}"
+    if said["rollout"].get("unpublished"):
+        yield f"not published yet: {said['rollout']['last_failure']}"
     yield from (f"alarm: {_alarm(each)}" for each in said.get("alarms", ()))
     if said.get("certificate"):
         yield _certificate(said["certificate"])

@@ -94,6 +94,7 @@ def backfill(folder: Path, home: Home, tell: Tell) -> Backfilled:
     too_few_rows), SkewError, RefusedError, CapacityError. What serves is unchanged then.
     """
     family, origins = Family.load(folder), home.origins()
+    home.check_gate_is_here()
     if family.name not in origins:
         raise ConfigError(
             "unknown_family",

@@ -30,8 +30,9 @@ from cloud_learner.evaluate.offline import EvaluationSet, Words, is_held_out, sa
 from cloud_learner.evaluate.slices import Keys
 from cloud_learner.experiment.twins import examples_of, files_of
 from cloud_learner.gate import Gate, Judgement
+from cloud_learner.judging import passed_before
 from cloud_learner.publisher import Publisher
-from cloud_learner.releasing import Releases, passed_before, release_signers
+from cloud_learner.releasing import Releases, release_signers
 from cloud_learner.rules import campaign_rules, gate_limits, recent_hold_out
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.store.ingest_db import IngestDb
@@ -170,7 +171,7 @@ async def _offer(
     releases = Releases(family.name, Registry(home.registry), part)
     bus = await MemoryBroker().connect(name="backfill")
     known = {name: passed_before(lineage.of(name)) for name in home.families()}
-    signers = release_signers(home, lambda name, sha256: sha256 in known.get(name, ()))
+    signers = release_signers(home, lambda name, sha256: known.get(name, {}).get(sha256))
     publish = releases.publishing(Publisher(home.root, bus, signers, clock))
     campaign = home.of(family.name).campaign
     controller = Controller(campaign_rules(family), campaign, publish, part, clock)

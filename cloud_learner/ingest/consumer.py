@@ -55,7 +55,8 @@ class Ingest:
     """Consumes the events stream for as long as `run` runs, and closes its intake at the end.
 
     `make_intake` opens what is on disk: at once, and again after the disk was full. `on_commit` is
-    awaited after each commit: a slow one slows the reading, and nothing is lost.
+    awaited after each commit: a slow one slows the reading, and nothing is lost. Who reads beside
+    the learner has a `durable` of its own, and `tells` devices nothing: they trim by the learner.
     Raises: ConfigError, CapacityError.
     """
 
@@ -66,9 +67,11 @@ class Ingest:
         clock: Clock,
         *,
         on_commit: OnCommit | None = None,
+        durable: str = DURABLE,
+        tells: bool = True,
     ) -> None:
         self._bus, self._clock, self._on_commit = bus, clock, on_commit
-        self._make_intake = make_intake
+        self._make_intake, self._durable, self._tells = make_intake, durable, tells
         self.intake: Intake | None = make_intake()
         self.learned: dict[str, int] = {}
         self.paused = ""
@@ -94,8 +97,9 @@ class Ingest:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read(pull))
                 group.create_task(self._write(thread))
-                group.create_task(self._tell())
-                group.create_task(self._purge())
+                if self._tells:
+                    group.create_task(self._tell())
+                    group.create_task(self._purge())
 
     def hear(self, report: Report) -> None:
         """What a device says of itself: where its lanes end goes into the accounts."""
@@ -117,7 +121,7 @@ class Ingest:
     async def _opened(self, stack: AsyncExitStack) -> PullSubscription:
         """The reader; the broker and its stream are waited for."""
         while True:
-            pull = self._bus.pull(subjects.EVENTS_STREAM, DURABLE, subjects.EVENTS_ALL)
+            pull = self._bus.pull(subjects.EVENTS_STREAM, self._durable, subjects.EVENTS_ALL)
             try:
                 return await stack.enter_async_context(pull)
             except TransportError as error:

@@ -28,6 +28,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all_
     Targets,
 )
 
+from cloud_learner.release.collecting import Asks
 from cloud_learner.release.custody import (
     ALL_KEYS,
     ROOT_KEYS,
@@ -57,12 +58,12 @@ class Signers:
     """One signer for each trust domain that takes part in publishing."""
 
     learner: Signs
-    gate: Signs
+    gate: Signs | Asks
     rollout: Signs
     snapshot: Signs
     timestamp: Signs
 
-    def of_role(self, role: str) -> list[Signs]:
+    def of_role(self, role: str) -> list[Signs | Asks]:
         """Who signs the delegated role `role`: plans alone, or the releases of a family."""
         return [self.rollout] if role == PLANS_ROLE else [self.learner, self.gate]
 

@@ -17,7 +17,7 @@ Knows nothing about files, time, keys or the network; stores nothing itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -58,7 +58,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     `file` is where the package lies, `path` its name in the signed metadata; `counter` rises with
     every offer of the family. `learned_through_s` is the event time up to which it has learned,
     `arrived_s` the wall time at which its last micro-batch's last mature label arrived. `variants`
-    are those of the plan's arm.
+    are those of the plan's arm. `verdict` goes into the signed metadata.
     """
 
     release: str
@@ -69,6 +69,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     learned_through_s: float
     arrived_s: float
     variants: tuple[Variant, ...] = ()
+    verdict: dict[str, Any] = {}
 
 
 class Step(msgspec.Struct, frozen=True):

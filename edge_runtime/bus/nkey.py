@@ -21,7 +21,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import fsync_directory
@@ -85,6 +87,25 @@ def _write_once(path: Path, text: str) -> None:
     finally:
         os.unlink(temporary)
     fsync_directory(path.parent)
+
+
+def public_of(pem: bytes) -> str:
+    """The user's public key that an Ed25519 key in PEM, its public half, is.
+
+    Raises: ConfigError `bad_public_key`.
+    """
+    try:
+        key = load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError("bad_public_key", f"not a public key in PEM: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigError("bad_public_key", "not an Ed25519 key")
+    return _text(bytes([_USER]) + key.public_bytes_raw())
+
+
+def seed_of(private: Ed25519PrivateKey) -> str:
+    """The seed of the user whose key this is; a secret."""
+    return _text(_SEED_OF_USER + private.private_bytes_raw())
 
 
 def load(path: Path) -> Key:

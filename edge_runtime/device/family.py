@@ -147,6 +147,8 @@ class Family:
 
     def statistics(self) -> dict[str, Any]:
         """Plan, arms, and what the pipeline counts."""
+        counters = {arm.release: arm.counter for arm in self.plan.arms} if self.plan else {}
+        infos = {arm.release: arm.info for arm in self.pipeline.slot.arms}
         arms = [
             {
                 "arm": arm.arm,
@@ -154,6 +156,8 @@ class Family:
                 "since_s": arm.serving_since_s,
                 "variant": arm.variant,
                 "run_us": arm.run_us,
+                "counter": counters.get(arm.release, 0),
+                "provenance": info.provenance if (info := infos.get(arm.release)) else {},
             }
             for arm in self.reports()
         ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined] # tuf has no __all__
 from tuf.ngclient.updater import Updater
@@ -76,6 +77,7 @@ class UpdateClient:
         self._fresh = trust.Freshness(self._confirmed())
         self._held: dict[str, int] = {}
         self._plans: dict[str, tuple[str, Plan]] = {}
+        self._verdicts: dict[str, dict[str, Any]] = {}
 
     @property
     def floor(self) -> trust.Floor:
@@ -114,17 +116,19 @@ class UpdateClient:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
         trust.check_plan(self.floor, family, plan)
+        found = {}
         for arm in plan.arms:
             for package in arm.packages:
-                self._proven_target(arm, package)
+                found[arm.release] = self._proven_target(arm, package).custom["verdict"]
+        self._verdicts[family] = found
         return plan
 
     def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf) -> Path:
         """One of an arm's packages on the shelf, brought there if need be and proven.
 
-        Raises: TrustError (not_released, plan_mismatch, release_below_floor, hash_mismatch,
-        release_quarantined, wrong_length), TransportError (absent, unreachable, too_slow),
-        CapacityError.
+        Raises: TrustError (not_released, plan_mismatch, no_verdict, release_below_floor,
+        hash_mismatch, release_quarantined, wrong_length), TransportError (absent, unreachable,
+        too_slow), CapacityError.
         """
         target = self._proven_target(arm, package)
         if package.sha256 in shelf.quarantined():
@@ -159,6 +163,10 @@ class UpdateClient:
         """The release counter below which no release of `family` may run; `refresh` comes first."""
         return max(self.floor.release_counter.get(family, 0), self._release_floor(family))
 
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        """By family and release, what the gate said of those in the plan that was read last."""
+        return dict(self._verdicts)
+
     def statistics(self) -> dict[str, int]:
         """What was fetched, in which way, and how it went."""
         return self._fetcher.statistics() | self._delivery.statistics()
@@ -187,6 +195,8 @@ class UpdateClient:
             raise TrustError(
                 "plan_mismatch", f"the plan and the signed release of {package.path} differ"
             )
+        if not trust.is_passed(target.custom):
+            raise TrustError("no_verdict", f"{package.path} does not carry its gate's verdict")
         family = _family(arm)
         floor = self._release_floor(family)
         trust.check_release(self.floor, family, arm.counter, release_floor=floor)

@@ -14,6 +14,8 @@ Knows nothing about the broker, the disk or python-tuf.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -205,6 +207,14 @@ def check_plan(floor: Floor, family: str, plan: Plan) -> None:
         raise TrustError(
             "plan_rolled_back", f"plan {plan.seq} of {family!r} is below the confirmed {lowest}"
         )
+
+
+def is_passed(custom: Mapping[str, Any] | None) -> bool:
+    """Whether the signed facts of a release hold its gate's verdict: outcome, rules and hash."""
+    verdict = (custom or {}).get("verdict")
+    if not isinstance(verdict, dict) or verdict.get("outcome") != "pass":
+        return False
+    return isinstance(verdict.get("rules"), list) and isinstance(verdict.get("sha256"), str)
 
 
 def check_release(

@@ -20,6 +20,9 @@ STATE_STREAM = "HW_STATE"
 STATE_ALL = ["hw.wm.*", "hw.report.*", "hw.status.*"]
 TRUST_STREAM = "HW_TRUST"
 TRUST_ALL = ["hw.meta.>", "hw.blob.>"]
+CANDIDATES_STREAM = "HW_CANDIDATES"
+CANDIDATES_ALL = ["hw.candidate.>"]
+GATE_SIGN = "hw.gate.sign"
 REFRESH = "hw.cmd.refresh"
 LEARNER_STATUS = "hw.status.learner"
 TIME = "hw.time"
@@ -69,3 +72,23 @@ def metadata(name: str) -> str:
 def chunk(sha256: str, index: int) -> str:
     """Where chunk `index` of the file with this hash lies."""
     return f"hw.blob.{sha256}.{index}"
+
+
+def candidate_chunk(sha256: str, index: int) -> str:
+    """Where chunk `index` of a package that is to be judged lies."""
+    return f"hw.candidate.{sha256}.{index}"
+
+
+def gate_judge(family: str) -> str:
+    """Where a family's gate is asked to judge a candidate; `*` for all families."""
+    return f"hw.gate.judge.{family}"
+
+
+def submit(family: str) -> str:
+    """Where an operator hands in a package; `*` for all families."""
+    return f"hw.submit.{family}"
+
+
+def answer(asker: str) -> str:
+    """Where the answers to a cloud process's questions come; `asker` is a token of its own."""
+    return f"hw.answer.{asker}"

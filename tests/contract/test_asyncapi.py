@@ -17,7 +17,15 @@ SHA256 = "ab" * 32
 
 def test_each_subject_of_the_code_is_an_address_and_the_other_way_round():
     filled = [
-        address.format(device="EWR", event_class="label", name="3.snapshot", sha256=SHA256, index=2)
+        address.format(
+            device="EWR",
+            event_class="label",
+            name="3.snapshot",
+            sha256=SHA256,
+            index=2,
+            family="coin",
+            asker="ab",
+        )
         for address in ADDRESSES
     ]
 
@@ -31,6 +39,11 @@ def test_each_subject_of_the_code_is_an_address_and_the_other_way_round():
             subjects.LEARNER_STATUS,
             subjects.REFRESH,
             subjects.TIME,
+            subjects.candidate_chunk(SHA256, 2),
+            subjects.gate_judge("coin"),
+            subjects.GATE_SIGN,
+            subjects.submit("coin"),
+            subjects.answer("ab"),
         ]
     )
 
@@ -41,6 +54,7 @@ def test_each_subject_of_the_code_is_an_address_and_the_other_way_round():
         (subjects.EVENTS_STREAM, [subjects.EVENTS_ALL]),
         (subjects.STATE_STREAM, subjects.STATE_ALL),
         (subjects.TRUST_STREAM, subjects.TRUST_ALL),
+        (subjects.CANDIDATES_STREAM, subjects.CANDIDATES_ALL),
     ],
 )
 def test_each_stream_of_the_code_is_described_with_its_subjects(stream, covers):
@@ -53,7 +67,12 @@ def test_each_stream_of_the_code_is_described_with_its_subjects(stream, covers):
 def test_every_stream_that_is_described_exists_in_the_code():
     described = set(re.findall(r" stream: (\S+)", TEXT))
 
-    assert described == {subjects.EVENTS_STREAM, subjects.STATE_STREAM, subjects.TRUST_STREAM}
+    assert described == {
+        subjects.EVENTS_STREAM,
+        subjects.STATE_STREAM,
+        subjects.TRUST_STREAM,
+        subjects.CANDIDATES_STREAM,
+    }
 
 
 def test_every_schema_that_is_named_exists():

@@ -268,12 +268,12 @@ def test_the_home_serves_and_learns_on_under_the_new_features(coin, backfilled, 
     def is_enough(host):
         return (
             host.learner.courses["coin"].number >= learned + 4
-            and host.releasing["coin"].gate.counts["judged"]
+            and host.releasing["coin"].door.gate.counts["judged"]
         )
 
     host = asyncio.run(served(home, family, sorted(sent, key=lambda each: each[0]), is_enough))
 
-    judged = host.releasing["coin"].gate.counts
+    judged = host.releasing["coin"].door.gate.counts
     assert judged["judged"] == judged["pass"] + judged["hold"] > 0
     assert len(host.learner.courses["coin"].cycle.ledger) > 0
 

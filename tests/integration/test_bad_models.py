@@ -443,7 +443,9 @@ class Cloud:
         await bus.close()
 
     async def publish(self, name: str, seq: int, data: bytes) -> None:
-        release = ReleaseFile("toy", name, seq, data)
+        release = ReleaseFile(
+            "toy", name, seq, data, {"outcome": "pass", "rules": [], "sha256": ""}
+        )
         arm = PlanArm(name, release.path, release.sha256, seq, 1.0)
         await self.publisher.publish(release, Plan(family="toy", seq=seq, stable=arm))
 

@@ -193,7 +193,7 @@ def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, famil
             canary = plan.canary
             assert plan.stable.release == home.of("coin").origin().release
             assert plan.selector == {"site": "a"}
-            assert host.releasing["coin"].gate.passed(canary.path, canary.sha256)
+            assert host.releasing["coin"].door.gate.passed(canary.path, canary.sha256)
             assert cloud.count("gate_pass") >= 1
             assert cloud.count("learned_twice") == 0
             assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
@@ -274,10 +274,13 @@ def test_a_restarted_host_claims_the_time_that_it_had_reached_before_anything_co
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.send(envelopes)
             await cloud.until_learned(10)
-            before, held = host.status(), host.releasing["coin"].hold_out.rows()
+            before, held = host.status(), host.releasing["coin"].door.hold_out.rows()
         async with hosted(home, family, MemoryBroker()) as (host, cloud, _running):
             await cloud.until(lambda: True)
-            assert host.releasing["coin"].hold_out.rows().times_s.tolist() == held.times_s.tolist()
+            assert (
+                host.releasing["coin"].door.hold_out.rows().times_s.tolist()
+                == held.times_s.tolist()
+            )
             assert len(held) > 20
             assert cloud.status.clock_s >= before.clock_s > 2000.0
             assert cloud.status.events_archived == before.events_archived > 0
@@ -296,7 +299,7 @@ def test_a_device_with_a_feature_spec_of_its_own_stops_nobody(home, family, enve
             await cloud.until_learned(15)
             assert cloud.count("other_spec") > 200
             await cloud.until(lambda: cloud.count("gate_judged") >= 1)
-            assert host.releasing["coin"].hold_out.rows().features.shape[1] == 3
+            assert host.releasing["coin"].door.hold_out.rows().features.shape[1] == 3
 
     asyncio.run(scenario())
 

@@ -42,6 +42,7 @@ from edge_runtime.wire import subjects
 NOW_S = 1_800_000_000.0
 DAY_S = 86_400.0
 FAMILY = "flight_delay"
+VERDICT = {"outcome": "pass", "rules": ["static"], "sha256": "0" * 64}
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Site:
     def release(
         self, name: str, data: bytes, counter: int = 1, family: str = FAMILY
     ) -> ReleaseFile:
-        return self.pass_(ReleaseFile(family, name, counter, data))
+        return self.pass_(ReleaseFile(family, name, counter, data, VERDICT))
 
     def pass_(self, release: ReleaseFile) -> ReleaseFile:
         """Let the gate have passed every package of a release."""
@@ -225,6 +226,30 @@ def test_a_new_plan_costs_four_round_trips_and_no_news_one(tmp_path: Path) -> No
         assert device.fetcher.statistics()["round_trips"] - before == 4
         await device.update()
         assert device.fetcher.statistics()["round_trips"] - before == 5
+
+    in_memory(tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        {},
+        {"outcome": "fail", "rules": [], "sha256": ""},
+        {"outcome": "pass"},
+        VERDICT | {"rules": 1},
+    ],
+)
+def test_a_release_without_its_gate_s_verdict_is_refused(
+    tmp_path: Path, verdict: dict[str, object]
+) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish("r1", 1, b"genuine")
+        device = site.device()
+        await device.update()
+        unjudged = site.pass_(ReleaseFile(FAMILY, "r2", 2, b"unjudged", verdict))
+        await site.publisher.publish(unjudged, plan(2, unjudged))
+        assert await refused(TrustError, device.update()) == "no_verdict"
+        assert device.client.verdicts()[FAMILY] == {"r1": VERDICT}
 
     in_memory(tmp_path, scene)
 
@@ -648,7 +673,7 @@ def test_a_quarantined_package_is_not_fetched_again(tmp_path: Path) -> None:
 
 
 def two_variants(name: str = "r1", counter: int = 1, data: bytes = b"int8") -> ReleaseFile:
-    return ReleaseFile(FAMILY, name, counter, data, variants={"float32": b"float " + data})
+    return ReleaseFile(FAMILY, name, counter, data, VERDICT, variants={"float32": b"float " + data})
 
 
 def test_every_variant_of_a_release_is_signed_and_reaches_the_shelf(tmp_path: Path) -> None:

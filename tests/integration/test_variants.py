@@ -126,7 +126,7 @@ def test_a_release_ships_both_forms_judged_and_signed_under_one_counter(home: Ho
         hashes = {each.name: each.sha256 for each in stable.variants}
         assert verdict["variants"] == hashes
         assert all(
-            found.host.releasing["coin"].gate.passed("", sha256) for sha256 in hashes.values()
+            found.host.releasing["coin"].door.gate.passed("", sha256) for sha256 in hashes.values()
         )
         rules = {each["rule"] for each in verdict["verdicts"]}
         assert {"static_quality", "float32_static_quality", "int8_gap"} <= rules

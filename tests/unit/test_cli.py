@@ -193,6 +193,19 @@ def test_without_a_running_device_the_exit_code_is_unreachable(
     assert "hint: edge-runtime run" in done.stderr
 
 
+def test_a_status_for_people_says_why_a_release_is_here(write_model: Callable[..., Path]) -> None:
+    with Runtime.open(package=write_model()) as runtime:
+        status = runtime.statistics()
+    [(name, family)] = status["families"].items()
+    release = family["arms"][0]["release"]
+    assert f"release   {release}: counter 0, of no signed plan" in cli._told(status)
+
+    family["arms"][0] |= {"counter": 3, "provenance": {"parent": "r00002-ab"}}
+    verdict = {"outcome": "pass", "rules": ["static", "recent"], "sha256": "0" * 64}
+    told = cli._told(status | {"verdicts": {name: {release: verdict}}})
+    assert f"release   {release}: counter 3, 2 rules pass, after r00002-ab" in told
+
+
 def test_a_status_for_people_says_what_flash_bears(
     write_model: Callable[..., Path],
 ) -> None:

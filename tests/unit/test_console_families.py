@@ -36,6 +36,16 @@ def test_each_family_has_a_line_and_each_failure_one_more():
     assert lines[3:] == ["dice: batch 7: no"]
 
 
+def test_what_waits_for_a_gate_is_said():
+    waiting = said() | {"gate": {"apart": True, "waits": "nobody answers [no_answer]"}}
+    waiting["rollout"] |= {"unpublished": 1, "last_failure": "no signature"}
+
+    assert table({"coin": waiting}).splitlines()[2:] == [
+        "coin: gate: nobody answers [no_answer]",
+        "coin: not published yet: no signature",
+    ]
+
+
 def test_alarms_that_stand_and_what_is_expected_without_labels_are_said_in_words():
     def alarm(source, kind, name=""):
         facts = {"name": name, "found": 0.4123, "reach": 0.25, "batch": 7, "time_s": 1.36e9}

@@ -14,6 +14,7 @@ from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import EvaluationSet
 from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, as_facts
+from cloud_learner.gate_signing import JudgedSigner
 from cloud_learner.release import keys
 from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
@@ -192,8 +193,27 @@ def test_the_gates_key_refuses_what_did_not_pass(gate, tmp_path, write_package):
         signer.sign(targets(("m/toy/r1.onnx", sha256(package)), ("m/toy/r2.onnx", "0" * 64)))
 
 
+def test_the_gates_key_signs_no_verdict_but_its_own(gate, tmp_path, write_package):
+    package = write_package()[0].read_bytes()
+    keys.create(tmp_path / "home", ["toy"])
+    own = gate.judge(package, package, None).signed
+    signer = JudgedSigner(keys.load(tmp_path / "home").gate, lambda _, each: gate.verdict(each))
+
+    def payload(verdict):
+        custom = {"counter": 1, "verdict": verdict}
+        entry = {"hashes": {"sha256": sha256(package)}, "length": 1, "custom": custom}
+        return json.dumps({"_type": "targets", "targets": {"m/toy/r1.onnx": entry}}).encode()
+
+    assert own["outcome"] == "pass"
+    assert signer.sign(payload(own))
+    for lie in ({**own, "rules": []}, {**own, "sha256": "0" * 64}, {}):
+        with pytest.raises(TrustError) as caught:
+            signer.sign(payload(lie))
+        assert caught.value.code == "other_verdict"
+
+
 def test_a_gate_trusts_what_it_passed_in_an_earlier_life(gate):
-    gate.trust("0" * 64)
+    gate.trust("0" * 64, {"outcome": "pass", "rules": [], "sha256": ""})
 
     assert gate.passed("m/toy/r1.onnx", "0" * 64)
 
