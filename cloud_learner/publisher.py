@@ -42,7 +42,7 @@ from cloud_learner.release.metadata import (
     snapshot_of,
     timestamp_of,
 )
-from cloud_learner.release.patches import hashes_in, patches_for
+from cloud_learner.release.patches import files_in, patches_for
 from cloud_learner.release.repository import STREAM_BYTES, Repository, SignedFile, State
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
@@ -130,7 +130,7 @@ class Publisher:
             view = await self._look()
             state = await self._draft(documents, changed, plan, view)
             messages = await asyncio.to_thread(
-                self._repository.commit, state, release, _packages_in(documents)
+                self._repository.commit, state, release, files_in(documents)
             )
             await push(self._bus, messages)
             await push(self._bus, [state.message("timestamp")])
@@ -297,11 +297,3 @@ class Publisher:
 
 def _file(document: Targets | Snapshot | Timestamp, data: bytes) -> SignedFile:
     return SignedFile(document.version, document.expires.timestamp(), data.decode())
-
-
-def _packages_in(documents: dict[str, Targets]) -> set[str]:
-    """The hashes of all packages that the roles list, and of the patches to them."""
-    roles = [document for role, document in documents.items() if role != PLANS_ROLE]
-    targets = [target for document in roles for target in document.targets.values()]
-    packages = {target.hashes["sha256"] for target in targets}
-    return packages.union(*(hashes_in(target.custom) for target in targets))

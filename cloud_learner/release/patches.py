@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from tuf.api.metadata import Targets  # type: ignore[attr-defined] # tuf has no __all__
 
 from edge_runtime.rollout.plan import PlanArm
 from edge_runtime.update.patch import FIELD, PatchEntry
+from edge_runtime.update.trust import PLANS_ROLE
 
 Between = Callable[[bytes, bytes], bytes | None]
 
@@ -65,3 +67,11 @@ def listed(patches: Iterable[Patch]) -> dict[str, Any]:
 def hashes_in(custom: Mapping[str, Any] | None) -> Iterator[str]:
     """The hashes of the patches that an entry lists."""
     return (each["sha256"] for each in (custom or {}).get(FIELD, ()))
+
+
+def files_in(documents: Mapping[str, Targets]) -> set[str]:
+    """The hashes of all packages that the families' roles list, and of the patches to them."""
+    roles = [document for role, document in documents.items() if role != PLANS_ROLE]
+    targets = [target for document in roles for target in document.targets.values()]
+    packages = {target.hashes["sha256"] for target in targets}
+    return packages.union(*(hashes_in(target.custom) for target in targets))
