@@ -838,8 +838,8 @@ def test_patches_go_with_the_release_that_they_lead_to(tmp_path: Path) -> None:
 def test_each_variant_is_patched_from_its_own_kind(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         other = hashlib.shake_128(b"float").digest(200_000)
-        first = ReleaseFile(FAMILY, "r1", 1, FIRST, variants={"float32": other})
-        second = ReleaseFile(FAMILY, "r2", 2, SECOND, variants={"float32": other[:-1] + b"!"})
+        first = ReleaseFile(FAMILY, "r1", 1, FIRST, VERDICT, variants={"float32": other})
+        second = ReleaseFile(FAMILY, "r2", 2, SECOND, VERDICT, variants={"float32": other[:-1] + b"!"})
         await site.publisher.publish(site.pass_(first), plan(1, first))
         device = site.device()
         await device.update()
