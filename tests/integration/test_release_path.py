@@ -839,7 +839,8 @@ def test_each_variant_is_patched_from_its_own_kind(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         other = hashlib.shake_128(b"float").digest(200_000)
         first = ReleaseFile(FAMILY, "r1", 1, FIRST, VERDICT, variants={"float32": other})
-        second = ReleaseFile(FAMILY, "r2", 2, SECOND, VERDICT, variants={"float32": other[:-1] + b"!"})
+        mended = {"float32": other[:-1] + b"!"}
+        second = ReleaseFile(FAMILY, "r2", 2, SECOND, VERDICT, variants=mended)
         await site.publisher.publish(site.pass_(first), plan(1, first))
         device = site.device()
         await device.update()
