@@ -20,6 +20,7 @@ from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
 from edge_runtime.rollout.agent import Agent
 from edge_runtime.runtime import Event, Runtime
+from edge_runtime.update.trust import Freshness
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import FeatureSketch
 
@@ -210,6 +211,8 @@ def test_a_real_devices_report_reaches_the_hearing_and_its_change_is_alarmed(
 
 class _NoUpdates:
     """An update client that has nothing new."""
+
+    freshness = Freshness()
 
     def refresh(self) -> None:
         raise TransportError("unreachable", "no network here")

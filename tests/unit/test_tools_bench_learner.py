@@ -34,19 +34,22 @@ def asked(rows):
     return Asked(["one"] * rows, times_s, known_s, features, labels, [], 1000.0, known_s[-1])
 
 
-def test_the_hostile_flip_what_they_say_and_send_it_ten_times_and_nobody_else_does(tool):
+def test_the_hostile_flip_what_they_stream_and_send_it_ten_times_and_nobody_else_does(tool):
     trust = tool("bench_learner_trust")
     clean = trust._spread(asked(2000))
     poisoned = trust._poisoned(clean)
     rows = poisoned.features[:, 0].astype(int)
-    hostile = np.isin(poisoned.devices, trust.HOSTILE)
+    streamed = clean.times_s >= trust.stream_start_s(clean)
+    attacks = np.isin(clean.devices, trust.HOSTILE) & streamed
+    hostile = attacks[rows]
 
+    assert 0 < streamed.sum() < len(streamed)
     assert len(set(clean.devices)) == trust.DEVICES
     assert (poisoned.labels[hostile] == 1 - clean.labels[rows[hostile]]).all()
     assert (poisoned.labels[~hostile] == clean.labels[rows[~hostile]]).all()
     counts = np.bincount(rows)
-    assert set(counts[np.isin(clean.devices, trust.HOSTILE)]) == {trust.FLOOD}
-    assert set(counts[~np.isin(clean.devices, trust.HOSTILE)]) == {1}
+    assert set(counts[attacks]) == {trust.FLOOD}
+    assert set(counts[~attacks]) == {1}
     assert (np.diff(poisoned.times_s) >= 0).all()
 
 
