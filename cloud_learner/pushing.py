@@ -70,6 +70,7 @@ async def follow(bus: Bus, family: str, release: str, tell: Tell) -> str:
     heard: asyncio.Queue[dict[str, Any]] = asyncio.Queue(16)
 
     async def hear(message: Message) -> None:
+        # A word that is none of this family's, or one too many, is no news: another follows.
         with suppress(HeadwaterError, KeyError, ValueError, asyncio.QueueFull):
             detail = json.loads(codec.decode_status(message.data).detail)
             heard.put_nowait(detail["families"][family]["rollout"])

@@ -80,7 +80,7 @@ def whole_chunks(files: Files, part: Path, length: int) -> int:
                     return (start + len(block)) // CHUNK_BYTES
                 end = start
     except FileNotFoundError:
-        pass
+        return 0
     return 0
 
 

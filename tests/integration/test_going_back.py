@@ -63,23 +63,33 @@ def serving(folder: Path) -> str:
     return arm["release"]
 
 
+def set_up(folder: Path, write_package: Callable[..., tuple[Path, str]]) -> tuple[str, str]:
+    """A device that was given one release after another; the hashes of their packages."""
+    (first, first_sha256), (second, second_sha256) = write_package(0.0), write_package(1.0)
+    for options in (["--device", "EWR", "--package", str(first)], ["--package", str(second)]):
+        done = edge_runtime(folder, "init", *options)
+        assert done.returncode == 0, done.stderr
+    return first_sha256, second_sha256
+
+
+def named(sha256: str) -> str:
+    """The release that `init` makes of a package."""
+    return f"factory-{sha256[:12]}"
+
+
 def test_a_device_goes_back_when_told_and_stays_there_over_a_restart(
     tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
 ) -> None:
-    (first, first_sha256), (second, second_sha256) = write_package(0.0), write_package(1.0)
-    for options in (["--device", "EWR", "--package", str(first)], ["--package", str(second)]):
-        done = edge_runtime(tmp_path, "init", *options)
-        assert done.returncode == 0, done.stderr
-    before = f"factory-{first_sha256[:12]}"
+    before, newest = map(named, set_up(tmp_path, write_package))
     with running(tmp_path):
-        assert serving(tmp_path) == f"factory-{second_sha256[:12]}"
+        assert serving(tmp_path) == newest
         back = edge_runtime(tmp_path, "rollback", "toy", "--reason", "answers are too high")
         assert (back.returncode, back.stdout) == (0, f"{before}\n"), back.stderr
         assert serving(tmp_path) == before
         again = edge_runtime(tmp_path, "rollback", "toy", "--reason", "still")
         assert (again.returncode, again.stdout) == (1, "")
         assert "nothing_to_roll_back" in again.stderr
-    assert f"factory-{second_sha256[:12]} is left" in (tmp_path / "log").read_text()
+    assert f"{newest} is left" in (tmp_path / "log").read_text()
     with running(tmp_path):
         assert serving(tmp_path) == before
 
@@ -96,11 +106,8 @@ def crashed(folder: Path) -> str:
 def test_r6_a_device_that_dies_again_and_again_leaves_its_newest_release(
     tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
 ) -> None:
-    (first, first_sha256), (second, second_sha256) = write_package(0.0), write_package(1.0)
-    for options in (["--device", "EWR", "--package", str(first)], ["--package", str(second)]):
-        done = edge_runtime(tmp_path, "init", *options)
-        assert done.returncode == 0, done.stderr
-    newest, before = (f"factory-{each[:12]}" for each in (second_sha256, first_sha256))
+    hashes = set_up(tmp_path, write_package)
+    before, newest = map(named, hashes)
     for _ in range(STARTS_MAX):
         assert crashed(tmp_path) == newest
     with running(tmp_path):
@@ -109,7 +116,7 @@ def test_r6_a_device_that_dies_again_and_again_leaves_its_newest_release(
         assert status["starts"] == {"starts": 1, "releases_left": 1}
         assert status["health"]["reasons"] == ["crash_loop"]
     quarantine = json.loads((tmp_path / "state" / "shelf" / "quarantine.json").read_text())
-    assert quarantine == {second_sha256: "crash_loop"}
+    assert quarantine == {hashes[1]: "crash_loop"}
 
 
 def test_r9_a_second_agent_on_a_state_directory_is_refused_and_counts_for_nothing(

@@ -193,7 +193,7 @@ def bad_signatures(document: dict[str, Any], how: str) -> None:
         document["signatures"] = [first] * 2
     else:
         stranger = CryptoSigner.generate_ed25519().sign(b"anything")
-        document["signatures"] = [{"keyid": stranger.keyid, "sig": stranger.signature}] * 1
+        document["signatures"] = [{"keyid": stranger.keyid, "sig": stranger.signature}]
 
 
 @pytest.mark.parametrize("how", ["none", "wrong", "doubled", "of a stranger"])
