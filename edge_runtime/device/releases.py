@@ -220,4 +220,6 @@ def leave(shelf: Shelf, back: WayBack, reason: str) -> None:
 def alone(plan: Plan) -> Plan:
     """`plan` as it is followed after a roll back: its stable release and nothing beside it."""
     stable = msgspec.structs.replace(plan.stable, weight=1.0)
-    return msgspec.structs.replace(plan, stable=stable, canary=None, selector={})
+    return msgspec.structs.replace(
+        plan, stable=stable, canary=None, others=(), selector={}, pins={}
+    )

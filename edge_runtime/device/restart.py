@@ -78,7 +78,7 @@ def restore_arms(family: Family, shelf: Shelf, config: EdgeConfig) -> None:
     for plan in _remembered(family, shelf):
         known += 1
         try:
-            arms = arms_for(plan, config.attributes)
+            arms = arms_for(plan, config.device, config.attributes)
             family.follow([load_plan_arm(shelf, name, arm) for name, arm in arms], plan)
         except HeadwaterError as error:
             log.warning("%s: plan %d is not followed: %s", family.name, plan.seq, error)

@@ -92,7 +92,7 @@ class Starts:
         shelf = Shelf(self._config.state_dir / "shelf")
         for family in self._config.families:
             try:
-                arm = _newest(shelf, family, self._config.attributes)
+                arm = _newest(shelf, family, self._config)
                 for package in () if arm is None else arm.packages:
                     shelf.quarantine(package.sha256, "crash_loop")
             except HeadwaterError as error:
@@ -113,13 +113,13 @@ class Starts:
         self._counts["starts"] = starts
 
 
-def _newest(shelf: Shelf, family: str, attributes: dict[str, str]) -> PlanArm | None:
+def _newest(shelf: Shelf, family: str, config: EdgeConfig) -> PlanArm | None:
     """The arm to leave: the canary, or a stable one that has something before it."""
     plan, previous = shelf.load_current(family), shelf.load_previous(family)
     if plan is None:
         return None
     left = shelf.quarantined()
-    for name, arm in reversed(arms_for(plan, attributes)):
+    for name, arm in reversed(arms_for(plan, config.device, config.attributes)):
         if name == "stable" and previous is None:
             return None
         if not all(each.sha256 in left for each in arm.packages):

@@ -181,7 +181,7 @@ class Agent:
         log.info("%s follows plan %d: %s", family, plan.seq, _described(arms))
 
     def _load_arms(self, plan: Plan) -> list[Arm]:
-        arms = arms_for(plan, self._attributes)
+        arms = arms_for(plan, self._host.device, self._attributes)
         for _name, arm in arms:
             good_packages(self._shelf, arm)  # before the first of them costs a load
         return [self._load(name, arm) for name, arm in arms]

@@ -124,7 +124,9 @@ class ArmReport(msgspec.Struct, array_like=True, frozen=True):
     """A release that a device has in memory; `serving_since_s` is wall time.
 
     `variant` names the package that the device chose, empty where the release has only one;
-    `run_us` is what a row took when it was loaded, 0 where that is unknown.
+    `run_us` is what a row took when it was loaded, 0 where that is unknown. `answered` counts the
+    requests whose answer was drawn for this arm, `failed` those of them for which it had none that
+    could be used, so that the stable arm answered or nobody.
     """
 
     family: str
@@ -133,6 +135,28 @@ class ArmReport(msgspec.Struct, array_like=True, frozen=True):
     serving_since_s: float
     variant: str = ""
     run_us: float = 0.0
+    answered: int = 0
+    failed: int = 0
+
+
+class ShadowReport(msgspec.Struct, array_like=True, frozen=True):
+    """How a shadow compares with the stable release `against`, on the same `rows`.
+
+    `agreed` counts rows with the same decision, `bad` those without a usable answer; `distance` is
+    the largest absolute difference of a row's outputs, cut at 1. `dropped` counts rows that were
+    not compared since there was no idle time. Sums of `run_us` are over the shadow's runs.
+    """
+
+    family: str
+    release: str
+    against: str
+    rows: int
+    dropped: int
+    agreed: int
+    bad: int
+    distance_sum: float
+    distance_square_sum: float
+    run_us_sum: float
 
 
 class ColumnSketch(msgspec.Struct, array_like=True, frozen=True):
@@ -170,6 +194,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     `sketches` come about once a minute, each family's in one report only. `floor` holds the
     versions of root and timestamp that the device confirmed last: it never goes back in one life
     of its disk. `issued_s` is the signed time of issue of the newest metadata that it has seen.
+    `number` rises with each report of a process: one that is not above the last was sent before.
     """
 
     version: int
@@ -188,6 +213,8 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     sketches: list[FeatureSketch] = []
     floor: list[int] = []
     issued_s: float = 0.0
+    number: int = 0
+    shadows: list[ShadowReport] = []
 
 
 class TimeQuestion(msgspec.Struct, array_like=True, frozen=True):

@@ -96,7 +96,7 @@ def test_a_plan_out_of_range_is_refused_in_both_directions(bad: Plan) -> None:
 
 def test_a_plan_of_another_version_is_refused() -> None:
     with pytest.raises(TrustError, match="unknown_plan_version"):
-        decode_plan(msgspec.json.encode(plan(version=2)))
+        decode_plan(msgspec.json.encode(plan(version=3)))
 
 
 @given(st.binary(max_size=200))
@@ -118,12 +118,12 @@ def test_garbage_is_refused_by_name(data: bytes) -> None:
 def test_a_device_gets_the_canary_when_it_has_every_attribute(
     selector: dict[str, str], attributes: dict[str, str], names: list[str]
 ) -> None:
-    arms = arms_for(plan(selector=selector), attributes)
+    arms = arms_for(plan(selector=selector), "d1", attributes)
     assert [name for name, _ in arms] == names
 
 
 def test_without_a_canary_every_device_runs_the_stable_arm() -> None:
-    assert arms_for(plan(canary=None), {"site": "EWR"}) == [("stable", arm())]
+    assert arms_for(plan(canary=None), "d1", {"site": "EWR"}) == [("stable", arm())]
 
 
 def test_the_draw_is_frozen() -> None:
