@@ -203,7 +203,8 @@ class UpdateClient:
         return target
 
     def _read_plan(self, family: str, target: TargetFile) -> Plan:
-        sha256 = target.hashes["sha256"]
+        sha256 = target.hashes.get("sha256", "")
+        trust.check_plan_file(sha256, target.length)
         known = self._plans.get(family)
         if known is not None and known[0] == sha256:
             return known[1]

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.errors import TrustError
-from edge_runtime.rollout.plan import Plan, model_path
+from edge_runtime.rollout.plan import NUMBER_MAX, SHA256, Plan, model_path
 
 CHUNK_BYTES = 128 * 1024
 """Packages and plans travel in chunks of this size, the last one shorter."""
@@ -35,6 +35,8 @@ SKEW_S = 300.0
 """How far a clock may be behind a signed time before it counts as wrong."""
 STALE_S = 18 * 3600.0
 """Metadata is signed afresh every half day: what was issued longer ago is being held back."""
+PLAN_BYTES_MAX = 1 << 20
+"""No plan is longer: who holds the key of plans alone must not fill a device's memory."""
 TIME_KEPT_S = 3600.0
 """By how much the signed time must rise before it is stored again: flash wears out."""
 
@@ -177,8 +179,15 @@ def time_payload(nonce: bytes, time_s: float) -> bytes:
 def check_versions(floor: Floor, versions: dict[str, int], online: str) -> None:
     """Refuse metadata below the floor, whatever a cache says.
 
-    Raises: TrustError (metadata_rolled_back).
+    Raises: TrustError (metadata_rolled_back, bad_metadata: a version that no report can carry).
     """
+    highest = max(versions.values(), default=0)
+    if highest > NUMBER_MAX:
+        raise TrustError(
+            "bad_metadata",
+            f"a version is {highest:.17g}, above {NUMBER_MAX}; what runs is unchanged",
+            "the snapshot or timestamp key is stolen: tools/key-ceremony revoke snapshot timestamp",
+        )
     for role, lowest in _binding(floor, versions, online).items():
         if versions.get(role, 0) < lowest:
             raise TrustError(
@@ -186,6 +195,16 @@ def check_versions(floor: Floor, versions: dict[str, int], online: str) -> None:
                 f"{role} version {versions.get(role, 0)} is below the confirmed {lowest}",
                 "an older copy of the metadata is being served; check the broker's store",
             )
+
+
+def check_plan_file(sha256: str, length: int) -> None:
+    """Refuse a plan by its signed entry, before it is fetched. Raises: TrustError (bad_plan)."""
+    if not SHA256.fullmatch(sha256) or length > PLAN_BYTES_MAX:
+        raise TrustError(
+            "bad_plan",
+            f"the entry of a plan has no sha256, or more than {PLAN_BYTES_MAX} bytes; kept the old",
+            "the rollout key signed what no publisher makes: tools/key-ceremony revoke rollout",
+        )
 
 
 def check_plan(floor: Floor, family: str, plan: Plan) -> None:

@@ -19,13 +19,14 @@ from urllib.parse import quote
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import DelegatedRole, Root, Targets
+from tuf.api.metadata import DelegatedRole, Root, TargetFile, Targets
 
 from cloud_learner.broker import Broker
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import (
     ReleaseFile,
+    blob_messages,
     expiry,
     forge_plan,
     forge_release,
@@ -41,7 +42,7 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import HeadwaterError, RequestError
-from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.rollout.plan import Plan, PlanArm, encode_plan, plan_path
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
 from edge_runtime.update.shelf import Shelf
@@ -261,6 +262,57 @@ def test_a3_the_rollout_key_chooses_among_genuine_releases_of_the_family(tmp_pat
         await publisher.raise_floor(FAMILY, 2)
         await at.steal(await at.forged_plan(10, old, "rollout"))
         assert await at.turn() == "release_below_floor"
+
+    play(tmp_path, scene)
+
+
+ENTRIES = {
+    "of no sha256": {"hashes": {"sha512": "ab" * 64}},
+    "of a name that is no hash": {"hashes": {"sha256": "../x y.*"}},
+    "without end": {"length": 1 << 62},
+}
+
+
+@pytest.mark.parametrize("how", [*ENTRIES, "numbered out of range"])
+def test_a3_a_plan_that_no_publisher_makes_is_refused_by_name(tmp_path: Path, how: str) -> None:
+    """The rollout key alone must not end a device: it would leave its release for the one before."""
+
+    async def scene(at: Scene) -> None:
+        await at.publish(at.good)
+        assert await at.turn() == at.good.data
+        root = at.root
+        number = (await look(at.bus, root)).next(PLANS_ROLE)
+        data = encode_plan(plan(2, at.good))
+        if how not in ENTRIES:
+            data = data.replace(b'"seq":2', b'"seq":%d' % 2**70)
+        entry = {"length": len(data), "hashes": {"sha256": hashlib.sha256(data).hexdigest()}}
+        target = TargetFile(**entry | ENTRIES.get(how, {}), path=plan_path(FAMILY))
+        document = Targets(
+            version=number, expires=expiry(at.clock.now_s(), 7), targets={target.path: target}
+        )
+        for subject, chunk in blob_messages(data):
+            await at.bus.publish(subject, chunk)
+        await at.steal((PLANS_ROLE, sealed(document, [at.key("rollout")])))
+        assert await at.turn() == "bad_plan"
+        second = await at.publish(release("r2", b"second", 2))
+        assert await at.turn() == second
+
+    play(tmp_path, scene)
+
+
+def test_a7_a_version_that_no_report_can_carry_is_refused_and_undone_by_new_keys(
+    tmp_path: Path,
+) -> None:
+    async def scene(at: Scene) -> None:
+        await at.publish(at.good)
+        assert await at.turn() == at.good.data
+        stamp = timestamp_of(1, 1 << 64, at.clock.now_s())
+        data = sealed(stamp, [at.key("timestamp")])
+        await at.bus.publish(subjects.metadata("timestamp.json"), data)
+        assert await at.turn() == "bad_metadata"
+        await at.rotate("snapshot", "timestamp")
+        second = await at.publish(release("r2", b"second", 2))
+        assert await at.turn() == second
 
     play(tmp_path, scene)
 
