@@ -197,8 +197,10 @@ class Agent:
         """Remember and confirm `plan`; keep the packages that run, and those to go back to."""
         self._shelf.save_current(plan, self._client.lowest_counter(plan.family))
         self._client.confirm(plan)
-        previous = [self._shelf.load_previous(family) for family in self._host.families]
-        arms = [arm for each in current for arm in each.arms]
+        families = self._host.families
+        stored = [self._shelf.load_current(family) for family in families]
+        previous = [self._shelf.load_previous(family) for family in families]
+        arms = [arm for each in (*current, *stored) if each for arm in each.arms]
         arms += [each.stable for each in previous if each is not None]
         self._shelf.prune(set().union(*(packages_kept(self._shelf, arm) for arm in arms)))
 

@@ -49,7 +49,7 @@ class FloorFile:
         self._floor = floor
 
     def _load(self) -> trust.Floor:
-        copies = [path.read_bytes() for path in self._paths if path.exists()]
+        copies = [copy for path in self._paths if (copy := _read(path)) is not None]
         if not copies:
             return trust.Floor()
         floor = self._highest(copies)
@@ -78,3 +78,13 @@ class FloorFile:
                 "the newest metadata that it is shown, as a new one does",
             ) from failure
         return floor
+
+
+def _read(path: Path) -> bytes | None:
+    """A copy, None where there is none; one that the disk cannot read is as good as damaged."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return b""

@@ -57,11 +57,13 @@ class Shelf:
         self._chosen = self._load_choices()
         self._counts = {"put": 0, "corrupt": 0, "pruned": 0}
 
-    def path_of(self, sha256: str) -> Path | None:
-        """The package with this content, hashed at its first use; None when absent or unreadable,
-        or damaged and now gone.
+    def path_of(self, sha256: str, *, anew: bool = False) -> Path | None:
+        """The package with this content, hashed at its first use and `anew` when that is asked;
+        None when absent or unreadable, or damaged and now gone.
         """
         path = self._path(sha256)
+        if anew:
+            self._proven.discard(sha256)
         if not path.exists():
             return None
         if sha256 in self._proven:

@@ -275,7 +275,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("how", [*ENTRIES, "numbered out of range"])
 def test_a3_a_plan_that_no_publisher_makes_is_refused_by_name(tmp_path: Path, how: str) -> None:
-    """The rollout key alone must not end a device: it would leave its release for the one before."""
+    """The rollout key alone must not end a device, which would leave its release for that."""
 
     async def scene(at: Scene) -> None:
         await at.publish(at.good)
