@@ -5,8 +5,8 @@ restart that chose anew would answer a little differently than before.
 
 Invariants: a package that fails here is quarantined by its hash, and the others may serve; what was
 chosen once is loaded again, alone, for as long as it is good. Before a package is blamed its file
-is hashed anew: a disk, or a process out of file handles, is not its fault. An arm whose packages all fail leaves
-everything as it was, with the first one's error.
+is hashed anew: a disk, or a process out of file handles, is not its fault. An arm whose packages
+all fail leaves everything as it was, with the first one's error.
 
 Knows nothing about signatures and slots that serve.
 """

@@ -269,10 +269,9 @@ def test_what_a_restart_would_serve_stays_though_its_successor_could_not_be_reme
 class TwoFamilies:
     """A device that runs another family beside `toy`."""
 
-    families = ["other", "toy"]
-
     def __init__(self, runtime: Runtime) -> None:
         self._runtime, self.device = runtime, runtime.device
+        self.families = ["other", "toy"]
 
     def current(self, family: str) -> Plan | None:
         return self._runtime.current(family) if family == "toy" else None
