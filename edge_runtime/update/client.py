@@ -24,7 +24,7 @@ from tuf.ngclient.updater import Updater
 
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, TrustError
-from edge_runtime.files import remove_strays
+from edge_runtime.files import make_directory, remove_strays
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import trust
 from edge_runtime.update.delivery import Delivery
@@ -59,7 +59,7 @@ class UpdateClient:
         ask_time: Ask | None = None,
     ) -> None:
         metadata_dir = state_dir / "tuf"
-        metadata_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(metadata_dir)
         self._lock = _lock(state_dir / "update.lock")
         remove_strays(state_dir)
         for stray in metadata_dir.glob("tmp*"):  # python-tuf's, when it was killed

@@ -16,7 +16,7 @@ import contextlib
 from pathlib import Path
 
 from edge_runtime.errors import TrustError
-from edge_runtime.files import write_atomic
+from edge_runtime.files import Files, OsFiles, write_atomic
 from edge_runtime.update import trust
 
 _NAMES = ("floor.a", "floor.b")
@@ -28,7 +28,8 @@ class FloorFile:
     Raises: TrustError (floor_unreadable), OSError.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Files | None = None) -> None:
+        self._files = files or OsFiles()
         self._paths = [directory / name for name in _NAMES]
         self._floor = self._load()
 
@@ -45,7 +46,7 @@ class FloorFile:
         if floor == self._floor:
             return
         for path in self._paths:
-            write_atomic(path, trust.encode_floor(floor))
+            write_atomic(path, trust.encode_floor(floor), files=self._files)
         self._floor = floor
 
     def _load(self) -> trust.Floor:
@@ -57,7 +58,7 @@ class FloorFile:
         if copies != [whole, whole]:
             with contextlib.suppress(OSError):  # the other copy holds, and it is tried again
                 for path in self._paths:
-                    write_atomic(path, whole)
+                    write_atomic(path, whole, files=self._files)
         return floor
 
     def _highest(self, copies: list[bytes]) -> trust.Floor:

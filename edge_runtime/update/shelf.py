@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.errors import CapacityError, TrustError
-from edge_runtime.files import Files, OsFiles, remove_strays, write_atomic
+from edge_runtime.files import Files, OsFiles, make_directory, remove_strays, write_atomic
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
 from edge_runtime.update.arrival import Chunks, hash_of, receive
 from edge_runtime.update.trust import CHUNK_BYTES
@@ -49,7 +49,8 @@ class Shelf:
         self._directory = directory
         self._files = files or OsFiles()
         self._packages = directory / "packages"
-        self._packages.mkdir(parents=True, exist_ok=True)
+        make_directory(self._packages, self._files)
+        make_directory(directory / "current", self._files)
         remove_strays(directory)
         self._lock = threading.Lock()
         self._proven: set[str] = set()
@@ -217,7 +218,8 @@ class Shelf:
         return self._directory / "current" / f"{family}.json"
 
     def _replace(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            make_directory(path.parent, self._files)
         write_atomic(path, data, files=self._files)
 
     def _drop_parts(self) -> None:
