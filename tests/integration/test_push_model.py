@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,10 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
-from cloud_learner import orders
-from cloud_learner.admission import Admissions
+from cloud_learner import orders, pushing
+from cloud_learner.admission import Admissions, operator_inbox
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
@@ -27,6 +29,7 @@ from cloud_learner.gate_home import move_out
 from cloud_learner.rules import recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.train.family import Family
+from edge_runtime.bus.access import Access
 from edge_runtime.bus.nats import connect
 from edge_runtime.wire import subjects
 
@@ -155,6 +158,47 @@ def classifier(path, slope, name="float_input"):
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
     onnx.save_model(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
     return path
+
+
+# Hidden behind `features`, so that it is not worked out while the graph is optimised.
+DIVIDES_BY_MINUS_ONE = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[n,3] features) => (float[n,1] probability)
+    <int32[1] lowest = {-2147483648}, int32[1] none = {0}, int32[1] minus_one = {-1},
+     int64[1] axis = {1}> {
+    sum = ReduceSum (features, axis)
+    x = Cast <to = 6> (sum)
+    zero = Mul (x, none)
+    low = Add (zero, lowest)
+    high = Div (low, minus_one)
+    probability = Cast <to = 1> (high) }"""
+
+
+async def handed_in(url, home, key, data):
+    """What comes of a package that the tool did not make."""
+    wish = orders.Wish(family="coin", packages=[hashlib.sha256(data).hexdigest()] * 2)
+    seed = home.root.parent / "anna.seed"
+    seed.write_text(orders.seed(key))
+    seed.chmod(0o600)
+    access = Access(key=seed, inbox=operator_inbox("anna"))
+    bus = await connect(url, name="test", access=access)
+    try:
+        return await pushing.hand_in(bus, orders.signed(wish, "anna", key), data, data)
+    finally:
+        await bus.close()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs do not trap this division")
+def test_a_package_that_ends_the_process_that_tries_it_ends_no_gate(bootstrapped, site, tmp_path):
+    model = onnx.load(next(site.registry.rglob("*.onnx")))
+    model.graph.CopyFrom(parser.parse_model(DIVIDES_BY_MINUS_ONE).graph)
+    key, good = tmp_path / "anna.pem", classifier(tmp_path / "good.onnx", 4.0)
+    with served(site) as url:
+        found = asyncio.run(handed_in(url, site, key, model.SerializeToString()))
+        assert found.answer.outcome == "fail"
+        assert "package_crashed" in found.answer.verdicts[0].reason
+        anna = ("--operator", "anna", "--key", key, "--nats", url, "--dry-run")
+        code, out, told = pushed(bootstrapped / "coin", good, *anna)
+        assert code == 0, told + out
 
 
 def test_a_model_from_elsewhere_is_judged_and_released_or_refused_with_the_reason(
