@@ -196,7 +196,11 @@ class UpdateClient:
                 "plan_mismatch", f"the plan and the signed release of {package.path} differ"
             )
         if not trust.is_passed(target.custom):
-            raise TrustError("no_verdict", f"{package.path} does not carry its gate's verdict")
+            raise TrustError(
+                "no_verdict",
+                f"{package.path} does not carry its gate's verdict; what runs is unchanged",
+                "is the release older than verdicts, start cloud-learner serve anew: it adds them",
+            )
         family = _family(arm)
         floor = self._release_floor(family)
         trust.check_release(self.floor, family, arm.counter, release_floor=floor)
