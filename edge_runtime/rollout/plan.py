@@ -22,6 +22,8 @@ import msgspec
 from edge_runtime.errors import TrustError
 
 PLAN_VERSION = 1
+SEQ_MAX = (1 << 53) - 1
+"""The largest number of a plan: what every language's numbers hold exactly."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -151,7 +153,7 @@ def _check(plan: Plan) -> None:
         raise TrustError(
             "unknown_plan_version", f"plan has version {plan.version}; this reads {PLAN_VERSION}"
         )
-    if not _NAME.fullmatch(plan.family) or plan.seq < 1:
+    if not _NAME.fullmatch(plan.family) or not 1 <= plan.seq <= SEQ_MAX:
         raise _bad(plan, "family or seq is out of range")
     for arm in plan.arms:
         _check_arm(plan, arm)
