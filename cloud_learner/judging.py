@@ -13,6 +13,7 @@ Knows nothing about candidates' origins, campaigns and plans.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -126,7 +127,9 @@ class OwnGate:
         self.hold_out.add(examples)
 
     async def judge(self, case: Case, thread: Executor) -> Judgement:
-        return await asyncio.get_running_loop().run_in_executor(thread, self.judged, case)
+        judgement = await asyncio.get_running_loop().run_in_executor(thread, self.judged, case)
+        thread.submit(self._keep)  # no release waits for it
+        return judgement
 
     def judged(self, case: Case) -> Judgement:
         """Judge here and now; what an operator brings only if the order is genuine, and only once
@@ -137,16 +140,13 @@ class OwnGate:
             brought = [Parcel.of(each).sha256 for each in (case.package, case.float_package)]
             if wish.packages != brought or wish.family != self._family:
                 raise RequestError("bad_order", "it names other packages; nothing was judged")
-        judgement = self.gate.judge(
+        return self.gate.judge(
             case.package,
             case.float_package,
             case.serving,
             alarmed=case.alarmed,
             prove=self._prover.prove if case.order is not None else None,
         )
-        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
-            self.hold_out.save(self._kept)
-        return judgement
 
     def verdict(self, sha256: str) -> Mapping[str, Any] | None:
         return self.gate.verdict(sha256)
@@ -157,6 +157,12 @@ class OwnGate:
     def close(self) -> None:
         self._prover.close()
         self.hold_out.save(self._kept)
+
+    def _keep(self) -> None:
+        """The hold-out on disk, every so many judgements; a full disk is tried again then."""
+        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
+            with contextlib.suppress(OSError):
+                self.hold_out.save(self._kept)
 
 
 class ApartGate:

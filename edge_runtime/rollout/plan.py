@@ -28,8 +28,8 @@ from edge_runtime.errors import TrustError
 PLAN_VERSION = 2
 """Version 1, without stages, is read too; what reads version 1 alone refuses this one."""
 
-NUMBER_MAX = (1 << 63) - 1
-"""The highest version, seq and counter: what travels in reports has 64 bits."""
+NUMBER_MAX = (1 << 53) - 1
+"""The highest version, seq and counter: what the numbers of every language hold exactly."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

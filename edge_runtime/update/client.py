@@ -115,7 +115,7 @@ class UpdateClient:
         if target is None:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
-        trust.check_plan(self.floor, family, plan)
+        trust.check_plan(self._binding(), family, plan)
         found = {}
         for arm in plan.arms:
             for package in arm.packages:
@@ -132,7 +132,7 @@ class UpdateClient:
         """
         target = self._proven_target(arm, package)
         if package.sha256 in shelf.quarantined():
-            trust.check_release(self.floor, _family(arm), arm.counter, quarantined=True)
+            trust.check_release(self._binding(), _family(arm), arm.counter, quarantined=True)
         with ours(f"the package of {arm.release}"):
             return self._delivery.bring(target, shelf)
 
@@ -161,7 +161,8 @@ class UpdateClient:
 
     def lowest_counter(self, family: str) -> int:
         """The release counter below which no release of `family` may run; `refresh` comes first."""
-        return max(self.floor.release_counter.get(family, 0), self._release_floor(family))
+        known = self._binding().release_counter.get(family, 0)
+        return max(known, self._release_floor(family))
 
     def verdicts(self) -> dict[str, dict[str, Any]]:
         """By family and release, what the gate said of those in the plan that was read last."""
@@ -180,6 +181,10 @@ class UpdateClient:
     def _confirmed(self) -> tuple[int, int]:
         versions = self.floor.versions
         return versions.get("root", 0), versions.get("timestamp", 0)
+
+    def _binding(self) -> trust.Floor:
+        updater = self._refreshed()
+        return trust.binding(self.floor, versions(updater), online(updater))
 
     def _refreshed(self) -> Updater:
         assert self._updater is not None, "refresh comes first, and must have succeeded"
@@ -203,7 +208,7 @@ class UpdateClient:
             )
         family = _family(arm)
         floor = self._release_floor(family)
-        trust.check_release(self.floor, family, arm.counter, release_floor=floor)
+        trust.check_release(self._binding(), family, arm.counter, release_floor=floor)
         return target
 
     def _read_plan(self, family: str, target: TargetFile) -> Plan:

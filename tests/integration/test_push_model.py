@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper, parser
+from onnx import parser
 
 from cloud_learner import orders, pushing
 from cloud_learner.admission import Admissions, operator_inbox
@@ -125,39 +125,9 @@ def pushed(folder, file, *options):
     return done.exit_code, done.stdout, done.stderr
 
 
-def classifier(path, slope, name="float_input"):
-    """What a converter of scikit-learn writes: labels, and a ZipMap of probabilities."""
-    weights = np.array([[0, 0], [-slope / 2, slope / 2], [0, 0]], np.float32)
-    nodes = [
-        helper.make_node("MatMul", [name, "w"], ["raw"]),
-        helper.make_node("Softmax", ["raw"], ["probabilities"], axis=1),
-        helper.make_node("ArgMax", ["probabilities"], ["output_label"], axis=1, keepdims=0),
-        helper.make_node(
-            "ZipMap",
-            ["probabilities"],
-            ["output_probability"],
-            domain="ai.onnx.ml",
-            classlabels_int64s=[0, 1],
-        ),
-    ]
-    maps = helper.make_sequence_type_proto(
-        helper.make_map_type_proto(
-            TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, None)
-        )
-    )
-    graph = helper.make_graph(
-        nodes,
-        "classifier",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, 3])],
-        [
-            helper.make_tensor_value_info("output_label", TensorProto.INT64, [None]),
-            helper.make_value_info("output_probability", maps),
-        ],
-        [numpy_helper.from_array(weights, "w")],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
-    onnx.save_model(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
-    return path
+def converted(name):
+    """A pipeline of scikit-learn that learned to toss this coin, as skl2onnx wrote it."""
+    return ROOT / "tests" / "fixtures" / "foreign-1" / f"{name}.onnx"
 
 
 # Hidden behind `features`, so that it is not worked out while the graph is optimised.
@@ -191,7 +161,7 @@ async def handed_in(url, home, key, data):
 def test_a_package_that_ends_the_process_that_tries_it_ends_no_gate(bootstrapped, site, tmp_path):
     model = onnx.load(next(site.registry.rglob("*.onnx")))
     model.graph.CopyFrom(parser.parse_model(DIVIDES_BY_MINUS_ONE).graph)
-    key, good = tmp_path / "anna.pem", classifier(tmp_path / "good.onnx", 4.0)
+    key, good = tmp_path / "anna.pem", converted("scaled")
     with served(site) as url:
         found = asyncio.run(handed_in(url, site, key, model.SerializeToString()))
         assert found.answer.outcome == "fail"
@@ -205,8 +175,8 @@ def test_a_model_from_elsewhere_is_judged_and_released_or_refused_with_the_reaso
     bootstrapped, site, tmp_path
 ):
     folder = bootstrapped / "coin"
-    good = classifier(tmp_path / "good.onnx", 4.0)
-    bad = classifier(tmp_path / "bad.onnx", -4.0)
+    good = converted("scaled")
+    bad = converted("flipped")
     with served(site) as url:
         anna = ("--operator", "anna", "--key", tmp_path / "anna.pem", "--nats", url)
         code, out, told = pushed(folder, bad, *anna)
@@ -239,7 +209,7 @@ def test_a_model_from_elsewhere_is_judged_and_released_or_refused_with_the_reaso
 
 def test_a_gate_apart_judges_only_for_operators_that_it_knows_itself(bootstrapped, site, tmp_path):
     folder, gate = bootstrapped / "coin", Home(tmp_path / "gate")
-    good = classifier(tmp_path / "good.onnx", 4.0)
+    good = converted("scaled")
     move_out(site, gate)
     shutil.copy(tmp_path / "eve.pub", site.operators)  # who owns the learner's home lets her in
     with served(site, gate) as url:
@@ -266,7 +236,7 @@ def test_what_cannot_be_handed_in_is_refused_before_anything_is_sent(
     bootstrapped, tmp_path, options, code, word
 ):
     orders.create(tmp_path / "anna.pem", tmp_path / "anna.pub")
-    file = classifier(tmp_path / "model.onnx", 4.0)
+    file = converted("boosting")
     known = (
         () if "--operator" in options else ("--operator", "anna", "--key", tmp_path / "anna.pem")
     )
@@ -278,7 +248,7 @@ def test_what_cannot_be_handed_in_is_refused_before_anything_is_sent(
 
 def test_an_unknown_family_names_the_known_ones(tmp_path):
     orders.create(tmp_path / "anna.pem", tmp_path / "anna.pub")
-    file = classifier(tmp_path / "model.onnx", 4.0)
+    file = converted("scaled")
 
     code, _, told = pushed("nobody", file, "--operator", "anna", "--key", tmp_path / "anna.pem")
 

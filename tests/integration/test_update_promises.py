@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from edge_runtime.wire import subjects
 NOW_S, DAY_S = 1_800_000_000.0, 86_400.0
 FAMILY, OTHER = "toy", "other"
 FAR = 1 << 31
+BATCH_BYTES_MAX = 4 << 20
 ROLES = ["timestamp", "snapshot", "targets", PLANS_ROLE, models_role(FAMILY)]
 
 
@@ -120,9 +121,9 @@ class Scene:
         found = await self.bus.last(subjects.TRUST_STREAM, subjects.metadata(name))
         return None if found is None else found.data
 
-    async def turn(self, family: str = FAMILY) -> bytes | str:
+    async def turn(self, family: str = FAMILY, fetcher: BusFetcher | None = None) -> bytes | str:
         """What a device serves after an update, or the code of what it refused."""
-        fetcher = BusFetcher(self.bus, asyncio.get_running_loop())
+        fetcher = fetcher or BusFetcher(self.bus, asyncio.get_running_loop())
         said = await asyncio.to_thread(self._turn, fetcher, family)
         assert self.serving() == self.served
         return said
@@ -142,6 +143,10 @@ class Scene:
             return self.served
 
     served: bytes | None = None
+
+    @property
+    def packages(self) -> Path:
+        return self._device / "shelf" / "packages"
 
     def serving(self, family: str = FAMILY) -> bytes | None:
         """What the device would serve after a restart."""
@@ -524,6 +529,69 @@ def test_p13_a_download_cut_anywhere_activates_nothing_until_it_is_whole(
         assert await at.turn() == package
 
     play(tmp_path, scene, kind)
+
+
+class Interrupted(BusFetcher):
+    """A device's line: what `meanwhile` does happens in the middle of a download, once."""
+
+    def __init__(self, bus: Bus, at: int, meanwhile: Callable[[], None]) -> None:
+        super().__init__(bus, asyncio.get_running_loop())
+        self._at, self._meanwhile = at, meanwhile
+
+    def chunks(self, sha256: str, length: int, first: int = 0) -> Iterator[bytes]:
+        for number, chunk in enumerate(super().chunks(sha256, length, first), start=first):
+            if number == self._at:
+                self._at = -1
+                self._meanwhile()
+            yield chunk
+
+
+def test_p13_a_server_that_restarts_in_the_middle_costs_a_batch_of_chunks_at_most(
+    tmp_path: Path,
+) -> None:
+    async def whole() -> None:
+        with Broker.start(tmp_path / "broker") as broker:
+            bus = await nats.connect(broker.url, name="test")
+            at = Scene(tmp_path, bus)
+            await at.publish(at.good)
+            before = await at.turn()
+            assert before == at.good.data
+            package = random.Random(13).randbytes(50 * CHUNK_BYTES + 1)
+            await at.publish(release("r2", package, 2))
+
+            def restart() -> None:
+                broker.kill()
+                assert at.serving() == before
+                broker.restart()
+
+            line = Interrupted(bus, 20, restart)
+            assert await at.turn(FAMILY, line) == package
+            assert line.statistics()["bytes"] - len(package) < BATCH_BYTES_MAX
+            assert bus.statistics()["reconnects"] == 1
+            await bus.close()
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("left", [1, CHUNK_BYTES - 1, CHUNK_BYTES + 7, 4 * CHUNK_BYTES])
+def test_p13_a_device_that_dies_at_any_byte_goes_on_from_its_last_whole_chunk(
+    tmp_path: Path, left: int
+) -> None:
+    async def scene(at: Scene) -> None:
+        await at.publish(at.good)
+        assert await at.turn() == at.good.data
+        package = random.Random(left).randbytes(5 * CHUNK_BYTES + 1000)
+        new = release("r2", package, 2)
+        await at.publish(new)
+        part = at.packages / f".{new.sha256}.part"
+        part.write_bytes(package[:left] + bytes(len(package) - left))
+        assert at.serving() == b"good" * 100_000
+        line = Interrupted(at.bus, -1, lambda: None)
+        assert await at.turn(FAMILY, line) == package
+        again = line.statistics()["bytes"] - (len(package) - left)
+        assert 0 <= again < CHUNK_BYTES + 20_000  # and the metadata
+
+    play(tmp_path, scene)
 
 
 def test_p13_an_old_manifest_and_a_wrong_key_activate_nothing(tmp_path: Path) -> None:
