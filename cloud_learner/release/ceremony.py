@@ -94,7 +94,7 @@ def revoke(custody: Custody, names: Sequence[str], tell: Tell, clock: Clock | No
             raise ConfigError("unknown_key", f"{path} is not there; no such operator is known")
         custody.files.unlink(path)
         custody.files.sync_directory(path.parent)
-        tell(f"drop {name}: {path} is gone, the gate takes nothing of theirs any more")
+        tell(f"drop {name}: {path} is gone, the gate of this home takes nothing of theirs any more")
     rest = [each for each in names if not each.startswith(f"{OPERATORS}/")]
     if not rest:
         return

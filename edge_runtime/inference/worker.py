@@ -181,9 +181,10 @@ class Worker:
             self._counts["runs"] += 1
             self._counts["jobs"] += len(jobs)
             self._run_now = run = self._run_of(jobs)
-            _deliver(jobs, _done(jobs))
+            results = _done(jobs)
             if self._run_now is run:
                 self._run_now = None
+            _deliver(jobs, results)
         return True
 
     def _run_of(self, jobs: list[_Job]) -> Run:

@@ -190,9 +190,10 @@ def test_a_model_from_elsewhere_is_judged_and_released_or_refused_with_the_reaso
         assert (code, "unsupported_stages" in told) == (2, True), told
         code, _, told = pushed(folder, good, *anna, "--to", "site=z")
         assert (code, "unsupported_target" in told) == (2, True), told
-        stranger = ("--operator", "anna", "--key", tmp_path / "eve.pem", "--nats", url)
-        code, _, told = pushed(folder, good, *stranger)
-        assert code == 4, told  # the broker does not let the key in
+        for name, key in (("anna", "eve.pem"), ("bob", "anna.pem")):
+            stranger = ("--operator", name, "--key", tmp_path / key, "--nats", url)
+            code, _, told = pushed(folder, good, *stranger)
+            assert (code, f"{name} whom it knows by --key" in told) == (4, True), told
         command = [sys.executable, ROOT / "tools" / "push-model", good, "--family", folder, *anna]
         with subprocess.Popen(
             [str(each) for each in command], stderr=subprocess.PIPE, text=True
@@ -211,6 +212,7 @@ def test_a_gate_apart_judges_only_for_operators_that_it_knows_itself(bootstrappe
     folder, gate = bootstrapped / "coin", Home(tmp_path / "gate")
     good = converted("scaled")
     move_out(site, gate)
+    assert gate.key("gate").parent.stat().st_mode & 0o777 == 0o700
     shutil.copy(tmp_path / "eve.pub", site.operators)  # who owns the learner's home lets her in
     with served(site, gate) as url:
         anna = ("--operator", "anna", "--key", tmp_path / "anna.pem", "--nats", url)
@@ -244,6 +246,12 @@ def test_what_cannot_be_handed_in_is_refused_before_anything_is_sent(
     found, _, told = pushed(bootstrapped / "coin", file, *known, *options)
 
     assert (found, word in told) == (code, True), told
+
+
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="there is no environment to find")
+def test_it_runs_from_a_shell_that_knows_no_environment():
+    command = [f"{sys.base_prefix}/bin/python3", str(ROOT / "tools" / "push-model"), "--help"]
+    assert subprocess.run(command, env={}, check=False, capture_output=True).returncode == 0
 
 
 def test_an_unknown_family_names_the_known_ones(tmp_path):
