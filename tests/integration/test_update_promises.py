@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -53,6 +53,7 @@ NOW_S, DAY_S = 1_800_000_000.0, 86_400.0
 FAMILY, OTHER = "toy", "other"
 FAR = 1 << 31
 BATCH_BYTES_MAX = 4 << 20
+BusOf = Callable[[str], AbstractAsyncContextManager[Bus]]
 ROLES = ["timestamp", "snapshot", "targets", PLANS_ROLE, models_role(FAMILY)]
 
 
@@ -168,22 +169,16 @@ class Scene:
         (self.home / "tuf" / f"{root.version}.root.json").write_bytes(data)
 
 
-@asynccontextmanager
-async def bus_of(kind: str, folder: Path) -> AsyncIterator[Bus]:
-    if kind == "memory":
-        yield await MemoryBroker().connect()
-        return
-    with Broker.start(folder / "broker") as broker:
-        bus = await nats.connect(broker.url, name="test")
-        try:
-            yield bus
-        finally:
-            await bus.close()
+def play(
+    folder: Path,
+    scene: Callable[[Scene], Awaitable[None]],
+    over: AbstractAsyncContextManager[Bus] | None = None,
+) -> None:
+    """Play a scene over a bus, by default one of a broker in memory."""
 
-
-def play(folder: Path, scene: Callable[[Scene], Awaitable[None]], kind: str = "memory") -> None:
     async def whole() -> None:
-        async with bus_of(kind, folder) as bus:
+        async with AsyncExitStack() as stack:
+            bus = await (stack.enter_async_context(over) if over else MemoryBroker().connect())
             await scene(Scene(folder, bus))
 
     asyncio.run(whole())
@@ -470,7 +465,7 @@ def around(folder: Path) -> list[str]:
 @pytest.mark.parametrize("kind", ["memory", "nats"])
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "a.b", "*", ">", "a b", "é" * 60])
 def test_a11_a_role_of_an_odd_name_gains_nothing_and_leaves_the_cache_alone(
-    tmp_path: Path, kind: str, name: str
+    tmp_path: Path, bus_of: BusOf, kind: str, name: str
 ) -> None:
     """Circles and diamonds: `tests/contract/test_tuf_delegations.py`."""
 
@@ -504,12 +499,12 @@ def test_a11_a_role_of_an_odd_name_gains_nothing_and_leaves_the_cache_alone(
         assert around(tmp_path) == before
         assert at.serving() == at.good.data
 
-    play(tmp_path, scene, kind)
+    play(tmp_path, scene, bus_of(kind))
 
 
 @pytest.mark.parametrize("kind", ["memory", "nats"])
 def test_p13_a_download_cut_anywhere_activates_nothing_until_it_is_whole(
-    tmp_path: Path, kind: str
+    tmp_path: Path, bus_of: BusOf, kind: str
 ) -> None:
     async def scene(at: Scene) -> None:
         await at.publish(at.good)
@@ -528,7 +523,7 @@ def test_p13_a_download_cut_anywhere_activates_nothing_until_it_is_whole(
             await at.bus.publish(subject, chunk)
         assert await at.turn() == package
 
-    play(tmp_path, scene, kind)
+    play(tmp_path, scene, bus_of(kind))
 
 
 class Interrupted(BusFetcher):
