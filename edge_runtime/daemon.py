@@ -75,7 +75,8 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
             if on_ready is not None:
                 on_ready(runtime)
             async with _cloud_side(runtime, root, parts) as works:
-                local = [notify.watchdog(), starts.settle(), runtime.watch.run()]
+                runtime.watch.wake()
+                local = [notify.watchdog(), starts.settle()]
                 await _run_until(stop, *local, *works)
             notify.stopping()
     starts.well()

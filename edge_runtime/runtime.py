@@ -67,8 +67,8 @@ class Runtime:
         self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
         self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
         self.sketcher = Sketcher(self.log, self._members, clock)
-        self.watch = Watch(self._members, self.rollback_async, self._serving.worker)
-        self._ends, self._closed = contextlib.ExitStack(), False
+        self.watch = Watch(self._members, self._releases, self._serving.worker)
+        self._ends, self._closed, self._told = contextlib.ExitStack(), False, 0
 
     @classmethod
     def open(
@@ -100,7 +100,6 @@ class Runtime:
             runtime._ends = ends.pop_all()
         return runtime
 
-    # Events.
     def predict(self, family: str, event: Event) -> Prediction:
         """Answer an event, and log the answer with the feature values behind it.
 
@@ -163,7 +162,6 @@ class Runtime:
         if epoch == self.epoch:
             await self.log.wait_durable("event", seq)
 
-    # Tensors.
     def infer(
         self,
         family: str,
@@ -218,7 +216,6 @@ class Runtime:
         ]
         return all(each is not None and each.pipeline.slot.arms for each in members)
 
-    # Releases.
     def swap(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         """Serve `arms`, loaded and proven, as `plan` says; no request is dropped. New windows come
         from the log first, which may take long: in an event loop use `adopt`. Raises: PackageError,
@@ -255,7 +252,8 @@ class Runtime:
 
     def report(self, refused: dict[str, int]) -> Report:
         """What this device says about itself; `refused` counts refused updates by error code."""
-        return standing.report(self, self._members.values(), self._clock.now_s(), refused)
+        self._told += 1
+        return standing.report(self, self._members.values(), self._clock, refused, self._told)
 
     def counters(self) -> dict[str, int]:
         """Counts since the process started, over all families."""
@@ -273,6 +271,8 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
+        self.watch.close()
+        self._asking.shadowing.close()
         with self._ends, self._asking.turn:
             try:
                 self.journal.close()

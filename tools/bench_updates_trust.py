@@ -17,15 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import edge_runtime.daemon
 import edge_runtime.events.uplink
 import edge_runtime.rollout.agent  # noqa: F401
+from edge_runtime import memory
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
-from edge_runtime.inference.slot import trim_memory
 from edge_runtime.update.shelf import Shelf
 
 
 def rss_mb() -> float:
     gc.collect()
-    trim_memory()
+    memory.trim()
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from edge_runtime.memory import resident_bytes
 from edge_runtime.metrics import Histogram, Page, metric_name
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -86,9 +87,7 @@ def _number(page: Page, path: tuple[str, ...], value: Any, labels: Labels) -> No
 
 def _process(page: Page) -> None:
     """What Prometheus's own clients tell of a process, under their names."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[1])
     times = os.times()
-    page.gauge("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+    page.gauge("process_resident_memory_bytes", resident_bytes())
     page.counter("process_cpu_seconds", times.user + times.system)
     page.gauge("process_open_fds", len(os.listdir("/proc/self/fd")))

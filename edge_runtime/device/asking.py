@@ -21,12 +21,12 @@ import msgspec
 from edge_runtime.clock import Clock
 from edge_runtime.device.family import Family, Scores
 from edge_runtime.device.serving import Serving
+from edge_runtime.device.shadowing import Shadowing
 from edge_runtime.errors import HeadwaterError, PackageError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import label_record
 from edge_runtime.features.feature import LABEL
-from edge_runtime.inference.pipeline import Rows
-from edge_runtime.inference.slot import Arm
+from edge_runtime.inference.scoring import Rows, score, score_many
 from edge_runtime.metrics import Histogram
 from edge_runtime.wire.messages import Fields, ObservationRecord
 
@@ -65,6 +65,9 @@ class Asking:
         self.turn = threading.Lock()
         self.latency = Histogram()
         self.counts = {"predictions": 0, "observations": 0, "labels": 0}
+        self.shadowing = Shadowing(clock, self)
+        for family in families.values():
+            family.shadowing = self.shadowing
 
     def predict(self, name: str | None, event: Event) -> Prediction:
         """See `Runtime.predict`."""
@@ -75,7 +78,7 @@ class Asking:
                 pipeline, said = family.pipeline, (event.kind, event.time_s, event.fields)
                 arms = pipeline.admitted(*said)
                 rows = pipeline.rows(event.time_s, event.fields)
-                scores = Scores(arms, rows, pipeline.score(arms, rows), family.salt)
+                scores = Scores(arms, rows, score(arms, rows), family.salt)
                 prediction = self._log_and_move(family, scores, said)
                 self.counts["predictions"] += 1
                 self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
@@ -99,15 +102,15 @@ class Asking:
                 rows = pipeline.rows(event.time_s, said[2])
                 lease, salt = pipeline.slot.lease(), family.salt
             with lease as arms:
-                outputs = await self._serving.worker.submit(
-                    lambda many: pipeline.score_many(arms, many),
+                answers = await self._serving.worker.submit(
+                    lambda many: score_many(arms, many),
                     rows,
                     group=id(arms),
                     owner=arms,
                     timeout_s=self._serving.deadline_s if timeout_s is None else timeout_s,
                 )
                 with self.turn:
-                    scores = Scores(arms, rows, outputs, salt)
+                    scores = Scores(arms, rows, answers, salt)
                     prediction = self._log_and_move(family, scores, said)
                     self.counts["predictions"] += 1
                     self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
@@ -190,6 +193,14 @@ class Asking:
             )
         return family
 
+    def is_busy(self) -> bool:
+        """Whether somebody waits for an answer now."""
+        return self.turn.locked() or self._serving.worker.statistics()["waiting"] > 0
+
+    def spent_us(self) -> float:
+        """What all answers took so far, those to tensors included."""
+        return self.latency.sum_us() + self._serving.latency.sum_us()
+
     def _known(self, name: str | None) -> Family:
         try:
             return self.family(name)
@@ -231,26 +242,16 @@ class Asking:
             asked.append((len(found), event, pipeline.rows(event.time_s, event.fields)))
             found.append(_UNANSWERED)
             pipeline.move(event.kind, event.time_s, event.fields)
-        outputs = self._scored(family, arms, [rows for _, _, rows in asked])
-        for (index, event, rows), values in zip(asked, outputs, strict=True):
+        scored = score_many(arms, [rows for _, _, rows in asked])
+        for (index, event, rows), answers in zip(asked, scored, strict=True):
             said = event.kind, event.time_s, event.fields
-            if isinstance(values, HeadwaterError):
+            try:
+                found[index] = self._log(family, Scores(arms, rows, answers, family.salt), said)
+            except PackageError as error:
                 self._journal.event(ObservationRecord(family.name, *said))
-                found[index] = values
-            else:
-                found[index] = self._log(family, Scores(arms, rows, values, family.salt), said)
+                found[index] = error
         self._journal.moved(len(asked))
         return found
-
-    def _scored(
-        self, family: Family, arms: Sequence[Arm], many: Sequence[Rows]
-    ) -> Sequence[list[list[float]] | HeadwaterError]:
-        if not many:
-            return []
-        try:
-            return family.pipeline.score_many(arms, many)
-        except PackageError:
-            return [_score_or_error(family, arms, rows) for rows in many]
 
     def _tried(self, family: Family, event: Event) -> Prediction | HeadwaterError:
         try:
@@ -271,12 +272,3 @@ class Asking:
 
 
 _UNANSWERED = PackageError("run_failed", "the model gave no answer")
-
-
-def _score_or_error(
-    family: Family, arms: Sequence[Arm], rows: Rows
-) -> list[list[float]] | HeadwaterError:
-    try:
-        return family.pipeline.score(arms, rows)
-    except PackageError as error:
-        return error

@@ -4,7 +4,8 @@ Why: a swap must be noticed by nobody, neither in the answers nor in what the wi
 operator must be able to go back at once, without a network.
 
 Invariants: windows that a release adds are rebuilt from the log before it serves. What was rolled
-back is in quarantine first, so no update brings the same package back.
+back is in quarantine first, so no update brings the same package back. A trial is left without
+loading anything.
 
 Knows nothing about brokers and signatures; a plan was proven by whoever brings it.
 """
@@ -91,6 +92,37 @@ class Releases:
             if arm.sha256 in self._shelf.quarantined():
                 raise TrustError("release_quarantined", f"{arm.release} was left meanwhile")
 
+    def leave_trial(self, member: Family, arm: Arm, gate: str) -> bool:
+        """Go on without `arm`, which failed `gate` here, and never run it again on this device.
+
+        What serves beside it stays in memory as it is. False where no plan that is followed speaks
+        of it by now. Raises: CapacityError; it answers nothing all the same, and can be left again.
+        """
+        trial = next((e for e in _trials(member.plan) if e.release == arm.release), None)
+        if trial is None:
+            return False
+        for package in trial.packages:
+            self._shelf.quarantine(package.sha256, gate)
+        with self._turn:
+            plan = member.plan
+            if plan is None or trial not in plan.trials:  # another plan came meanwhile
+                return False
+            plan = without(plan, trial)
+            member.follow(member.without(arm.release), plan)
+            self._journal.hasten_snapshot()
+        self._shelf.save_current(plan)
+        log.warning("%s is left and in quarantine: it failed the gate %s", arm.release, gate)
+        return True
+
+    def leave_stable(self, member: Family, reason: str) -> str:
+        """Leave the stable release, and what is on trial beside it, for what served before; returns
+        what serves now. Raises: as `Runtime.rollback`.
+        """
+        back = way_back(member, self._shelf, try_trial=False)
+        leave(self._shelf, back, reason)
+        self.swap(member, back.arms, back.plan)
+        return back.plan.stable.release
+
     def roll_back(self, member: Family, reason: str) -> str:
         """See `Runtime.rollback`."""
         back = way_back(member, self._shelf)
@@ -167,18 +199,18 @@ class WayBack:
     arms: list[Arm]
 
 
-def way_back(member: Family, shelf: Shelf) -> WayBack:
+def way_back(member: Family, shelf: Shelf, *, try_trial: bool = True) -> WayBack:
     """From what `member` serves to the same without its canary or, where there is none here, to
-    what served before.
+    what served before; without `try_trial` there at once.
 
     Raises: RequestError `nothing_to_roll_back`, PackageError for a package that does not load.
     """
     plan = member.plan
-    tries_canary = len(member.pipeline.slot.arms) > 1
+    tries_canary = try_trial and len(member.pipeline.slot.resident) > 1
     if plan is not None and plan.canary is not None and tries_canary:
         leaving, before = plan.canary, alone(plan)
     else:
-        previous = None if plan is None else _before(plan, shelf)
+        previous = None if plan is None else fallback(plan, shelf) or _before(plan, shelf)
         if plan is None or previous is None:
             raise RequestError(
                 "nothing_to_roll_back",
@@ -187,6 +219,16 @@ def way_back(member: Family, shelf: Shelf) -> WayBack:
             )
         leaving, before = plan.stable, alone(previous)
     return WayBack(leaving, before, load(shelf, before))
+
+
+def fallback(plan: Plan, shelf: Shelf) -> Plan | None:
+    """What `plan` says to go to, if that lies on the shelf and was not left here before."""
+    arm = plan.fallback
+    if arm is None or arm.sha256 == plan.stable.sha256:
+        return None
+    left = shelf.quarantined()
+    good = [each for each in arm.packages if each.sha256 not in left and shelf.path_of(each.sha256)]
+    return msgspec.structs.replace(plan, stable=arm, fallback=None) if good else None
 
 
 def _before(plan: Plan, shelf: Shelf) -> Plan | None:
@@ -215,6 +257,18 @@ def leave(shelf: Shelf, back: WayBack, reason: str) -> None:
         shelf.quarantine(package.sha256, "rolled_back")
     shelf.save_current(back.plan)
     log.warning("%s is left and in quarantine: %.200r", back.leaving.release, reason)
+
+
+def without(plan: Plan, trial: PlanArm) -> Plan:
+    """`plan` as it is followed once `trial` was left: with the others that are on trial."""
+    rest = [each for each in plan.trials if each != trial]
+    if not rest:
+        return alone(plan)
+    return msgspec.structs.replace(plan, canary=rest[0], others=tuple(rest[1:]))
+
+
+def _trials(plan: Plan | None) -> list[PlanArm]:
+    return [] if plan is None else plan.trials
 
 
 def alone(plan: Plan) -> Plan:

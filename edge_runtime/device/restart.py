@@ -104,6 +104,8 @@ def _remembered(family: Family, shelf: Shelf) -> Iterator[Plan]:
         yield current
     if current is not None and current.canary is not None:
         yield releases.alone(current)
+    if current is not None and (other := releases.fallback(current, shelf)) is not None:
+        yield releases.alone(other)
     if previous is not None:
         yield releases.alone(previous)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+from edge_runtime.clock import Clock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.device.family import Family
 from edge_runtime.events.log import CLASSES, EventLog
@@ -33,15 +34,19 @@ class Device(Protocol):
 
 
 def report(
-    device: Device, families: Collection[Family], now_s: float, refused: dict[str, int]
+    device: Device,
+    families: Collection[Family],
+    clock: Clock,
+    refused: dict[str, int],
+    number: int,
 ) -> Report:
-    """What `device` says about itself to the cloud."""
+    """What `device` says about itself to the cloud, for the `number`th time in this life."""
     numbers = device.log.statistics()
     return Report(
         WIRE_VERSION,
         device.device,
         device.epoch,
-        now_s,
+        clock.now_s(),
         device.config.attributes,
         [arm for family in families for arm in family.reports()],
         max(family.plan_seq for family in families),
@@ -51,6 +56,8 @@ def report(
         numbers["bytes"],
         numbers["pending"],
         [Mark(epoch, name, last) for name in CLASSES for epoch, last in device.log.owed(name)],
+        number=number,
+        shadows=[shadow for family in families for shadow in family.shadow_reports()],
     )
 
 

@@ -22,6 +22,7 @@ import os
 import msgspec
 
 from edge_runtime.config import EdgeConfig
+from edge_runtime.device.releases import fallback
 from edge_runtime.errors import HeadwaterError
 from edge_runtime.files import write_atomic
 from edge_runtime.rollout.plan import PlanArm, arms_for
@@ -120,7 +121,7 @@ def _newest(shelf: Shelf, family: str, config: EdgeConfig) -> PlanArm | None:
         return None
     left = shelf.quarantined()
     for name, arm in reversed(arms_for(plan, config.device, config.attributes)):
-        if name == "stable" and previous is None:
+        if name == "stable" and previous is None and fallback(plan, shelf) is None:
             return None
         if not all(each.sha256 in left for each in arm.packages):
             return arm

@@ -6,7 +6,7 @@ once spares it, most of all when the caches are cold.
 Invariants: the arrays belong to one run at a time, which `lock` is there for; what is handed out is
 a copy.
 
-Knows nothing about files. `session` is what ONNX Runtime makes of one.
+Knows nothing about files. `session` is what ONNX Runtime makes of one, `options` are those of runs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class BoundRow:
     """The named tensors of `session`, each one row: `inputs` to fill, `outputs` to read."""
 
     def __init__(
-        self, session: Any, inputs: Collection[Tensor], outputs: Collection[Tensor]
+        self, session: Any, inputs: Collection[Tensor], outputs: Collection[Tensor], options: Any
     ) -> None:
         self.lock = threading.Lock()
         self.inputs = {tensor.name: np.zeros(_row(tensor), tensor.dtype) for tensor in inputs}
         self.outputs = {tensor.name: np.zeros(_row(tensor), tensor.dtype) for tensor in outputs}
-        self._session, self._binding = session, session.io_binding()
+        self._session, self._binding, self._options = session, session.io_binding(), options
         for bind, arrays in (
             (self._binding.bind_input, self.inputs),
             (self._binding.bind_output, self.outputs),
@@ -46,7 +46,7 @@ class BoundRow:
 
     def run(self) -> None:
         """From `inputs` to `outputs`; what ONNX Runtime raises is raised."""
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._options)
 
     def answers(self, arrays: Mapping[str, Array], names: Collection[str]) -> dict[str, Array]:
         """The named outputs for `arrays`, which it `holds`; under the `lock`."""

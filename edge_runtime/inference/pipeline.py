@@ -1,4 +1,4 @@
-"""The pipeline: features and runner, the one way from an event to an answer.
+"""The pipeline: an event's features and the windows that it moves, before and after its answer.
 
 Why: the device and every gate that judges a release run this code, and no other.
 
@@ -8,12 +8,12 @@ passed since it came, so that a device may have been silent for long; the first 
 is not judged so. An event more than `lateness_s_max` behind the newest one is answered and counted,
 and does not move the windows. A label moves windows over labels, never the event clock.
 
-Invariants: what asks (`admitted`, `rows`, `score`, `admit`) changes nothing, and what moves the
+Invariants: what asks (`admitted`, `rows`, `admit`) changes nothing, and what moves the
 windows cannot fail, so that a caller can log in between. An event is answered before it moves the
 windows, so it never counts in its own. Whether an event moves the windows depends on the events
 before it alone, so that replaying a log gives the same bits.
 
-Knows nothing about logs and plans. All calls but `score_many` belong to one thread at a time.
+Knows nothing about logs and plans. All calls belong to one thread at a time.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ import msgspec
 import numpy as np
 
 from edge_runtime.clock import Clock, SystemClock
-from edge_runtime.errors import PackageError, RequestError
+from edge_runtime.errors import RequestError
 from edge_runtime.features.engine import Engine
 from edge_runtime.features.feature import LABEL
 from edge_runtime.inference import history
 from edge_runtime.inference.history import Number
 from edge_runtime.inference.package import Interface, Matrix, PackageInfo
 from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.scoring import Rows
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.wire.messages import Fields
 
 SNAPSHOT_VERSION = 1
 BATCH_ROWS = 1024
-
-Rows = list[bytes]
 
 
 class _State(msgspec.Struct, array_like=True):
@@ -71,7 +70,7 @@ class Pipeline:
         self._newest_s = -math.inf
         self._moved_at_s = -math.inf
         self._lateness_s = 0.0
-        self._counts = {"late_events": 0, "late_labels": 0, "run_failures": 0}
+        self._counts = {"late_events": 0, "late_labels": 0}
 
     # To ask changes nothing.
 
@@ -87,32 +86,14 @@ class Pipeline:
         return self.slot.arms
 
     def rows(self, time_s: float, fields: Fields) -> Rows:
-        """The feature values of an admitted event, float32 little-endian, one row for each arm."""
+        """The feature values of an admitted event, float32 little-endian: one row for each arm that
+        answers, then one for each shadow.
+        """
         engines = self._of_arms
-        if len(engines) == 1:
-            return [engines[0].packed(time_s, fields)]
+        if len(self.engines) == 1:
+            return [engines[0].packed(time_s, fields)] * len(engines)
         packed = {id(engine): engine.packed(time_s, fields) for engine in self.engines.values()}
         return [packed[id(engine)] for engine in engines]
-
-    def score(self, arms: Sequence[Arm], rows: Rows) -> list[list[float]]:
-        """What each of `arms` answers to its row. Raises: PackageError `run_failed`."""
-        try:
-            return [arm.runner.answer(row) for arm, row in zip(arms, rows, strict=True)]
-        except PackageError:
-            self._counts["run_failures"] += 1
-            raise
-
-    def score_many(self, arms: Sequence[Arm], many: Sequence[Rows]) -> list[list[list[float]]]:
-        """As `score` for each of `many`, in one run of each arm; on any thread."""
-        try:
-            by_arm = [
-                arm.runner.answer_many([rows[index] for rows in many])
-                for index, arm in enumerate(arms)
-            ]
-        except PackageError:
-            self._counts["run_failures"] += 1
-            raise
-        return [list(answers) for answers in zip(*by_arm, strict=True)]
 
     def admit(self, kind: str, time_s: float, fields: Fields) -> Interface:
         """Say whether the windows may see an event. Raises: RequestError, as `admitted`."""
@@ -219,7 +200,7 @@ class Pipeline:
             self._moving = list(known.values())
 
     def _infos(self) -> list[PackageInfo]:
-        return [arm.info for arm in self.slot.arms if arm.info is not None]
+        return [arm.info for arm in self.slot.resident if arm.info is not None]
 
     def statistics(self) -> dict[str, int]:
         """Counts of this family: events, swaps, and what the windows hold."""

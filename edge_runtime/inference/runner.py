@@ -11,7 +11,8 @@ What a model costs, and whether a row's answer depends on the rows beside it, is
 loaded: `run_us`, `inline`, `batchable`. That warms it, too, for each size of batch that is used.
 
 Invariants: `infer`, `infer_many` and `run` may be called from any thread, `answer` from one at a
-time; the same row gives the same answer, to rounding, whichever is called.
+time; the same row gives the same answer, to rounding, whichever is called. An answer has the shape
+that the model declares, or is none. After `give_up` nothing is answered any more.
 
 Knows nothing about features, arms or metadata keys.
 """
@@ -41,6 +42,7 @@ from edge_runtime.inference.tensors import (
     padded,
     selected,
     stacked,
+    tensors_of,
 )
 
 INPUT = "features"
@@ -63,7 +65,8 @@ class Runner:
     tensors, such as lists of maps, are left out.
 
     `run_us` is the usual time of one row; None where no sample row would run. `features` and
-    `scores` are the widths of a model that maps a row of features to probabilities, else 0.
+    `scores` are the widths of a model that maps a row of features to probabilities, else 0. Who
+    runs a release on trial says in `running` since when, and of how many rows, by its thread.
 
     Loading takes milliseconds to seconds: call it in a thread of its own.
     Raises: PackageError (unreadable_package, wrong_signature), naming the file.
@@ -71,11 +74,13 @@ class Runner:
 
     def __init__(self, path: Path | str, *, rows_max: int = BATCH_ROWS_MAX) -> None:
         started_s = time.perf_counter()
+        self._run_options, self.given_up = _options_of_runs(), False
+        self.running: dict[int, tuple[int, int]] = {}
         self._session = _load(str(path), threads=1)
         try:
             self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-            self.inputs = _declared(self._session.get_inputs())
-            self.outputs = _declared(self._session.get_outputs())
+            self.inputs = tensors_of(self._session.get_inputs())
+            self.outputs = tensors_of(self._session.get_outputs())
         except UnicodeDecodeError as error:
             what = f"{path} has a name that is no text: {error}"
             raise PackageError("unreadable_package", what) from error
@@ -91,6 +96,10 @@ class Runner:
     def inline(self) -> bool:
         """Whether a run is short enough for the caller's own thread."""
         return self.run_us is not None and self.run_us <= INLINE_US_MAX
+
+    def give_up(self) -> None:
+        """End the run that goes on, between two of its operators, and refuse all others."""
+        self.given_up = self._run_options.terminate = True
 
     def infer(self, arrays: Mapping[str, Array], outputs: Sequence[str] = ()) -> dict[str, Array]:
         """The named outputs, or all of them, for one array for each input.
@@ -141,6 +150,9 @@ class Runner:
         Raises: PackageError `run_failed`.
         """
         answer: Matrix = self._run([OUTPUT], {INPUT: x})[0]
+        if answer.shape != (len(x), self.scores):
+            what = f"the model's answer is of shape {answer.shape}, not {(len(x), self.scores)}"
+            raise PackageError("run_failed", what)
         return answer
 
     def answer(self, packed: bytes) -> list[float]:
@@ -166,7 +178,7 @@ class Runner:
 
     def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
         try:
-            answers: list[Array] = self._session.run(names, feed)
+            answers: list[Array] = self._session.run(names, feed, self._run_options)
         except Exception as error:
             raise _failed(error) from error
         return answers
@@ -221,13 +233,13 @@ class Runner:
             self._one_row = self._bound(self.inputs, self.outputs)
         if self.scores:
             probability = [tensor for tensor in self.outputs if tensor.name == OUTPUT]
-            self._scored = BoundRow(self._session, self.inputs, probability)
+            self._scored = BoundRow(self._session, self.inputs, probability, self._run_options)
             self._row = self._scored.inputs[INPUT].data.cast("B")
             self._answer = self._scored.outputs[OUTPUT]
 
     def _bound(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> BoundRow | None:
         """A bound row, unless the model's answers are not of the shapes that it declares."""
-        row = BoundRow(self._session, inputs, outputs)
+        row = BoundRow(self._session, inputs, outputs, self._run_options)
         try:
             row.run()
         except Exception:
@@ -260,16 +272,12 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _declared(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(
-            node.name,
-            ONNX_TYPES[node.type],
-            tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape),
-        )
-        for node in nodes
-        if node.type in ONNX_TYPES
-    )
+def _options_of_runs() -> Any:
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    # Never used on a CPU; without it each run looks for it in vain, which takes 28 µs.
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    return options
 
 
 def _widths(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:

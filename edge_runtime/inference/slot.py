@@ -14,7 +14,6 @@ Knows nothing about features, plans or how packages got here.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import threading
@@ -25,19 +24,23 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_runtime import memory
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.onnxfile import check_whole, is_package, metadata_in
 from edge_runtime.inference.package import Matrix, PackageInfo, read_package
 from edge_runtime.inference.runner import INPUT, OUTPUT, Runner
 from edge_runtime.inference.tensors import Tensor, described
 
+MB = 1 << 20
+
 
 @dataclass(frozen=True)
 class Arm:
-    """A release in memory: `name` is "stable" or "canary", `weight` its share of the answers.
+    """A release in memory: `name` is "stable", or that of a trial, `weight` its share of answers.
 
     `info` is None for a file that carries no metadata of ours: it takes tensors, no events.
-    `variant` is the form of the release that was loaded, `sha256` the content of its file.
+    `variant` is the form of the release that was loaded, `sha256` the content of its file,
+    `added_mb` what loading it added to the process. A `shadow` answers nobody.
     """
 
     name: str
@@ -47,17 +50,23 @@ class Arm:
     weight: float
     variant: str = ""
     sha256: str = ""
+    added_mb: float = 0.0
+    shadow: bool = False
 
 
 class Lease:
-    """One generation of arms, held by those requests that have entered it and not yet left."""
+    """One generation of arms, held by those requests that have entered it and not yet left.
 
-    __slots__ = ("_drained", "_lock", "arms", "leases", "retired")
+    `arms` answer; `resident` are all that are in memory, shadows at the end.
+    """
+
+    __slots__ = ("_drained", "_lock", "arms", "leases", "resident", "retired")
 
     def __init__(
         self, arms: tuple[Arm, ...], lock: threading.Lock, drained: Callable[[Lease], None]
     ) -> None:
-        self.arms = arms
+        self.arms = tuple(arm for arm in arms if not arm.shadow)
+        self.resident = (*self.arms, *(arm for arm in arms if arm.shadow))
         self.leases = 0
         self.retired = False
         self._lock = lock
@@ -94,6 +103,11 @@ class Slot:
         """The arms that serve now; to run one, take a lease."""
         return self._current.arms
 
+    @property
+    def resident(self) -> tuple[Arm, ...]:
+        """The arms that serve now, and after them the shadows."""
+        return self._current.resident
+
     def lease(self) -> Lease:
         """`with slot.lease() as arms:` holds these arms for the block; always use it so."""
         with self._lock:
@@ -108,7 +122,7 @@ class Slot:
         """
         fresh = Lease(tuple(new_arms), self._lock, self._dispose)
         try:
-            self._check(fresh.arms)
+            self._check(fresh.resident)
         except PackageError:
             self._swap_failures += 1
             raise
@@ -148,7 +162,7 @@ class Slot:
                     "wrong_family",
                     f"release {arm.release} is of family {interface.family!r}, not {self.family!r}",
                 )
-            if interface != interfaces[0]:
+            if (interface, arm.runner.scores) != (interfaces[0], arms[0].runner.scores):
                 raise PackageError(
                     "bad_arms",
                     f"releases {arms[0].release} and {arm.release} differ in their interface",
@@ -166,8 +180,8 @@ class Slot:
             self._disposals = [*alive, thread]
 
     def _free(self, lease: Lease) -> None:
-        lease.arms = ()
-        trim_memory()
+        lease.arms = lease.resident = ()
+        memory.trim()
         with self._lock:
             self._draining -= 1
 
@@ -188,13 +202,15 @@ def load_arm(
     Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, external_data,
     wrong_signature, missing_metadata, bad_metadata, spec_mismatch).
     """
+    before = memory.resident_bytes()
     with nullcontext() if sha256 is None else unchanged(Path(path), sha256):
         check_whole(Path(path))
         runner = Runner(path)
     info = read_package(runner.metadata)
     _check_widths(runner, info, str(path))
     _check_golden(runner, info, str(path))
-    return Arm(name, release, runner, info, weight, variant, sha256 or "")
+    added = max(0, memory.resident_bytes() - before) / MB
+    return Arm(name, release, runner, info, weight, variant, sha256 or "", added)
 
 
 def load_bare_arm(path: Path | str, release: str) -> Arm:
@@ -276,10 +292,3 @@ def _check_golden(runner: Runner, info: PackageInfo, path: str) -> None:
 
 def _gap(answers: Matrix, golden: Matrix) -> float:
     return float(np.abs(answers - golden).max())
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system; only glibc has the call."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -13,7 +13,7 @@ Open Inference Protocol v2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -93,6 +93,19 @@ class Tensor(msgspec.Struct, frozen=True):
         else:
             values = np.random.default_rng(1).standard_normal(shape)
         return np.asarray(values, self.dtype)
+
+
+def tensors_of(nodes: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What a model declares, as ONNX Runtime tells it; what is no tensor is left out."""
+    return tuple(
+        Tensor(
+            node.name,
+            ONNX_TYPES[node.type],
+            tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape),
+        )
+        for node in nodes
+        if node.type in ONNX_TYPES
+    )
 
 
 def datatype_of(array: Array) -> str:

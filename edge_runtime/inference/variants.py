@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from edge_runtime import memory
 from edge_runtime.errors import PackageError
-from edge_runtime.inference.slot import Arm, trim_memory
+from edge_runtime.inference.slot import Arm
 
 FASTER = 0.9
 """How much of the time of the best so far a package may take to replace it."""
@@ -38,7 +39,7 @@ def fastest(loads: Iterable[Callable[[], Arm]]) -> Arm:
             best = arm
         del arm
     if errors or losers:
-        trim_memory()
+        memory.trim()
     if best is None:
         raise errors[0]
     return best

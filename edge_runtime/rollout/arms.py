@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def load_plan_arm(
         with _quarantining(shelf, package):
             if prove is not None:
                 prove(path)
-            return load_arm(
+            loaded = load_arm(
                 path, package.sha256, name, arm.release, arm.weight, variant=package.name
             )
+            return replace(loaded, shadow=arm.mode == "shadow")
 
     loaded = fastest(partial(load, each) for each in chosen or good)
     if arm.variants and not chosen:

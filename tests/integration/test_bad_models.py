@@ -34,11 +34,11 @@ from edge_runtime.bus import nats
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.config import EdgeConfig
-from edge_runtime.device.watch import BAD_LOOKS
 from edge_runtime.errors import CapacityError, PackageError, TrustError
 from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.arms import load_plan_arm
+from edge_runtime.rollout.health import BAD_LOOKS
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.wire import codec, subjects
@@ -298,16 +298,16 @@ def test_r5_a_release_that_only_fails_on_what_really_comes_is_left_without_a_net
         with contextlib.suppress(PackageError):
             assert not math.isfinite(device.answer()[1][0])
 
-    async def looks(count: int) -> None:
+    def looks(count: int) -> None:
         for _ in range(count):
             ask()
-            await device.runtime.watch.look()
+            device.runtime.watch.look_at_stable()
 
-    asyncio.run(device.runtime.watch.look())
+    device.runtime.watch.look_at_stable()
     device.update(data)
-    asyncio.run(looks(BAD_LOOKS - 1))
+    looks(BAD_LOOKS - 1)
     assert device.runtime.model("toy").releases == ("r2",)
-    asyncio.run(looks(1))
+    looks(1)
     assert device.answer() == before
     assert device.runtime.watch.statistics()["releases_left"] == 1
     with pytest.raises(TrustError, match="release_quarantined"):
@@ -315,13 +315,11 @@ def test_r5_a_release_that_only_fails_on_what_really_comes_is_left_without_a_net
 
 
 def test_r5_the_last_release_is_not_left_and_a_good_answer_acquits(device: Device) -> None:
-    async def looks(count: int) -> None:
-        for _ in range(count):
-            await device.runtime.watch.look()
-
     device.answer()
-    asyncio.run(looks(2 * BAD_LOOKS))
-    assert device.runtime.watch.statistics() == {"bad_looks": 0, "releases_left": 0}
+    for _ in range(2 * BAD_LOOKS):
+        device.runtime.watch.look_at_stable()
+    counts = device.runtime.watch.statistics()
+    assert counts == {"bad_looks": 0, "releases_left": 0, "trials_left": 0}
 
 
 def test_metadata_that_is_no_text_is_refused(device: Device) -> None:

@@ -17,7 +17,19 @@ ROOT = Path(__file__).parents[2]
 # Bottom to top; a room imports only itself and what stands before it. `rollout.plan` is pure and
 # stands apart from its room: trust and shelf judge and keep plans, the agent above drives them.
 EDGE_ORDER = (
-    *("errors", "clock", "files", "metrics", "cpus", "logs", "notify", "wire", "config", "bus"),
+    *(
+        "errors",
+        "clock",
+        "files",
+        "metrics",
+        "memory",
+        "cpus",
+        "logs",
+        "notify",
+        "wire",
+        "config",
+        "bus",
+    ),
     *("features", "inference", "events", "personal", "rollout.plan", "update", "rollout"),
     *("device", "runtime", "factory", "api", "doctor_broker", "doctor", "uplinked", "daemon"),
     *("local", "cli", ""),

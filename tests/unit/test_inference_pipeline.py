@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import RequestError
 from edge_runtime.inference.pipeline import Pipeline, score_batch
+from edge_runtime.inference.scoring import score, score_many
 from edge_runtime.inference.slot import load_arm
 
 NOON = 1.36e9
@@ -41,7 +42,7 @@ def ask(pipeline, kind, time_s, fields):
     arms = pipeline.admitted(kind, time_s, fields)
     rows = pipeline.rows(time_s, fields)
     vectors = [np.frombuffer(row, "<f4") for row in rows]
-    return types.SimpleNamespace(arms=arms, vectors=vectors, outputs=pipeline.score(arms, rows))
+    return types.SimpleNamespace(arms=arms, vectors=vectors, outputs=score(arms, rows)[0])
 
 
 def predict(pipeline, kind, time_s, fields):
@@ -93,8 +94,8 @@ def test_many_are_scored_as_each_alone_is(pipeline, load):
     pipeline.swap([load(0.0), load(1.0, "canary")])
     arms = pipeline.slot.arms
     many = [pipeline.rows(NOON, ASK | {"distance": miles}) for miles in range(7)]
-    together = pipeline.score_many(arms, many)
-    np.testing.assert_allclose(together, [pipeline.score(arms, rows) for rows in many], atol=1e-6)
+    together = [answers for answers, _ in score_many(arms, many)]
+    np.testing.assert_allclose(together, [score(arms, rows)[0] for rows in many], atol=1e-6)
     assert len({answer[0][0] for answer in together}) == len(many)
 
 

@@ -1,0 +1,88 @@
+"""Scoring: what each of the arms of a family answers to the same event.
+
+Why: a release on trial may cost a request its run and nothing else. What one arm does wrong is told
+in the place of its own answer, and the others answer all the same.
+
+Invariants: answers stand in the order of the arms, the stable one first; each is a list of numbers,
+or the error that there is in its place. Where several arms run, each run is timed, and `running` of
+its runner says so as long as it lasts. An arm that was given up is not run.
+
+Knows nothing about weights and plans, nor which answer is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import get_ident
+from time import perf_counter_ns
+
+from edge_runtime.errors import PackageError
+from edge_runtime.inference.slot import Arm
+
+Rows = list[bytes]
+"""The features of one event: a row for each arm, those that answer first."""
+
+Answer = list[float] | PackageError
+Answers = tuple[list[Answer], Sequence[int]]
+"""What each arm answered to an event, and the nanoseconds that a row took it; none for a lone arm,
+which nobody compares with another."""
+
+GIVEN_UP = PackageError("run_failed", "the release was left on this device; it is not run any more")
+
+
+def score(arms: Sequence[Arm], rows: Rows) -> Answers:
+    """What each of `arms` answers to its row; rows beyond them are nobody's."""
+    if len(arms) > 1:
+        return _each(arms, rows)
+    try:
+        return [arms[0].runner.answer(rows[0])], ()
+    except PackageError as error:
+        return [error], ()
+
+
+def score_many(arms: Sequence[Arm], many: Sequence[Rows]) -> list[Answers]:
+    """As `score` for each of `many`, in one run of each arm; on any thread."""
+    took_ns: list[int] = []
+    columns: list[list[Answer]] = []
+    if not many:
+        return []
+    for index, arm in enumerate(arms):
+        started_ns = _begun(arm, len(many))
+        columns.append(_column(arm, [rows[index] for rows in many]))
+        took_ns.append(_ended(arm, started_ns) // len(many))
+    return [(list(answers), took_ns) for answers in zip(*columns, strict=True)]
+
+
+def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
+    answers: list[Answer] = []
+    took_ns: list[int] = []
+    for arm, row in zip(arms, rows, strict=False):
+        started_ns = _begun(arm, 1)
+        try:
+            answers.append(GIVEN_UP if arm.runner.given_up else arm.runner.answer(row))
+        except PackageError as error:
+            answers.append(error)
+        took_ns.append(_ended(arm, started_ns))
+    return answers, took_ns
+
+
+def _column(arm: Arm, rows: list[bytes]) -> list[Answer]:
+    if arm.runner.given_up:
+        return [GIVEN_UP for _ in rows]
+    try:
+        return [*arm.runner.answer_many(rows)]
+    except PackageError as error:
+        if len(rows) == 1:
+            return [error]
+        return [answer for row in rows for answer in _column(arm, [row])]
+
+
+def _begun(arm: Arm, rows: int) -> int:
+    started_ns = perf_counter_ns()
+    arm.runner.running[get_ident()] = started_ns, rows
+    return started_ns
+
+
+def _ended(arm: Arm, started_ns: int) -> int:
+    del arm.runner.running[get_ident()]
+    return perf_counter_ns() - started_ns
