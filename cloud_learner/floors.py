@@ -1,7 +1,8 @@
 """What each device has confirmed, as it says: a floor that goes back gives a restored disk away.
 
 Why: a device that was put back to last month's disk has forgotten what it confirmed since, and
-believes metadata that it had left behind. Only who remembers for it can tell.
+believes metadata that it had left behind. Only who remembers for it can tell; and who said again
+what it said before.
 
 Invariants: what is remembered of a device only rises. One whose floor went back is named until
 somebody takes it out of the file, also after it has caught up: what it believed meanwhile is not
@@ -14,6 +15,7 @@ tells again. Knows nothing about ingest, which tells two lives of a log by their
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import msgspec
@@ -25,12 +27,16 @@ log = logging.getLogger("cloud_learner")
 
 
 class Remembered(msgspec.Struct):
-    """The highest floor of a device, how often it went back from it, and when it last did."""
+    """The highest floor of a device, how often it went back from it, and when it last did; the
+    highest epoch with the number of its last report, and the latest time that it said.
+    """
 
     floor: list[int]
     went_back: int = 0
     last_s: float = 0.0
     below: bool = False
+    number: tuple[int, int] = (0, 0)
+    time_s: float = 0.0
 
 
 class _File(msgspec.Struct):
@@ -62,6 +68,18 @@ class Floors:
         known.below = False
         if floor > known.floor:
             known.floor, self._changed = floor, True
+
+    def is_news(self, report: Report) -> bool:
+        """Whether a report is newer than all before it of its device, which it is then one of."""
+        known = self.devices.setdefault(report.device, Remembered([]))
+        number = report.epoch, report.number
+        is_later = known.time_s < report.time_s < math.inf
+        if number <= known.number and not is_later:
+            return False
+        known.number, self._changed = max(number, known.number), True
+        if is_later:
+            known.time_s = report.time_s
+        return True
 
     def restored(self) -> dict[str, dict[str, float]]:
         """The devices whose floor went back: how often, when last, and whether it still is."""

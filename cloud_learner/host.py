@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from cloud_learner.admission import Admissions
 from cloud_learner.asking import Answerer, Asker
 from cloud_learner.config import Home
 from cloud_learner.cycle import Candidate
@@ -34,6 +35,7 @@ from cloud_learner.judging import ApartGate, GateDoor, OwnGate
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releasing, release_signers
+from cloud_learner.reports import Reports
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.streams import keep_place, make_streams
 from cloud_learner.submissions import Submissions
@@ -41,7 +43,7 @@ from cloud_learner.timekeeper import Timekeeper
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
+from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import WIRE_VERSION, LearnerStatus
 
@@ -92,7 +94,8 @@ class Host:
         )
         self._timekeeper = Timekeeper(home.root, bus, clock)
         self._floors = Floors(home.root / "floors.json")
-        self._quarantined_reports = self._reconnects = 0
+        self._believed = Reports(Admissions(home).known, self._floors.is_news)
+        self._reconnects = 0
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -155,7 +158,7 @@ class Host:
             counters={
                 **counters,
                 **self._timekeeper.statistics(),
-                "bad_reports": self._quarantined_reports,
+                **self._believed.statistics(),
             },
             freshness_s=[sample for r in rollouts.values() for sample in r["freshness_s"]],
             stage=", ".join(stages),
@@ -210,13 +213,8 @@ class Host:
         await self.releasing[family].take(released)
 
     async def _on_report(self, message: Message) -> None:
-        try:
-            report = codec.decode_report(message.data)
-        except RequestError:
-            self._quarantined_reports += 1
-            return
-        if report.device != subjects.device_of(message.subject):
-            self._quarantined_reports += 1
+        report = self._believed.believed(message)
+        if report is None:
             return
         self.learner.ingest.hear(report)
         self._floors.hear(report, self._clock.now_s())

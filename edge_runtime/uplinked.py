@@ -46,7 +46,8 @@ async def cloud_side(
     """
     config, journal, clock = runtime.config, runtime.journal, SystemClock()
     name = f"edge-runtime {config.device}"
-    bus, prover = await connect(config.nats, name=name, access=of_device(config)), Prover()
+    access = of_device(config)
+    bus, prover = await connect(config.nats, name=name, access=access), Prover()
     try:
         withhold = _withhold(config, journal.log.epoch, clock)
         uplink = Uplink(
@@ -68,6 +69,7 @@ async def cloud_side(
             prove=prover.prove,
             durable=partial(ends, journal.log),
             sketches=runtime.sketcher.look,
+            sign=access.sign,
         )
         journal.on_commit = uplink.wake
         parts |= {

@@ -3,8 +3,8 @@
 Why: both sides name the same few files; what is wrong with one of them is said before anything is
 dialled, in words that say which file and what to do.
 
-Invariants: the files are read at each dial, so a renewed certificate is taken at the next one. No
-secret is kept longer than the dial, printed, or part of an error. Where TLS is asked for, nothing
+Invariants: the files are read at each dial and signature, so a renewed one is taken at the next. No
+secret is kept longer than that, printed, or part of an error. Where TLS is asked for, nothing
 is ever said in the clear but that.
 
 Knows nothing about subjects or permissions.
@@ -64,13 +64,21 @@ class Access:
         Raises: ConfigError (unreadable_key, open_key, bad_key, bad_credentials, bad_tls).
         """
         tls = self._tls() if url.startswith("tls://") or self._names_tls() else None
+        jwt, key = self._key()
+        if key is None:
+            return Identity("", "", None, tls)
+        return Identity("" if jwt else key.public, jwt, _signer(key), tls)
+
+    def sign(self, data: bytes) -> bytes | None:
+        """The signature over `data`; None where no key is named. Raises: ConfigError as `open`."""
+        _, key = self._key()
+        return None if key is None else key.sign(data)
+
+    def _key(self) -> tuple[str, Key | None]:
+        """The JWT, if any, and the key that belongs to it."""
         if self.credentials is not None:
-            jwt, key = _credentials(self.credentials)
-            return Identity("", jwt, _signer(key), tls)
-        if self.key is not None:
-            key = load(self.key)
-            return Identity(key.public, "", _signer(key), tls)
-        return Identity("", "", None, tls)
+            return _credentials(self.credentials)
+        return "", None if self.key is None else load(self.key)
 
     def _names_tls(self) -> bool:
         return any((self.tls_ca, self.tls_cert, self.tls_key))

@@ -19,9 +19,10 @@ import base64
 import binascii
 import contextlib
 import os
+from functools import lru_cache
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -147,6 +148,20 @@ def checked_public(text: str) -> str:
             "edge-runtime init prints it; it starts with U and has 56 letters and digits",
         ) from None
     return text
+
+
+def is_signed(data: bytes, signature: bytes, public: str) -> bool:
+    """Whether `signature` over `data` is by the user's key whose public half is `public`."""
+    try:
+        _public(public).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+@lru_cache(1 << 14)
+def _public(text: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(_raw(text, bytes([_USER])))
 
 
 def _text(body: bytes) -> str:

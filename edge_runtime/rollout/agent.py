@@ -83,7 +83,8 @@ class Agent:
 
     `attributes` decide whether this device is one of a plan's canaries. `prove` tries a package
     where it can do no harm, before it is loaded here; it raises PackageError. For the report,
-    `durable` tells where the log ends, and `sketches`, on a thread, what models were given lately.
+    `durable` tells where the log ends, and `sketches`, on a thread, what models were given lately;
+    `sign`, on a thread, signs it, or gives None where there is no key to do so.
     """
 
     def __init__(
@@ -98,10 +99,12 @@ class Agent:
         prove: Callable[[Path], None] | None = None,
         durable: Callable[[], list[Mark]] | None = None,
         sketches: Callable[[], list[FeatureSketch]] | None = None,
+        sign: Callable[[bytes], bytes | None] | None = None,
     ) -> None:
         self._host, self._client, self._shelf, self._bus = host, client, shelf, bus
         self._attributes, self._poll_s, self._prove = attributes, poll_s, prove
         self._durable, self._sketches = durable or list, sketches or list
+        self._sign = sign or (lambda _data: None)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update")
         self._nudged, self._changed = asyncio.Event(), asyncio.Event()
         self._settled: dict[str, Plan] = {}
@@ -237,12 +240,17 @@ class Agent:
                 issued_s=fresh.issued_s,
             )
             try:
-                await self._bus.publish(subject, codec.encode(told))
+                await self._publish(subject, codec.encode(told))
                 self._counts["reports"] += 1
             except HeadwaterError as error:
                 log.debug("report not sent: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), REPORT_EVERY_S)
+
+    async def _publish(self, subject: str, data: bytes) -> None:
+        signature = await asyncio.to_thread(self._sign, codec.signed_report(subject, data))
+        headers = codec.signature_headers(signature)
+        await self._bus.publish(subject, data, headers=headers)
 
 
 def _described(arms: Sequence[Arm]) -> str:

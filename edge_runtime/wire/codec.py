@@ -7,12 +7,13 @@ Invariants: decoding never raises anything but RequestError (codes `bad_message`
 `bad_encoding`); what the independent `msgpack` library writes is read here, and the other way
 round. However little a sender sends, to inflate it never costs more than INFLATED_BYTES_MAX.
 
-Implements proto/asyncapi.yaml (payloads, Content-Encoding).
+Implements proto/asyncapi.yaml (payloads, Content-Encoding, Hw-Signature).
 """
 
 from __future__ import annotations
 
 import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ INFLATED_BYTES_MAX = 1 << 20
 """The largest envelope that is inflated; no more fits into a message that is not deflated."""
 
 ENCODING_HEADER, ENCODING = "Content-Encoding", "deflate"
+SIGNATURE_HEADER = "Hw-Signature"
 _LEVEL = 1  # 62 bytes of a 187 byte event at 240 MB/s; level 6 saves a tenth more at a third of it
 _MEMORY_LEVEL = 9  # 400 KB while it runs; a tenth faster than the default of 8
 _PAYS = 0.9
@@ -51,6 +53,25 @@ _time_question = msgspec.msgpack.Decoder(TimeQuestion)
 _time_answer = msgspec.msgpack.Decoder(TimeAnswer)
 
 encode = _encoder.encode
+
+
+def signature_headers(signature: bytes | None) -> dict[str, str]:
+    """The headers that tell of a signature; none where there is none."""
+    return {} if signature is None else {SIGNATURE_HEADER: b64encode(signature).decode()}
+
+
+def signature_in(headers: Mapping[str, str]) -> bytes | None:
+    """The signature that `headers` tell of; None where they do not, empty where it is no base64."""
+    try:
+        text = headers.get(SIGNATURE_HEADER)
+        return None if text is None else b64decode(text, validate=True)
+    except ValueError:
+        return b""
+
+
+def signed_report(subject: str, data: bytes) -> bytes:
+    """What a device's key signs of the report `data` that it publishes on `subject`."""
+    return b"headwater-report-1|" + subject.encode() + b"|" + data
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:

@@ -46,7 +46,7 @@ CLOUD_ORDER = (
     STEPS,
     ("rules",),
     ("cycle",),
-    ("course", "gate", "publisher", "controller", "floors", "timekeeper"),
+    ("course", "gate", "publisher", "controller", "floors", "reports", "timekeeper"),
     ("judging", "gate_signing", "pushing"),
     ("learner", "releasing"),
     ("gate_home", "gatehouse", "submissions"),
