@@ -362,14 +362,15 @@ def test_what_a_device_reports_is_in_the_accounts(home, family):
 
 
 def test_f3_a_device_whose_floor_went_back_is_named_and_the_time_is_told(home, family):
-    def report(*floor):
-        bare = Report(WIRE_VERSION, "a", 1, 0.0, {}, [], 0, {}, {}, [], 0, 0, floor=list(floor))
-        return subjects.report("a"), codec.encode(bare)
+    def report(number, *floor):
+        bare = Report(WIRE_VERSION, "a", 1, 0.0, {}, [], 0, {}, {}, [], 0, 0)
+        told = msgspec.structs.replace(bare, floor=list(floor), number=number)
+        return subjects.report("a"), codec.encode(told)
 
     async def scenario():
         async with hosted(home, family, MemoryBroker()) as (_host, cloud, _running):
             await cloud.until(lambda: True)
-            await cloud.send([report(1, 9), report(1, 3)])
+            await cloud.send([report(1, 1, 9), report(2, 1, 3)])
             await cloud.until(lambda: bool(json.loads(cloud.status.detail)["restored_devices"]))
             named = json.loads(cloud.status.detail)["restored_devices"]
             assert named["a"]["times"] == named["a"]["below"] == 1

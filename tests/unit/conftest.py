@@ -1,9 +1,12 @@
-"""What unit tests share: HTTP on a thread of its own with a plain client, and plans of arms."""
+"""What unit tests share: HTTP on a thread of its own with a plain client, plans of arms, and
+releases on trial that misbehave on what really comes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import http.client
 import json
 import threading
@@ -15,9 +18,14 @@ import numpy as np
 import pytest
 
 from edge_runtime.api.http import HttpServer
+from edge_runtime.clock import ManualClock
+from edge_runtime.config import EdgeConfig
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
-from edge_runtime.runtime import Runtime
+from edge_runtime.runtime import Event, Prediction, Runtime
+from edge_runtime.update.shelf import Shelf
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import PredictionRecord
 
 
 class Served:
@@ -154,3 +162,120 @@ def plan_of() -> Callable[..., Plan]:
         return Plan(family="toy", seq=seq, stable=stable, canary=canary, salt="s")
 
     return plan_of
+
+
+# Graphs that answer as a package of the same bias does, until a feature is 500 or more, as the
+# distance FAR is: then each shows a fault of its own. `slow` shows it always.
+NEAR, FAR = 100.0, 1000.0
+_SAID = """
+    sum = ReduceSum (features, axis)
+    scaled = Mul (sum, thousandth)
+    logit = Add (scaled, bias)
+    said = Sigmoid (logit)
+    most = ReduceMax <axes = [1]> (features)
+    part = Div (most, high)
+    far = Cast <to = 7> (part)
+    rows = ReduceMax <keepdims = 0> (far)"""
+_LOOP = """
+    same = Loop <body = b (int64 i, bool on, float[n,1] x) => (bool still, float[n,1] y) {
+        still = Identity (on)
+        y = Identity (x) }> (turns, yes, said)
+    probability = Identity (same)"""
+FAULTS = {
+    "fails": """
+    place = Squeeze (far, axis)
+    nothing = Gather (table, place)
+    probability = Add (said, nothing)""",
+    "nan": """
+    left = Sub (high, most)
+    root = Sqrt (left)
+    nothing = Mul (root, none)
+    probability = Add (said, nothing)""",
+    "shape": """
+    more = Add (rows, one)
+    times = Unsqueeze (more, first)
+    pair = Concat <axis = 0> (times, ones)
+    probability = Tile (said, pair)""",
+    "hangs": """
+    turns = Mul (rows, huge)"""
+    + _LOOP,
+    "slow": """
+    turns = Add (rows, many)"""
+    + _LOOP,
+}
+
+
+class Trials:
+    """A device in a folder of its own: packages go onto its shelf, and plans of them."""
+
+    def __init__(self, folder: Path, write_package: Callable[..., tuple[Path, str]]) -> None:
+        self.config = EdgeConfig(
+            device="EWR", families=["toy"], state_dir=folder / "state", socket=folder / "socket"
+        )
+        self._write = write_package
+        self._plans = 0
+
+    @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.config.state_dir / "shelf")
+
+    def arm(self, bias: float, weight: float = 1.0, fault: str = "", **options: Any) -> PlanArm:
+        """A release `r<bias>` on the shelf, with a fault of FAULTS; `mode` as in plans."""
+        mode = options.pop("mode", "live")
+        path, _ = self._write(bias=bias, **options)
+        data = path.read_bytes() if not fault else _faulty(path, bias, FAULTS[fault])
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.shelf.put_whole(sha256, data)
+        release = f"r{bias:g}"
+        return PlanArm(release, model_path("toy", release), sha256, 1, weight, mode=mode)
+
+    def plan(self, stable: PlanArm, *trials: PlanArm, **options: Any) -> Plan:
+        """A plan of these arms, which is on the shelf as the current one."""
+        self._plans += 1
+        canary, others = (trials[0] if trials else None), trials[1:]
+        arms = {"stable": stable, "canary": canary, "others": others}
+        plan = Plan(family="toy", seq=self._plans, salt="s", **arms, **options)
+        self.shelf.save_current(plan)
+        return plan
+
+    def open(self) -> Runtime:
+        return Runtime.open(self.config, clock=ManualClock(1_360_000_000.0), step=lambda: 1)
+
+    @staticmethod
+    def event(*, far: bool = False, kind: str = "scheduled") -> Event:
+        distance = FAR if far else NEAR
+        fields = {"carrier": "UA"} | (
+            {"distance": distance} if kind == "scheduled" else {"delay": distance}
+        )
+        return Event(kind, 1_360_000_000.0, fields)
+
+    def ask(self, runtime: Runtime, *, far: bool = False) -> Prediction:
+        return runtime.predict("toy", self.event(far=far))
+
+    @staticmethod
+    def logged(runtime: Runtime) -> list[PredictionRecord]:
+        """The predictions in the log, oldest first."""
+        asyncio.run(runtime.log.wait_durable("event", runtime.log.handed_out("event")))
+        records = [codec.decode_record(data) for _, _, data in runtime.log.tail("event", 0, 0)]
+        return [each for each in records if isinstance(each, PredictionRecord)]
+
+
+def _faulty(path: Path, bias: float, body: str) -> bytes:
+    import onnx
+    from onnx import parser
+
+    model = onnx.load(path)
+    text = f"""<ir_version: 8, opset_import: ["": 17]>
+    g (float[n,5] features) => (float[n,1] probability)
+    <float thousandth = {{0.001}}, float bias = {{{bias!r}}}, float high = {{500}},
+     float none = {{0}}, float[1,1] table = {{0}}, int64[1] axis = {{1}}, int64 one = {{1}},
+     int64[1] first = {{0}}, int64[1] ones = {{1}}, int64 huge = {{1152921504606846976}},
+     int64 many = {{3000}}, bool yes = {{1}}> {{ {_SAID} {body} }}"""
+    model.graph.CopyFrom(parser.parse_model(text).graph)
+    return model.SerializeToString()
+
+
+@pytest.fixture
+def trials(tmp_path: Path, write_package: Callable[..., tuple[Path, str]]) -> Trials:
+    """A device and what it tries; `trials.ask(runtime, far=True)` shows the faults."""
+    return Trials(tmp_path, write_package)
