@@ -107,7 +107,7 @@ class Shadowing:
         self._queue: deque[tuple[Comparison, Rows, tuple[float, ...]]] = deque()
         self._looked = clock.monotonic_s(), 0.0
         self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
+        self._turn, self._closed = threading.Lock(), threading.Event()
 
     def of(self, slot: Slot, before: Sequence[Comparison], judge: Judge) -> tuple[Comparison, ...]:
         """For each shadow in `slot` that of `before` which compares the same releases, or anew."""
@@ -133,12 +133,13 @@ class Shadowing:
 
     def turn(self) -> None:
         """Compare what waits, for as long as nobody wants an answer, and a short time at most."""
-        if self._queue and self._is_loaded():
-            while self._queue:
-                self._queue.popleft()[0].given_up_on += 1
-        until_s = perf_counter() + WORK_S
-        while self._queue and perf_counter() < until_s and not self._load.is_busy():
-            _compare(*self._queue.popleft())
+        with self._turn:
+            if self._queue and self._is_loaded():
+                while self._queue:
+                    self._queue.popleft()[0].given_up_on += 1
+            until_s = perf_counter() + WORK_S
+            while self._queue and perf_counter() < until_s and not self._load.is_busy():
+                _compare(*self._queue.popleft())
 
     def close(self) -> None:
         """End the thread after the run that it is at; one that hangs ends with the process."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -18,12 +19,15 @@ from cloud_learner.admission import Admissions
 from cloud_learner.broker import Broker
 from cloud_learner.cli import main
 from cloud_learner.config import Home
+from cloud_learner.floors import Floors
+from cloud_learner.reports import Reports
 from edge_runtime.bus import nkey
 from edge_runtime.bus.access import Access
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.bus.nats import NatsBus, connect
 from edge_runtime.errors import ConfigError, HeadwaterError, TransportError
-from edge_runtime.wire import subjects
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import WIRE_VERSION, Report
 
 WAIT_S = 10.0
 MB = 1 << 20
@@ -293,6 +297,90 @@ def test_a_device_cannot_listen_to_another(play, subject):
         assert spy.statistics()["not_allowed"] >= 1
 
     play(scenario)
+
+
+def report(device: str, number: int, time_s: float, epoch: int = 1, **values: object) -> bytes:
+    bare = Report(WIRE_VERSION, device, epoch, time_s, {}, [], 0, {}, {}, [], 0, 0, number=number)
+    return codec.encode(msgspec.structs.replace(bare, **values))
+
+
+def signed(world: World, by: str, subject: str, data: bytes) -> dict[str, str]:
+    key = nkey.load(world.folder / f"{by}.nk")
+    return codec.signature_headers(key.sign(codec.signed_report(subject, data)))
+
+
+def test_c11_forged_and_replayed_reports_do_not_count(play, tmp_path):
+    """Whoever holds the broker may publish anything in a device's name, and say again what it said.
+
+    The learner's own connection stands for it here.
+    """
+    floors = Floors(tmp_path / "floors.json")
+
+    async def scenario(world: World) -> None:
+        hostile, device = await world.learner(), await world.device("kiosk-1")
+        reports = Reports(world.admissions.known, floors.is_news)
+        subject, other = subjects.report("kiosk-1"), subjects.report("kiosk-2")
+
+        async def said(bus: Bus, data: bytes, headers: dict[str, str], on: str = subject) -> bool:
+            await bus.publish(on, data, headers=headers)
+            return reports.believed(await heard(queue)) is not None
+
+        async with hearing(hostile, "hw.report.*") as queue:
+            first, second = report("kiosk-1", 1, 10.0), report("kiosk-1", 2, 11.0)
+            by_itself = [signed(world, "kiosk-1", subject, data) for data in (first, second)]
+            assert await said(device, first, by_itself[0])
+            assert await said(device, second, by_itself[1])
+            # Said again, as it was and as a newer one.
+            assert not await said(hostile, first, by_itself[0])
+            assert not await said(hostile, second, by_itself[1])
+            assert reports.statistics()["replayed_reports"] == 2
+            # Forged: not signed, by another key, of other content, for another subject.
+            better = report("kiosk-1", 3, 12.0, plan_seq=9)
+            assert not await said(hostile, better, {})
+            assert reports.statistics()["unsigned_reports"] == 1
+            for headers in (
+                signed(world, "kiosk-2", subject, better),
+                by_itself[1],
+                signed(world, "kiosk-1", other, better),
+                {codec.SIGNATURE_HEADER: "no base64"},
+                {codec.SIGNATURE_HEADER: ""},
+            ):
+                assert not await said(hostile, better, headers)
+            assert reports.statistics()["forged_reports"] == 5
+            # A device that speaks of another one, with its own key on its own subject.
+            wrong = report("kiosk-2", 3, 12.0)
+            assert not await said(device, wrong, signed(world, "kiosk-1", subject, wrong))
+            assert reports.statistics()["bad_reports"] == 1
+            # The device goes on; on an older copy of its disk the numbers begin anew, not the time.
+            for number, time_s, epoch in ((3, 12.0, 1), (1, 13.0, 1), (1, 5.0, 2), (2, 4.0, 2)):
+                data = report("kiosk-1", number, time_s, epoch)
+                assert await said(device, data, signed(world, "kiosk-1", subject, data))
+            assert not await said(hostile, first, by_itself[0])
+            # Of a device whose key is not known, what is not signed counts, and counts once.
+            strange = report("ghost", 1, 1.0)
+            assert await said(hostile, strange, {}, subjects.report("ghost"))
+            assert not await said(hostile, strange, {}, subjects.report("ghost"))
+        floors.save()
+        again = Reports(world.admissions.known, Floors(tmp_path / "floors.json").is_news)
+        assert again.believed(Message(subject, first, by_itself[0])) is None
+
+    play(scenario)
+
+
+def test_c11_a_key_that_was_replaced_signs_no_more(home, admissions, tmp_path):
+    subject, data = subjects.report("kiosk-1"), report("kiosk-1", 1, 1.0)
+    reports = Reports(admissions.known, lambda _: True)
+
+    def believed(name: str) -> bool:
+        signature = nkey.load(tmp_path / f"{name}.nk").sign(codec.signed_report(subject, data))
+        message = Message(subject, data, codec.signature_headers(signature))
+        return reports.believed(message) is not None
+
+    assert believed("kiosk-1")
+    new = nkey.create(tmp_path / "new.nk").public
+    Admissions(home).admit("kiosk-1", new, replace=True)
+    assert not believed("kiosk-1")
+    assert believed("new")
 
 
 def test_strangers_get_nowhere(play, tmp_path, caplog):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -214,6 +215,13 @@ class Trials:
         )
         self._write = write_package
         self._plans = 0
+
+    def again(self) -> None:
+        """Another device of the same name, on which nothing lies yet."""
+        folder = self.config.state_dir
+        self.config = msgspec.structs.replace(
+            self.config, state_dir=folder.with_name(folder.name + "x")
+        )
 
     @property
     def shelf(self) -> Shelf:

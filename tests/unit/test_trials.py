@@ -177,9 +177,7 @@ def test_each_arm_scores_with_the_windows_of_its_own_feature_spec(trials):
         both = lived(runtime)
     alone = {}
     for arm in (first, second):
-        trials.config = msgspec.structs.replace(
-            trials.config, state_dir=trials.config.state_dir.with_name(arm.release)
-        )
+        trials.again()
         again = trials.arm(float(arm.release[1:]), **({} if arm is first else {"spec": spec}))
         trials.plan(again)
         with trials.open() as runtime:
