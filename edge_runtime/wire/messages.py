@@ -34,8 +34,10 @@ class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=F
     """An event that asked for a prediction, with the answer and the feature values behind it.
 
     `features` is float32, little-endian, in the order of the feature spec whose hash is `spec`.
-    `scored` holds every arm that was resident, the answering arm first; `propensity` is the
-    probability with which that arm was chosen to answer.
+    `scored` holds the arms that answer requests, the one that answered this first; one on trial
+    that had no usable answer is missing. The stable arm answers for such, so whoever would have
+    asked a missing arm would have got the stable one's answer. `propensity` is the probability that
+    the arm which answered would, given who had an answer: the stable arm's counts their shares too.
     """
 
     family: str
@@ -121,7 +123,8 @@ class Watermark(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ArmReport(msgspec.Struct, array_like=True, frozen=True):
-    """A release that a device has in memory; `serving_since_s` is wall time.
+    """A release that a device has in memory; `serving_since_s` is wall time. As arm `left`, one on
+    trial that the device has left by itself, as long as it follows the plan that named it.
 
     `variant` names the package that the device chose, empty where the release has only one;
     `run_us` is what a row took when it was loaded, 0 where that is unknown. `answered` counts the
@@ -143,8 +146,9 @@ class ShadowReport(msgspec.Struct, array_like=True, frozen=True):
     """How a shadow compares with the stable release `against`, on the same `rows`.
 
     `agreed` counts rows with the same decision, `bad` those without a usable answer; `distance` is
-    the largest absolute difference of a row's outputs, cut at 1. `dropped` counts rows that were
-    not compared since there was no idle time. Sums of `run_us` are over the shadow's runs.
+    the largest absolute difference of a row's outputs, cut at 1, and 1 for a bad row. `dropped`
+    counts rows that were not compared since there was no idle time. Sums of `run_us` are over the
+    shadow's runs.
     """
 
     family: str
