@@ -99,7 +99,7 @@ class Watch:
         arms = member.pipeline.slot.arms[:1] or (arm,)
         stable_s = max((each.runner.run_us or 0.0) for each in arms) / 1e6
         for started_ns, rows in list(arm.runner.running.values()):
-            trial.waits((perf_counter_ns() - started_ns) / 1e9, rows * stable_s)
+            trial.waits(started_ns, (perf_counter_ns() - started_ns) / 1e9, rows * stable_s)
         member.heed(arm, trial)
         if not trial.gate:
             return

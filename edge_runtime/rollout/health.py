@@ -41,11 +41,11 @@ class Trial:
     `added_mb` is what loading it added to the process.
     """
 
-    __slots__ = ("_failures", "_runs", "_slow", "gate", "gates")
+    __slots__ = ("_failures", "_runs", "_slow", "_waiting", "gate", "gates")
 
     def __init__(self, gates: LocalGates, added_mb: float) -> None:
         self.gates = gates
-        self._failures = self._runs = self._slow = 0
+        self._failures = self._runs = self._slow = self._waiting = 0
         self.gate = "memory" if gates.memory_mb and added_mb > gates.memory_mb else ""
 
     def saw(self, took_ns: int, stable_ns: int, *, usable: bool) -> str:
@@ -65,12 +65,16 @@ class Trial:
             self._runs = self._slow = 0
         return self.gate
 
-    def waits(self, since_s: float, stable_s: float) -> str:
-        """Take in that a run has lasted for `since_s`, where the stable release usually takes
-        `stable_s`; returns `gate`.
+    def waits(self, run: int, since_s: float, stable_s: float) -> str:
+        """Take in a look that found `run`, a number of its own, going on for `since_s`, where the
+        stable release usually takes `stable_s`; returns `gate`.
+
+        It takes two looks: one that finds a long run may only come after the process stood still.
         """
-        if since_s > max(HANG_S, (self.gates.slowdown or HANG_TIMES) * stable_s):
+        limit_s = max(HANG_S, (self.gates.slowdown or HANG_TIMES) * stable_s)
+        if since_s > limit_s and run == self._waiting:
             self.gate = self.gate or "hung"
+        self._waiting = run
         return self.gate
 
 

@@ -68,13 +68,19 @@ def test_memory_is_judged_when_it_is_loaded() -> None:
 def test_a_run_that_does_not_end_is_judged_by_what_the_stable_release_takes(
     since_s: float, stable_s: float, slowdown: float, gate: str
 ) -> None:
-    assert trial(slowdown=slowdown).waits(since_s, stable_s) == gate
+    seen = trial(slowdown=slowdown)
+    assert [seen.waits(1, since_s, stable_s) for _ in range(2)] == ["", gate]
+
+
+def test_a_process_that_stood_still_is_no_run_that_hangs() -> None:
+    seen = trial()
+    assert [seen.waits(run, 1e6, 1e-5) for run in (1, 2, 3)] == ["", "", ""]
 
 
 def test_the_first_verdict_stays() -> None:
     seen = trial()
     assert after(seen, None, None, None) == "failures"
-    assert seen.waits(1e9, 1e-5) == after(seen, *[STABLE_NS] * 1000) == "failures"
+    assert seen.waits(1, 1e9, 1e-5) == after(seen, *[STABLE_NS] * 1000) == "failures"
 
 
 def looks(*numbers: tuple[int, int]) -> list[str]:
