@@ -213,8 +213,8 @@ class Family:
         """Let the shadows be compared, unless others serve by now than those that ran."""
         arms, rows, given = scores.arms, scores.rows, scores.answers[0][0]
         if arms is self.pipeline.slot.arms and self.shadowing is not None:
-            for comparison, row in zip(self._comparisons, rows[len(arms) :], strict=True):
-                self.shadowing.offer(comparison, [rows[0], row], given)
+            for index, comparison in enumerate(self._comparisons, len(arms)):
+                self.shadowing.offer(comparison, [rows[0], rows[index]], given)
 
     def records_fit(self, many: Sequence[Fields]) -> bool:
         """Whether each answer to events with such fields is sure to be taken by the log."""

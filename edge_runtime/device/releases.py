@@ -261,10 +261,8 @@ def leave(shelf: Shelf, back: WayBack, reason: str) -> None:
 
 def without(plan: Plan, trial: PlanArm) -> Plan:
     """`plan` as it is followed once `trial` was left: with the others that are on trial."""
-    rest = [each for each in plan.trials if each != trial]
-    if not rest:
-        return alone(plan)
-    return msgspec.structs.replace(plan, canary=rest[0], others=tuple(rest[1:]))
+    canary, *others = [*(each for each in plan.trials if each != trial), None]
+    return msgspec.structs.replace(plan, canary=canary, others=tuple(filter(None, others)))
 
 
 def _trials(plan: Plan | None) -> list[PlanArm]:

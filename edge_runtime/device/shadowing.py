@@ -125,7 +125,7 @@ class Shadowing:
         """Have the shadow's answer compared with the one that was `given`, if there is time; `rows`
         are the features for the stable release and for the shadow. On the thread that answers.
         """
-        if len(self._queue) >= QUEUE_ROWS or self._closed.is_set():
+        if len(self._queue) >= QUEUE_ROWS:
             comparison.offered_in_vain += 1
             return
         assert isinstance(given, list)
