@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -10,8 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
+import onnx
+
+from edge_runtime.api.client import Client
 from edge_runtime.device.starts import STARTS_MAX
+from edge_runtime.rollout.plan import PlanArm, model_path
+from edge_runtime.update.shelf import Shelf
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "edge_runtime.cli"]
@@ -131,3 +140,52 @@ def test_r9_a_second_agent_on_a_state_directory_is_refused_and_counts_for_nothin
         assert serving(tmp_path) == f"factory-{sha256[:12]}"
     with running(tmp_path):
         assert serving(tmp_path) == f"factory-{sha256[:12]}"
+
+
+def test_r5_a_daemon_leaves_a_trial_within_three_requests_and_fails_none(
+    tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
+) -> None:
+    hashes = set_up(tmp_path, write_package)
+    shelf = Shelf(tmp_path / "state" / "shelf")
+    plan = shelf.load_current("toy")
+    assert plan is not None
+    bad, _ = write_package(2.0)
+    data = failing_on_the_road(bad)
+    sha256 = hashlib.sha256(data).hexdigest()
+    shelf.put_whole(sha256, data)
+    canary = PlanArm("r2", model_path("toy", "r2"), sha256, 1, 9.0)
+    shelf.save_current(msgspec.structs.replace(plan, canary=canary))
+    with running(tmp_path), Client(tmp_path / "edge.sock") as client:
+        for _ in range(6):
+            answer = client.predict("toy", "scheduled", 1.36e9, {"carrier": "UA", "distance": 1e3})
+            assert answer.release == named(hashes[1])
+        names = ([arm["arm"] for arm in told(client)["arms"]] for _ in range(100_000))
+        assert ["stable", "left"] in names
+        assert sum(arm["answered"] for arm in told(client)["arms"]) == 6
+    assert json.loads(shelf_file(tmp_path).read_text()) == {sha256: "failures"}
+    with running(tmp_path):
+        assert serving(tmp_path) == named(hashes[1])
+
+
+def told(client: Client) -> dict[str, Any]:
+    return client.status().status["families"]["toy"]
+
+
+def shelf_file(folder: Path) -> Path:
+    return folder / "state" / "shelf" / "quarantine.json"
+
+
+def failing_on_the_road(path: Path) -> bytes:
+    """The package at `path` with a look-up that fails where the second feature is 500 or more."""
+    model = onnx.load(path)
+    nodes, graph = model.graph.node, model.graph
+    for name, value in {"second": np.array([1]), "cells": np.zeros(500, np.float32)}.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    logit = nodes.pop().input[0]
+    nodes.append(onnx.helper.make_node("Gather", ["features", "second"], ["x"], axis=1))
+    nodes.append(onnx.helper.make_node("Cast", ["x"], ["at"], to=onnx.TensorProto.INT64))
+    nodes.append(onnx.helper.make_node("Gather", ["cells", "at"], ["nothing"]))
+    nodes.append(onnx.helper.make_node("Add", [logit, "nothing"], ["same"]))
+    nodes.append(onnx.helper.make_node("Sigmoid", ["same"], ["probability"]))
+    data: bytes = model.SerializeToString()
+    return data
