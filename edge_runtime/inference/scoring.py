@@ -48,8 +48,10 @@ def score_many(arms: Sequence[Arm], many: Sequence[Rows]) -> list[Answers]:
         return []
     for index, arm in enumerate(arms):
         started_ns = _begun(arm, len(many))
-        columns.append(_column(arm, [rows[index] for rows in many]))
-        took_ns.append(_ended(arm, started_ns) // len(many))
+        try:
+            columns.append(_column(arm, [rows[index] for rows in many]))
+        finally:
+            took_ns.append(_ended(arm, started_ns) // len(many))
     return [(list(answers), took_ns) for answers in zip(*columns, strict=True)]
 
 
@@ -62,7 +64,8 @@ def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
             answers.append(GIVEN_UP if arm.runner.given_up else arm.runner.answer(row))
         except PackageError as error:
             answers.append(error)
-        took_ns.append(_ended(arm, started_ns))
+        finally:  # also of a run that Ctrl-C ended: it does not hang
+            took_ns.append(_ended(arm, started_ns))
     return answers, took_ns
 
 
