@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from edge_runtime.rollout.health import BAD_LOOKS, HANG_S, HANG_TIMES, SLOW_RUNS, Looks, Trial
+from edge_runtime.rollout.health import (
+    BAD_LOOKS,
+    HANG_S,
+    HANG_TIMES,
+    SLOW_RUNS,
+    Looks,
+    Trial,
+    is_stuck,
+)
 from edge_runtime.rollout.plan import LocalGates
 
 GATES = LocalGates(failures=3, slowdown=20.0, memory_mb=0.0)
@@ -99,3 +107,8 @@ def test_the_stable_release_is_left_after_looks_that_found_bad_answers_alone() -
     assert looks(*bad[1:], (0, 0), (2, 2))[-2:] == ["", "leave"]
     assert looks(*bad[1:], (9, 8), (2, 2))[-2:] == ["", "bad"]
     assert looks(*[(1, 0), (0, 0)] * 9) == [""] * 18
+
+
+def test_a_run_on_the_worker_is_stuck_after_looks_enough_of_which_the_last_were_useless() -> None:
+    assert [is_stuck(looks, 2.0) for looks in (BAD_LOOKS - 1, BAD_LOOKS)] == [False, True]
+    assert [is_stuck(looks, 20.0) for looks in (BAD_LOOKS, 19, 20)] == [False, False, True]

@@ -12,7 +12,7 @@ import pytest
 from edge_runtime.errors import PackageError, TrustError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.slot import load_arm
-from edge_runtime.rollout.health import SLOW_RUNS
+from edge_runtime.rollout.health import BAD_LOOKS, SLOW_RUNS
 from edge_runtime.rollout.plan import LocalGates
 
 OFF = LocalGates(failures=0, slowdown=0.0)
@@ -291,3 +291,15 @@ def test_reports_are_numbered(trials):
     trials.plan(trials.arm(0.0))
     with trials.open() as runtime:
         assert [runtime.report({}).number for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_stable_release_that_gives_bad_answers_alone_is_left_itself_not_its_trial(trials):
+    before, bad, trial = trials.arm(0.0), trials.arm(1.0, 1.0, "nan"), trials.arm(2.0, 1e-9)
+    trials.plan(before)
+    trials.plan(bad, trial)
+    with trials.open() as runtime:
+        for _ in range(BAD_LOOKS):
+            trials.ask(runtime, far=True)
+            runtime.watch.look_at_stable()
+        assert served(runtime) == ["r0"]
+        assert runtime.shelf.quarantined() == {bad.sha256: "rolled_back"}
