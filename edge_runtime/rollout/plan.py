@@ -135,6 +135,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return [] if self.canary is None else [self.canary, *self.others]
 
     @property
+    def named(self) -> list[PlanArm]:
+        """All releases that the plan speaks of: its arms, and what they fall back to."""
+        return [*self.arms, self.fallback] if self.fallback else self.arms
+
+    @property
     def percent(self) -> float:
         """How many percent of the selected devices try what is on trial."""
         return self.stages[-1].percent if self.stages else 100.0
@@ -225,7 +230,7 @@ def _check(plan: Plan) -> None:
         )
     if not _NAME.fullmatch(plan.family) or plan.seq < 1:
         raise _bad(plan, "family or seq is out of range")
-    for arm in [*plan.arms, *([plan.fallback] if plan.fallback else [])]:
+    for arm in plan.named:
         _check_arm(plan, arm)
     if plan.stable.weight <= 0 or plan.stable.mode != "live":
         raise _bad(plan, "the stable arm must be live and have a positive weight")

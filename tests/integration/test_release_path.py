@@ -712,7 +712,7 @@ def test_a_plan_cannot_mix_the_variants_of_two_releases(tmp_path: Path) -> None:
         mixed = Plan(
             family=FAMILY,
             seq=2,
-            stable=PlanArm(*msgspec.structs.astuple(ours)[:-1], (ours.variants[0], stolen)),
+            stable=msgspec.structs.replace(ours, variants=(ours.variants[0], stolen)),
         )
         publishing = site.publisher.publish(plan=mixed)
         assert await refused(TrustError, publishing) == "plan_names_unreleased"
