@@ -190,25 +190,15 @@ def way_back(member: Family, shelf: Shelf) -> WayBack:
 
 
 def _before(plan: Plan, shelf: Shelf) -> Plan | None:
-    """What to go back to from `plan`: its fallback, if that is here; else what served before: until
-    that is settled, what the shelf still calls current.
-    """
-    left, back = shelf.quarantined(), fallen_back(plan)
-    if back is not None and not any(shelf.path_of(each.sha256) for each in back.stable.packages):
-        back = None
-    for before in (back, shelf.load_current(plan.family), shelf.load_previous(plan.family)):
+    """What served before `plan`: until that is settled, what the shelf still calls current."""
+    left = shelf.quarantined()
+    for load in (shelf.load_current, shelf.load_previous):
+        before = load(plan.family)
         if before is None or before.stable.sha256 == plan.stable.sha256:
             continue
         if not all(each.sha256 in left for each in before.stable.packages):
             return before
     return None
-
-
-def fallen_back(plan: Plan) -> Plan | None:
-    """`plan` with its fallback in the place of its stable release, if it names one."""
-    if plan.fallback is None:
-        return None
-    return alone(msgspec.structs.replace(plan, stable=plan.fallback))
 
 
 def load(shelf: Shelf, plan: Plan) -> list[Arm]:

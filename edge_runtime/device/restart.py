@@ -68,9 +68,8 @@ def bring_back(
 def restore_arms(family: Family, shelf: Shelf, config: EdgeConfig) -> None:
     """Let `family` serve the configured package, or follow the plan that `shelf` remembers.
 
-    What fails on the shelf is logged: then the plan's stable release is tried alone, then what the
-    plan falls back to, and then the release before it. Raises: ConfigError `bad_package` for a
-    package that was asked for by name.
+    What fails on the shelf is logged: then the plan's stable release is tried alone, and then the
+    release before it. Raises: ConfigError `bad_package` for a package that was asked for by name.
     """
     if config.package is not None:
         _serve_package(family, config.package)
@@ -105,9 +104,6 @@ def _remembered(family: Family, shelf: Shelf) -> Iterator[Plan]:
         yield current
     if current is not None and current.canary is not None:
         yield releases.alone(current)
-    back = None if current is None else releases.fallen_back(current)
-    if back is not None:
-        yield back
     if previous is not None:
         yield releases.alone(previous)
 

@@ -120,7 +120,7 @@ def _newest(shelf: Shelf, family: str, config: EdgeConfig) -> PlanArm | None:
         return None
     left = shelf.quarantined()
     for name, arm in reversed(arms_for(plan, config.device, config.attributes)):
-        if name == "stable" and previous is None and plan.fallback is None:
+        if name == "stable" and previous is None:
             return None
         if not all(each.sha256 in left for each in arm.packages):
             return arm

@@ -12,10 +12,9 @@ Knows nothing about signatures and slots that serve.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def load_plan(plan: Plan, here: Here, load: Load, runs: Plan | None) -> Loaded:
         plan = with_trials(plan, [arm for arm, _ in fitting])
     names = [name for name, _ in arms_for(plan, here.device, here.attributes)]
     arms = [first, *(arm for _, arm in fitting)]
-    named = [dataclasses.replace(arm, name=name) for name, arm in zip(names, arms, strict=True)]
+    named = [replace(arm, name=name) for name, arm in zip(names, arms, strict=True)]
     return Loaded(plan, named, failures)
 
 
@@ -120,8 +119,8 @@ def packages_kept(shelf: Shelf, arm: PlanArm) -> set[str]:
 
 
 def _fits(trial: Arm, stable: Arm) -> bool:
-    one, other = trial.info, stable.info
-    return one is None or other is None or one.interface == other.interface
+    one, other = ((arm.info and arm.info.interface, arm.runner.scores) for arm in (trial, stable))
+    return one == other
 
 
 def _unfit(trial: Arm, stable: Arm) -> PackageError:

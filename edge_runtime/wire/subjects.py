@@ -23,6 +23,7 @@ TRUST_ALL = ["hw.meta.>", "hw.blob.>"]
 CANDIDATES_STREAM = "HW_CANDIDATES"
 CANDIDATES_ALL = ["hw.candidate.>"]
 GATE_SIGN = "hw.gate.sign"
+GATE_APPROVE = "hw.gate.approve"
 REFRESH = "hw.cmd.refresh"
 LEARNER_STATUS = "hw.status.learner"
 TIME = "hw.time"
