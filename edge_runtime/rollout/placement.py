@@ -45,8 +45,9 @@ class Here(msgspec.Struct, frozen=True):
     hold: bool = False
 
     def arms(self, plan: Plan) -> list[PlanArm]:
-        """What runs here under `plan`, the stable one first."""
-        return [arm for _, arm in arms_for(plan, self.device, self.attributes)]
+        """What runs here under `plan`, the stable one first; alone it has all of the weight."""
+        arms = [arm for _, arm in arms_for(plan, self.device, self.attributes)]
+        return arms if len(arms) > 1 else [msgspec.structs.replace(arms[0], weight=1.0)]
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -74,11 +75,12 @@ def placed(
     `left` are the packages in quarantine here, `lowest_counter` is the signed floor of releases.
     """
     shall = due(plan, now_s, left)
+    if here.arms(shall) == here.arms(plan):
+        shall = plan
     running = [] if runs is None else here.arms(runs)
-    if runs is None or any(arm.counter < lowest_counter for arm in running):
+    is_banned = any(arm.counter < lowest_counter for arm in running)
+    if runs is None or is_banned or here.arms(shall) == running:
         return _going(shall, now_s)
-    if here.arms(shall) == running:
-        return _going(plan if here.arms(plan) == running else shall, now_s)
     if here.hold or here.device in plan.hold:
         return Placement(runs, "hold")
     waits, until_s = _wait(plan, here, now_s)
@@ -87,6 +89,7 @@ def placed(
     now = meanwhile(shall, runs, here, left) if waits else shall
     if now == shall:
         return _going(shall, now_s)
+    now = runs if here.arms(now) == running else now
     return Placement(now, waits, min(until_s, _end_s(now)))
 
 
