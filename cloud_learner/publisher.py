@@ -207,7 +207,7 @@ class Publisher:
         check_plan(documents[self._known(models_role(plan.family))].targets, plan)
         target, data = plan_target(plan)
         current, listed = self.plan(plan.family), documents[PLANS_ROLE].targets
-        again = current is not None and encode_plan(current) == data
+        again = self._state.plans.get(plan.family) == data.decode()
         if current is not None and current.seq >= plan.seq and not again:
             raise TrustError(
                 "plan_rolled_back",
