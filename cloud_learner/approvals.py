@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from cloud_learner import orders
 from cloud_learner.orders import Consent, Order
 from edge_runtime.errors import RequestError, TrustError
-from edge_runtime.rollout.plan import Plan, PlanArm, decode_plan
+from edge_runtime.rollout.plan import Plan, decode_plan
 from edge_runtime.update.approval import Approval, payload
 
 __all__ = ["Approval", "Signs", "approve", "payload"]
@@ -44,7 +44,7 @@ def approve(
     consent = orders.checked(order, operators, Consent)
     found = read(plan)
     _check(found, consent)
-    for arm in _meant(found):
+    for arm in found.raised:
         if not all(passed(package.sha256) for package in arm.packages):
             raise _refused(found, f"this gate has not passed {arm.release}")
     signature = signer.sign(payload(plan))
@@ -60,19 +60,15 @@ def read(plan: bytes) -> Plan:
 
 
 def _check(plan: Plan, consent: Consent) -> None:
-    percent = plan.percent if plan.trials else 100.0
     if plan.family != consent.family:
         raise _refused(plan, f"the order is about {consent.family!r}")
-    for arm in _meant(plan):
+    for arm in plan.raised:
         if arm.sha256 not in consent.packages:
             raise _refused(plan, f"the order does not name {arm.release} ({arm.sha256[:12]})")
-    if not percent <= consent.percent:
-        raise _refused(plan, f"the order is for {consent.percent:g} %, the plan for {percent:g} %")
-
-
-def _meant(plan: Plan) -> list[PlanArm]:
-    """The releases that an approval is about."""
-    return plan.trials or [plan.stable]
+    if not plan.reach <= consent.percent:
+        raise _refused(
+            plan, f"the order is for {consent.percent:g} %, the plan for {plan.reach:g} %"
+        )
 
 
 def _refused(plan: Plan, why: str) -> RequestError:

@@ -90,6 +90,11 @@ def submit(family: str) -> str:
     return f"hw.submit.{family}"
 
 
+def approve(family: str) -> str:
+    """Where an operator reads a family's plan, and consents to it; `*` for all families."""
+    return f"hw.approve.{family}"
+
+
 def answer(asker: str) -> str:
     """Where the answers to a cloud process's questions come; `asker` is a token of its own."""
     return f"hw.answer.{asker}"

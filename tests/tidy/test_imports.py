@@ -39,7 +39,7 @@ CLOUD_ORDER = (
     ("course", "gate", "publisher", "controller", "floors", "timekeeper"),
     ("judging", "gate_signing", "pushing"),
     ("learner", "releasing"),
-    ("gate_home", "gatehouse", "submissions"),
+    ("gate_home", "gatehouse", "submissions", "consents"),
     ("host",),
     ("experiment", "console"),
     ("bootstrap", "serve"),
