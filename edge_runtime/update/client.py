@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined] # tuf has no __all__
 from tuf.ngclient.updater import Updater
 
@@ -110,6 +111,7 @@ class UpdateClient:
     def plan(self, family: str) -> Plan:
         """The family's plan, each release in it proven to be genuine; `refresh` comes first.
 
+        A fallback below the signed floor is taken out of it: the ban came after the plan.
         Raises: as `refresh` and `fetch`, and TrustError (bad_plan, plan_rolled_back,
         plan_of_other_family), TransportError (no_plan: none was published yet).
         """
@@ -119,11 +121,11 @@ class UpdateClient:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
         trust.check_plan(self.floor, family, plan)
-        found = {}
-        for arm in plan.named:
-            for package in arm.packages:
-                found[arm.release] = self._proven_target(arm, package).custom["verdict"]
-        self._verdicts[family] = found
+        self._verdicts[family] = {arm.release: self._proven_verdict(arm) for arm in plan.arms}
+        if plan.fallback is not None:
+            if plan.fallback.counter < self.lowest_counter(family):
+                return msgspec.structs.replace(plan, fallback=None)
+            self._proven_verdict(plan.fallback)
         return plan
 
     def check_course(
@@ -204,6 +206,12 @@ class UpdateClient:
     def _refreshed(self) -> Updater:
         assert self._updater is not None, "refresh comes first, and must have succeeded"
         return self._updater
+
+    def _proven_verdict(self, arm: PlanArm) -> dict[str, Any]:
+        """What the gate said of a release whose packages are all genuine."""
+        *_, target = [self._proven_target(arm, package) for package in arm.packages]
+        verdict: dict[str, Any] = target.custom["verdict"]
+        return verdict
 
     def _proven_target(self, arm: PlanArm, package: Variant) -> TargetFile:
         """The counter binds the packages of a release: a plan cannot mix those of two."""

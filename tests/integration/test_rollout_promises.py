@@ -276,6 +276,26 @@ def test_c7_a_device_that_slept_lands_in_the_stage_of_now(play: Callable[..., No
     play(stage)
 
 
+def test_a_fallback_that_was_banned_after_the_plan_keeps_nobody_from_it(
+    play: Callable[..., None],
+) -> None:
+    async def stage(scene: Scene) -> None:
+        device = scene.device()
+        await scene.publish(scene.plan(1, 1), 1)
+        await scene.publish(scene.plan(2, 2, fallback=scene.arm(1)), 2)
+        assert await device.look() == ["r2"]
+        assert device.runtime.current("toy").fallback == scene.arm(1)
+        await scene.publisher.raise_floor("toy", 2)
+        assert await device.look() == ["r2"]
+        assert device.runtime.current("toy").fallback is None
+        assert device.runtime.shelf.load_current("toy").fallback is None
+        await scene.publish(scene.plan(3, 2, 3, fallback=scene.arm(1)), 3)
+        assert await device.look() == ["r2", "r3"]
+        assert not [name for name in device.agent.statistics() if name.startswith("refused")]
+
+    play(stage)
+
+
 # C8: a window that is closed, a hold: no device changes.
 
 

@@ -16,6 +16,7 @@ from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError, RequestError, TransportError, TrustError
+from edge_runtime.inference.package import Interface
 from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, Window, model_path
 from edge_runtime.runtime import Event, Runtime
@@ -652,6 +653,27 @@ def test_a_trial_that_fails_here_keeps_nothing_else_from_being_served(
             assert statistics["refused_release_quarantined"] == number
             assert statistics["applied"] == 1
         assert device.runtime.shelf.quarantined() == {bad.sha256: "golden_mismatch"}
+
+    play(stage)
+
+
+def test_a_trial_that_takes_other_events_is_left_out_and_may_become_stable(
+    play: Callable[..., None], toy_interface: Interface
+) -> None:
+    async def stage(device: Device) -> None:
+        plan = on_trial(device, 1, "r1", "r2", "r3")
+        other = msgspec.structs.replace(toy_interface, lateness_s_max=1.0)
+        path, sha256 = device.write_package(2.0, interface=other)
+        device.orders.files[sha256] = path.read_bytes()
+        new = PlanArm("r2", model_path("toy", "r2"), sha256, 2, 0.5)
+        device.orders.current = msgspec.structs.replace(plan, canary=new)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1"), ("canary", "r3")]
+        assert device.agent.statistics()["refused_bad_arms"] == 1
+        assert device.runtime.shelf.quarantined() == {}
+        device.orders.current = Plan(family="toy", seq=2, stable=new)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r2")]
 
     play(stage)
 
