@@ -239,7 +239,7 @@ _GATE = """, {{ nkey: {key}, permissions: {{
     }} }}"""
 
 _OPERATOR = """, {{ nkey: {key}, permissions: {{
-      publish: ["hw.submit.*", "hw.candidate.>", "{inbox}.>"]
+      publish: ["hw.submit.*", "hw.approve.*", "hw.candidate.>", "{inbox}.>"]
       subscribe: ["hw.answer.*", "hw.status.learner", "{inbox}.>"]
     }} }}"""
 

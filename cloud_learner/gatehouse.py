@@ -1,4 +1,5 @@
-"""The gate as a process of its own: it reads the stream itself, judges what it is asked, and signs.
+"""The gate as a process of its own: it reads the stream itself, judges what it is asked, signs, and
+approves what an operator wants.
 
 Why: thresholds separate trust domains only where processes do. Here is the gate's key and no other;
 the learner, its home and its word are not needed for a verdict.
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cloud_learner import approvals
 from cloud_learner.asking import Answerer
 from cloud_learner.config import Home
 from cloud_learner.gate_signing import JudgedSigner
@@ -31,6 +33,7 @@ from cloud_learner.judging import (
     answer_of,
 )
 from cloud_learner.learner import open_intake
+from cloud_learner.orders import Order
 from cloud_learner.packed import Parcel, decoded, encoded, fetch_package
 from cloud_learner.release.keys import load_signer
 from cloud_learner.store.lineage import Lineage
@@ -64,9 +67,11 @@ class Gatehouse:
     async def run(self) -> None:
         """Answer until cancelled."""
         judging, signing = Answerer(self._bus, self._judge), Answerer(self._bus, self._sign)
+        approving = Answerer(self._bus, self._approve)
         heard = [
             await self._bus.subscribe(subjects.gate_judge("*"), judging.hear),
             await self._bus.subscribe(subjects.GATE_SIGN, signing.hear),
+            await self._bus.subscribe(subjects.GATE_APPROVE, approving.hear),
         ]
         try:
             await self.ingest.run()
@@ -79,9 +84,7 @@ class Gatehouse:
 
     async def _judge(self, message: Message, body: bytes) -> bytes:
         request, family = decoded(body, JudgeRequest), message.subject.split(".")[-1]
-        gate = self.gates.get(family)
-        if gate is None:
-            raise RequestError("unknown_family", f"this gate judges no family {family!r}")
+        gate = self._gate(family)
         serving = self._serving(gate, request.serving)
         forms = [
             await fetch_package(self._bus, parcel)
@@ -98,6 +101,18 @@ class Gatehouse:
     async def _sign(self, _message: Message, payload: bytes) -> bytes:
         signature = await asyncio.to_thread(self._signer.sign, payload)
         return encoded((signature.keyid, signature.signature))
+
+    async def _approve(self, _message: Message, body: bytes) -> bytes:
+        plan, order = decoded(body, tuple[bytes, Order])
+        gate = self._gate(approvals.read(plan).family)
+        found = await gate.approve(plan, order)
+        return encoded((found.keyid, found.sig))
+
+    def _gate(self, family: str) -> OwnGate:
+        gate = self.gates.get(family)
+        if gate is None:
+            raise RequestError("unknown_family", f"this gate judges no family {family!r:.70}")
+        return gate
 
     async def _take(self, commit: Commit) -> None:
         for name, released in commit.families.items():

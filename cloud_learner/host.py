@@ -25,6 +25,7 @@ import msgspec
 from cloud_learner.admission import Admissions
 from cloud_learner.asking import Answerer, Asker
 from cloud_learner.config import Home
+from cloud_learner.consents import Consents
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.floors import Floors
@@ -105,8 +106,11 @@ class Host:
         await self._tell_verdicts()
         desk = Submissions(self._bus, self.releasing, self.learner.thread, self._clock)
         answerer = Answerer(self._bus, desk.work)
+        doors = {name: releasing.door for name, releasing in self.releasing.items()}
+        consents = Answerer(self._bus, Consents(self.publisher, doors).work)
         heard = [
             await self._bus.subscribe(subjects.report("*"), self._on_report),
+            await self._bus.subscribe(subjects.approve("*"), consents.hear),
             await self._bus.subscribe(subjects.submit("*"), answerer.hear),
             await self._timekeeper.start(),
         ]

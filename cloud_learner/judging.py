@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cloud_learner import orders
+from cloud_learner import approvals, orders
+from cloud_learner.approvals import Approval
 from cloud_learner.asking import Asker
 from cloud_learner.config import Home
 from cloud_learner.evaluate.gates import Outcome, Verdict
@@ -30,6 +31,7 @@ from cloud_learner.evaluate.offline import load_set
 from cloud_learner.evaluate.slices import Keys
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.packed import Parcel, decoded, encoded, send_package
+from cloud_learner.release.keys import load_signer
 from cloud_learner.rules import gate_limits, recent_hold_out
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
@@ -91,6 +93,9 @@ class GateDoor(Protocol):
     async def judge(self, case: Case, thread: Executor) -> Judgement:
         """Judge, in `thread` if here. Raises: TransportError, RequestError (a refused question)."""
 
+    async def approve(self, plan: bytes, order: orders.Order) -> Approval:
+        """Approve a plan for an operator. Raises: TransportError, RequestError, as `approve`."""
+
     def verdict(self, sha256: str) -> Mapping[str, Any] | None:
         """The verdict on a package that this gate passed; None for any other."""
 
@@ -112,7 +117,7 @@ class OwnGate:
         """`lineage` is the family's own part; what was passed in earlier lives is trusted."""
         own = home.of(family.name)
         self._kept, self._family = own.hold_out, family.name
-        self._operators = home.operators
+        self._home, self._lineage = home, lineage
         self.hold_out = recent_hold_out(family) if hold_out is None else hold_out
         if self._kept.exists():
             self.hold_out.load(self._kept)
@@ -136,7 +141,7 @@ class OwnGate:
         it was tried in a child process, which it may end.
         """
         if case.order is not None:
-            wish = orders.checked(case.order, self._operators)
+            wish = orders.checked(case.order, self._home.operators, orders.Wish)
             brought = [Parcel.of(each).sha256 for each in (case.package, case.float_package)]
             if wish.packages != brought or wish.family != self._family:
                 raise RequestError("bad_order", "it names other packages; nothing was judged")
@@ -147,6 +152,22 @@ class OwnGate:
             alarmed=case.alarmed,
             prove=self._prover.prove if case.order is not None else None,
         )
+
+    async def approve(self, plan: bytes, order: orders.Order) -> Approval:
+        return await asyncio.to_thread(self.approved, plan, order)
+
+    def approved(self, plan: bytes, order: orders.Order) -> Approval:
+        """Approve here and now."""
+        found = approvals.approve(
+            plan,
+            order,
+            self._home.operators,
+            lambda sha256: self.verdict(sha256) is not None,
+            load_signer(self._home.root, "gate"),
+        )
+        said = {"operator": order.operator, "order": order.text.decode()}
+        self._lineage.append("approval", plan_seq=approvals.read(plan).seq, **said)
+        return found
 
     def verdict(self, sha256: str) -> Mapping[str, Any] | None:
         return self.gate.verdict(sha256)
@@ -191,6 +212,11 @@ class ApartGate:
         self.counts[judgement.outcome] += 1
         self._lineage.append("verdict", by="gate apart", **_told(judgement))
         return judgement
+
+    async def approve(self, plan: bytes, order: orders.Order) -> Approval:
+        body = encoded((plan, order))
+        data = await self._asker.ask(subjects.GATE_APPROVE, body, wait_s=JUDGE_S)
+        return Approval(*decoded(data, tuple[str, str]))
 
     def verdict(self, sha256: str) -> Mapping[str, Any] | None:
         """Nobody here may know."""

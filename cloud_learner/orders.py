@@ -1,10 +1,11 @@
-"""Orders of operators: a package that a person hands in, signed, with what shall become of it.
+"""Orders of operators: a package that a person hands in, signed, with what shall become of it; or
+the consent to a step of a rollout that is too large for some devices.
 
 Why: whoever may hand in a model must be somebody; the gate knows operators by their public keys and
 judges what they bring as it judges the learner's. An order holds no power to release.
 
-Invariants: the signature covers the hashes of the packages and the whole request. Private keys stay
-with their operators; a home holds `keys/operators/<name>.pub` (PEM, Ed25519) alone.
+Invariants: the signature covers the hashes of the packages, the whole request and its kind. Private
+keys stay with their operators; a home holds `keys/operators/<name>.pub` (PEM, Ed25519) alone.
 
 Knows nothing about gates and campaigns.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -23,8 +24,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from edge_runtime.bus import nkey
 from edge_runtime.errors import ConfigError, RequestError
 from edge_runtime.wire.subjects import checked_name
-
-_CONTEXT = b"headwater-order-1|"
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,21 +43,39 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     version: int = 1
 
 
+class Consent(msgspec.Struct, frozen=True, kw_only=True):
+    """That up to `percent` of the devices may run these releases of a family at once.
+
+    `packages` are the hashes of their default packages, `reason` is for those who ask later.
+    """
+
+    family: str
+    packages: list[str]
+    percent: float
+    reason: str = ""
+    version: int = 1
+
+
 class Order(msgspec.Struct, array_like=True, frozen=True):
-    """A wish as JSON, and who signed it."""
+    """A wish, or a consent, as JSON, and who signed it."""
 
     operator: str
     text: bytes
     signature: bytes
 
 
-def signed(wish: Wish, operator: str, key: Path) -> Order:
+W = TypeVar("W", Wish, Consent)
+
+_CONTEXTS = {Wish: b"headwater-order-1|", Consent: b"headwater-consent-1|"}
+
+
+def signed(wish: Wish | Consent, operator: str, key: Path) -> Order:
     """The order for a wish. Raises: ConfigError (no_key, open_key, bad_key)."""
     text = msgspec.json.encode(wish, order="sorted")
-    return Order(operator, text, _private(key).sign(_CONTEXT + text))
+    return Order(operator, text, _private(key).sign(_CONTEXTS[type(wish)] + text))
 
 
-def checked(order: Order, operators: Path) -> Wish:
+def checked(order: Order, operators: Path, kind: type[W]) -> W:
     """The wish of an order whose operator has a public key in the folder `operators`.
 
     Raises: RequestError (unknown_operator, bad_order_signature, bad_order).
@@ -76,8 +93,8 @@ def checked(order: Order, operators: Path) -> Wish:
     try:
         if not isinstance(key, Ed25519PublicKey):
             raise RequestError("unknown_operator", f"the key of {name} is not Ed25519")
-        key.verify(order.signature, _CONTEXT + order.text)
-        return msgspec.json.decode(order.text, type=Wish)
+        key.verify(order.signature, _CONTEXTS[kind] + order.text)
+        return msgspec.json.decode(order.text, type=kind)
     except InvalidSignature as error:
         raise RequestError(
             "bad_order_signature",

@@ -19,15 +19,13 @@ import asyncio
 import dataclasses
 from pathlib import Path
 
-from tuf.api.metadata import (  # type: ignore[attr-defined] # tuf has no __all__
-    Snapshot,
-    Targets,
-    Timestamp,
-)
+import msgspec
+from tuf.api.metadata import Snapshot, Targets, Timestamp  # type: ignore[attr-defined] # no __all__
 
 from cloud_learner.package.delta import patch_between
 from cloud_learner.release.collecting import collected
 from cloud_learner.release.keys import Signers
+from cloud_learner.release.listing import check_plan, with_release
 from cloud_learner.release.metadata import (
     MODELS_DAYS,
     TIMESTAMP_DAYS,
@@ -48,10 +46,12 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, TransportError, TrustError
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
+from edge_runtime.update.approval import APPROVALS_ROLE, FIELD, Approval, is_approved
 from edge_runtime.update.trust import PLANS_ROLE, RELEASE_FLOOR_FIELD, TIME_ROLE, models_role
 from edge_runtime.wire import subjects
 
 _DAY_S = 86_400.0
+_SILENT = (TIME_ROLE, APPROVALS_ROLE)
 
 
 class Publisher:
@@ -69,13 +69,20 @@ class Publisher:
         self._lock = asyncio.Lock()
         self._counts = {"transactions": 0, "repairs": 0, "messages": 0}
 
-    async def publish(self, release: ReleaseFile | None = None, plan: Plan | None = None) -> None:
+    async def publish(
+        self,
+        release: ReleaseFile | None = None,
+        plan: Plan | None = None,
+        approval: Approval | None = None,
+    ) -> None:
         """Publish a release, a plan or both in one transaction; with neither, sign afresh.
 
+        The gate's `approval` goes with the plan, and stays with it when that is published again.
         Calling again with the same after a TransportError is safe.
 
         Raises: TrustError (not_passed, below_threshold, release_exists, plan_rolled_back,
-        plan_names_unreleased: nothing changed), ConfigError (unknown_family), TransportError.
+        plan_names_unreleased, bad_approval: nothing changed), ConfigError (unknown_family),
+        TransportError.
         """
         async with self._lock:
             documents = self._documents()
@@ -84,7 +91,7 @@ class Publisher:
                 release = await asyncio.to_thread(self._patched, release)
                 changed.add(self._add_release(documents, release, plan))
             if plan is not None:
-                changed.add(self._add_plan(documents, plan))
+                changed.add(self._add_plan(documents, plan, approval))
             await self._transact(documents, changed, release, plan)
 
     async def raise_floor(self, family: str, counter: int) -> None:
@@ -159,7 +166,7 @@ class Publisher:
         """A fresh copy of every delegated role, empty and of version 0 where none was signed."""
         assert self._targets.delegations is not None
         roles = self._targets.delegations.roles or {}
-        return {role: self._document(role) for role in roles if role != TIME_ROLE}
+        return {role: self._document(role) for role in roles if role not in _SILENT}
 
     def _document(self, role: str) -> Targets:
         file = self._state.roles.get(role)
@@ -190,40 +197,31 @@ class Publisher:
         self, documents: dict[str, Targets], release: ReleaseFile, plan: Plan | None
     ) -> str:
         role = self._known(models_role(release.family))
-        document, targets = documents[role], release.targets()
-        for path, target in targets.items():
-            old = document.targets.get(path)
-            if old is not None and old.hashes != target.hashes:
-                raise TrustError(
-                    "release_exists",
-                    f"{path} is published with other content; nothing is published",
-                    "give the release a name of its own",
-                )
-        named = [p for p in (self.plan(release.family), plan) if p and p.family == release.family]
-        live = {package.path for p in named for arm in p.arms for package in arm.packages}
-        kept = {path: target for path, target in document.targets.items() if path in live}
-        document.targets = kept | targets
+        plans = self.plan(release.family), plan
+        documents[role].targets = with_release(documents[role].targets, release, plans)
         return role
 
-    def _add_plan(self, documents: dict[str, Targets], plan: Plan) -> str:
-        released = documents[self._known(models_role(plan.family))].targets
-        for arm in plan.arms:
-            for package in arm.packages:
-                target = released.get(package.path)
-                facts = target and (target.hashes["sha256"], target.custom["counter"])
-                if facts != (package.sha256, arm.counter):
-                    raise TrustError(
-                        "plan_names_unreleased",
-                        f"plan {plan.seq} names {package.path}, not released with that content",
-                    )
+    def _add_plan(
+        self, documents: dict[str, Targets], plan: Plan, approval: Approval | None
+    ) -> str:
+        check_plan(documents[self._known(models_role(plan.family))].targets, plan)
         target, data = plan_target(plan)
-        current = self.plan(plan.family)
-        if current is not None and current.seq >= plan.seq and encode_plan(current) != data:
+        current, listed = self.plan(plan.family), documents[PLANS_ROLE].targets
+        again = self._state.plans.get(plan.family) == data.decode()
+        if current is not None and current.seq >= plan.seq and not again:
             raise TrustError(
                 "plan_rolled_back",
                 f"plan {plan.seq} of {plan.family!r} does not follow plan {current.seq}",
             )
-        documents[PLANS_ROLE].targets[target.path] = target
+        if approval is not None:
+            custom = {FIELD: msgspec.to_builtins(approval)}
+            target.unrecognized_fields["custom"] = custom
+            if not is_approved(self._targets, data, custom):
+                raise TrustError("bad_approval", "the approval is not the gate's; not published")
+        if approval is None and again:
+            listed.setdefault(target.path, target)
+        else:
+            listed[target.path] = target
         return PLANS_ROLE
 
     def _compare(self, view: BrokerView) -> None:

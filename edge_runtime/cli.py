@@ -261,6 +261,8 @@ def _told(answer: dict[str, Any]) -> str:
         lines.append(f"family    {name}: {arms or 'no release yet'}, plan {family['plan_seq']}")
         verdicts = answer.get("verdicts", {}).get(name, {})
         lines += [_evidence(each, verdicts.get(each["release"], {})) for each in family["arms"]]
+    for name, wait in answer.get("waits", {}).items():
+        lines.append(f"waits     {name}: {wait['for']} {wait['until']}".rstrip())
     counted = ", ".join(f"{n} {name}" for name, n in answer["counters"].items())
     lines.append(f"counted   {counted}")
     for asked in ("predict", "infer"):

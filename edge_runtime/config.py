@@ -9,24 +9,18 @@ the file's folder. Nothing here touches what the paths point at.
 
 from __future__ import annotations
 
-import difflib
-import re
 import tomllib
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.tables import check_keys, converted
 from edge_runtime.wire.subjects import checked_name
-
-T = TypeVar("T")
 
 LOCAL_DEVICE = "local"
 SOCKET_BYTES_MAX = 107  # sun_path of Linux, without its closing zero
-_AT = re.compile(r"(?P<what>.*) - at `\$\.?(?P<key>.*)`", re.DOTALL)
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +80,15 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_key: Path | None = None
 
 
+class RolloutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the device's owner lets plans do: with `hold`, nothing; and by how many percentage
+    points the share of a fleet that runs a release may rise at once without the gate's approval.
+    """
+
+    hold: bool = False
+    step_max: Annotated[float, msgspec.Meta(ge=0, le=100)] = 100.0
+
+
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `edge.toml` says. See the defaults here for what may be left out.
 
@@ -112,6 +115,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     inference: InferenceConfig = InferenceConfig()
     logging: LoggingConfig = LoggingConfig()
     uplink: dict[str, UplinkConfig] = {}
+    rollout: RolloutConfig = RolloutConfig()
     poll_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     package: Path | None = None
 
@@ -149,9 +153,9 @@ def parse(text: str, path: Path) -> EdgeConfig:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("bad_toml", f"{path}: {error}") from error
-    _check_keys(table, EdgeConfig, path, "")
+    check_keys(table, EdgeConfig, path, "")
     _check_uplink(table, path)
-    config = _converted(table, EdgeConfig, path, "")
+    config = converted(table, EdgeConfig, path, "")
     return _checked(_resolved(config, path.absolute().parent), path)
 
 
@@ -179,19 +183,6 @@ def local_config(
     return _checked(_resolved(config, Path.cwd()), package)
 
 
-def _check_keys(table: dict[str, Any], struct: type, path: Path, prefix: str) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
-    fields.pop("package", None)
-    for key, value in table.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"keys: {', '.join(fields)}"
-            raise ConfigError("unknown_key", f"{path}: {prefix}{key}: unknown key", hint)
-        inner = fields[key]
-        if isinstance(inner, type) and issubclass(inner, msgspec.Struct) and type(value) is dict:
-            _check_keys(value, inner, path, f"{prefix}{key}.")
-
-
 def _check_uplink(table: dict[str, Any], path: Path) -> None:
     """Name the family of a wrong rule, which msgspec does not."""
     rules, families = table.get("uplink"), table.get("families")
@@ -205,31 +196,8 @@ def _check_uplink(table: dict[str, Any], path: Path) -> None:
                 f"write [uplink.<family>], where family is one of: {', '.join(map(str, families))}",
             )
         if isinstance(rule, dict):
-            _check_keys(rule, UplinkConfig, path, f"uplink.{family}.")
-        _converted(rule, UplinkConfig, path, f"uplink.{family}")
-
-
-def _converted(value: Any, wanted: type[T], path: Path, prefix: str) -> T:
-    try:
-        return msgspec.convert(value, wanted, dec_hook=_path_hook)
-    except msgspec.ValidationError as error:
-        raise ConfigError("bad_value", f"{path}: {_explain(str(error), prefix)}") from error
-
-
-def _path_hook(wanted: type, value: Any) -> Any:
-    if wanted is Path or (isinstance(wanted, types.UnionType) and Path in typing.get_args(wanted)):
-        if not isinstance(value, str) or not value:
-            raise ValueError("Expected a path, as a text that is not empty")
-        return Path(value)
-    raise NotImplementedError(wanted)
-
-
-def _explain(text: str, prefix: str) -> str:
-    match = _AT.fullmatch(text)
-    what, key = (match["what"], match["key"]) if match else (text, "")
-    key = ".".join(filter(None, (prefix, key)))
-    what = what.replace("`", "")
-    return f"{key}: {what[0].lower()}{what[1:]}" if key else what
+            check_keys(rule, UplinkConfig, path, f"uplink.{family}.")
+        converted(rule, UplinkConfig, path, f"uplink.{family}")
 
 
 def _resolved(config: EdgeConfig, folder: Path) -> EdgeConfig:

@@ -66,6 +66,8 @@ async def cloud_side(
             bus,
             attributes=config.attributes,
             poll_s=config.poll_s,
+            hold=config.rollout.hold,
+            clock=clock,
             prove=prover.prove,
             durable=partial(ends, journal.log),
             sketches=runtime.sketcher.look,
@@ -78,7 +80,7 @@ async def cloud_side(
             "bus": lambda: bus.statistics() | {"connected": int(bus.connected)},
         }
         parts |= {"prover": prover.statistics, "updates": client.statistics}
-        parts["verdicts"] = client.verdicts
+        parts |= {"verdicts": client.verdicts, "waits": agent.waits.told}
         if withhold is not None:
             parts["withheld"] = withhold.statistics
         yield [uplink.run(), agent.run()]
@@ -114,6 +116,9 @@ class _Refusing:
     def fetch(self, _arm: PlanArm, _package: Variant, _shelf: Shelf) -> Path:
         raise self._error
 
+    def check_course(self, *_plans: object) -> None:
+        raise self._error
+
     def lowest_counter(self, _family: str) -> int:
         raise self._error
 
@@ -131,8 +136,14 @@ def _open_client(
     config: EdgeConfig, root: bytes, fetcher: BusFetcher, clock: SystemClock
 ) -> UpdateClient | _Refusing:
     try:
-        directory = config.state_dir / "update"
-        return UpdateClient(directory, root, fetcher, clock, ask_time=fetcher.ask_time)
+        return UpdateClient(
+            config.state_dir / "update",
+            root,
+            fetcher,
+            clock,
+            ask_time=fetcher.ask_time,
+            step_max=config.rollout.step_max,
+        )
     except HeadwaterError as error:
         log.warning("no updates until this is mended, what runs is unchanged: %s", error)
         return _Refusing(error)

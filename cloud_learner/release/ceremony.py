@@ -208,6 +208,8 @@ class _Change:
             self._swap(document.delegations.keys, delegated.keyids, signers_of(role))
         if "time" in self.fresh and "time" not in self.ids:  # a home of before there was such a key
             keys.delegate_time(document.delegations, self.fresh["time"].public_key)
+        if "gate" in self.fresh:  # as for time
+            keys.delegate_approvals(document.delegations, self.fresh["gate"].public_key)
         document.version += 1
         document.expires = expiry(self.now_s, keys.OFFLINE_DAYS)
         data = sealed(document, [self.fresh.get("targets") or self.old["targets"]])

@@ -24,6 +24,7 @@ from cloud_learner.release.keyfiles import KeySigner, Secrets
 from cloud_learner.release.metadata import opened
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import Files, OsFiles
+from edge_runtime.update.approval import APPROVALS_ROLE
 from edge_runtime.update.trust import PLANS_ROLE, TIME_ROLE
 
 ROOT_KEYS = ("root-1", "root-2", "root-3")
@@ -71,7 +72,7 @@ class Trust:
 
 def signers_of(role: str) -> tuple[str, ...]:
     """The names of the keys that sign a delegated role, in the order of their ids in it."""
-    alone = {PLANS_ROLE: ("rollout",), TIME_ROLE: ("time",)}
+    alone = {PLANS_ROLE: ("rollout",), TIME_ROLE: ("time",), APPROVALS_ROLE: ("gate",)}
     return alone.get(role, ("learner", "gate"))
 
 

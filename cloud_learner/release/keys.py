@@ -1,7 +1,8 @@
 """Who signs: the trust domains, the first trust of a home, and what the gate looks at.
 
 Why: each domain signs alone. Learner and gate must both sign a release, so a stolen learner key
-ships nothing; the rollout key signs plans, which choose among genuine releases; snapshot and
+ships nothing; the rollout key signs plans, which choose among genuine releases, and the gate's
+approves those that take too large a step; snapshot and
 timestamp are the publisher's; the time key answers what time it is; root and targets sign once and
 then stay offline.
 
@@ -40,6 +41,7 @@ from cloud_learner.release.metadata import Signs, expiry, opened, releases_in, s
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import write_atomic
+from edge_runtime.update.approval import APPROVALS_ROLE
 from edge_runtime.update.trust import ISSUED_FIELD, PLANS_ROLE, TIME_ROLE, models_role
 from edge_runtime.wire.subjects import checked_name
 
@@ -145,6 +147,7 @@ def admit(
     both = [custody.signer(name, ids.get(name)).public_key for name in ("learner", "gate")]
     document.delegations.keys |= {key.keyid: key for key in both}
     document.delegations.roles[role] = _models(family, [key.keyid for key in both])
+    delegate_approvals(document.delegations, both[1])
     document.version += 1
     document.expires = expiry((clock or SystemClock()).now_s(), OFFLINE_DAYS)
     data = sealed(document, [_targets_signer(custody, family, ids["targets"])])
@@ -192,6 +195,15 @@ def delegate_time(delegations: Delegations, key: Key) -> None:
     delegations.keys[key.keyid] = key
     delegations.roles[TIME_ROLE] = DelegatedRole(
         TIME_ROLE, [key.keyid], 1, terminating=True, paths=["t/*"]
+    )
+
+
+def delegate_approvals(delegations: Delegations, gate: Key) -> None:
+    """The role in which the gate's key approves plans, unless it is there. It publishes nothing."""
+    assert delegations.roles is not None
+    delegations.keys[gate.keyid] = gate
+    delegations.roles.setdefault(
+        APPROVALS_ROLE, DelegatedRole(APPROVALS_ROLE, [gate.keyid], 1, True, ["a/*"])
     )
 
 
@@ -251,6 +263,7 @@ def _targets(public: Mapping[str, Key], families: list[str], now_s: float) -> Ta
         roles[models_role(family)] = _models(family, both)
     delegations = Delegations({key.keyid: key for key in keys.values()}, roles)
     delegate_time(delegations, public["time"])
+    delegate_approvals(delegations, public["gate"])
     return Targets(version=1, expires=expiry(now_s, OFFLINE_DAYS), delegations=delegations)
 
 

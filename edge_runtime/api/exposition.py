@@ -37,6 +37,7 @@ _NOW = frozenset(
         *("held", "held_bytes", "keys", "keys_evicted", "label_segments", "leases", "linger_ms"),
         *("open", "p50", "p99", "p999", "pending", "pending_bytes", "plan_seq", "run_us", "seq"),
         *("since_s", "tables", "under_way", "unlearned", "waiting"),
+        *("waiting_hold", "waiting_jitter", "waiting_quarantine", "waiting_window"),
     )
 )
 """Numbers of now, which may fall; every other one only rises while the process lives."""

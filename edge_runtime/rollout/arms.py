@@ -1,4 +1,4 @@
-"""An arm of a plan brought into memory: which of its packages, and what becomes of those that fail.
+"""The arms of a plan brought into memory: which packages, and what becomes of those that fail.
 
 Why: an update and a restart must load a release in the same way, and come to the same package: a
 restart that chose anew would answer a little differently than before.
@@ -6,7 +6,8 @@ restart that chose anew would answer a little differently than before.
 Invariants: a package that fails here is quarantined by its hash, and the others may serve; what was
 chosen once is loaded again, alone, for as long as it is good. Before a package is blamed its file
 is hashed anew: a disk, or a process out of file handles, is not its fault. An arm whose packages
-all fail leaves everything as it was, with the first one's error.
+all fail leaves everything as it was, with the first one's error; where it is a trial, the others go
+on without it.
 
 Knows nothing about signatures and slots that serve.
 """
@@ -15,18 +16,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from edge_runtime.errors import PackageError, TrustError
+from edge_runtime.errors import HeadwaterError, PackageError, TrustError
 from edge_runtime.inference.slot import Arm, load_arm
 from edge_runtime.inference.variants import fastest
-from edge_runtime.rollout.plan import PlanArm, Variant
+from edge_runtime.rollout.placement import Here, with_trials
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant, arms_for
 from edge_runtime.update.shelf import Shelf
 
 Obtain = Callable[[Variant], Path]
 Prove = Callable[[Path], None]
+Load = Callable[[str, PlanArm], Arm]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plan in memory: its arms here, and why it has fewer trials than was asked for."""
+
+    plan: Plan
+    arms: list[Arm]
+    failures: list[HeadwaterError] = field(default_factory=list)
+
+
+def load_plan(plan: Plan, here: Here, load: Load, runs: Plan | None) -> Loaded:
+    """What `here` runs of `plan`, by `load`; without arms where that is `runs`, which it has.
+
+    A trial that does not load, or does not go with the stable release, is left out of the plan.
+    Raises: what `load` raises of the stable release.
+    """
+    (name, stable), *trials = arms_for(plan, here.device, here.attributes)
+    found, failures = list[tuple[PlanArm, Arm]](), list[HeadwaterError]()
+    for each, arm in trials:
+        try:
+            found.append((arm, load(each, arm)))
+        except HeadwaterError as error:
+            failures.append(error)
+    if failures and with_trials(plan, [arm for arm, _ in found]) == runs:
+        return Loaded(runs, [], failures)
+    first = load(name, stable)
+    fitting = [each for each in found if _fits(each[1], first)]
+    failures += [_unfit(each[1], first) for each in found if each not in fitting]
+    if failures:
+        plan = with_trials(plan, [arm for arm, _ in fitting])
+    names = [name for name, _ in arms_for(plan, here.device, here.attributes)]
+    arms = [first, *(arm for _, arm in fitting)]
+    named = [replace(arm, name=name) for name, arm in zip(names, arms, strict=True)]
+    return Loaded(plan, named, failures)
 
 
 def load_plan_arm(
@@ -81,6 +119,19 @@ def packages_kept(shelf: Shelf, arm: PlanArm) -> set[str]:
     if chosen is None or chosen in shelf.quarantined():
         return {each.sha256 for each in arm.packages}
     return {chosen}
+
+
+def _fits(trial: Arm, stable: Arm) -> bool:
+    one, other = ((arm.info and arm.info.interface, arm.runner.scores) for arm in (trial, stable))
+    return one == other
+
+
+def _unfit(trial: Arm, stable: Arm) -> PackageError:
+    return PackageError(
+        "bad_arms",
+        f"{trial.release} takes other events than {stable.release}, and is not tried beside it",
+        "a new interface is released to the stable arm alone",
+    )
 
 
 @contextmanager

@@ -138,6 +138,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return [] if self.canary is None else [self.canary, *self.others]
 
     @property
+    def named(self) -> list[PlanArm]:
+        """All releases that the plan speaks of: its arms, and what they fall back to."""
+        return [*self.arms, self.fallback] if self.fallback else self.arms
+
+    @property
+    def raised(self) -> list[PlanArm]:
+        """The releases that the plan is about: those on trial or, with none, the stable one."""
+        return self.trials or [self.stable]
+
+    @property
+    def reach(self) -> float:
+        """How many percent of the devices these come to."""
+        return self.percent if self.trials else 100.0
+
+    @property
     def percent(self) -> float:
         """How many percent of the selected devices try what is on trial."""
         return self.stages[-1].percent if self.stages else 100.0
@@ -157,9 +172,12 @@ def plan_path(family: str) -> str:
 
 
 def encode_plan(plan: Plan) -> bytes:
-    """The bytes of a plan: JSON, keys in order of declaration. Raises: TrustError (bad_plan)."""
+    """The bytes of a plan: JSON, keys in order of declaration; equal plans have the same.
+
+    Raises: TrustError (bad_plan).
+    """
     _check(plan)
-    return msgspec.json.encode(plan)
+    return msgspec.json.encode(_decoder.decode(msgspec.json.encode(plan)))  # 1 is written as 1.0
 
 
 def decode_plan(data: bytes) -> Plan:
@@ -228,7 +246,7 @@ def _check(plan: Plan) -> None:
         )
     if not _NAME.fullmatch(plan.family) or not 1 <= plan.seq <= NUMBER_MAX:
         raise _bad(plan, "family or seq is out of range")
-    for arm in [*plan.arms, *([plan.fallback] if plan.fallback else [])]:
+    for arm in plan.named:
         _check_arm(plan, arm)
     if plan.stable.weight <= 0 or plan.stable.mode != "live":
         raise _bad(plan, "the stable arm must be live and have a positive weight")

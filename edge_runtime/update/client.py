@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tuf.api.metadata import TargetFile  # type: ignore[attr-defined] # tuf has no __all__
 from tuf.ngclient.updater import Updater
 
@@ -26,7 +28,7 @@ from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, TrustError
 from edge_runtime.files import make_directory, remove_strays
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
-from edge_runtime.update import trust
+from edge_runtime.update import approval, trust
 from edge_runtime.update.delivery import Delivery
 from edge_runtime.update.fetcher import Fetcher
 from edge_runtime.update.floorfile import FloorFile
@@ -46,7 +48,8 @@ class UpdateClient:
     """Asks what shall run, proves it and brings it onto the shelf.
 
     `root_bytes` is the root metadata that the device was given when it was set up. `ask_time` puts
-    a question of the time to whoever answers; without it, the device's clock is believed.
+    a question of the time to whoever answers; without it, the device's clock is believed. Steps of
+    more than `step_max` percentage points need the gate's approval.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class UpdateClient:
         clock: Clock,
         *,
         ask_time: Ask | None = None,
+        step_max: float = 100.0,
     ) -> None:
         metadata_dir = state_dir / "tuf"
         make_directory(metadata_dir)
@@ -64,7 +68,7 @@ class UpdateClient:
         remove_strays(state_dir)
         for stray in metadata_dir.glob("tmp*"):  # python-tuf's, when it was killed
             stray.unlink(missing_ok=True)
-        self._fetcher = fetcher
+        self._fetcher, self._step_max = fetcher, step_max
         self._delivery = Delivery(fetcher)
         self._refreshing = Refreshing(metadata_dir, root_bytes, fetcher, clock, ask_time)
         try:
@@ -74,9 +78,9 @@ class UpdateClient:
             self.close()
             raise
         self._updater: Updater | None = None
-        self._fresh = trust.Freshness(self._confirmed())
+        self._fresh = trust.Freshness(self._confirmed(), self.floor.time_s)
         self._held: dict[str, int] = {}
-        self._plans: dict[str, tuple[str, Plan]] = {}
+        self._plans: dict[str, tuple[str, bytes, Plan]] = {}
         self._verdicts: dict[str, dict[str, Any]] = {}
 
     @property
@@ -107,6 +111,7 @@ class UpdateClient:
     def plan(self, family: str) -> Plan:
         """The family's plan, each release in it proven to be genuine; `refresh` comes first.
 
+        A fallback below the signed floor is taken out of it: the ban came after the plan.
         Raises: as `refresh` and `fetch`, and TrustError (bad_plan, plan_rolled_back,
         plan_of_other_family), TransportError (no_plan: none was published yet).
         """
@@ -116,12 +121,29 @@ class UpdateClient:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
         trust.check_plan(self._binding(), family, plan)
-        found = {}
-        for arm in plan.arms:
-            for package in arm.packages:
-                found[arm.release] = self._proven_target(arm, package).custom["verdict"]
-        self._verdicts[family] = found
+        self._verdicts[family] = {arm.release: self._proven_verdict(arm) for arm in plan.arms}
+        if plan.fallback is not None:
+            if plan.fallback.counter < self.lowest_counter(family):
+                return msgspec.structs.replace(plan, fallback=None)
+            self._proven_verdict(plan.fallback)
         return plan
+
+    def check_course(
+        self, plan: Plan, seen: Plan, shall: Sequence[PlanArm], has: Sequence[PlanArm]
+    ) -> None:
+        """Refuse what `plan`, just read, does to a device that follows `seen`: by it the device
+        `shall` run other arms than it `has`, the stable one standing first.
+
+        Raises: TrustError (history_rewritten, unapproved_jump).
+        """
+        approval.check_history(plan, seen)
+        if not approval.is_jump(plan, shall, has, self._step_max):
+            return
+        _, data, _ = self._plans[plan.family]
+        target = self.target(plan_path(plan.family))
+        targets = trusted(self._refreshed()).targets
+        if target is None or not approval.is_approved(targets, data, target.custom):
+            raise approval.unapproved(plan, self._step_max)
 
     def fetch(self, arm: PlanArm, package: Variant, shelf: Shelf) -> Path:
         """One of an arm's packages on the shelf, brought there if need be and proven.
@@ -190,6 +212,12 @@ class UpdateClient:
         assert self._updater is not None, "refresh comes first, and must have succeeded"
         return self._updater
 
+    def _proven_verdict(self, arm: PlanArm) -> dict[str, Any]:
+        """What the gate said of a release whose packages are all genuine."""
+        *_, target = [self._proven_target(arm, package) for package in arm.packages]
+        verdict: dict[str, Any] = target.custom["verdict"]
+        return verdict
+
     def _proven_target(self, arm: PlanArm, package: Variant) -> TargetFile:
         """The counter binds the packages of a release: a plan cannot mix those of two."""
         target = self.target(package.path)
@@ -216,12 +244,12 @@ class UpdateClient:
         trust.check_plan_file(sha256, target.length)
         known = self._plans.get(family)
         if known is not None and known[0] == sha256:
-            return known[1]
+            return known[2]
         with ours(f"the plan of {family}"):
             data = b"".join(self._fetcher.chunks(sha256, target.length))
             target.verify_length_and_hashes(data)
         plan = decode_plan(data)
-        self._plans[family] = (sha256, plan)
+        self._plans[family] = sha256, data, plan
         return plan
 
     def _prefetch_roles(self, family: str) -> None:

@@ -232,7 +232,7 @@ def check_plan(floor: Floor, family: str, plan: Plan) -> None:
         raise TrustError(
             "plan_of_other_family", f"the plan of {family!r} is about {plan.family!r}; kept the old"
         )
-    for arm in plan.arms:
+    for arm in plan.named:
         if arm.path != model_path(family, arm.release):
             raise TrustError(
                 "plan_of_other_family", f"plan {plan.seq} of {family!r} names {arm.path!r}"

@@ -23,6 +23,7 @@ TRUST_ALL = ["hw.meta.>", "hw.blob.>"]
 CANDIDATES_STREAM = "HW_CANDIDATES"
 CANDIDATES_ALL = ["hw.candidate.>"]
 GATE_SIGN = "hw.gate.sign"
+GATE_APPROVE = "hw.gate.approve"
 REFRESH = "hw.cmd.refresh"
 LEARNER_STATUS = "hw.status.learner"
 TIME = "hw.time"
@@ -87,6 +88,11 @@ def gate_judge(family: str) -> str:
 def submit(family: str) -> str:
     """Where an operator hands in a package; `*` for all families."""
     return f"hw.submit.{family}"
+
+
+def approve(family: str) -> str:
+    """Where an operator reads a family's plan, and consents to it; `*` for all families."""
+    return f"hw.approve.{family}"
 
 
 def answer(asker: str) -> str:

@@ -42,6 +42,8 @@ def test_each_subject_of_the_code_is_an_address_and_the_other_way_round():
             subjects.candidate_chunk(SHA256, 2),
             subjects.gate_judge("coin"),
             subjects.GATE_SIGN,
+            subjects.GATE_APPROVE,
+            subjects.approve("coin"),
             subjects.submit("coin"),
             subjects.answer("ab"),
         ]

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
+from cloud_learner import orders
 from cloud_learner.admission import Admissions
 from cloud_learner.asking import Asker
 from cloud_learner.bootstrap import bootstrap
@@ -28,6 +29,7 @@ from cloud_learner.config import Home
 from cloud_learner.gate_home import move_out
 from cloud_learner.gate_signing import ApartSigner
 from cloud_learner.judging import ApartGate, Case
+from cloud_learner.orders import Consent
 from cloud_learner.package.seal import sealed
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
@@ -40,7 +42,8 @@ from cloud_learner.train.family import Family
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
 from edge_runtime.errors import ConfigError, RequestError, TransportError, TrustError
-from edge_runtime.rollout.plan import PlanArm
+from edge_runtime.rollout.plan import PlanArm, encode_plan, plan_path
+from edge_runtime.update.approval import payload
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
 from edge_runtime.update.shelf import Shelf
@@ -297,6 +300,93 @@ def test_a_lying_learner_installs_nothing(homes, broker, tmp_path):
     names = {path.stem for path in (device / "shelf").rglob("*.onnx")}
     assert hashlib.sha256(bad).hexdigest() not in names
     assert home.of("coin").origin().sha256 in names
+
+
+def test_c9_a_gate_apart_approves_for_an_operator_it_knows(homes, broker, tmp_path):
+    home, gate = homes
+    orders.create(tmp_path / "op.pem", gate.operators / "op.pub")
+
+    async def scenario():
+        async with cloud_of(home, broker.url) as cloud:
+            bus, clock, loop = cloud.bus, SystemClock(), asyncio.get_running_loop()
+            await make_streams(bus)
+            asker = Asker(bus)
+            signer = ApartSigner(asker)
+            publisher = Publisher(home.root, bus, release_signers(home, {}.get, signer), clock)
+            await publisher.publish()
+            device = tmp_path / "kiosk"
+            before, _ = await asyncio.to_thread(install, home, device, bus, loop)
+            jump = msgspec.structs.replace(before, seq=before.seq + 1)
+            consent = Consent(family="coin", packages=[jump.stable.sha256], percent=100)
+            order = orders.signed(consent, "op", tmp_path / "op.pem")
+            door = ApartGate("coin", bus, asker, Lineage(home.lineage).of("coin"))
+            with running("gate", "--home", gate.root, "--nats", broker.url):
+                approval = await door.approve(encode_plan(jump), order)
+                for wrong, code in (
+                    (msgspec.structs.replace(order, operator="other"), "unknown_operator"),
+                    (msgspec.structs.replace(order, text=b"{}"), "bad_order_signature"),
+                ):
+                    with pytest.raises(RequestError) as refused:
+                        await door.approve(encode_plan(jump), wrong)
+                    assert refused.value.code == code
+                with pytest.raises(TransportError, match="not_releases"):
+                    await signer.sign(payload(encode_plan(jump)))
+            await publisher.publish(plan=jump, approval=approval)
+            other = msgspec.structs.replace(jump, seq=jump.seq + 1)
+            with pytest.raises(TrustError, match="bad_approval"):
+                await publisher.publish(plan=other, approval=approval)
+            await asker.close()
+
+    asyncio.run(scenario())
+    (entry,) = Lineage(gate.lineage).of("coin").read("approval")
+    assert (entry["operator"], json.loads(entry["order"])["percent"]) == ("op", 100)
+
+
+def test_an_operator_reads_the_plan_of_now_and_has_it_approved(homes, tmp_path):
+    home, gate = homes
+    orders.create(tmp_path / "op.pem", gate.operators / "op.pub")
+    shutil.copytree(gate.operators, home.operators, dirs_exist_ok=True)
+    words = ["coin", "--operator", "op", "--key", tmp_path / "op.pem", "--reason", "a fire"]
+
+    def run(url, *more):
+        command = [ROOT / "tools" / "approve-plan", *words, "--nats", url, *more]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, *map(str, command)],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+
+    async def scenario(url):
+        async with cloud_of(home, url) as cloud:
+            await cloud.until(lambda: cloud.family["rollout"]["unpublished"] == 0)
+            loop = asyncio.get_running_loop()
+            found = await asyncio.to_thread(run, url)
+            done = await asyncio.to_thread(run, url, "--yes")
+            fetcher = BusFetcher(cloud.bus, loop)
+            root = (home.root / "trust" / "root.json").read_bytes()
+            client = UpdateClient(tmp_path / "kiosk", root, fetcher, SystemClock())
+            try:
+                await asyncio.to_thread(client.refresh)
+                custom = (await asyncio.to_thread(client.target, plan_path("coin"))).custom
+            finally:
+                client.close()
+            return found, done, custom
+
+    with (
+        Broker.start(home.broker, Admissions(home).rules()) as broker,
+        running("serve", "--home", home.root, "--nats", broker.url),
+        running("gate", "--home", gate.root, "--nats", broker.url),
+    ):
+        found, done, custom = asyncio.run(scenario(broker.url))
+    assert (found.returncode, done.returncode) == (0, 0), found.stderr + done.stderr
+    assert "plan 1 of coin" in found.stdout
+    assert home.of("coin").origin().sha256 in found.stdout
+    assert "approved" not in found.stderr
+    assert "plan 1 is approved" in done.stderr
+    assert custom["approval"]["keyid"] == keys.load_signer(gate.root, "gate").public_key.keyid
 
 
 async def forge_alone(home, bus, release, now_s):

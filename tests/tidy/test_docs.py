@@ -25,6 +25,7 @@ CONFIGURED = {
             "UplinkConfig",
             "EdgeConfig",
             "BrokerConfig",
+            "RolloutConfig",
         ),
     ),
     "edge_runtime/features/feature.py": (

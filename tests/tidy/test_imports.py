@@ -17,19 +17,8 @@ ROOT = Path(__file__).parents[2]
 # Bottom to top; a room imports only itself and what stands before it. `rollout.plan` is pure and
 # stands apart from its room: trust and shelf judge and keep plans, the agent above drives them.
 EDGE_ORDER = (
-    *(
-        "errors",
-        "clock",
-        "files",
-        "metrics",
-        "memory",
-        "cpus",
-        "logs",
-        "notify",
-        "wire",
-        "config",
-        "bus",
-    ),
+    *("errors", "clock", "files", "metrics", "memory", "cpus", "logs", "notify", "wire", "tables"),
+    *("config", "bus"),
     *("features", "inference", "events", "personal", "rollout.plan", "update", "rollout"),
     *("device", "runtime", "factory", "api", "doctor_broker", "doctor", "uplinked", "daemon"),
     *("local", "cli", ""),
@@ -41,6 +30,7 @@ CLOUD_ORDER = (
     ("broker",),
     ("admission", "streams"),
     ("packed", "asking", "orders"),
+    ("approvals",),
     ("stats",),
     ("store",),
     STEPS,
@@ -49,7 +39,7 @@ CLOUD_ORDER = (
     ("course", "gate", "publisher", "controller", "floors", "reports", "timekeeper"),
     ("judging", "gate_signing", "pushing"),
     ("learner", "releasing"),
-    ("gate_home", "gatehouse", "submissions"),
+    ("gate_home", "gatehouse", "submissions", "consents"),
     ("host",),
     ("experiment", "console"),
     ("bootstrap", "serve"),
@@ -59,7 +49,7 @@ CLOUD_ORDER = (
 )
 LEARNER_MAY_IMPORT = (
     *("errors", "clock", "files", "metrics", "wire", "bus", "features", "inference"),
-    *("personal.head", "update.trust", "update.patch", "rollout.plan"),
+    *("personal.head", "update.trust", "update.patch", "update.approval", "rollout.plan"),
 )
 MODELS_MAY_IMPORT = ("cloud_learner.train.blocks", "cloud_learner.experiment.outside")
 # library -> the path prefixes that may import it

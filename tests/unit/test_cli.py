@@ -206,6 +206,23 @@ def test_a_status_for_people_says_why_a_release_is_here(write_model: Callable[..
     assert f"release   {release}: counter 3, 2 rules pass, after r00002-ab" in told
 
 
+def test_a_status_for_people_says_what_the_device_waits_for(
+    write_model: Callable[..., Path],
+) -> None:
+    with Runtime.open(package=write_model()) as runtime:
+        status = runtime.statistics()
+    assert "waits" not in cli._told(status)
+    waits = {
+        "toy": {"for": "window", "until": "2027-01-15T10:00:00Z"},
+        "toys": {"for": "hold", "until": ""},
+    }
+    lines = cli._told(status | {"waits": waits}).splitlines()
+    assert [line for line in lines if line.startswith("waits")] == [
+        "waits     toy: window 2027-01-15T10:00:00Z",
+        "waits     toys: hold",
+    ]
+
+
 def test_a_status_for_people_says_what_flash_bears(
     write_model: Callable[..., Path],
 ) -> None:

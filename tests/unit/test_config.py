@@ -80,6 +80,7 @@ def test_all_keys_are_read() -> None:
         + '[logging]\nformat = "json"\nlevel = "debug"\n'
         + "[uplink.flight_delay]\nsample = 0.25\nbytes_per_day = 1000000\n"
         + 'redact = ["carrier"]\n'
+        + "[rollout]\nhold = true\nstep_max = 12.5\n"
     )
     assert found.attributes == {"airport": "EWR"}
     assert (found.socket_bits, found.socket_group) == (0o660, "video")
@@ -88,8 +89,16 @@ def test_all_keys_are_read() -> None:
     assert found.inference == config.InferenceConfig(8, 4, 500, 90)
     assert found.logging == config.LoggingConfig("json", "debug")
     assert found.uplink == {"flight_delay": config.UplinkConfig(0.25, ["carrier"], 1_000_000)}
+    assert found.rollout == config.RolloutConfig(hold=True, step_max=12.5)
     assert found.root == Path("/etc/edge/root.json")
     assert found.poll_s == 5.0
+
+
+def test_by_itself_a_device_obeys_every_step() -> None:
+    assert parse(GOOD).rollout == config.RolloutConfig(hold=False, step_max=100.0)
+    for text in ("step_max = 101", "step_max = -1", "hold = 1"):
+        with pytest.raises(ConfigError, match=f"rollout.{text.split()[0]}"):
+            parse(f"{GOOD}[rollout]\n{text}\n")
 
 
 def test_http_is_served_only_when_a_place_is_named() -> None:

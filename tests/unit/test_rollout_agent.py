@@ -9,15 +9,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_runtime.bus.memory import MemoryBroker, MemoryBus
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError, RequestError, TransportError, TrustError
+from edge_runtime.inference.package import Interface
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.agent import Agent
-from edge_runtime.rollout.plan import Plan, PlanArm, Variant, model_path
+from edge_runtime.rollout.plan import Plan, PlanArm, Variant, Window, model_path
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.update.trust import Freshness
@@ -39,6 +41,7 @@ class Orders:
     threads: set[str] = field(default_factory=set)
     freshness: Freshness = field(default_factory=Freshness)
     lowest: int = 0
+    absent: dict[str, HeadwaterError] = field(default_factory=dict)
 
     def refresh(self) -> None:
         self._called("refresh")
@@ -51,7 +54,12 @@ class Orders:
 
     def fetch(self, _arm: PlanArm, package: Variant, shelf: Shelf, /) -> Path:
         self._called("fetch")
+        if package.sha256 in self.absent:
+            raise self.absent[package.sha256]
         return shelf.put_whole(package.sha256, self.files[package.sha256])
+
+    def check_course(self, *_plans: object) -> None:
+        self._called("course")
 
     def lowest_counter(self, _family: str, /) -> int:
         return self.lowest
@@ -77,6 +85,7 @@ class Device:
     bus: MemoryBus
     broker: MemoryBroker
     write_package: WritePackage
+    clock: ManualClock
 
     def arm(
         self,
@@ -127,7 +136,8 @@ def play(tmp_path: Path, write_package: WritePackage) -> Callable[..., None]:
             await bus.ensure_stream(
                 subjects.STATE_STREAM, subjects.STATE_ALL, max_bytes=1 << 20, discard_new=False
             )
-            with Runtime.open(config, clock=ManualClock(1.36e9)) as runtime:
+            clock = ManualClock(1.36e9)  # at 17:46:40
+            with Runtime.open(config, clock=clock) as runtime:
                 orders = Orders()
                 agent = Agent(
                     runtime,
@@ -136,11 +146,12 @@ def play(tmp_path: Path, write_package: WritePackage) -> Callable[..., None]:
                     bus,
                     attributes=config.attributes,
                     poll_s=1000.0,
+                    clock=clock,
                     durable=lambda: [
                         Mark(runtime.log.epoch, "event", runtime.log.durable("event")[1])
                     ],
                 )
-                device = Device(runtime, orders, agent, bus, broker, write_package)
+                device = Device(runtime, orders, agent, bus, broker, write_package, clock)
                 await asyncio.wait_for(stage(device), 4)
 
         asyncio.run(scene())
@@ -325,7 +336,7 @@ def test_a_plan_of_the_same_release_fetches_and_chooses_nothing_anew(
             device.orders.current = Plan(family="toy", seq=seq, stable=stable)
             await device.agent.check()
         assert device.agent.statistics()["applied"] == 2
-        assert device.orders.calls.count("fetch") == 3  # both, then the chosen one alone
+        assert device.orders.calls.count("fetch") == 2  # both; then what runs is at hand
 
     play(stage)
 
@@ -354,15 +365,15 @@ def test_what_was_left_is_not_followed_again_until_a_plan_names_other_packages(
             await device.agent.check()
         assert device.runtime.rollback("toy", "it disappoints") == "r1"
         fetched = device.orders.calls.count("fetch")
-        for plan in (
-            Plan(family="toy", seq=2, stable=bad),
-            Plan(family="toy", seq=3, stable=device.arm("r4", 4.0), canary=bad),
-        ):
-            device.orders.current = plan
-            await device.agent.check()
-            assert device.answering() == "r1"
+        await device.agent.check()
+        assert device.answering() == "r1"
+        assert device.agent.statistics()["refused_release_quarantined"] == 1
+        assert device.agent.statistics()["waiting_quarantine"] == 1
+        device.orders.current = Plan(family="toy", seq=3, stable=device.arm("r4", 4.0), canary=bad)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r4")]
         assert device.agent.statistics()["refused_release_quarantined"] == 2
-        assert device.orders.calls.count("fetch") == fetched
+        assert device.orders.calls.count("fetch") == fetched + 1
         device.orders.current = Plan(family="toy", seq=4, stable=mended)
         await device.agent.check()
         assert device.answering() == "r3"
@@ -586,5 +597,221 @@ def test_r10_without_a_way_for_reports_plans_are_followed_and_the_next_report_te
         assert report.counters["swaps"] == 5
         assert report.counters["predictions"] == 5
         assert [arm.release for arm in report.arms] == ["r5"]
+
+    play(stage)
+
+
+EVENING = Window(18 * 60, 19 * 60)
+
+
+def on_trial(device: Device, seq: int, *releases: str, **more: object) -> Plan:
+    """A plan whose first release is stable; the others, with higher counters, are on trial."""
+    arms = [
+        device.arm(name, float(number), weight=0.5, counter=number)
+        for number, name in enumerate(releases, start=1)
+    ]
+    canary, others = (arms[1], tuple(arms[2:])) if arms[1:] else (None, ())
+    return Plan(family="toy", seq=seq, stable=arms[0], canary=canary, others=others, **more)  # type: ignore[arg-type]
+
+
+def test_outside_of_its_window_nothing_changes_and_in_it_the_plan_is_followed(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1")
+        await device.agent.check()
+        device.orders.current = on_trial(device, 2, "r1", "r2", window=EVENING)
+        for seconds in (0, 799):
+            device.clock.advance(seconds)
+            await device.agent.check()
+            assert device.arms() == [("stable", "r1")]
+            assert device.runtime.report({}).plan_seq == 1
+        assert device.agent.statistics()["waiting_window"] == 1
+        assert device.agent.waits.told() == {
+            "toy": {"for": "window", "until": "2013-02-04T18:00:00Z"}
+        }
+        device.clock.advance(1)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1"), ("canary", "r2")]
+        assert "waiting_window" not in device.agent.statistics()
+        assert device.agent.waits.told() == {}
+
+    play(stage)
+
+
+def test_it_wakes_by_itself_when_a_wait_ends_and_tells_of_it(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1")
+        await device.agent.check()
+        device.orders.current = on_trial(device, 2, "r1", "r2", window=EVENING)
+        device.clock.advance(799.99)
+
+        async def wait() -> Report:
+            waiting = await next_report(device, lambda r: "waiting_window" in r.counters)
+            assert (waiting.plan_seq, waiting.counters["waiting_window"]) == (1, 1)
+            device.clock.advance(0.01)
+            return await next_report(device, lambda report: report.plan_seq == 2)
+
+        report = await with_agent(device, wait())
+        assert [arm.release for arm in report.arms] == ["r1", "r2"]
+        assert device.agent.statistics()["nudges"] == 0
+
+    play(stage)
+
+
+def test_a_trial_ends_at_its_time_without_a_network_and_after_a_restart(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1", "r2", not_after_s=1.36e9 + 60)
+        await device.agent.check()
+        device.orders.fails["refresh"] = TransportError("unreachable", "away")
+        device.clock.advance(59)
+        await device.agent.check()
+        assert len(device.arms()) == 2
+        device.clock.advance(1)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1")]
+        kept = device.runtime.shelf.load_current("toy")
+        assert kept is not None
+        assert kept.trials == []
+        del device.orders.fails["refresh"]
+        await device.agent.check()
+        statistics = device.agent.statistics()
+        assert (statistics["trials_ended"], statistics["applied"]) == (1, 2)
+
+    play(stage)
+
+
+def test_the_time_is_never_before_what_was_signed(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1", "r2", not_after_s=1.37e9)
+        await device.agent.check()
+        assert len(device.arms()) == 2
+        device.orders.freshness = Freshness((1, 2), 1.37e9)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1")]
+
+    play(stage)
+
+
+def test_several_trials_are_loaded_beside_the_stable_release(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1", "r2", "r3", "r4")
+        await device.agent.check()
+        names = ["stable", "canary", "trial2", "trial3"]
+        assert device.arms() == list(zip(names, ["r1", "r2", "r3", "r4"], strict=True))
+
+    play(stage)
+
+
+def test_a_trial_that_fails_here_keeps_nothing_else_from_being_served(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        plan = on_trial(device, 1, "r1", "r2", "r3")
+        bad = device.arm("r2", 1.0, model_bias=9.5, counter=2)
+        device.orders.current = msgspec.structs.replace(plan, canary=bad)
+        for number in (1, 2):
+            await device.agent.check()
+            assert device.arms() == [("stable", "r1"), ("canary", "r3")]
+            assert device.runtime.report({}).plan_seq == 1
+            statistics = device.agent.statistics()
+            assert statistics["refused_golden_mismatch"] == 1
+            assert statistics["refused_release_quarantined"] == number
+            assert statistics["applied"] == 1
+        assert device.runtime.shelf.quarantined() == {bad.sha256: "golden_mismatch"}
+
+    play(stage)
+
+
+def test_a_trial_that_takes_other_events_is_left_out_and_may_become_stable(
+    play: Callable[..., None], toy_interface: Interface
+) -> None:
+    async def stage(device: Device) -> None:
+        plan = on_trial(device, 1, "r1", "r2", "r3")
+        other = msgspec.structs.replace(toy_interface, lateness_s_max=1.0)
+        path, sha256 = device.write_package(2.0, interface=other)
+        device.orders.files[sha256] = path.read_bytes()
+        new = PlanArm("r2", model_path("toy", "r2"), sha256, 2, 0.5)
+        device.orders.current = msgspec.structs.replace(plan, canary=new)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1"), ("canary", "r3")]
+        assert device.agent.statistics()["refused_bad_arms"] == 1
+        assert device.runtime.shelf.quarantined() == {}
+        device.orders.current = Plan(family="toy", seq=2, stable=new)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r2")]
+
+    play(stage)
+
+
+@pytest.mark.parametrize("error", [TransportError("absent", "?"), TrustError("wrong_length", "?")])
+def test_a_trial_that_cannot_be_fetched_comes_when_it_can(
+    play: Callable[..., None], error: HeadwaterError
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = plan = on_trial(device, 1, "r1", "r2", "r3")
+        assert plan.canary is not None
+        device.orders.absent[plan.canary.sha256] = error
+        for _ in range(2):
+            await device.agent.check()
+            assert device.arms() == [("stable", "r1"), ("canary", "r3")]
+        assert device.agent.statistics()["applied"] == 1
+        device.orders.absent.clear()
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1"), ("canary", "r2"), ("trial2", "r3")]
+        assert device.runtime.shelf.quarantined() == {}
+        assert device.runtime.shelf.load_current("toy") == plan
+
+    play(stage)
+
+
+def test_what_is_withdrawn_goes_though_the_new_stable_release_cannot_be_had(
+    play: Callable[..., None],
+) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1", "r2")
+        await device.agent.check()
+        new = device.arm("r3", 3.0, counter=3)
+        device.orders.absent[new.sha256] = TransportError("absent", "?")
+        device.orders.current = Plan(family="toy", seq=2, stable=new)
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1")]
+        device.orders.absent.clear()
+        await device.agent.check()
+        assert device.arms() == [("stable", "r3")]
+
+    play(stage)
+
+
+def test_the_fallback_is_brought_before_it_is_needed_and_stays(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        back = device.arm("r0", 8.0, counter=0)
+        plans = [on_trial(device, seq, f"r{seq}", fallback=back) for seq in (1, 2)]
+        device.orders.current = plans[0]
+        device.orders.absent[back.sha256] = TransportError("absent", "?")
+        await device.agent.check()
+        assert device.answering() == "r1"
+        assert device.runtime.shelf.path_of(back.sha256) is None
+        device.orders.absent.clear()
+        await device.agent.check()
+        device.orders.current = plans[1]
+        await device.agent.check()
+        assert device.runtime.shelf.path_of(back.sha256) is not None
+        assert device.agent.statistics()["applied"] == 2
+
+    play(stage)
+
+
+def test_a_plan_that_jumps_is_refused_and_told(play: Callable[..., None]) -> None:
+    async def stage(device: Device) -> None:
+        device.orders.current = on_trial(device, 1, "r1")
+        await device.agent.check()
+        device.orders.fails["course"] = TrustError("unapproved_jump", "from 1 to 100")
+        device.orders.current = on_trial(device, 2, "r1", "r2")
+        await device.agent.check()
+        assert device.arms() == [("stable", "r1")]
+        assert device.agent.statistics()["refused_unapproved_jump"] == 1
 
     play(stage)

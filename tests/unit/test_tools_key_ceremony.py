@@ -82,7 +82,7 @@ def test_show_tells_who_holds_what(place: Place) -> None:
     rows = place.show()
     assert list(rows) == list(ALL_KEYS)
     assert [rows["root-1"][name] for name in ("signs", "threshold")] == ["root", "2 of 3"]
-    assert [rows["gate"][name] for name in ("signs", "threshold")] == ["m-toy", "2 of 2"]
+    assert [rows["gate"][name] for name in ("signs", "threshold")] == ["m-toy, approvals", "2 of 2"]
     assert [rows["rollout"][name] for name in ("signs", "threshold")] == ["plans", "1 of 1"]
     assert rows["root-2"]["private"] == str(place.folder / "b" / "root-2.pem")
     assert rows["gate"]["id"] == keys.load_signer(place.home, "gate").public_key.keyid
@@ -178,7 +178,7 @@ def test_another_family_needs_the_targets_key(place: Place) -> None:
     assert f"tools/key-ceremony admit more --home {place.home}" in caught.value.hint
     place.run("admit", "more")
     keys.admit(place.home, "more")  # as the bootstrap does, and there is nothing left to sign
-    assert place.show()["gate"]["signs"] == "m-toy, m-more"
+    assert place.show()["gate"]["signs"] == "m-toy, approvals, m-more"
     place.run("rotate", "gate")
     assert place.show()["gate"]["id"] == keys.load_signer(place.home, "gate").public_key.keyid
 
@@ -253,6 +253,25 @@ def test_a_home_of_before_there_was_a_time_key_gets_one(tmp_path: Path) -> None:
     place.run("rotate", "time")
     assert place.show()["time"]["signs"] == "time"
     keys.load_signer(place.home, "time")
+
+
+@pytest.mark.parametrize("words", [("rotate", "gate"), ("admit", "more")])
+def test_a_home_of_before_there_were_approvals_gets_the_role(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    place = Place(tmp_path)
+    place.run("create", "--family", "toy")
+    assert place.show()["gate"]["signs"] == "m-toy, approvals"
+    document = place.home / "tuf" / "1.targets.json"
+    old = keys.opened(keys.Targets, document.read_bytes(), None, "targets")
+    del old.delegations.roles["approvals"]
+    targets = keys.Custody(place.home, [place.apart]).signer("targets", None)
+    document.write_bytes(keys.sealed(old, [targets]))
+    assert place.show()["gate"]["signs"] == "m-toy"
+    place.run(*words)
+    assert "approvals" in place.show()["gate"]["signs"]
+    new = keys.Custody(place.home).trust().targets.delegations.roles
+    assert new["approvals"].keyids == [new["m-toy"].keyids[1]]
 
 
 def test_unknown_names_and_homes_are_refused(place: Place, tmp_path: Path) -> None:
