@@ -5,7 +5,7 @@ whatever the airport, the hour or the weather; unpaired arms would need ten time
 Reports (`health`) tell of failures, at once.
 
 Two questions have two answers. *Harm* stops, for either reason, and is watched to the end of the
-trial; its alpha is spent over the two tests, four fifths on failures, which are few, and a fifth on
+trial; its alpha is spent over the two tests, nine tenths on failures, which are few, and one on
 labels. *Not worse* lets the release advance, and rests on labels alone.
 
 Invariants: only an example scored by exactly the stable and the canary release counts, so only
@@ -36,7 +36,7 @@ from edge_runtime.wire.messages import Report
 Position = tuple[float, int, int]
 Span = tuple[float, float]
 
-FAILURES_SHARE = 0.8
+FAILURES_SHARE = 0.9
 """Of alpha: what harm by failures may cost; the rest is for harm by labels."""
 
 

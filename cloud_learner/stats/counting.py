@@ -29,7 +29,7 @@ import msgspec
 
 from cloud_learner.stats.trimming import liars, without_loudest
 
-RATIOS = (1.5, 2.0, 3.0, 10.0)
+RATIOS = (1.5, 2.0, 10.0)
 """What the evidence is a mean over; fewer would see some ratio late, more cost all of them."""
 
 # In a large trial a device counts for three failures, and three times its equal share of all.
