@@ -26,7 +26,8 @@ from cloud_learner.stats.offpolicy import Estimate, dr, ips, snips
 
 DATA = Path(os.environ.get("HEADWATER_DATA", Path(__file__).parents[2] / "../shared/data"))
 RATES = np.array([0.06, 0.04, 0.03])
-BATCHES, CHANGE, DELAY, ANSWERS = 192, 96, 4, 1000  # of a quarter of an hour: a day and a day
+BATCHES, CHANGE, DELAY = 192, 96, 4  # of a quarter of an hour: a day and a day
+ANSWERS, LOGGED = 1000, 200  # a batch: where the bandit is measured, where its logs are
 MEMORY, FLOOR = 16.0, 0.05
 NAMES = ["a", "b", "c"]
 
@@ -40,7 +41,9 @@ class Log(NamedTuple):
     rates: np.ndarray
 
 
-def played(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def played(
+    seed: int, count: int = ANSWERS
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Batch by batch: shares, the rates of that time, answers and rewards of each arm."""
     rng = np.random.default_rng(seed)
     bandit = Bandit.start(NAMES, MEMORY, FLOOR)
@@ -48,14 +51,14 @@ def played(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     for batch in range(BATCHES):
         rates = RATES if batch < CHANGE else RATES[::-1]
         shares = np.array(list(bandit.weights(rng).values()))
-        answers = rng.multinomial(ANSWERS, shares)
+        answers = rng.multinomial(count, shares)
         rewards = rng.binomial(answers, rates)
         under_way.append((answers, rewards))
-        for name, count in zip(NAMES, answers.tolist(), strict=True):
-            bandit.answered(name, count)
+        for name, given in zip(NAMES, answers.tolist(), strict=True):
+            bandit.answered(name, given)
         if len(under_way) > DELAY:
-            for name, count, reward in zip(NAMES, *under_way.pop(0), strict=True):
-                bandit.reward(name, float(reward), int(count))
+            for name, given, reward in zip(NAMES, *under_way.pop(0), strict=True):
+                bandit.reward(name, float(reward), int(given))
         bandit.forget()
         yield shares, rates, answers, rewards
 
@@ -77,7 +80,7 @@ def log_of(seed: int) -> Log:
     """The answers one by one, as devices log them."""
     rng = np.random.default_rng(seed)
     parts = []
-    for shares, rates, answers, rewards in played(seed):
+    for shares, rates, answers, rewards in played(seed, LOGGED):
         arms = np.repeat(np.arange(3), answers)
         clicks = np.concatenate(
             [rng.permutation(np.arange(n) < k) for n, k in zip(answers, rewards, strict=True)]
