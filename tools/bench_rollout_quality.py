@@ -6,7 +6,7 @@ says.
 How: labels are drawn from a true probability that both models see through noise of their own, so
 that Brier score and AUC are those of flight delays; the worse one has so much more noise that it
 loses two points of AUC. Equal models wander: over weeks the one or the other is better for a while,
-so that without a margin every sixth trial would be stopped. Labels come in the order in which they
+so that without a margin one trial of ten would be stopped. Labels come in the order in which they
 become known, most within a day, some after many.
 """
 

@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 
 from cloud_learner.rollout.health import Health
+from cloud_learner.stats.confidence import ConfidenceSequence
 from cloud_learner.stats.counting import CountingTest
 from cloud_learner.stats.sequential import PairedTest, Verdict
 from cloud_learner.stats.tasks import Task
@@ -55,7 +56,8 @@ class ArmTally(msgspec.Struct):
 class PairEvidence(msgspec.Struct, kw_only=True):
     """Stable against canary on labels: the test, tallies by arm, positions of devices.
 
-    `differing` counts the pairs in which the two did not answer the same.
+    `effect` is between what the mean difference lies, for people. `differing` counts the pairs in
+    which the two did not answer the same.
     """
 
     family: str
@@ -63,6 +65,7 @@ class PairEvidence(msgspec.Struct, kw_only=True):
     canary: ArmTally
     test: PairedTest
     task: Task = Task()
+    effect: ConfidenceSequence = msgspec.field(default_factory=lambda: ConfidenceSequence(low=-1.0))
     labels: Span = (0.0, 0.0)
     differing: int = 0
     positions: dict[str, Position] = {}
@@ -132,6 +135,7 @@ class PairEvidence(msgspec.Struct, kw_only=True):
         self.stable.answers = _widened(self.stable.answers, old[0], is_first)
         self.canary.answers = _widened(self.canary.answers, new[0], is_first)
         self.differing += old != new
+        self.effect.add(new_loss - old_loss)
         self.test.add(new_loss - old_loss, example.device)
 
     @property
@@ -162,6 +166,8 @@ class PairEvidence(msgspec.Struct, kw_only=True):
             "canary": self.canary.release,
             "pairs": self.pairs,
             "mean_difference": test.difference_sum / pairs,
+            "difference_low": self.effect.interval[0],
+            "difference_high": self.effect.interval[1],
             "stable_loss": self.stable.loss_sum / pairs,
             "canary_loss": self.canary.loss_sum / pairs,
             "stable_answered": self.stable.answered,

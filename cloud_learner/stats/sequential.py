@@ -11,7 +11,7 @@ model is better. Two gamblers start with a capital of 1:
 * *non-inferior* bets against "the new one is worse by `margin` or more"; at 1/alpha_promote the
   hypothesis is rejected, and the new one is `not_worse`;
 * *harm* bets against "the new one is worse by half the margin or less"; at 1/alpha_stop it is
-  `harmful`. Without any margin an equal model would be stopped in every sixth trial, since it
+  `harmful`. Without any margin an equal model would be stopped in one trial of ten, since it
   really is worse for weeks at a time; with the whole one it takes twice the labels to see two
   points of AUC.
 

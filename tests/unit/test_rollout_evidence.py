@@ -258,6 +258,13 @@ def test_failures_stop_a_release_that_labels_like():
     assert (trial.devices, trial.answered) == (1, 220)
 
 
+def test_the_effect_has_an_interval_for_people():
+    trial = new_trial()
+    trial.examples(varied(3000, gain=0.05))
+    facts = trial.statistics()
+    assert facts["difference_low"] < facts["mean_difference"] < facts["difference_high"] < 0
+
+
 def test_gates_say_what_each_needs_to_act():
     gates = new_trial().gates()
     assert [gate["gate"] for gate in gates] == ["not_worse", "harm", "failures"]
