@@ -29,21 +29,24 @@ ROUNDS = 60
 
 def liars(seeds: int) -> list[Row]:
     """Both kinds of lies, in both directions."""
-    found: list[tuple[str, str]] = []
+    found: list[tuple[bool, str, str]] = []
     for seed in range(seeds):
         for noise in (quality.NOISE, quality.NOISE_WORSE):
-            honest = on_labels(seed, noise, 0.0)
-            found += [(honest, on_labels(seed, noise, lie)) for lie in (1.0, -1.0)]
+            harmless, honest = noise == quality.NOISE, on_labels(seed, noise, 0.0)
+            found += [(harmless, honest, on_labels(seed, noise, lie)) for lie in (1.0, -1.0)]
         for ratio, lie in ((1.0, "fails"), (3.0, "serves")):
-            found.append((on_reports(seed, ratio, ""), on_reports(seed, ratio, lie)))
+            honest, forged = on_reports(seed, ratio, ""), on_reports(seed, ratio, lie)
+            found.append((ratio == 1.0, honest, forged))
     what = "forged reports and labels from 1 % of devices: verdict"
-    same = np.mean([honest == forged for honest, forged in found])
-    turned = np.mean([{honest, forged} == {"promote", "stop"} for honest, forged in found])
-    shouted = np.mean([(honest, forged) == ("hold", "stop") for honest, forged in found])
+    same = np.mean([honest == forged for _, honest, forged in found])
+    turned = np.mean([{honest, forged} == {"promote", "stop"} for _, honest, forged in found])
+    shouted = np.mean(
+        [harmless and honest != forged == "stop" for harmless, honest, forged in found]
+    )
     return [
         Row(f"{what} unchanged, {seeds} seeds", float(same), "share", 0.95, at_least=True),
         Row("  turned into the opposite", float(turned), "share", 0.0),
-        Row("  stopped by lies", float(shouted), "share", failures.ALPHA_STOP),
+        Row("  a harmless release stopped by lies", float(shouted), "share", 0.0),
     ]
 
 
