@@ -7,11 +7,11 @@ import math
 import msgspec
 import pytest
 
-from cloud_learner.rollout.evidence import ArmTally, PairEvidence
+from cloud_learner.rollout.evidence import ArmTally, PairEvidence, TrialEvidence
 from cloud_learner.stats.sequential import PairedTest
 from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
-from edge_runtime.wire.messages import Scored
+from edge_runtime.wire.messages import ArmReport, Report, Scored
 
 
 def new_evidence() -> PairEvidence:
@@ -43,6 +43,14 @@ def example(seq, scored, *, label=1.0, device="EWR", time_s=None, family="flight
 
 def pair(seq, old=0.4, new=0.6, **more):
     return example(seq, [("r1", [old]), ("r2", [new])], **more)
+
+
+def report(device, number, *, answered=0, failed=0, stable_answered=0, stable_failed=0):
+    arms = [
+        ArmReport("flight_delay", "stable", "r1", 0.0, "", 0.0, stable_answered, stable_failed),
+        ArmReport("flight_delay", "canary", "r2", 0.0, "", 0.0, answered, failed),
+    ]
+    return Report(1, device, 1, float(number), {}, arms, 2, {}, {}, [], 0, 0, number=number)
 
 
 def test_a_pair_counts_as_the_difference_of_squared_errors_new_minus_old():
@@ -144,7 +152,7 @@ def test_an_example_that_is_handed_over_twice_counts_once():
 def test_devices_are_ordered_each_by_itself_and_counted_apart():
     evidence = new_evidence()
     evidence.add([pair(9, device="EWR"), pair(2, device="JFK"), pair(3, device="JFK")])
-    assert evidence.devices == {"EWR": 1, "JFK": 2}
+    assert evidence.test.devices == {"EWR": 1, "JFK": 2}
 
 
 def test_a_later_epoch_at_the_same_event_time_is_another_example():
@@ -173,3 +181,117 @@ def test_stored_evidence_goes_on_where_it_stopped():
     assert again.repeated == 10
     again.repeated = 0
     assert whole == again
+
+
+# The whole evidence of a trial: labels and reports.
+
+
+def new_trial(**more) -> TrialEvidence:
+    rules = {"margin": 0.0025, "alpha_promote": 0.02, "alpha_stop": 0.01} | more
+    return TrialEvidence.start("flight_delay", "r1", "r2", Task(), **rules)
+
+
+def varied(count, *, gain=0.0, start=1, devices=1):
+    """Pairs whose labels and answers vary; the canary is better by `gain`, give or take."""
+    return [
+        pair(
+            seq,
+            old=0.2 + 0.01 * (seq % 7),
+            new=0.2 + 0.01 * (seq % 5) + (gain if seq % 4 == 0 else -gain),
+            label=float(seq % 4 == 0),
+            device=f"device-{seq % devices}",
+        )
+        for seq in range(start, start + count)
+    ]
+
+
+def test_a_canary_that_is_not_worse_is_found_so_and_harm_is_watched_on():
+    trial = new_trial()
+    assert trial.examples(varied(4000))
+    assert (trial.not_worse, trial.harm, trial.pairs) == (True, "", 4000)
+    trial.examples(varied(4000, gain=-0.15, start=5000))
+    assert (trial.not_worse, trial.harm) == (True, "quality")
+    assert trial.statistics()["verdict"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [],
+        [pair(seq, old=0.2 + 0.01 * (seq % 7), new=0.2, label=0.0) for seq in range(1, 5000)],
+        [pair(seq, old=0.9, new=0.2 + 0.1 * (seq % 7), label=1.0) for seq in range(1, 5000)],
+        [pair(seq, old=0.3, new=0.25, label=float(seq % 4 == 0)) for seq in range(1, 5000)],
+        [
+            pair(seq, old=0.01 * (seq % 50), new=0.01 * (seq % 50), label=float(seq % 4 == 0))
+            for seq in range(1, 5000)
+        ],
+        [pair(seq, new=math.nan, label=float(seq % 4 == 0)) for seq in range(1, 5000)],
+    ],
+    ids=["nothing", "labels all 0", "labels all 1", "constant", "identical", "NaN"],
+)
+def test_streams_that_cannot_tell_one_release_from_the_other_hold(stream):
+    trial = new_trial()
+    trial.examples(stream)
+    assert (trial.not_worse, trial.harm) == (False, "")
+
+
+def test_what_is_handed_over_twice_counts_once_in_the_whole_evidence_too():
+    trial = new_trial()
+    assert trial.examples(varied(10))
+    assert not trial.examples(varied(10))
+    assert (trial.pairs, trial.quality.repeated) == (10, 10)
+
+
+def test_alpha_is_spent_over_both_tests():
+    trial = new_trial(alpha_stop=0.01)
+    assert trial.quality.test.alpha_stop + trial.health.failures.alpha == pytest.approx(0.01)
+
+
+def test_failures_stop_a_release_that_labels_like():
+    trial = new_trial()
+    trial.examples(varied(4000))
+    for number in range(12):
+        counts = {"answered": 20 * number, "failed": 2 * number, "stable_answered": 80 * number}
+        trial.report(report("EWR", number, **counts))
+    assert (trial.not_worse, trial.harm) == (True, "failures")
+    assert trial.statistics()["failed"] == 22
+    assert (trial.devices, trial.answered) == (1, 220)
+
+
+def test_the_effect_has_an_interval_for_people():
+    trial = new_trial()
+    trial.examples(varied(3000, gain=0.05))
+    facts = trial.statistics()
+    assert facts["difference_low"] < facts["mean_difference"] < facts["difference_high"] < 0
+
+
+def test_gates_say_what_each_needs_to_act():
+    gates = new_trial().gates()
+    assert [gate["gate"] for gate in gates] == ["not_worse", "harm", "failures"]
+    assert [gate["then"] for gate in gates] == ["advance", "roll back", "roll back"]
+    assert all(gate["value"] == pytest.approx(1.0) for gate in gates)
+    assert [round(gate["reach"]) for gate in gates] == [50, 1000, 111]
+
+
+def test_a_trial_that_was_stored_goes_on_where_it_stopped():
+    whole, first = new_trial(), new_trial()
+    examples = varied(300, devices=60)
+    reports = [
+        report(f"device-{at % 60}", at // 60, answered=at, failed=at // 70, stable_answered=2 * at)
+        for at in range(400)
+    ]
+    whole.examples(examples)
+    first.examples(examples[:100])
+    for each in reports:
+        whole.report(each)
+    for each in reports[:150]:
+        first.report(each)
+    again = msgspec.json.decode(msgspec.json.encode(first), type=TrialEvidence)
+    again.examples(examples[100:])
+    for each in reports[150:]:
+        again.report(each)
+    again.quality.test.look_at = whole.quality.test.look_at
+    assert whole.health == again.health
+    assert whole.statistics() == again.statistics()
+    assert all(isinstance(value, float | int | str) for value in whole.statistics().values())
+    msgspec.json.encode(whole.statistics())

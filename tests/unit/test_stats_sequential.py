@@ -2,7 +2,8 @@
 
 Each simulated campaign draws labels from a true probability and two models that see it through
 noise, so that the Brier score is about 0.15 and equal models differ by a standard deviation of
-0.04; a shift of every difference by the margin makes a model exactly as bad as must not pass.
+0.04; a shift of every difference by the margin makes a model exactly as bad as must not pass, by
+half of it one that is not stopped yet.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def run(stream) -> PairedTest:
     return test
 
 
+def watched(stream) -> PairedTest:
+    """The test after all of the stream, whatever it says in between."""
+    test = new_test()
+    for difference in stream.tolist():
+        test.add(difference)
+    return test
+
+
 def most_false_alarms(alpha, campaigns):
     """Three standard deviations above what `alpha` allows on average."""
     return alpha * campaigns + 3 * (alpha * campaigns) ** 0.5
@@ -68,7 +77,15 @@ def test_a_model_worse_by_the_margin_is_seldom_promoted_at_any_look(campaigns, l
         run(np.clip(differences(seed, labels) + MARGIN, -1, 1)).verdict for seed in range(campaigns)
     ]
     assert verdicts.count("promote") <= most_false_alarms(ALPHA_PROMOTE, campaigns), verdicts
-    assert verdicts.count("stop") <= most_false_alarms(ALPHA_STOP, campaigns), verdicts
+
+
+@pytest.mark.parametrize(("campaigns", "labels"), [FEW, FULL])
+def test_a_model_worse_by_half_the_margin_is_seldom_stopped_at_any_look(campaigns, labels):
+    stopped = [
+        watched(np.clip(differences(seed, labels) + MARGIN / 2, -1, 1)).harmful
+        for seed in range(campaigns)
+    ]
+    assert stopped.count(True) <= most_false_alarms(ALPHA_STOP, campaigns)
 
 
 @pytest.mark.parametrize(("campaigns", "labels"), [FEW, FULL])
@@ -116,11 +133,20 @@ def test_without_data_there_is_no_verdict():
     assert test.noninferior.evidence == test.harm.evidence == 1
 
 
-def test_nothing_changes_after_a_verdict():
+def test_harm_is_watched_on_after_a_release_was_found_not_worse():
+    good, broken = differences(1, 6000), differences(2, 300, flipped=True)
+    test = watched(good)
+    assert (test.not_worse, test.harmful, test.verdict) == (True, False, "promote")
+    for difference in broken.tolist():
+        test.add(difference)
+    assert (test.not_worse, test.harmful, test.verdict) == (True, True, "stop")
+
+
+def test_a_flag_that_was_set_stays_and_pairs_are_counted_on():
     test = run(differences(1, 100, flipped=True))
-    before = msgspec.json.encode(test)
+    before = test.pairs
     assert test.add(-1.0) == "stop"
-    assert before == msgspec.json.encode(test)
+    assert (test.harmful, test.pairs) == (True, before + 1)
 
 
 def test_a_stored_test_goes_on_as_if_it_had_not_been_stored():
@@ -163,3 +189,45 @@ def test_a_bet_depends_on_earlier_payoffs_only(payoffs, left, right):
     other.add(right)
     assert stakes[0] == stakes[1]
     assert one.log_capital == pytest.approx(before + np.log1p(stakes[0] * left))
+
+
+def campaign(seed, lie, *, bias=0.0, devices=200, flood=10, labels=12_000) -> PairedTest:
+    """A trial on `devices`, of which one in a hundred claims the difference `lie` all the time."""
+    rng = np.random.default_rng(seed)
+    test, liars = new_test(), devices // 100
+    test.on_trial = devices
+    for difference in differences(seed, labels, bias=bias).tolist():
+        if lie and rng.random() < flood * liars / devices:
+            test.add(lie, f"liar-{rng.integers(liars)}")
+        if test.add(difference, f"device-{rng.integers(devices)}") != "hold":
+            break
+    return test
+
+
+@pytest.mark.parametrize("lie", [1.0, 0.1, -1.0, -0.1])
+def test_one_device_in_a_hundred_changes_no_verdict_whatever_it_says_and_how_often(lie):
+    for seed in range(3):
+        equal, broken = campaign(seed, lie), campaign(seed, lie, bias=0.5)
+        assert (equal.verdict, broken.verdict) == ("promote", "stop"), f"seed {seed}"
+        assert equal.unheard > 0
+
+
+def test_without_the_loudest_devices_evidence_is_never_more_than_that_of_the_honest():
+    rng = np.random.default_rng(3)
+    lying, honest = Wager(effect=None), Wager(effect=None)
+    for payoff in rng.normal(0, 0.05, 4000).tolist():
+        name = int(rng.integers(200))
+        lying.add(1.0 if name < 2 else payoff, str(name))
+    for name, part in lying.parts.items():
+        honest.log_capital += part if int(name) >= 2 else 0.0
+    assert lying.evidence > 1e9
+    assert lying.standing(2) <= honest.evidence * (1 + 1e-9)
+
+
+def test_in_a_small_trial_every_device_is_heard_in_full():
+    test = new_test()
+    for at in range(49):
+        test.add(0.9, f"device-{at}")
+    assert (test.may_lie, test.difference_sum) == (0, pytest.approx(0.9 * 49))
+    test.add(0.9, "device-49")
+    assert (test.may_lie, test.difference_sum) == (1, pytest.approx(0.9 * 49 + 0.25))
