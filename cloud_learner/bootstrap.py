@@ -28,7 +28,7 @@ from cloud_learner.judging import passed_before
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.releasing import Releases, release_signers
-from cloud_learner.rollout.campaign import Offer
+from cloud_learner.rollout.state import Offer
 from cloud_learner.rules import campaign_rules, gate_limits
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry

@@ -10,37 +10,22 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cloud_learner.access import HOME as _HOME
+from cloud_learner.access import access as _access
+from cloud_learner.access import by_key as _by_key
 from cloud_learner.commands import backfill, gate
 from cloud_learner.exits import guarded as _guarded
 from cloud_learner.exits import tell as _tell
+from cloud_learner.rollouts import rollout
 from edge_runtime.errors import TransportError
 
 if TYPE_CHECKING:
     from edge_runtime.bus.access import Access
-
-_HOME = click.option(
-    "--home", type=click.Path(path_type=Path), default=Path("var/cloud"), help="The learner's home."
-)
-
-
-def _by_key(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how to come in to a broker."""
-    options = {
-        "--key": "The seed of an nkey; by default the home's own.",
-        "--credentials": "A .creds file, in place of a key.",
-        "--tls-ca": "Who vouches for the broker; by default the system's authorities.",
-        "--tls-cert": "A certificate for a broker that asks for one.",
-        "--tls-key": "Its private key.",
-    }
-    for name, text in reversed(options.items()):
-        command = click.option(name, type=click.Path(path_type=Path), help=text)(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +55,7 @@ def bootstrap(family: Path, data: Path, home: Path) -> None:
 
 main.add_command(backfill)
 main.add_command(gate)
+main.add_command(rollout)
 
 
 @main.command()
@@ -230,23 +216,6 @@ def broker_config(home: Path, checked: Path | None) -> None:
         return
     for weakness in _guarded(lambda: check(checked)):
         _tell(f"warning: {weakness}")
-
-
-def _access(home: Path, files: dict[str, Path | None]) -> Access:
-    """How to come in: as the options say, with the home's own key where they name none."""
-    from cloud_learner.config import Home
-    from edge_runtime.bus.access import Access
-
-    own = Home(home).learner_key
-    if not files["key"] and not files["credentials"] and own.exists():
-        files["key"] = own
-    return Access(
-        key=files["key"],
-        credentials=files["credentials"],
-        tls_ca=files["tls_ca"],
-        tls_cert=files["tls_cert"],
-        tls_key=files["tls_key"],
-    )
 
 
 def _when(known: bool) -> str:

@@ -45,6 +45,7 @@ class FamilyHome:
         self.hold_out = root / "recent.hold-out"
         self.marker = root / "origin.json"
         self.submitted = root / "submitted.json"
+        self.trials = root / "trials"
 
     def write_origin(self, origin: Origin) -> None:
         """The last act of a bootstrap."""

@@ -7,7 +7,8 @@ Invariants: one call at a time changes the campaign. Commit point of a change: t
 state file, which carries the plans still to be published; only then are they published, in order,
 each with the package that it names. A plan is taken off the file after it was published, so a crash
 may publish and record one twice, with the same sequence number, and never skips one. A broker that
-is away or a full disk loses nothing: the next call tries again.
+is away or a full disk loses nothing: the next call tries again. What reports only add up is
+committed with the next other change, or by `tick`.
 
 Knows nothing about keys, TUF or the broker: `publish` does.
 """
@@ -15,6 +16,8 @@ Knows nothing about keys, TUF or the broker: `publish` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,37 +25,31 @@ from typing import Any
 
 import msgspec
 
-from cloud_learner.rollout.campaign import Campaign, Offer, Rules, State, Step
-from cloud_learner.rollout.evidence import PairEvidence
+from cloud_learner.rollout import status
+from cloud_learner.rollout.campaign import Campaign
+from cloud_learner.rollout.control import Control
+from cloud_learner.rollout.journal import Signed
+from cloud_learner.rollout.kept import Freshness, Kept
+from cloud_learner.rollout.state import Offer, Rules, Step
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, ConfigError, TransportError
-from edge_runtime.files import write_atomic
-from edge_runtime.rollout.plan import Plan
+from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
+from edge_runtime.rollout.plan import Plan, encode_plan
+from edge_runtime.update.approval import Approval
 from edge_runtime.wire.messages import Report
 
-Publish = Callable[[Offer | None, Plan | None], Awaitable[None]]
+log = logging.getLogger("cloud_learner")
 
-STATE_VERSION = 1
+Publish = Callable[[Offer | None, Plan | None, Approval | None], Awaitable[str | None]]
+"""Brings all to the devices; returns the signed document that lists the plan."""
+
+Approve = Callable[[bytes], Awaitable[Approval]]
+
 FRESHNESS_MAX = 1000
-
-
-class Freshness(msgspec.Struct, frozen=True):
-    """From the last mature label that a release learned until it served on its first canary."""
-
-    release: str
-    device: str
-    freshness_s: float
-
-
-class _Saved(msgspec.Struct):
-    """The state file."""
-
-    family: str
-    version: int = STATE_VERSION
-    state: State = msgspec.field(default_factory=State)
-    freshness: list[Freshness] = []
+TICK_S = 1.0
+COMMIT_S = 10.0
+"""How long what reports only add up may wait: the state is written as a whole."""
 
 
 class Controller:
@@ -65,13 +62,14 @@ class Controller:
         self, rules: Rules, path: Path, publish: Publish, lineage: Lineage, clock: Clock
     ) -> None:
         """Go on from the state file at `path`, or begin without one. Raises: ConfigError."""
-        self._path, self._publish, self._lineage, self._clock = path, publish, lineage, clock
-        self._saved = _load(path, rules.family)
+        self._publish, self._lineage, self._clock = publish, lineage, clock
+        self._kept = Kept(path)
+        self._saved = self._kept.load(rules, clock.now_s())
         self._campaign = Campaign(rules, self._saved.state)
         self._reports: dict[str, Report] = {}
         self._lock = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="controller")
-        self._dirty = False
+        self._dirty, self._kept_s = False, clock.now_s()
         self._failures = 0
         self._last_failure = ""
 
@@ -83,26 +81,70 @@ class Controller:
     async def close(self) -> None:
         """Let the change in progress reach the disk."""
         async with self._lock:
+            with contextlib.suppress(CapacityError):
+                await self._save()
             self._disk.shutdown()
 
-    async def offer(self, candidate: Offer) -> None:
-        """Take a candidate that passed the offline gate."""
+    async def offer(self, candidate: Offer) -> str:
+        """Take a candidate that passed the offline gate; returns why it was refused, or nothing."""
         async with self._lock:
-            self._campaign.offer(candidate)
+            why = self._campaign.offer(candidate, self._clock.now_s())
             await self._settle(changed=True)
+            return why
 
     async def examples(self, examples: Sequence[Example]) -> None:
         """Take joined examples, in the order in which the joiner released them."""
         async with self._lock:
-            await self._settle(changed=self._campaign.examples(examples))
+            await self._settle(changed=self._campaign.examples(examples, self._clock.now_s()))
 
-    async def report(self, report: Report) -> None:
-        """Take what a device says about itself; what is older than its last report is dropped."""
+    async def report(self, report: Report, signed: Signed | None = None) -> None:
+        """Take what a device says about itself; what is older than its last report is dropped.
+
+        `signed` is the report as it came, where its signature proved to be the device's.
+        """
         async with self._lock:
             last = self._reports.get(report.device)
             if last is None or (report.epoch, report.time_s) >= (last.epoch, last.time_s):
                 self._reports[report.device] = report
-                await self._settle(changed=self._measure_freshness(report))
+                self._dirty |= self._campaign.report(report, self._clock.now_s(), signed)
+                is_measured = self._measure_freshness(report)
+                if is_measured or self._campaign.state.outbox:
+                    await self._settle(changed=is_measured)
+
+    async def tick(self) -> None:
+        """Let time pass; call it every second or so."""
+        async with self._lock:
+            now_s = self._clock.now_s()
+            is_over = self._campaign.tick(now_s)
+            if is_over or self._campaign.state.outbox or not 0 <= now_s - self._kept_s < COMMIT_S:
+                await self._settle(changed=is_over)
+
+    async def run(self) -> None:
+        """Let time pass until cancelled: stages end whether or not anybody says anything."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self.tick()
+            except HeadwaterError as error:  # tried again in a moment
+                log.warning("%s: %s", self.rules.family, error)
+
+    async def control(self, told: Control, approve: Approve | None = None) -> None:
+        """Do what a person says; `approve` gets the gate's approval for the plan that follows.
+
+        Raises: RequestError, and what `approve` raises, with nothing changed.
+        """
+        async with self._lock:
+            now_s = self._clock.now_s()
+            if approve is not None:
+                told = await self._approved(told, approve, now_s)
+            self._campaign.control(told, now_s)
+            await self._settle(changed=True)
+
+    async def _approved(self, told: Control, approve: Approve, now_s: float) -> Control:
+        plan = self._campaign.foreseen(told, now_s)
+        if plan is None:
+            return told
+        return msgspec.structs.replace(told, approval=await approve(encode_plan(plan)))
 
     @property
     def rules(self) -> Rules:
@@ -127,25 +169,11 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """Stages, gates with their numbers, counts and freshness, for the live view; plain data."""
-        state, evidence = self._campaign.state, self._campaign.state.evidence
         return {
-            "family": self._campaign.rules.family,
-            "stage": self._campaign.stage,
-            "plan_seq": state.seq,
-            "unpublished": len(state.outbox),
+            **status.status(self._campaign, self._reports, self._clock.now_s()),
             "failures": self._failures,
             "last_failure": self._last_failure,
-            "stable": self._arm_status(state.stable),
-            "canary": self._arm_status(state.canary),
-            "pending": state.pending.release if state.pending else None,
-            "evidence": evidence.statistics() if evidence else {},
-            "gates": _gates(evidence, self._campaign.rules) if evidence else [],
-            "counts": msgspec.to_builtins(state.counts),
-            "decisions": msgspec.to_builtins(state.decisions[-10:]),
             "freshness_s": [sample.freshness_s for sample in self._saved.freshness],
-            "devices": {
-                name: self._device_status(report) for name, report in sorted(self._reports.items())
-            },
         }
 
     async def _settle(self, *, changed: bool) -> None:
@@ -155,8 +183,13 @@ class Controller:
         try:
             await self._save()
             while outbox:
-                await self._publish(outbox[0].release, outbox[0].plan)
-                await self._in_thread(self._record, outbox[0])
+                step = outbox[0]
+                plan = step.plan
+                if plan is not None:
+                    signed = await self._publish(step.release, plan, step.approval)
+                else:
+                    signed = None
+                await self._in_thread(self._record, step, signed)
                 self._campaign.published()
                 self._dirty = True
                 await self._save()
@@ -167,32 +200,27 @@ class Controller:
     async def _save(self) -> None:
         if self._dirty:
             # Encoded here, on the loop: the state does not change under the encoder.
-            await self._in_thread(self._write, msgspec.json.encode(self._saved))
-            self._dirty = False
-
-    def _write(self, data: bytes) -> None:
-        try:
-            write_atomic(self._path, data)
-        except OSError as error:
-            raise CapacityError(
-                "disk_failed",
-                f"campaign state {self._path} was not written, and no plan is published: {error}",
-            ) from error
+            lines = list(self._campaign.fed)
+            await self._in_thread(self._kept.save, msgspec.json.encode(self._saved), lines)
+            del self._campaign.fed[: len(lines)]
+            self._dirty, self._kept_s = False, self._clock.now_s()
 
     async def _in_thread(self, function: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
 
-    def _record(self, step: Step) -> None:
+    def _record(self, step: Step, signed: str | None) -> None:
         plan = step.plan
+        facts: dict[str, Any] = {"reason": step.reason, "note": step.note}
+        if plan is not None:
+            facts = {"plan_seq": plan.seq, "reason": plan.reason, "note": plan.note}
+            facts["stable"] = plan.stable.sha256
+            facts["canary"] = plan.canary.sha256 if plan.canary else None
+            if step.journal and signed is not None:
+                line = {"plan": encode_plan(plan).decode(), "signed": signed}
+                self._kept.keep_signed(step.journal, msgspec.json.encode(line))
+        kind = "decision" if step.evidence else "plan" if plan else "control"
         self._lineage.append(
-            "decision" if step.evidence else "plan",
-            family=plan.family,
-            plan_seq=plan.seq,
-            reason=plan.reason,
-            note=plan.note,
-            stable=plan.stable.sha256,
-            canary=plan.canary.sha256 if plan.canary else None,
-            evidence=step.evidence,
+            kind, family=self._campaign.rules.family, **facts, evidence=step.evidence
         )
 
     def _measure_freshness(self, report: Report) -> bool:
@@ -200,83 +228,9 @@ class Controller:
         canary, samples = self._campaign.state.canary, self._saved.freshness
         if canary is None or any(sample.release == canary.release for sample in samples):
             return False
-        since_s = _serving_since_s(report, self._campaign.rules.family, canary.release)
+        since_s = status.serving_since_s(report, self._campaign.rules.family, canary.release)
         if since_s is None:
             return False
         samples.append(Freshness(canary.release, report.device, since_s - canary.arrived_s))
         del samples[:-FRESHNESS_MAX]
         return True
-
-    def _arm_status(self, offer: Offer | None) -> dict[str, Any] | None:
-        if offer is None:
-            return None
-        family = self._campaign.rules.family
-        serving = [
-            name
-            for name, report in sorted(self._reports.items())
-            if _serving_since_s(report, family, offer.release) is not None
-        ]
-        facts = {"release": offer.release, "learned_through_s": offer.learned_through_s}
-        return {**facts, "devices": serving}
-
-    def _device_status(self, report: Report) -> dict[str, Any]:
-        return {
-            "plan_seq": report.plan_seq,
-            "releases": {arm.arm: arm.release for arm in report.arms},
-            "variants": {arm.arm: arm.variant for arm in report.arms},
-            "refused": dict(report.refused),
-            "counters": dict(report.counters),
-            "age_s": self._clock.now_s() - report.time_s,
-        }
-
-
-def _load(path: Path, family: str) -> _Saved:
-    try:
-        saved = msgspec.json.decode(path.read_bytes(), type=_Saved)
-    except FileNotFoundError:
-        return _Saved(family=family)
-    except (OSError, msgspec.DecodeError) as error:
-        raise _unreadable(path, str(error)) from error
-    if saved.version != STATE_VERSION or saved.family != family:
-        found = f"version {saved.version} of {saved.family!r}"
-        raise _unreadable(path, f"it is {found}, not {STATE_VERSION} of {family!r}")
-    return saved
-
-
-def _unreadable(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        "bad_controller_state",
-        f"campaign state {path} cannot be read, and nothing was changed: {why}",
-        "restore the file from a backup; without it the next plan would be older than the fleet's",
-    )
-
-
-def _serving_since_s(report: Report, family: str, release: str) -> float | None:
-    return next(
-        (
-            arm.serving_since_s
-            for arm in report.arms
-            if arm.family == family and arm.release == release
-        ),
-        None,
-    )
-
-
-def _gates(evidence: PairEvidence, rules: Rules) -> list[dict[str, Any]]:
-    """The rules over the evidence, each with its value and what it must reach to act."""
-    test = evidence.test
-    rows = (
-        ("not_worse", test.noninferior.evidence, 1 / test.alpha_promote, "promote"),
-        ("harm", test.harm.evidence, 1 / test.alpha_stop, "roll back"),
-        ("paired_labels", float(evidence.pairs), float(rules.pairs_max), "roll back, undecided"),
-    )
-    return [
-        {
-            "gate": gate,
-            "value": value,
-            "reach": reach,
-            "then": then,
-            "text": f"{gate} {value:,.4g}/{reach:,.4g}",
-        }
-        for gate, value, reach, then in rows
-    ]

@@ -2,7 +2,8 @@
 
 Why: scripts read exit codes; each kind of error has one, whichever command met it.
 
-Invariants: 0 ok, 1 failure, 2 usage or configuration, 3 a gate refused, 4 unreachable. What is not
+Invariants: 0 ok, 1 failure, 2 usage or configuration, 3 a gate or the campaign refused, 4
+unreachable. What is not
 an error of ours or of the system is a defect, and comes out as it is.
 
 Knows nothing about commands.
@@ -56,7 +57,7 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
 
 
 def _exit_code(error: Exception) -> int:
-    if isinstance(error, HeadwaterError) and error.code == "gate_refused":
+    if isinstance(error, HeadwaterError) and error.code in {"gate_refused", "campaign_refused"}:
         return 3
     if isinstance(error, ConfigError | RequestError):
         return 2

@@ -31,12 +31,14 @@ from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.floors import Floors
 from cloud_learner.gate import Judgement
 from cloud_learner.gate_signing import ApartSigner
+from cloud_learner.helm import Helm
 from cloud_learner.ingest.intake import Released
 from cloud_learner.judging import ApartGate, GateDoor, OwnGate
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
 from cloud_learner.releasing import Releasing, release_signers
 from cloud_learner.reports import Reports
+from cloud_learner.rollout.journal import Signed
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.streams import keep_place, make_streams
 from cloud_learner.submissions import Submissions
@@ -108,10 +110,12 @@ class Host:
         answerer = Answerer(self._bus, desk.work)
         doors = {name: releasing.door for name, releasing in self.releasing.items()}
         consents = Answerer(self._bus, Consents(self.publisher, doors).work)
+        steered = Answerer(self._bus, Helm(self.releasing).work)
         heard = [
             await self._bus.subscribe(subjects.report("*"), self._on_report),
             await self._bus.subscribe(subjects.approve("*"), consents.hear),
             await self._bus.subscribe(subjects.submit("*"), answerer.hear),
+            await self._bus.subscribe(subjects.ROLLOUT, steered.hear),
             await self._timekeeper.start(),
         ]
         try:
@@ -123,6 +127,7 @@ class Host:
                 group.create_task(self._look())
                 for releasing in self.releasing.values():
                     group.create_task(releasing.run(self.learner.thread))
+                    group.create_task(releasing.controller.run())
         finally:
             with contextlib.suppress(OSError):
                 self._floors.save()
@@ -222,8 +227,10 @@ class Host:
             return
         self.learner.ingest.hear(report)
         self._floors.hear(report, self._clock.now_s())
+        signature = codec.signature_in(message.headers)
+        signed = None if signature is None else Signed(message.data, signature)
         for name, releasing in self.releasing.items():
-            await releasing.report(report, self.learner.courses[name].number)
+            await releasing.report(report, self.learner.courses[name].number, signed)
 
     async def _say(self) -> None:
         """Speak at every step, and leave a word on the broker once a second."""

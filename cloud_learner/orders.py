@@ -13,6 +13,7 @@ Knows nothing about gates and campaigns.
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -29,14 +30,14 @@ from edge_runtime.wire.subjects import checked_name
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for: `packages` are the hashes of the int8 (or only) and the float form.
 
-    `stages` are shares of the fleet in percent, `to` the devices' attribute (`name=value`) that
-    canaries have. `then` says what the learner's candidates do once it is decided: `follow` it, or
-    `hold` until another is handed in.
+    `stages` are shares of the devices in percent, `to` the attributes (`name=value,...`) of those
+    that try it first; empty, they are what the family declares. `then` says what the learner's
+    candidates do once it is decided: `follow` it, or `hold` until another is handed in.
     """
 
     family: str
     packages: list[str]
-    stages: tuple[int, ...] = (100,)
+    stages: tuple[float, ...] = ()
     to: str = ""
     dry_run: bool = False
     then: Literal["follow", "hold"] = "follow"
@@ -111,6 +112,31 @@ def seed(key: Path) -> str:
     Raises: as `signed`.
     """
     return nkey.seed_of(_private(key))
+
+
+def selector_of(wish: Wish) -> dict[str, str] | None:
+    """The attributes that a wish asks for; None where it leaves them to the family.
+
+    Raises: RequestError (bad_stages, bad_target) where it asks for what nobody can do.
+    """
+    stages = wish.stages
+    if not all(0 < each <= 100 for each in stages) or any(a >= b for a, b in pairwise(stages)):
+        raise RequestError(
+            "bad_stages",
+            f"stages {', '.join(f'{each:g}' for each in stages)} do not rise from above 0 to 100 "
+            "at most; nothing was judged",
+            "--stages 1,10,50,100",
+        )
+    if not wish.to:
+        return None
+    pairs = [each.partition("=") for each in wish.to.split(",")]
+    if not all(name and value for name, _, value in pairs):
+        raise RequestError(
+            "bad_target",
+            f"{wish.to!r:.70} names no attribute and its value; nothing was judged",
+            "--to site=berlin",
+        )
+    return {name: value for name, _, value in pairs}
 
 
 def create(private: Path, public: Path) -> None:

@@ -115,8 +115,11 @@ class Publisher:
 
     def plan(self, family: str) -> Plan | None:
         """The plan of a family that was published last."""
-        text = self._state.plans.get(family)
-        return None if text is None else decode_plan(text.encode())
+        return decode_plan(text.encode()) if (text := self._state.plans.get(family)) else None
+
+    def signed_plans(self) -> str:
+        """The signed document that lists the plans of now."""
+        return self._state.roles[PLANS_ROLE].text
 
     def statistics(self) -> dict[str, int]:
         """Transactions made, how many repaired foreign metadata, and messages pushed."""

@@ -4,7 +4,7 @@ Why: not every model is learned here; one that comes from elsewhere must pass th
 same canary, and whoever brings it must see why it did not.
 
 Invariants: nothing is signed here but the order, by the operator's key; no release key is needed or
-read. What the present campaign cannot do is refused by name, before anything is judged.
+read.
 
 Knows nothing about the learner's home.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,10 +24,11 @@ from cloud_learner.judging import JudgeAnswer
 from cloud_learner.orders import Order, Wish
 from cloud_learner.packed import Parcel, decoded, encoded, send_package
 from edge_runtime.bus.base import Bus, Message
-from edge_runtime.errors import HeadwaterError, PackageError, RequestError
+from edge_runtime.errors import HeadwaterError, PackageError
 from edge_runtime.wire import codec, subjects
 
 SUBMIT_S = 120.0
+MISSED_MAX = 2
 
 Tell = Callable[[str], None]
 
@@ -76,12 +77,15 @@ async def follow(bus: Bus, family: str, release: str, tell: Tell) -> str:
             heard.put_nowait(detail["families"][family]["rollout"])
 
     subscription = await bus.subscribe(subjects.LEARNER_STATUS, hear)
-    last = ""
+    last, missed = "", 0
     try:
         while True:
             rollout = await heard.get()
             if reason := _decided(rollout, release):
                 return reason
+            missed = 0 if _is_known(rollout, release) else missed + 1
+            if missed > MISSED_MAX:  # one word may be older than the offer
+                return "superseded"
             if (text := _progress(rollout, release)) != last:
                 last = text
                 tell(text)
@@ -89,37 +93,32 @@ async def follow(bus: Bus, family: str, release: str, tell: Tell) -> str:
         await subscription.close()
 
 
-def check_campaign(wish: Wish, selector: Mapping[str, str]) -> None:
-    """Refuse what the present campaign cannot do.
-
-    Raises: RequestError (unsupported_stages, unsupported_target).
-    """
-    if wish.stages != (100,):
-        asked = ",".join(map(str, wish.stages))
-        raise RequestError(
-            "unsupported_stages",
-            f"stages {asked} %: this campaign knows a canary and then all; nothing was judged",
-            "--stages 100: the canary that the family declares, then every device",
-        )
-    target = ",".join(f"{key}={value}" for key, value in sorted(selector.items()))
-    if wish.to not in {"", target}:
-        raise RequestError(
-            "unsupported_target",
-            f"canaries of {wish.family} are the devices with {target or 'any attributes'}; "
-            f"{wish.to!r} cannot be asked for",
-            "change [rollout] selector of the family, or leave --to out",
-        )
-
-
 def _decided(rollout: dict[str, Any], release: str) -> str:
     return next((e["reason"] for e in rollout["decisions"] if e["release"] == release), "")
+
+
+def _is_known(rollout: dict[str, Any], release: str) -> bool:
+    """Whether a release is on trial or waits; one that is neither was replaced by a newer one."""
+    return release in {rollout["pending"], (rollout["canary"] or {}).get("release")}
 
 
 def _progress(rollout: dict[str, Any], release: str) -> str:
     if rollout["unpublished"]:
         return f"{release} waits to be published: {rollout['last_failure'] or 'under way'}"
     if (rollout["canary"] or {}).get("release") == release:
-        return f"{release} is on the canary: {', '.join(e['text'] for e in rollout['gates'])}"
-    if rollout["pending"] == release:
+        return (
+            f"{release} is on {_where(rollout)}: {', '.join(e['text'] for e in rollout['gates'])}"
+        )
+    if rollout["pending"] == release and rollout["canary"]:
         return f"{release} waits until {rollout['canary']['release']} is decided"
-    return f"{release} is neither on trial nor decided; a newer one may have taken its place"
+    return f"{release} waits" + (": the campaign is paused" if rollout["paused"] else "")
+
+
+def _where(rollout: dict[str, Any]) -> str:
+    """The stage of now among all, and how many of its devices have shown it."""
+    now = next(each for each in rollout["stages"] if each["state"] == "now")
+    if len(rollout["stages"]) == 1:
+        return "the canary"
+    silent = f", {now['silent']} of them silent" if now["silent"] else ""
+    waits = f", and waits for somebody to {rollout['waits']} it" if rollout["waits"] else ""
+    return f"the canary, {now['stage']} of {now['devices']} devices{silent}{waits}"

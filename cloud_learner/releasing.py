@@ -16,14 +16,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from cloud_learner.config import Home
-from cloud_learner.controller import Controller
+from cloud_learner.controller import Controller, Publish
 from cloud_learner.cycle import Candidate
 from cloud_learner.evaluate.alarms import Alarm
 from cloud_learner.evaluate.expectation import Expectation
@@ -33,19 +33,22 @@ from cloud_learner.gate import Judgement
 from cloud_learner.gate_signing import JudgedSigner, VerdictOf
 from cloud_learner.ingest.intake import Released
 from cloud_learner.judging import Case, GateDoor
+from cloud_learner.orders import Wish, selector_of
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.collecting import Asks
 from cloud_learner.release.metadata import ReleaseFile
-from cloud_learner.rollout.campaign import Offer
+from cloud_learner.rollout.journal import Signed
+from cloud_learner.rollout.state import Offer
 from cloud_learner.rules import campaign_rules, check_spec
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
+from cloud_learner.submitted import Submitted
 from cloud_learner.train.family import Family
 from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, RequestError, TransportError
-from edge_runtime.files import write_atomic
 from edge_runtime.rollout.plan import Plan, Variant, model_path
+from edge_runtime.update.approval import Approval
 from edge_runtime.wire.messages import Report
 
 log = logging.getLogger("cloud_learner")
@@ -93,13 +96,12 @@ class Releases:
         )
         return offer
 
-    def publishing(
-        self, publisher: Publisher
-    ) -> Callable[[Offer | None, Plan | None], Awaitable[None]]:
+    def publishing(self, publisher: Publisher) -> Publish:
         """What the controller calls to bring an offer and a plan to the devices."""
 
-        async def publish(offer: Offer | None, plan: Plan | None) -> None:
-            await publisher.publish(self.file(offer) if offer else None, plan)
+        async def publish(offer: Offer | None, plan: Plan | None, approval: Approval | None) -> str:
+            await publisher.publish(self.file(offer) if offer else None, plan, approval)
+            return publisher.signed_plans()
 
         return publish
 
@@ -121,17 +123,6 @@ class Releases:
         }
         name, counter, verdict = offer.release, offer.counter, offer.verdict
         return ReleaseFile(self._family, name, counter, data, verdict, variants=others)
-
-
-class _Submitted(msgspec.Struct, frozen=True):
-    """What an operator handed in last, and what the learner's candidates do after it."""
-
-    release: str = ""
-    then: str = "follow"
-
-    @classmethod
-    def load(cls, path: Path) -> _Submitted:
-        return msgspec.json.decode(path.read_bytes(), type=cls) if path.exists() else cls()
 
 
 class Releasing:
@@ -159,7 +150,7 @@ class Releasing:
         self.expectation = Expectation(config.drift, config.task)
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="hearing")
         self._own = own
-        self._submitted = _Submitted.load(own.submitted)
+        self._submitted = Submitted.load(own.submitted)
         self._waiting: Candidate | None = None
         self._news = asyncio.Event()
 
@@ -189,12 +180,21 @@ class Releasing:
                 self._waiting = self._waiting or candidate
                 self._news.set()
 
-    async def submitted(self, candidate: Candidate, judgement: Judgement, then: str) -> str:
-        """Offer what an operator handed in and the gate passed; the release's name."""
-        offer = self.releases.register(candidate, judgement)
-        self._submitted = _Submitted(offer.release, then)
-        write_atomic(self._own.submitted, msgspec.json.encode(self._submitted))
-        await self.controller.offer(offer)
+    async def submitted(
+        self, candidate: Candidate, judgement: Judgement, wish: Wish, operator: str
+    ) -> str:
+        """Offer what an operator handed in and the gate passed; the release's name.
+
+        Raises: RequestError `campaign_refused`.
+        """
+        offer, before = self.releases.register(candidate, judgement), self._submitted
+        self._submitted = Submitted(offer.release, wish.then).note(self._own.submitted)
+        mine = msgspec.structs.replace(
+            offer, by=operator, stages=wish.stages, selector=selector_of(wish)
+        )
+        if why := await self.controller.offer(mine):
+            self._submitted = before.note(self._own.submitted)
+            raise RequestError("campaign_refused", f"the campaign does not take it: {why}")
         return offer.release
 
     def _is_kept_out(self) -> bool:
@@ -233,9 +233,9 @@ class Releasing:
             self.door.take([example for example in examples if example.spec == spec])
             await self.controller.examples(examples)
 
-    async def report(self, report: Report, batch: int) -> None:
+    async def report(self, report: Report, batch: int, signed: Signed | None = None) -> None:
         """Take what a device says, when micro-batch `batch` is the newest that was learned."""
-        await self.controller.report(report)
+        await self.controller.report(report, signed)
         if report.sketches:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._aside, self._hear, report, batch)

@@ -17,7 +17,7 @@ from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.rules import Rules as LabelRules
 from cloud_learner.package.inspect import spec_of
-from cloud_learner.rollout.campaign import Rules
+from cloud_learner.rollout.state import Rules
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.declaration import FamilyConfig
 from cloud_learner.train.family import Family
@@ -59,7 +59,16 @@ def campaign_rules(family: Family) -> Rules:
     """The campaign's rules from the family's `[rollout]` and `[task]`."""
     section = msgspec.to_builtins(family.config.rollout)
     task = msgspec.to_builtins(family.config.task)
-    return msgspec.convert({**section, "family": family.name, "task": task}, Rules)
+    facts = {"family": family.name, "task": task, "window": _window(section["window"])}
+    return msgspec.convert({**section, **facts}, Rules)
+
+
+def _window(text: str) -> dict[str, int] | None:
+    """What `22:00-04:00` comes to in minutes of the day."""
+    if not text:
+        return None
+    first, last = ([int(part) for part in each.split(":")] for each in text.split("-"))
+    return {"from_min": first[0] * 60 + first[1], "to_min": last[0] * 60 + last[1]}
 
 
 def gate_limits(family: Family) -> Limits:

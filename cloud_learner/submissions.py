@@ -20,9 +20,9 @@ import msgspec
 
 from cloud_learner.cycle import Candidate
 from cloud_learner.judging import Case, answer_of
-from cloud_learner.orders import Wish
+from cloud_learner.orders import Wish, selector_of
 from cloud_learner.packed import decoded, encoded, fetch_package
-from cloud_learner.pushing import Pushed, Submission, check_campaign
+from cloud_learner.pushing import Pushed, Submission
 from cloud_learner.releasing import Releasing
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import Clock
@@ -49,7 +49,7 @@ class Submissions:
                 f"there is no family {family!r} here; nothing was judged",
                 f"known: {', '.join(sorted(self.releasing))}",
             )
-        check_campaign(wish, releasing.controller.rules.selector)
+        selector_of(wish)  # before anything is judged
         candidate = await self._candidate(submission)
         case = Case(
             candidate.package, candidate.float_package, releasing.serving, order=submission.order
@@ -57,7 +57,8 @@ class Submissions:
         judgement = await releasing.door.judge(case, self.thread)
         release = ""
         if judgement.outcome == "pass" and not wish.dry_run:
-            release = await releasing.submitted(candidate, judgement, wish.then)
+            operator = submission.order.operator
+            release = await releasing.submitted(candidate, judgement, wish, operator)
         return encoded(Pushed(answer_of(judgement), release))
 
     async def _candidate(self, submission: Submission) -> Candidate:

@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from cloud_learner.console import rollout
+from cloud_learner.console.rollout import line
 from cloud_learner.console.state import (
     DeviceRow,
     DeviceState,
@@ -29,7 +31,6 @@ from cloud_learner.console.state import (
 )
 
 _DEVICES_MAX = 6
-_BAR = 8
 
 _STATES: dict[DeviceState, Text] = {
     "up": Text("● up", "green"),
@@ -41,7 +42,11 @@ _FAULTS = {True: Text("ok  ", "green"), False: Text("BAD ", "bold red"), None: T
 
 def render(state: ViewState, height: int = 24) -> RenderableType:
     """The picture of `state`, at most `height` - 1 lines; decisions fill what the rest leaves."""
-    devices, tree, faults = _devices(state.devices), _rollout(state.rollout), _faults(state.faults)
+    devices, tree, faults = (
+        _devices(state.devices),
+        rollout.tree(state.rollout),
+        _faults(state.faults),
+    )
     used = 4 + devices.row_count + _size(tree) + len(state.faults)
     decisions = state.rollout.get("decisions", [])
     room = min(max(height - 1 - used, 1), 5)
@@ -60,7 +65,7 @@ def render(state: ViewState, height: int = 24) -> RenderableType:
 
 def _header(state: ViewState) -> Text:
     facts = (state.broker_url, duration(state.elapsed_s), moment(state.event_time_s))
-    return _line((f"Headwater {state.version}", "bold"), *(f"  {fact}" for fact in facts))
+    return line((f"Headwater {state.version}", "bold"), *(f"  {fact}" for fact in facts))
 
 
 def _devices(rows: Sequence[DeviceRow]) -> Table:
@@ -86,37 +91,7 @@ def _learner(row: LearnerRow) -> Text:
     else:
         fresh = f"{row.freshness_p50_s:.2f} s p50, {row.freshness_p99_s:.2f} s p99"
     second = f"label to canary {fresh}" + (f"; replicas {weights}" if weights else "")
-    return _line(f"{first}\n{second}")
-
-
-def _rollout(status: Mapping[str, Any]) -> Tree:
-    if not status:
-        return Tree("nothing released yet")
-    counts = status["counts"]
-    tree = Tree(
-        _line(
-            f"{status['family']}: {status['stage']}, plan {status['plan_seq']};"
-            f" {counts['promoted']} promoted, {counts['rolled_back']} rolled back,"
-            f" {counts['superseded']} superseded"
-        ),
-        guide_style="dim",
-    )
-    for arm in ("stable", "canary"):
-        if status[arm] is not None:
-            where = " ".join(status[arm]["devices"]) or "no device yet"
-            branch = tree.add(_line(arm, " ", (status[arm]["release"], "bold"), f" on {where}"))
-            for gate in status["gates"] if arm == "canary" else ():
-                branch.add(_gate(gate))
-    if status["pending"]:
-        tree.add(_line(f"waiting {status['pending']}"))
-    return tree
-
-
-def _gate(gate: Mapping[str, Any]) -> Text:
-    full = round(_BAR * min(max(gate["value"] / gate["reach"], 0.0), 1.0))
-    numbers = f"{gate['value']:>7,.4g} of {gate['reach']:<5,.4g}"
-    bar = (("━" * full, "cyan"), ("╌" * (_BAR - full), "dim"))
-    return _line(f"{gate['gate'].replace('_', ' '):<13} ", *bar, f" {numbers} {gate['then']}")
+    return line(f"{first}\n{second}")
 
 
 def _faults(rows: Sequence[FaultRow]) -> Text:
@@ -132,10 +107,6 @@ def _decisions(rows: Sequence[Mapping[str, Any]]) -> Text:
             for row in rows
         ]
     )
-
-
-def _line(*parts: str | tuple[str, str]) -> Text:
-    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
 def _one(lines: Sequence[Text]) -> Text:

@@ -59,6 +59,14 @@ class Trust:
             return cls(root, targets, roots, found[number])
         raise _no_trust(f"{directory} holds no targets document that root {root.version} trusts")
 
+    def listed(self, role: str, document: bytes) -> dict[str, str]:
+        """The hash of each file that a signed document of `role` lists.
+
+        Raises: TrustError (bad_metadata, below_threshold).
+        """
+        found = opened(Targets, document, self.targets, role)
+        return {path: target.hashes["sha256"] for path, target in found.targets.items()}
+
     def ids(self) -> dict[str, str]:
         """The id of each key that counts, by the name of the key."""
         roles = self.root.roles

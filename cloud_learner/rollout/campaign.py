@@ -1,259 +1,299 @@
 """The campaign of a family: which release is stable, which is on trial, and the plans that say so.
 
-Why: learning, releasing and promoting are three speeds. Candidates come every half second, the
-canary needs thousands of labels; this is the place where they wait for each other.
+Why: learning, releasing and promoting are three speeds. Candidates come every half second, a trial
+needs thousands of labels; this is the place where they wait for each other.
 
-    idle --offer--> canary --evidence--> promoted | rolled back --> idle, or canary (pending)
+    idle --offer--> shadow --> stage 1 --> ... --> stage n --> promoted --> idle, or the next
+                    any of them --> rolled back --> idle, or the next
 
-Invariants: one live canary; while it is undecided the newest offer waits and replaces an older one;
-a canary leaves only by a verdict of its evidence or, when `pairs_max` did not suffice, as
-undecided; no evidence means no change. A package that was rolled back is never on trial again,
-under whatever name. `seq` rises by one with every plan, and each plan is a step that stays in
-`outbox` until `published` is called for it: state first, then I/O.
+Invariants: one live trial; while it is undecided the newest offer waits and replaces an older one,
+an operator's before the learner's. A stage is left by harm, at once; by evidence that the release
+is not worse, with labels of the stage's own and a device that has shown it; by its deadline, or by
+`pairs_max` labels that did not suffice, as undecided; or by a person. No evidence means no change.
+A package that was rolled back is never on trial again, under whatever name. `seq` rises by one with
+every plan, and each plan is a step that stays in `outbox` until `published` is called for it: state
+first, then I/O. All that a trial is told is in `fed`: told again, it comes to the same plans.
 
-Knows nothing about files, time, keys or the network; stores nothing itself.
+Knows nothing about files, clocks, keys or the network; stores nothing itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
 
 import msgspec
 
-from cloud_learner.rollout.evidence import ArmTally, PairEvidence
-from cloud_learner.stats.sequential import PairedTest
-from cloud_learner.stats.tasks import Task
+from cloud_learner.rollout import control, journal, plans
+from cloud_learner.rollout.control import Control
+from cloud_learner.rollout.journal import Fed, Header, Signed, slim
+from cloud_learner.rollout.state import (
+    SHADOW,
+    Decision,
+    Ending,
+    Offer,
+    Reason,
+    Rules,
+    State,
+    Step,
+    Trial,
+)
+from cloud_learner.rollout.turnout import Turnout
 from cloud_learner.store.examples import Example
-from edge_runtime.rollout.plan import Plan, PlanArm, Variant
-
-Stage = Literal["empty", "idle", "canary"]
-Reason = Literal["first_release", "canary", "promoted", "harm", "undecided"]
+from edge_runtime.rollout.plan import Plan, Stage
+from edge_runtime.wire.messages import Report
 
 # The newest decisions, for people; lineage keeps them all.
 DECISIONS_MAX = 100
 
 
-class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """How a family's campaign decides. `margin` is of bounded losses, `canary_share` of answers.
-
-    The numbers were found by simulation: with differences of standard deviation 0.03 / 0.04 / 0.05
-    an equal model is promoted after 1,900 / 2,300 / 2,600 paired labels (median), one that answers
-    the opposite is stopped after 20, one worse by the margin is promoted in 2 % of campaigns.
-    """
-
-    family: str
-    selector: dict[str, str]
-    canary_share: float = 0.2
-    margin: float = 0.0025
-    alpha_promote: float = 0.02
-    alpha_stop: float = 0.01
-    pairs_max: int = 8000
-    task: Task = Task()
-
-
-class Offer(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate that passed the offline gate, ready to be released.
-
-    `file` is where the package lies, `path` its name in the signed metadata; `counter` rises with
-    every offer of the family. `learned_through_s` is the event time up to which it has learned,
-    `arrived_s` the wall time at which its last micro-batch's last mature label arrived. `variants`
-    are those of the plan's arm. `verdict` goes into the signed metadata.
-    """
-
-    release: str
-    path: str
-    sha256: str
-    counter: int
-    file: str
-    learned_through_s: float
-    arrived_s: float
-    variants: tuple[Variant, ...] = ()
-    verdict: dict[str, Any] = {}
-
-
-class Step(msgspec.Struct, frozen=True):
-    """I/O that a change of state owes: publish `plan`, with `release` when it is new to devices.
-
-    `evidence` holds the numbers of the decision behind it; empty when no evidence was asked.
-    """
-
-    plan: Plan
-    release: Offer | None
-    evidence: dict[str, float | int | str]
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """How a canary ended, and the plan sequence number that says so."""
-
-    release: str
-    reason: Reason
-    plan_seq: int
-    pairs: int
-    note: str
-
-
-class Counts(msgspec.Struct):
-    """What became of all offers; `decided` = `promoted` + `rolled_back`."""
-
-    offered: int = 0
-    refused: int = 0
-    superseded: int = 0
-    decided: int = 0
-    promoted: int = 0
-    rolled_back: int = 0
-
-
-class State(msgspec.Struct, kw_only=True):
-    """All that a campaign must remember over a restart."""
-
-    seq: int = 0
-    stable: Offer | None = None
-    canary: Offer | None = None
-    pending: Offer | None = None
-    evidence: PairEvidence | None = None
-    quarantined: list[str] = []
-    decisions: list[Decision] = []
-    counts: Counts = msgspec.field(default_factory=Counts)
-    outbox: list[Step] = []
-
-
 class Campaign:
-    """Moves `state` by offers and evidence, and leaves the plans that follow in its outbox."""
+    """Moves `state` by offers, evidence, people and time (`now_s`, wall time), and leaves the plans
+    that follow in its outbox.
+    """
 
     def __init__(self, rules: Rules, state: State | None = None) -> None:
         assert 0 <= rules.canary_share < 1, "the stable arm must answer too"
         self.rules = rules
         self.state = state or State()
+        self.fed: list[tuple[str, bytes]] = []
+        self._turnout = Turnout()
 
     @property
-    def stage(self) -> Stage:
-        """Where the family stands: before its first release, without or with a canary."""
+    def stage(self) -> str:
+        """Where the family stands: empty, idle, or with a release in the shadow or the canary."""
         if self.state.stable is None:
             return "empty"
-        return "idle" if self.state.canary is None else "canary"
+        trial = self.state.trial
+        return "idle" if trial is None else "shadow" if trial.at == SHADOW else "canary"
 
-    def offer(self, offer: Offer) -> None:
-        """Put a new candidate on trial, or in the waiting place. The very first becomes stable."""
+    def offer(self, offer: Offer, now_s: float) -> str:
+        """Put a new candidate on trial, or in the waiting place. The very first becomes stable.
+
+        Returns why it was refused, or nothing.
+        """
         state = self.state
         state.counts.offered += 1
-        if self._refused(offer):
+        if why := self._refused(offer):
             state.counts.refused += 1
-        elif state.stable is None:
+            return why
+        if state.stable is None:
             state.stable = offer
-            self._plan("first_release", f"{offer.release} is the first release", offer)
-        elif state.canary is None:
-            self._start(offer)
+            self._plan("first_release", f"{offer.release} is the first release", release=offer)
+        elif state.trial is None and not state.paused:
+            self._start(offer, now_s)
+        elif state.pending is not None and state.pending.by and not offer.by:
+            state.counts.superseded += 1
         else:
             state.counts.superseded += state.pending is not None
             state.pending = offer
+        return ""
 
-    def examples(self, examples: Iterable[Example]) -> bool:
-        """Add joined examples to the evidence, and end the trial when they suffice.
-
-        Returns whether any of them counted.
+    def examples(self, examples: Iterable[Example], now_s: float) -> bool:
+        """Add joined examples to the evidence, one by one, so that it does not matter how they are
+        grouped, until the trial ends; returns whether any of them was about it.
         """
-        evidence = self.state.evidence
-        if evidence is None:
+        trial, counted = self.state.trial, False
+        both = {self._stable.release, trial.offer.release} if trial else set()
+        for each in examples:
+            if trial is None or self.state.trial is not trial:
+                break
+            is_ours = {scored.release for scored in each.scored} == both
+            if is_ours and self._turnout.belongs(trial, each.device):
+                self._count(trial, slim(each), now_s)
+                counted = True
+        return counted
+
+    def report(self, report: Report, now_s: float, signed: Signed | None = None) -> bool:
+        """Take what a device says about itself; returns whether it was about the trial.
+
+        Only devices of the present stage count; others are remembered for those to come.
+        """
+        trial = self.state.trial
+        if trial is None:
+            self._turnout.know(report)
             return False
-        before = evidence.pairs
-        verdict = evidence.add(examples)
-        if verdict == "promote":
-            self._end(evidence, "promoted")
-        elif verdict == "stop":
-            self._end(evidence, "harm")
-        elif evidence.pairs >= self.rules.pairs_max:
-            self._end(evidence, "undecided")
-        return evidence.pairs > before
+        if not self._turnout.hears(trial, report, now_s):
+            return False
+        self._hear(trial, report, now_s, signed)
+        return True
+
+    def tick(self, now_s: float) -> bool:
+        """Let time pass; returns whether a stage has come to its deadline."""
+        trial = self.state.trial
+        if trial is None or now_s < trial.deadline_s:
+            return False
+        self._feed(trial, Fed(now_s=now_s))
+        self._end(trial, "undecided", now_s, "its time is over")
+        return True
+
+    def control(self, told: Control, now_s: float) -> None:
+        """Do what a person says. Raises: RequestError as `control.check`, nothing changed."""
+        state, trial = self.state, self.state.trial
+        control.check(state, told)
+        if trial is not None:
+            # The gate approves the plan that follows, whose note has the digest of this.
+            bare = msgspec.structs.replace(told, approval=None)
+            self._feed(trial, Fed(now_s=now_s, control=bare))
+        control.apply(state, told)
+        said = f"{told.verb} by {told.by}: {told.reason}"
+        if told.verb == "abort" and trial is not None:
+            self._end(trial, "aborted", now_s, said)
+        elif told.verb in ("hold", "pin", "free"):
+            self._plan("control", f"{told.device}: {said}")
+        else:
+            state.outbox.append(Step(None, None, {}, "control", said))
+            self._go_on(told, now_s)
+
+    def foreseen(self, told: Control, now_s: float) -> Plan | None:
+        """The plan that `told` would lead to at once. Raises: as `control`; nothing is changed."""
+        copy = msgspec.json.decode(msgspec.json.encode(self.state), type=State)
+        again = Campaign(self.rules, copy)
+        again.control(told, now_s)
+        plans_ = [step.plan for step in copy.outbox[len(self.state.outbox) :] if step.plan]
+        return plans_[0] if plans_ else None
 
     def published(self) -> None:
         """The oldest step of the outbox has been done."""
         self.state.outbox.pop(0)
 
-    def _refused(self, offer: Offer) -> bool:
-        """Rolled back before, the very package that is live, or older than one that is."""
-        live = [arm for arm in (self.state.stable, self.state.canary, self.state.pending) if arm]
-        return offer.sha256 in self.state.quarantined or any(
-            offer.sha256 == arm.sha256 or offer.counter <= arm.counter for arm in live
-        )
+    @property
+    def _stable(self) -> Offer:
+        assert self.state.stable is not None
+        return self.state.stable
 
-    def _start(self, offer: Offer) -> None:
-        rules, stable = self.rules, self.state.stable
-        assert stable is not None
-        self.state.canary = offer
-        self.state.evidence = PairEvidence(
-            family=rules.family,
-            stable=ArmTally(stable.release),
-            canary=ArmTally(offer.release),
-            test=PairedTest.start(rules.margin, rules.alpha_promote, rules.alpha_stop),
-            task=rules.task,
-        )
-        where = " ".join(f"{key}={value}" for key, value in rules.selector.items())
-        note = f"{offer.release} is on trial against {stable.release} on {where or 'all devices'}"
-        self._plan("canary", note, offer)
+    def _refused(self, offer: Offer) -> str:
+        """Why: rolled back before, the very package that is live, or older than one that is."""
+        state = self.state
+        if offer.sha256 in state.quarantined:
+            return f"{offer.sha256[:12]} was rolled back before; it is never tried again"
+        for arm in (state.stable, state.canary, state.pending):
+            if arm and offer.sha256 == arm.sha256:
+                return f"{offer.sha256[:12]} is {arm.release}, which is live or waits already"
+            if arm and offer.counter <= arm.counter:
+                return f"{offer.release} is older than {arm.release}"
+        return ""
 
-    def _end(
-        self, evidence: PairEvidence, reason: Literal["promoted", "harm", "undecided"]
-    ) -> None:
+    def _start(self, offer: Offer, now_s: float) -> None:
+        state, rules = self.state, offer.rules(self.rules)
+        before = Header(state=msgspec.structs.replace(state, decisions=[], outbox=[]), rules=rules)
+        trial = Trial.start(rules, offer, self._stable.release)
+        trial.journal = f"{state.seq + 1:08d}-{offer.release}.jsonl"
+        self._write(trial, msgspec.json.encode(before))
+        self._feed(trial, Fed(now_s=now_s, offer=offer))
+        state.trial = trial
+        self._enter(trial, now_s)
+        note = plans.begun(trial, self._stable)
+        self._plan("canary" if trial.at == 0 else "shadow", note, release=offer)
+
+    def _enter(self, trial: Trial, now_s: float) -> None:
+        """Begin the stage `trial.at`: nobody of it has shown anything yet."""
+        trial.began_s, trial.pairs_before = now_s, trial.evidence.pairs
+        trial.waiting = trial.approved = False
+        if not trial.stages or trial.stages[-1].percent != trial.percent:
+            stage = Stage(self.state.seq + 1, trial.percent, now_s)
+            trial.stages = (*trial.stages, stage)
+        self._turnout.begin(trial)
+
+    def _count(self, trial: Trial, example: Example, now_s: float) -> None:
+        members = self._members(trial)
+        self._feed(trial, Fed(now_s=now_s, members=members, example=example))
+        trial.evidence.expect(members)
+        if trial.evidence.examples([example]):
+            self._judge(trial, now_s)
+
+    def _hear(self, trial: Trial, report: Report, now_s: float, signed: Signed | None) -> None:
+        members = self._members(trial)
+        self._feed(trial, Fed.of_report(now_s, members, report, signed))
+        trial.evidence.expect(members)
+        trial.members[report.device] |= self._turnout.shows(trial, report)
+        trial.evidence.report(report)
+        self._judge(trial, now_s)
+
+    def _members(self, trial: Trial) -> int:
+        return len(trial.members)
+
+    def _judge(self, trial: Trial, now_s: float) -> None:
+        evidence, rules = trial.evidence, trial.rules
+        if evidence.harm:
+            self._end(trial, "harm", now_s)
+        elif trial.has_passed:
+            self._advance(trial, now_s)
+        elif evidence.pairs >= rules.pairs_max and not evidence.not_worse:
+            self._end(trial, "undecided", now_s)
+
+    def _go_on(self, told: Control, now_s: float) -> None:
+        """What had to wait for a person."""
+        state, trial = self.state, self.state.trial
+        if trial is not None and told.verb in ("approve", "resume"):
+            trial.approved |= told.verb == "approve"
+            owed = len(state.outbox)
+            self._judge(trial, now_s)
+            if told.approval is not None and len(state.outbox) > owed:
+                step = msgspec.structs.replace(state.outbox[owed], approval=told.approval)
+                state.outbox[owed] = step
+        elif trial is None and told.verb == "resume" and state.pending is not None:
+            offer, state.pending = state.pending, None
+            self._start(offer, now_s)
+
+    def _advance(self, trial: Trial, now_s: float) -> None:
+        """Begin the next stage, or end the trial well; unless a person holds it back."""
+        if self.state.paused:
+            return
+        if trial.rules.approve and not trial.approved:
+            if not trial.waiting:
+                trial.waiting = True
+                note = f"{trial.offer.release} has passed its stage, and waits to be approved"
+                facts = plans.facts(trial)
+                self.state.outbox.append(Step(None, None, facts, "waits", note))
+            return
+        if trial.at + 1 == len(trial.rules.stages):
+            self._end(trial, "promoted", now_s)
+            return
+        facts, trial.at = plans.facts(trial), trial.at + 1
+        self._enter(trial, now_s)
+        self._plan("stage", plans.advanced(trial), evidence=facts)
+
+    def _end(self, trial: Trial, reason: Ending, now_s: float, why: str = "") -> None:
         """One decision, its plan for all devices, and the waiting candidate's turn."""
-        state, canary, pending = self.state, self.state.canary, self.state.pending
-        assert canary is not None
-        note = describe(evidence, reason)
+        state, facts = self.state, plans.facts(trial, is_over=reason == "undecided")
+        note = plans.ended(trial, self._stable, reason, why)
         state.counts.decided += 1
         if reason == "promoted":
             state.counts.promoted += 1
-            state.stable = canary
+            state.fallback, state.stable, state.stages = state.stable, trial.offer, trial.stages
+            if trial.percent < 100:
+                state.stages = (*trial.stages, Stage(state.seq + 1, 100.0, now_s))
         else:
             state.counts.rolled_back += 1
-            state.quarantined.append(canary.sha256)
-        state.canary = state.pending = state.evidence = None
-        self._plan(reason, note, None, evidence.statistics())
-        decision = Decision(canary.release, reason, state.seq, evidence.pairs, note)
+            state.quarantined.append(trial.offer.sha256)
+        state.trial = None
+        self._plan(reason, note, evidence=facts, of=trial.journal)
+        pairs = trial.evidence.pairs
+        decision = Decision(trial.offer.release, reason, state.seq, pairs, note)
         state.decisions = [*state.decisions, decision][-DECISIONS_MAX:]
-        if pending is not None:
-            self._start(pending)
+        if state.pending is not None and not state.paused:
+            offer, state.pending = state.pending, None
+            self._start(offer, now_s)
 
     def _plan(
         self,
         reason: Reason,
         note: str,
-        release: Offer | None,
+        *,
+        release: Offer | None = None,
         evidence: dict[str, float | int | str] | None = None,
+        of: str = "",
     ) -> None:
-        state, share = self.state, self.rules.canary_share
-        assert state.stable is not None
+        state = self.state
         state.seq += 1
-        plan = Plan(
-            family=self.rules.family,
-            seq=state.seq,
-            stable=_arm(state.stable, 1.0 - share if state.canary else 1.0),
-            canary=_arm(state.canary, share) if state.canary else None,
-            selector=self.rules.selector if state.canary else {},
-            # Fixed for the life of one trial, another for the next.
-            salt=state.canary.sha256[:16] if state.canary else "",
-            reason=reason,
-            note=note,
-        )
-        state.outbox.append(Step(plan, release, evidence or {}))
+        plan = plans.plan_of(state, self.rules, reason, note)
+        state.pins = plan.pins
+        where = state.trial.journal if state.trial else of
+        state.outbox.append(Step(plan, release, evidence or {}, reason, note, where))
 
+    def _feed(self, trial: Trial, fed: Fed) -> None:
+        self._write(trial, msgspec.json.encode(fed))
 
-def describe(evidence: PairEvidence, reason: Literal["promoted", "harm", "undecided"]) -> str:
-    """The decision in one sentence with its numbers, for the plan's note and for lineage."""
-    facts = evidence.statistics()
-    old, new = evidence.stable.release, evidence.canary.release
-    numbers = (
-        f"after {evidence.pairs:,} paired labels: mean loss {facts['canary_loss']:.4f} against "
-        f"{facts['stable_loss']:.4f}, mean difference {facts['mean_difference']:+.4f}"
-    )
-    test = evidence.test
-    if reason == "promoted":
-        e, reach = test.noninferior.evidence, 1 / test.alpha_promote
-        return f"{new} replaces {old} {numbers}; e {e:.1f} >= {reach:.0f} that it is not worse"
-    if reason == "harm":
-        e, reach = test.harm.evidence, 1 / test.alpha_stop
-        return f"{new} is rolled back to {old} {numbers}; e {e:.1f} >= {reach:.0f} that it is worse"
-    return f"{new} is rolled back to {old}, undecided {numbers}; margin {test.margin}"
-
-
-def _arm(offer: Offer, weight: float) -> PlanArm:
-    return PlanArm(offer.release, offer.path, offer.sha256, offer.counter, weight, offer.variants)
+    def _write(self, trial: Trial, line: bytes) -> None:
+        if journal.add(trial, line) and trial.journal:
+            self.fed.append((trial.journal, line))

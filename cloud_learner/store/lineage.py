@@ -26,7 +26,7 @@ from edge_runtime.files import fsync_directory
 
 KINDS = (
     *("candidate", "verdict", "release", "plan", "decision", "failed"),
-    *("alarm", "quarantine", "approval"),
+    *("alarm", "quarantine", "approval", "control"),
 )
 Entry = dict[str, Any]
 

@@ -10,6 +10,7 @@ Knows nothing about files. Documented in docs/configuration.md.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import msgspec
@@ -25,6 +26,9 @@ Seconds = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Weight = Annotated[float, Meta(ge=0)]
 Form = Literal["int8", "float32"]
+Percent = Annotated[float, Meta(gt=0, le=100)]
+
+_WINDOW = r"^(([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)?$"
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,17 +183,41 @@ class Gates(Section, frozen=True):
     latency_us_max: Positive = 5000.0
 
 
-class Rollout(Section, frozen=True):
-    """`[rollout]`: where the canary runs, its share of the answers, the margin it must hold.
+class LocalGates(Section, frozen=True):
+    """`[rollout.gates]`: when a device leaves a release on trial by itself; 0 turns one off."""
 
-    `variants` are the forms that a release ships and devices choose from, the default one first.
+    failures: Whole = 3
+    slowdown: Seconds = 20.0
+    memory_mb: Seconds = 0.0
+
+
+class Rollout(Section, frozen=True):
+    """`[rollout]`: where a release is tried, its share of the answers, the margin it must hold.
+
+    `stages` are percent of the devices that have the attributes of `selector`; each ends with
+    `pairs_min` new paired labels at least, and after `stage_s` at the latest. Before them, it is
+    scored in the shadow for `shadow_rows`. With `approve` a person lets each stage follow. Devices
+    change in the `window` (`22:00-04:00`, UTC), spread over `jitter_s`. `variants` are the forms
+    that a release ships and devices choose from, the default one first.
     """
 
     selector: dict[str, str]
     canary_share: Share = 0.2
     margin: Annotated[float, Meta(gt=0, le=MARGIN_MAX)] = 0.0025
+    pairs_min: Count = 100
     pairs_max: Count = 8000
+    stages: Annotated[tuple[Percent, ...], Meta(min_length=1)] = (100.0,)
+    stage_s: Positive = 604_800.0
+    shadow_rows: Whole = 0
+    approve: bool = False
+    window: Annotated[str, Meta(pattern=_WINDOW)] = ""
+    jitter_s: Seconds = 0.0
+    gates: LocalGates = LocalGates()
     variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
+
+    def __post_init__(self) -> None:
+        if any(one >= other for one, other in pairwise(self.stages)):
+            raise ValueError("rollout.stages must rise")
 
 
 class ArchiveConfig(Section, frozen=True):

@@ -24,6 +24,7 @@ CANDIDATES_STREAM = "HW_CANDIDATES"
 CANDIDATES_ALL = ["hw.candidate.>"]
 GATE_SIGN = "hw.gate.sign"
 GATE_APPROVE = "hw.gate.approve"
+ROLLOUT = "hw.rollout"
 REFRESH = "hw.cmd.refresh"
 LEARNER_STATUS = "hw.status.learner"
 TIME = "hw.time"

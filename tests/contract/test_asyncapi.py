@@ -45,6 +45,7 @@ def test_each_subject_of_the_code_is_an_address_and_the_other_way_round():
             subjects.GATE_APPROVE,
             subjects.approve("coin"),
             subjects.submit("coin"),
+            subjects.ROLLOUT,
             subjects.answer("ab"),
         ]
     )

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ from cloud_learner import orders, pushing
 from cloud_learner.admission import Admissions, operator_inbox
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.broker import Broker
+from cloud_learner.cli import main as cli
 from cloud_learner.config import Home
 from cloud_learner.gate_home import move_out
 from cloud_learner.rules import recent_hold_out
@@ -186,26 +188,67 @@ def test_a_model_from_elsewhere_is_judged_and_released_or_refused_with_the_reaso
         code, out, told = pushed(folder, good, *anna, "--dry-run")
         assert code == 0, told + out
         assert "a dry run: nothing is released" in out
-        code, _, told = pushed(folder, good, *anna, "--stages", "1,10,50,100")
-        assert (code, "unsupported_stages" in told) == (2, True), told
-        code, _, told = pushed(folder, good, *anna, "--to", "site=z")
-        assert (code, "unsupported_target" in told) == (2, True), told
+        code, _, told = pushed(folder, good, *anna, "--stages", "50,10")
+        assert (code, "bad_stages" in told) == (2, True), told
+        code, _, told = pushed(folder, good, *anna, "--to", "site")
+        assert (code, "bad_target" in told) == (2, True), told
         for name, key in (("anna", "eve.pem"), ("bob", "anna.pem")):
             stranger = ("--operator", name, "--key", tmp_path / key, "--nats", url)
             code, _, told = pushed(folder, good, *stranger)
             assert (code, f"{name} whom it knows by --key" in told) == (4, True), told
-        command = [sys.executable, ROOT / "tools" / "push-model", good, "--family", folder, *anna]
+        wish = ("--stages", "10,50,100", "--to", "site=b")
+        command = [sys.executable, ROOT / "tools" / "push-model", good, "--family", folder]
         with subprocess.Popen(
-            [str(each) for each in command], stderr=subprocess.PIPE, text=True
+            [str(each) for each in (*command, *anna, *wish)], stderr=subprocess.PIPE, text=True
         ) as following:
             try:
                 for line in following.stderr:
-                    if "is on the canary" in line:
+                    if "is on the canary, 10 % of 0 devices" in line:
                         break
                 else:
                     pytest.fail("it ended before it was on trial")
+                steered(site, url)
+                assert following.wait(WAIT_S) == 1
             finally:
                 following.kill()
+        code, _, told = pushed(folder, good, *anna)
+        assert (code, "campaign_refused" in told) == (3, True), told
+
+
+def steered(site, url):
+    """What a person may say of the release that was handed in; at last it is aborted."""
+    (status,) = rollout(site, url, "status", "--json").values()
+    assert [each["stage"] for each in status["stages"]] == ["10 %", "50 %", "100 %"]
+    who = ("coin", "--reason", "a test", "--operator", "anna")
+    rollout(site, url, "pause", *who)
+    assert rollout(site, url, "status", "coin", "--json")["coin"]["waits"] == "resume"
+    rollout(site, url, "resume", *who)
+    rollout(site, url, "hold", "coin", "device-1", *who[1:])
+    assert "held: device-1" in rollout(site, url, "status")
+    assert "nothing_to_approve" in rollout(site, url, "approve", *who, code=2)
+    assert "unknown_family" in rollout(site, url, "abort", "nobody", *who[1:], code=2)
+    rollout(site, url, "abort", *who)
+    lines = (site.lineage / "lineage.jsonl").read_text().splitlines()
+    said = [json.loads(line) for line in lines]
+    words = [entry["note"] for entry in said if entry["kind"] == "control"]
+    assert words == ["pause by anna: a test", "resume by anna: a test"]
+    done = CliRunner().invoke(cli, ["rollout", "audit", "coin", "--home", str(site.root)])
+    assert done.exit_code == 0, done.output
+
+
+def rollout(site, url, *arguments, code=0):
+    """What the command says; JSON as what it stands for."""
+    options = ["--home", str(site.root), "--nats", url]
+    done = CliRunner().invoke(cli, ["rollout", *arguments, *options])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout) if "--json" in arguments else done.output
+
+
+def test_nobody_to_answer_is_exit_code_4(site):
+    with Broker.start(site.broker, Admissions(site).rules()) as broker:
+        said = rollout(site, broker.url, "status", code=4)
+
+    assert "no_answer" in said
 
 
 def test_a_gate_apart_judges_only_for_operators_that_it_knows_itself(bootstrapped, site, tmp_path):

@@ -81,11 +81,11 @@ def commands_of(package: str) -> set[str]:
     """The functions that a package's click group registers, read from its source."""
     return {
         node.name.replace("_", "-")
-        for path in (ROOT / package).glob("c*.py")
-        if path.stem in {"cli", "commands"}
+        for path in (ROOT / package).glob("*.py")
+        if path.stem in {"cli", "commands", "rollouts"}
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
-        and any("command" in ast.unparse(each) for each in node.decorator_list)
+        and any(re.search("command|group", ast.unparse(each)) for each in node.decorator_list)
     }
 
 

@@ -25,7 +25,8 @@ EDGE_ORDER = (
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")
 CLOUD_ORDER = (
-    ("config", "exits"),
+    ("config", "exits", "submitted"),
+    ("access",),
     ("children", "nats_server", "server_check"),
     ("broker",),
     ("admission", "streams"),
@@ -37,14 +38,14 @@ CLOUD_ORDER = (
     ("rules",),
     ("cycle",),
     ("course", "gate", "publisher", "controller", "floors", "reports", "timekeeper"),
-    ("judging", "gate_signing", "pushing"),
+    ("judging", "gate_signing", "pushing", "steering", "auditing"),
     ("learner", "releasing"),
-    ("gate_home", "gatehouse", "submissions", "consents"),
+    ("gate_home", "gatehouse", "submissions", "consents", "helm"),
     ("host",),
     ("experiment", "console"),
     ("bootstrap", "serve"),
     ("simulate",),
-    ("commands",),
+    ("commands", "rollouts"),
     ("cli",),
 )
 LEARNER_MAY_IMPORT = (

@@ -13,7 +13,7 @@ from cloud_learner.console.panel import render
 from cloud_learner.console.state import DeviceRow, FaultRow, LearnerRow, ViewState
 from cloud_learner.console.view import LiveView, changes, is_plain, summary
 from cloud_learner.controller import Controller
-from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.rollout.state import Offer, Rules
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
 from edge_runtime.clock import ManualClock
@@ -60,7 +60,7 @@ def example(seq, old, new):
 def rollout(tmp_path, offers=3, pairs=5, new=0.1):
     """A real controller's status after `offers` and `pairs` on which the canary answered `new`."""
 
-    async def publish(release, plan):
+    async def publish(release, plan, approval):
         pass
 
     async def main():
@@ -74,7 +74,9 @@ def rollout(tmp_path, offers=3, pairs=5, new=0.1):
         for counter in range(1, offers + 1):
             await controller.offer(offer(counter))
         arms = [ArmReport("flight_delay", "canary", "r2", 0.0)]
-        await controller.report(Report(1, "EWR", 1, 0.0, {}, arms, 2, {}, {}, [], 0, 0))
+        await controller.report(
+            Report(1, "EWR", 1, 0.0, {"airport": "EWR"}, arms, 2, {}, {}, [], 0, 0)
+        )
         await controller.examples([example(seq + 1, 0.1, new) for seq in range(pairs)])
         status = controller.status()
         await controller.close()

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from cloud_learner.controller import Controller
-from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.helm import Helm
+from cloud_learner.orders import Order
+from cloud_learner.packed import encoded
+from cloud_learner.rollout.control import Control
+from cloud_learner.rollout.state import Offer, Rules
+from cloud_learner.steering import Word
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
+from edge_runtime.bus.base import Message
 from edge_runtime.clock import ManualClock
-from edge_runtime.errors import ConfigError, TransportError, TrustError
+from edge_runtime.errors import ConfigError, RequestError, TransportError, TrustError
+from edge_runtime.rollout.plan import encode_plan
+from edge_runtime.update.approval import Approval
 from edge_runtime.wire.messages import ArmReport, Report, Scored
 
 RULES = Rules(family="flight_delay", selector={"airport": "EWR"})
@@ -27,7 +36,7 @@ class Publisher:
         self.error = error
         self.running = 0
 
-    async def __call__(self, release, plan):
+    async def __call__(self, release, plan, approval):
         assert self.running == 0, "two publications at once"
         self.running += 1
         await asyncio.sleep(0)
@@ -62,7 +71,10 @@ def examples(old, new, count, start=1):
             spec="",
             label=float(seq % 4 == 0),
             propensity=0.5,
-            scored=[Scored("r1", "stable", [old]), Scored("r2", "canary", [new])],
+            scored=[
+                Scored("r1", "stable", [old + 0.02 * (seq % 5 - 2)]),
+                Scored("r2", "canary", [new + 0.021 * (seq % 5 - 2)]),
+            ],
             arrived_s=0.0,
             matured_s=0.0,
         )
@@ -135,6 +147,7 @@ def test_calls_at_the_same_time_change_the_campaign_one_after_the_other(tmp_path
 def test_a_decision_is_in_lineage_with_its_evidence(tmp_path):
     async def script(controller):
         await two_offers(controller)
+        await controller.report(report())
         await controller.examples(examples(0.25, 0.25, 4000))
 
     play(tmp_path, Publisher(), script)
@@ -152,6 +165,7 @@ def test_evidence_and_stage_survive_a_restart(tmp_path):
 
     async def first(controller):
         await two_offers(controller)
+        await controller.report(report())
         await controller.examples(examples(0.25, 0.25, 500))
 
     async def second(controller):
@@ -160,12 +174,18 @@ def test_evidence_and_stage_survive_a_restart(tmp_path):
 
     async def whole(controller):
         await two_offers(controller)
+        await controller.report(report())
         await controller.examples(examples(0.25, 0.25, 4000))
 
     play(tmp_path / "halves", publisher, first)
     halves = play(tmp_path / "halves", publisher, second)
     assert [seq for _, seq, _ in publisher.published] == [1, 2, 3]
-    assert halves["decisions"] == play(tmp_path / "whole", Publisher(), whole)["decisions"]
+    (decided,), (other,) = (
+        halves["decisions"],
+        play(tmp_path / "w", Publisher(), whole)["decisions"],
+    )
+    facts = ("release", "reason", "plan_seq", "pairs")
+    assert [decided[name] for name in facts] == [other[name] for name in facts]
 
 
 def test_a_plan_that_could_not_be_published_is_published_at_the_next_call(tmp_path):
@@ -201,8 +221,8 @@ def test_a_plan_that_was_published_is_not_published_again_at_start(tmp_path):
 
 def test_a_plan_whose_acknowledgement_was_lost_is_published_again_under_its_number(tmp_path):
     class Deaf(Publisher):
-        async def __call__(self, release, plan):
-            await super().__call__(release, plan)
+        async def __call__(self, release, plan, approval):
+            await super().__call__(release, plan, approval)
             if len(self.published) == 1:
                 raise TransportError("timeout", "no answer")
 
@@ -293,12 +313,119 @@ def test_status_shows_arms_and_gates_as_plain_data(tmp_path):
     assert gates["harm"]["value"] <= 1 < gates["harm"]["reach"]
 
 
+APPROVE = Control(verb="approve", by="anna", reason="a test")
+
+
+async def passed(controller):
+    """r2 has passed its first stage, and waits."""
+    await two_offers(controller)
+    await controller.report(report())
+    await controller.examples(examples(0.25, 0.25, 4000))
+    assert controller.status()["waits"] == "approve"
+
+
+def test_what_waits_for_a_person_is_in_lineage_with_its_evidence_and_publishes_nothing(tmp_path):
+    publisher = Publisher()
+
+    play(tmp_path, publisher, passed, msgspec.structs.replace(RULES, approve=True))
+
+    assert [reason for _, _, reason in publisher.published] == ["first_release", "canary"]
+    entry = list(Lineage(tmp_path / "lineage").read("decision"))[-1]
+    assert (entry["reason"], entry["evidence"]["pairs"] > 1000) == ("waits", True)
+
+
+def test_the_gates_approval_is_of_the_plan_that_is_published_also_after_a_crash(tmp_path):
+    class Approved(Publisher):
+        async def __call__(self, release, plan, approval):
+            await super().__call__(release, plan, approval)
+            self.approved = encode_plan(plan), approval
+
+    publisher, seen = Approved(), []
+
+    async def approve(plan):
+        seen.append(plan)
+        return Approval("a key", "a signature")
+
+    async def script(controller):
+        await passed(controller)
+        publisher.error = TransportError("unreachable", "no broker")
+        await controller.control(APPROVE, approve)
+
+    rules = msgspec.structs.replace(RULES, approve=True)
+    play(tmp_path, publisher, script, rules)
+    publisher.error = None
+    play(tmp_path, publisher, nothing, rules)
+
+    assert publisher.published[-1][2] == "promoted"
+    assert publisher.approved == (seen[0], Approval("a key", "a signature"))
+
+
+def test_what_the_gate_does_not_approve_changes_nothing(tmp_path):
+    async def approve(_plan):
+        raise RequestError("not_approved", "no")
+
+    async def script(controller):
+        await passed(controller)
+        with pytest.raises(RequestError):
+            await controller.control(APPROVE, approve)
+
+    status = play(tmp_path, Publisher(), script, msgspec.structs.replace(RULES, approve=True))
+    assert (status["waits"], status["plan_seq"]) == ("approve", 2)
+
+
+def test_a_stage_ends_at_its_deadline_with_nobody_saying_anything(tmp_path):
+    clock, publisher = ManualClock(100.0), Publisher()
+
+    async def main():
+        lineage = Lineage(tmp_path / "lineage")
+        controller = Controller(RULES, tmp_path / "campaign.json", publisher, lineage, clock)
+        await two_offers(controller)
+        clock.advance(RULES.stage_s - 1.0)
+        await controller.tick()
+        assert controller.status()["stage"] == "canary"
+        clock.advance(1.0)
+        await controller.tick()
+        await controller.close()
+
+    asyncio.run(main())
+    assert publisher.published[-1] == (None, 3, "undecided")
+
+
+WORDS = [
+    (Word("abort", "fraud", "anna", "a test"), "unknown_family"),
+    (Word("abort"), "unknown_family"),
+    (Word("abort", "flight_delay", "anna", ""), "no_reason"),
+    (Word("abort", "flight_delay", "", "a test"), "no_reason"),
+    (Word("abort", "flight_delay", "anna", "x" * 300), "no_reason"),
+    (Word("hold", "flight_delay", "anna", "a test", "no.name"), "bad_name"),
+    (Word("abort", "flight_delay", "anna", "a test"), "nothing_on_trial"),
+    (
+        Word("approve", "flight_delay", "anna", "a test", order=Order("eve", b"", b"")),
+        "bad_order",
+    ),
+]
+
+
+@pytest.mark.parametrize(("word", "code"), WORDS, ids=[code for _, code in WORDS])
+def test_a_word_that_has_no_meaning_is_refused_by_name(tmp_path, word, code):
+    async def script(controller):
+        await controller.offer(offer(1))
+        helm = Helm({"flight_delay": SimpleNamespace(controller=controller)})
+        with pytest.raises(RequestError) as caught:
+            await helm.work(Message("hw.rollout", b""), encoded(word))
+        assert caught.value.code == code
+        found = await helm.work(Message("hw.rollout", b""), encoded(Word("status")))
+        assert msgspec.json.decode(found)["flight_delay"]["plan_seq"] == 1
+
+    play(tmp_path, Publisher(), script)
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"",
         b"{",
-        b'{"family": "flight_delay", "version": 2}',
+        b'{"family": "flight_delay", "version": 3}',
         b'{"family": "fraud", "version": 1}',
         b'{"family": "flight_delay", "state": {"seq": "x"}}',
     ],

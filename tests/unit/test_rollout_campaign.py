@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_learner.rollout.campaign import Campaign, Offer, Rules, State
+from cloud_learner.rollout.campaign import Campaign
+from cloud_learner.rollout.state import Offer, Rules, State
 from cloud_learner.store.examples import Example
 from edge_runtime.rollout.plan import Variant, decode_plan, encode_plan
-from edge_runtime.wire.messages import Scored
+from edge_runtime.wire.messages import ArmReport, Report, Scored
 
+NOW_S = 1_000.0
 RULES = Rules(family="flight_delay", selector={"airport": "EWR"}, pairs_max=3000)
 
 
@@ -29,6 +31,11 @@ def offer(counter, sha256=None) -> Offer:
         learned_through_s=0.0,
         arrived_s=0.0,
     )
+
+
+def wave(seq):
+    """Answers that never vary, or are always the same, are no evidence."""
+    return 0.02 * (seq % 5 - 2)
 
 
 def examples(old, new, count, *, stable="r1", canary="r2", start=1):
@@ -45,7 +52,10 @@ def examples(old, new, count, *, stable="r1", canary="r2", start=1):
             spec="",
             label=float(seq % 4 == 0),
             propensity=0.5,
-            scored=[Scored(stable, "stable", [old]), Scored(canary, "canary", [new])],
+            scored=[
+                Scored(stable, "stable", [old + wave(seq)]),
+                Scored(canary, "canary", [new + 1.01 * wave(seq)]),
+            ],
             arrived_s=0.0,
             matured_s=0.0,
         )
@@ -53,11 +63,18 @@ def examples(old, new, count, *, stable="r1", canary="r2", start=1):
     ]
 
 
+def report(release="r2") -> Report:
+    """The canary's device has `release` in memory."""
+    arms = [ArmReport("flight_delay", "canary", release, 0.0)]
+    return Report(1, "EWR", 1, 0.0, {"airport": "EWR"}, arms, 2, {}, {}, [], 0, 0)
+
+
 def on_trial(*later: int) -> Campaign:
     """r1 is stable, r2 on trial, `later` were offered after it; nothing left to publish."""
     campaign = Campaign(RULES)
     for counter in (1, 2, *later):
-        campaign.offer(offer(counter))
+        campaign.offer(offer(counter), NOW_S)
+    campaign.report(report(), NOW_S)
     drain(campaign)
     return campaign
 
@@ -86,7 +103,7 @@ def slightly_worse(count=3000, **more):
 def test_the_first_release_goes_to_all_devices_without_a_trial():
     campaign = Campaign(RULES)
     assert campaign.stage == "empty"
-    campaign.offer(offer(1))
+    campaign.offer(offer(1), NOW_S)
     (step,) = drain(campaign)
     assert campaign.stage == "idle"
     assert (step.plan.seq, step.plan.stable.release, step.plan.canary) == (1, "r1", None)
@@ -97,8 +114,8 @@ def test_the_first_release_goes_to_all_devices_without_a_trial():
 def test_the_variants_of_an_offer_stand_in_each_plan_that_names_it():
     campaign = Campaign(RULES)
     variants = (Variant("int8", "m/f/r1.onnx", "ab" * 32), Variant("float32", "x", "cd" * 32))
-    campaign.offer(msgspec.structs.replace(offer(1), variants=variants))
-    campaign.offer(offer(2))
+    campaign.offer(msgspec.structs.replace(offer(1), variants=variants), NOW_S)
+    campaign.offer(offer(2), NOW_S)
 
     first, second = (step.plan for step in campaign.state.outbox)
 
@@ -108,8 +125,8 @@ def test_the_variants_of_an_offer_stand_in_each_plan_that_names_it():
 
 def test_a_campaign_of_before_variants_goes_on():
     old = json.loads(msgspec.json.encode(on_trial().state))
-    for name in ("stable", "canary"):
-        del old[name]["variants"]
+    for offered in (old["stable"], old["trial"]["offer"]):
+        del offered["variants"]
 
     campaign = Campaign(RULES, msgspec.json.decode(json.dumps(old), type=State))
 
@@ -118,9 +135,9 @@ def test_a_campaign_of_before_variants_goes_on():
 
 def test_the_next_offer_goes_on_trial_where_the_selector_says():
     campaign = Campaign(RULES)
-    campaign.offer(offer(1))
+    campaign.offer(offer(1), NOW_S)
     drain(campaign)
-    campaign.offer(offer(2))
+    campaign.offer(offer(2), NOW_S)
     (step,) = drain(campaign)
     assert campaign.stage == "canary"
     assert step.plan.canary is not None
@@ -139,7 +156,7 @@ def test_while_a_canary_is_undecided_the_newest_offer_waits_and_older_ones_are_s
 
 def test_an_equal_canary_is_promoted_to_all_devices():
     campaign = on_trial()
-    assert campaign.examples(equal())
+    assert campaign.examples(equal(), NOW_S)
     (step,) = drain(campaign)
     assert campaign.stage == "idle"
     assert (step.plan.stable.release, step.plan.canary, step.plan.selector) == ("r2", None, {})
@@ -157,7 +174,7 @@ def test_an_equal_canary_is_promoted_to_all_devices():
 
 def test_a_broken_canary_is_rolled_back_by_a_new_plan():
     campaign = on_trial()
-    campaign.examples(broken())
+    campaign.examples(broken(), NOW_S)
     (step,) = drain(campaign)
     assert (step.plan.seq, step.plan.stable.release, step.plan.canary) == (3, "r1", None)
     assert step.plan.reason == "harm"
@@ -170,9 +187,9 @@ def test_a_broken_canary_is_rolled_back_by_a_new_plan():
 def test_a_canary_that_stays_undecided_to_the_last_label_is_rolled_back():
     campaign = on_trial()
     stream = slightly_worse(RULES.pairs_max)
-    campaign.examples(stream[:-1])
+    campaign.examples(stream[:-1], NOW_S)
     assert campaign.stage == "canary"
-    campaign.examples(stream[-1:])
+    campaign.examples(stream[-1:], NOW_S)
     assert campaign.stage == "idle"
     (step,) = drain(campaign)
     assert (step.plan.reason, step.plan.stable.release) == ("undecided", "r1")
@@ -182,7 +199,7 @@ def test_a_canary_that_stays_undecided_to_the_last_label_is_rolled_back():
 @pytest.mark.parametrize("stream", [equal, broken, slightly_worse])
 def test_after_a_decision_the_waiting_candidate_is_tried_against_the_stable_of_then(stream):
     campaign = on_trial(3, 4)
-    campaign.examples(stream())
+    campaign.examples(stream(), NOW_S)
     decided, trial = drain(campaign)
     assert decided.plan.canary is None
     assert trial.plan.canary is not None
@@ -196,30 +213,30 @@ def test_after_a_decision_the_waiting_candidate_is_tried_against_the_stable_of_t
 
 def test_labels_of_the_last_trial_say_nothing_of_the_next():
     campaign = on_trial(3)
-    campaign.examples(broken())
-    assert not campaign.examples(broken(start=5000))
+    campaign.examples(broken(), NOW_S)
+    assert not campaign.examples(broken(start=5000), NOW_S)
     assert campaign.state.canary == offer(3)
 
 
 def test_no_evidence_holds():
     campaign = on_trial()
-    assert not campaign.examples([])
-    assert not campaign.examples(equal(canary="r9"))
+    assert not campaign.examples([], NOW_S)
+    assert not campaign.examples(equal(canary="r9"), NOW_S)
     assert campaign.stage == "canary"
     assert not campaign.state.outbox
 
 
 def test_examples_without_a_canary_change_nothing():
     campaign = Campaign(RULES)
-    assert not campaign.examples(equal())
+    assert not campaign.examples(equal(), NOW_S)
     assert campaign.state == State()
 
 
 def test_a_package_that_was_rolled_back_is_never_tried_again_under_another_name():
     campaign = on_trial()
-    campaign.examples(broken())
+    campaign.examples(broken(), NOW_S)
     drain(campaign)
-    campaign.offer(offer(3, sha256=offer(2).sha256))
+    campaign.offer(offer(3, sha256=offer(2).sha256), NOW_S)
     assert campaign.stage == "idle"
     assert campaign.state.counts.refused == 1
     assert not campaign.state.outbox
@@ -228,7 +245,7 @@ def test_a_package_that_was_rolled_back_is_never_tried_again_under_another_name(
 @pytest.mark.parametrize("again", [offer(1), offer(2), offer(9, sha256=offer(1).sha256)])
 def test_an_offer_that_is_live_already_or_older_is_refused(again):
     campaign = on_trial()
-    campaign.offer(again)
+    campaign.offer(again, NOW_S)
     assert campaign.state.pending is None
     assert campaign.state.counts.refused == 1
 
@@ -236,8 +253,8 @@ def test_an_offer_that_is_live_already_or_older_is_refused(again):
 def test_each_trial_draws_its_answers_anew():
     campaign = Campaign(RULES)
     for counter in (1, 2, 3):
-        campaign.offer(offer(counter))
-    campaign.examples(broken())
+        campaign.offer(offer(counter), NOW_S)
+    campaign.examples(broken(), NOW_S)
     salts = [step.plan.salt for step in drain(campaign) if step.plan.canary]
     assert len(set(salts)) == 2
 
@@ -245,11 +262,12 @@ def test_each_trial_draws_its_answers_anew():
 def test_a_campaign_goes_on_from_its_stored_state():
     whole, first = on_trial(3), on_trial(3)
     stream = equal()
-    whole.examples(stream)
-    first.examples(stream[:500])
+    whole.examples(stream, NOW_S)
+    first.examples(stream[:500], NOW_S)
     stored = msgspec.json.decode(msgspec.json.encode(first.state), type=State)
     again = Campaign(RULES, stored)
-    again.examples(stream[500:])
+    again.examples(stream[500:], NOW_S)
+    whole.state.trial.members = {}  # who is there, reports say anew
     assert whole.state == again.state
     assert whole.state.counts.promoted == 1
 
@@ -273,10 +291,11 @@ def test_in_any_order_of_events_plans_are_valid_rise_by_one_and_never_revive_a_r
         if action in ("offer", "offer rolled back again"):
             counter += 1
             old = state.quarantined[0] if state.quarantined and action != "offer" else None
-            campaign.offer(offer(counter, sha256=old))
+            campaign.offer(offer(counter, sha256=old), NOW_S)
         elif state.canary and state.stable:
             names = {"stable": state.stable.release, "canary": state.canary.release}
-            campaign.examples(action(60, start=start, **names))
+            campaign.report(report(state.canary.release), NOW_S)
+            campaign.examples(action(60, start=start, **names), NOW_S)
             start += 60
     plans = [step.plan for step in drain(campaign)]
     assert [plan.seq for plan in plans] == list(range(1, len(plans) + 1))
