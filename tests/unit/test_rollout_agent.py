@@ -283,12 +283,14 @@ class TwoFamilies:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime, self.device = runtime, runtime.device
         self.families = ["other", "toy"]
+        self._other: Plan | None = None
 
     def current(self, family: str) -> Plan | None:
-        return self._runtime.current(family) if family == "toy" else None
+        return self._runtime.current(family) if family == "toy" else self._other
 
     async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         assert (family, len(arms)) == ("other", 1)
+        self._other = plan
 
     def report(self, refused: dict[str, int]) -> Report:
         return self._runtime.report(refused)
