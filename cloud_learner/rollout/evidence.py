@@ -241,8 +241,13 @@ class TrialEvidence(msgspec.Struct, kw_only=True):
     def report(self, report: Report) -> bool:
         """Take what a device says about itself. Returns whether it says anything of the trial."""
         counted = self.health.add(report)
-        self.quality.test.on_trial = len(self.health.devices)
+        self.expect(self.health.members)
         return counted
+
+    def expect(self, members: int) -> None:
+        """The trial is on so many devices: of these some may lie, not of the first to speak."""
+        self.health.members = members
+        self.quality.test.on_trial = self.health.size
 
     @property
     def not_worse(self) -> bool:
@@ -281,7 +286,7 @@ class TrialEvidence(msgspec.Struct, kw_only=True):
         """The rules over the evidence, each with its value and what it must reach to act."""
         test, failures = self.quality.test, self.health.failures
         safe, bad = test.noninferior.standing(test.may_lie), test.harm.standing(test.may_lie)
-        failing = failures.evidence(self.devices)
+        failing = failures.evidence(self.health.size)
         return [
             gate_row("not_worse", safe, 1 / test.alpha_promote, "advance"),
             gate_row("harm", bad, 1 / test.alpha_stop, "roll back"),

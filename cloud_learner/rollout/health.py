@@ -71,7 +71,10 @@ class Device(msgspec.Struct, array_like=True):
 
 
 class Health(msgspec.Struct, kw_only=True):
-    """`stable` and `canary` as devices report them; `failures` is the test of them."""
+    """`stable` and `canary` as devices report them; `failures` is the test of them.
+
+    `members` is how many devices the trial is on, where that is known; those who lie speak first.
+    """
 
     family: str
     stable: str
@@ -79,6 +82,7 @@ class Health(msgspec.Struct, kw_only=True):
     failures: CountingTest
     total: Counters = Counters()
     devices: dict[str, Device] = {}
+    members: int = 0
     agreement: ConfidenceSequence = msgspec.field(default_factory=ConfidenceSequence)
     distance: ConfidenceSequence = msgspec.field(default_factory=ConfidenceSequence)
     stale: int = 0
@@ -138,12 +142,17 @@ class Health(msgspec.Struct, kw_only=True):
         failures = trial + new.stable_failed
         if failures:
             share = answers / (answers + stable_answers)
-            self.failures.add(trial, failures, share, name, len(self.devices))
+            self.failures.add(trial, failures, share, name, self.size)
         else:
             fresh.answers, fresh.stable_answers = answers, stable_answers
         if new.rows:
             self.agreement.add(new.agreed / new.rows)
             self.distance.add(new.distance_sum / new.rows)
+
+    @property
+    def size(self) -> int:
+        """How many devices can speak."""
+        return max(self.members, len(self.devices))
 
     @property
     def harmful(self) -> bool:
@@ -159,7 +168,7 @@ class Health(msgspec.Struct, kw_only=True):
             "failed": total.failed,
             "stable_reported": total.stable_answered,
             "stable_failed": total.stable_failed,
-            "e_failures": test.evidence(len(self.devices)),
+            "e_failures": test.evidence(self.size),
             "e_failures_reach": 1 / test.alpha,
             "stale": self.stale,
             "impossible": self.unusable,

@@ -19,8 +19,8 @@ Both go on after the other has spoken: what was not worse on the first devices i
 
 Where the trial is so large that some devices may lie (`trimming`), the capital must stand without
 what those devices won that speak loudest for it; a difference counts for 0.25 at most; and a device
-that has moved either capital by its share of two nats is not heard any further. So lies can neither
-bring a verdict about nor hold one up for long. All of it depends on earlier differences only. The
+that has moved either capital by its share of four nats is not heard any further. So lies cannot
+bring a verdict about, nor hold one up for long. All of it depends on earlier differences only. The
 price: what is rare and very bad is seen at a quarter of its size in such a trial.
 
 Invariants: a bet depends on earlier differences only; capital stays positive; a flag that was set
@@ -49,7 +49,7 @@ DIFFERENCE_MAX = 0.25
 """What a difference counts for at most where devices may lie."""
 
 # What all devices that may lie can move together, in nats, before they are not heard any further.
-_LIES_NATS = 2.0
+_LIES_NATS = 4.0
 
 # Before the first differences the bets rest on this many imagined payoffs of this mean square.
 _PRIOR_PAYOFFS = 20
