@@ -19,9 +19,10 @@ Both go on after the other has spoken: what was not worse on the first devices i
 
 Where the trial is so large that some devices may lie (`trimming`), the capital must stand without
 what those devices won that speak loudest for it; a difference counts for 0.25 at most; and a device
-that has moved either capital by its share of two nats is not heard any further. So lies can neither
-bring a verdict about nor hold one up for long. All of it depends on earlier differences only. The
-price: what is rare and very bad is seen at a quarter of its size in such a trial.
+that has moved either capital by its share of four nats, or by two thirds of one, is not heard any
+further. So lies cannot bring a verdict about, nor hold one up for long. All of it depends on
+earlier differences only. The price: what is rare and very bad is seen at a quarter of its size in
+such a trial.
 
 Invariants: a bet depends on earlier differences only; capital stays positive; a flag that was set
 stays. A model worse by the margin is called not worse with probability at most alpha_promote, one
@@ -48,8 +49,8 @@ HARM_SHARE = 0.5
 DIFFERENCE_MAX = 0.25
 """What a difference counts for at most where devices may lie."""
 
-# What all devices that may lie can move together, in nats, before they are not heard any further.
-_LIES_NATS = 2.0
+# What all devices that may lie can move together, and what one can, before it is not heard further.
+_LIES_NATS, _LIE_NATS = 4.0, 2 / 3
 
 # Before the first differences the bets rest on this many imagined payoffs of this mean square.
 _PRIOR_PAYOFFS = 20
@@ -151,7 +152,7 @@ class PairedTest(msgspec.Struct, kw_only=True):
         assert -1 <= difference <= 1, f"difference {difference}"
         before = self.devices.setdefault(device, 0)
         may_lie = self.may_lie
-        if may_lie and self._moved(device) > _LIES_NATS / may_lie:
+        if may_lie and self._moved(device) > min(_LIES_NATS / may_lie, _LIE_NATS):
             self.unheard += 1
             return self.verdict
         if may_lie:

@@ -184,3 +184,18 @@ def test_all_numbers_are_finite_even_before_the_first():
     facts = new_health().statistics()
     assert all(math.isfinite(value) for value in facts.values())
     assert facts["e_failures"] == pytest.approx(1.0)
+
+
+def test_of_all_who_may_speak_some_lie_not_of_the_first_who_do():
+    def heard(members):
+        health = new_health()
+        health.members = members
+        for number in range(30):
+            for liar in ("liar-1", "liar-2"):
+                health.add(
+                    report(number, (20 * number, 20 * number), (80 * number, 0), device=liar)
+                )
+        return health.harmful
+
+    assert heard(members=0)
+    assert not heard(members=200)
