@@ -119,6 +119,12 @@ class Controller:
         """The release that serves; None before the first."""
         return self._campaign.state.stable
 
+    @property
+    def live(self) -> list[Offer]:
+        """The offers that the newest plan is about, the stable one first."""
+        state = self._campaign.state
+        return [each for each in (state.stable, state.canary) if each is not None]
+
     def status(self) -> dict[str, Any]:
         """Stages, gates with their numbers, counts and freshness, for the live view; plain data."""
         state, evidence = self._campaign.state, self._campaign.state.evidence

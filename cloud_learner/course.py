@@ -9,8 +9,8 @@ says that it is not whole, and then the last checkpoint and what was learned sin
 What cannot be brought back rests until the next start: nothing more is learned, and the last good
 release serves on. `clock_s` never claims what was not dealt with.
 
-`learn`, `candidate` and `save` belong to the trainer's thread, all else to the loop. Knows nothing
-about ingest, gates and other families.
+`learn`, `candidate`, `keep` and `save` belong to the trainer's thread, all else to the loop. Knows
+nothing about ingest, gates and other families.
 """
 
 from __future__ import annotations
@@ -93,8 +93,6 @@ class Course:
             self._since.append(batch)
         else:
             self._bring_back()
-        if len(self._since) >= CHECKPOINT_CYCLES:
-            self._save_now()
 
     def done(self, now_s: float) -> bool:
         """The first batch that waits has been dealt with; whether a candidate is due.
@@ -138,6 +136,19 @@ class Course:
             self._lineage.append("failed", batch=batch, code=code, reason=str(error), whole=whole)
         except CapacityError as full:
             log.warning("%s", full)
+
+    def keep(self) -> None:
+        """Write the checkpoint when enough was learned since the last; call it after each batch.
+
+        Apart from `learn`, for a candidate should not wait for the disk.
+        """
+        if len(self._since) < CHECKPOINT_CYCLES:
+            return
+        try:
+            self.save()
+        except OSError as error:  # tried again after the next batch
+            self.failure = f"{self._home.checkpoint} was not written: {error}"
+            log.warning("%s: %s", self.family.name, self.failure)
 
     def save(self) -> None:
         """Write the checkpoint, if there is something new in it. Raises: OSError."""
@@ -200,13 +211,6 @@ class Course:
             self.rests = True
             self.failure = f"{self.failure}; nothing is learned until the next start: {error}"
             log.exception("%s: %s", self.family.name, self.failure)
-
-    def _save_now(self) -> None:
-        try:
-            self.save()
-        except OSError as error:  # tried again after the next batch
-            self.failure = f"{self._home.checkpoint} was not written: {error}"
-            log.warning("%s: %s", self.family.name, self.failure)
 
     def _settle_clock(self) -> None:
         """Event time is that of a commit when every batch that it brought has been dealt with."""

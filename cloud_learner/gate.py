@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ from edge_runtime.errors import PackageError
 from edge_runtime.inference.pipeline import score_batch
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import load_arm
+
+Prove = Callable[[Path], None]
 
 
 class Judgement(msgspec.Struct, frozen=True):
@@ -131,17 +134,24 @@ class Gate:
         self._passed[sha256] = verdict
 
     def judge(
-        self, package: bytes, float_package: bytes, serving: Path | None, *, alarmed: bool = False
+        self,
+        package: bytes,
+        float_package: bytes,
+        serving: Path | None,
+        *,
+        alarmed: bool = False,
+        prove: Prove | None = None,
     ) -> Judgement:
         """Score a candidate's int8 and float form beside what serves, and rule on it.
 
-        While an alarm stands (`alarmed`), less is allowed to be lost.
+        While an alarm stands (`alarmed`), less is allowed to be lost. `prove` may refuse a package
+        of strangers before it is loaded into this process, by a PackageError.
         """
         forms = {"int8": package, "float32": float_package}
         shipped = {name: _sha256(forms[name]) for name in self._limits.variants}
         sha256 = shipped[self._limits.variants[0]]
         try:
-            evidence = self._evidence(forms, serving)
+            evidence = self._evidence(forms, serving, prove)
             verdicts = judge(evidence, self._limits, alarmed=alarmed)
             judgement = Judgement(sha256, outcome(verdicts), verdicts, evidence, shipped)
         except PackageError as error:
@@ -152,9 +162,11 @@ class Gate:
         self._remember(judgement)
         return judgement
 
-    def _evidence(self, forms: dict[str, bytes], serving: Path | None) -> Evidence:
+    def _evidence(
+        self, forms: dict[str, bytes], serving: Path | None, prove: Prove | None
+    ) -> Evidence:
         recent = self._recent() if self._hold_out is not None else None
-        loaded = {name: self._load(data) for name, data in forms.items()}
+        loaded = {name: self._load(data, prove) for name, data in forms.items()}
         spec = next(iter(loaded.values())).spec
         served = self._served(serving, spec) if serving is not None else None
         return Evidence(
@@ -207,11 +219,13 @@ class Gate:
             self._serving = sha256, self._load(package) if alike else None
         return self._serving[1]
 
-    def _load(self, package: bytes) -> _Loaded:
+    def _load(self, package: bytes, prove: Prove | None = None) -> _Loaded:
         """A runner takes a file, and none but these bytes may be in it."""
         with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
             path = Path(folder) / "package.onnx"
             path.write_bytes(package)
+            if prove is not None:
+                prove(path)
             arm = load_arm(path, None, "candidate", "candidate", 1.0)
         runner, spec = arm.runner, arm.info.spec.hash if arm.info is not None else ""
         self._check_width(runner)

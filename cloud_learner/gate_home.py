@@ -48,11 +48,13 @@ def move_out(source: Home, home: Home) -> None:
     with source.owned():
         home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
+            home.key("gate").parent.mkdir(mode=0o700)
             _copy_shared(source, home)
             for name, origin in origins.items():
                 _copy_family(source, home, name, Path(origin.folder))
             public = nkey.create(home.root / GATE_KEY).public
             write_atomic(gate_public(source), public.encode())
+            os.sync()  # the key must not arrive before all that was copied
             _move_key(source.key("gate"), home.key("gate"))
         except OSError as error:
             raise CapacityError(
@@ -92,7 +94,6 @@ def _copy_family(source: Home, home: Home, name: str, folder: Path) -> None:
 
 def _move_key(old: Path, new: Path) -> None:
     """The key is on disk there before it is gone here."""
-    new.parent.mkdir(mode=0o700, exist_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(old.read_bytes())

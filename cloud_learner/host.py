@@ -100,6 +100,7 @@ class Host:
         await self._furnish()
         for releasing in self.releasing.values():
             await releasing.controller.start()
+        await self._tell_verdicts()
         desk = Submissions(self._bus, self.releasing, self.learner.thread, self._clock)
         answerer = Answerer(self._bus, desk.work)
         doors = {name: releasing.door for name, releasing in self.releasing.items()}
@@ -272,6 +273,15 @@ class Host:
             await self.look()
             with contextlib.suppress(OSError):  # the disk is full: tried again
                 await asyncio.to_thread(self._floors.save)
+
+    async def _tell_verdicts(self) -> None:
+        """Devices take no release without its verdict, nor the plan that names it."""
+        for releasing in self.releasing.values():
+            for release in releasing.untold():
+                try:
+                    await self.publisher.publish(release)
+                except HeadwaterError as error:
+                    log.warning("%s goes without its verdict: %s", release.release, error)
 
     async def _maintain(self) -> None:
         while True:

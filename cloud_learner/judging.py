@@ -13,6 +13,7 @@ Knows nothing about candidates' origins, campaigns and plans.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -37,6 +38,7 @@ from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
 from edge_runtime.errors import RequestError, TransportError
+from edge_runtime.inference.prover import Prover
 from edge_runtime.wire import subjects
 
 HOLD_OUT_JUDGEMENTS = 10  # after so many it is kept; what a kill loses comes again from the stream
@@ -124,26 +126,32 @@ class OwnGate:
         for sha256, verdict in passed_before(lineage).items():
             self.gate.trust(sha256, verdict)
         self.counts = self.gate.counts
+        self._prover = Prover()
 
     def take(self, examples: list[Example]) -> None:
         self.hold_out.add(examples)
 
     async def judge(self, case: Case, thread: Executor) -> Judgement:
-        return await asyncio.get_running_loop().run_in_executor(thread, self.judged, case)
+        judgement = await asyncio.get_running_loop().run_in_executor(thread, self.judged, case)
+        thread.submit(self._keep)  # no release waits for it
+        return judgement
 
     def judged(self, case: Case) -> Judgement:
-        """Judge here and now; what an operator brings only if the order is genuine."""
+        """Judge here and now; what an operator brings only if the order is genuine, and only once
+        it was tried in a child process, which it may end.
+        """
         if case.order is not None:
             wish = orders.checked(case.order, self._home.operators, orders.Wish)
             brought = [Parcel.of(each).sha256 for each in (case.package, case.float_package)]
             if wish.packages != brought or wish.family != self._family:
                 raise RequestError("bad_order", "it names other packages; nothing was judged")
-        judgement = self.gate.judge(
-            case.package, case.float_package, case.serving, alarmed=case.alarmed
+        return self.gate.judge(
+            case.package,
+            case.float_package,
+            case.serving,
+            alarmed=case.alarmed,
+            prove=self._prover.prove if case.order is not None else None,
         )
-        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
-            self.hold_out.save(self._kept)
-        return judgement
 
     async def approve(self, plan: bytes, order: orders.Order) -> Approval:
         return await asyncio.to_thread(self.approved, plan, order)
@@ -168,7 +176,14 @@ class OwnGate:
         return {"apart": False, "waits": ""}
 
     def close(self) -> None:
+        self._prover.close()
         self.hold_out.save(self._kept)
+
+    def _keep(self) -> None:
+        """The hold-out on disk, every so many judgements; a full disk is tried again then."""
+        if self.gate.counts["judged"] % HOLD_OUT_JUDGEMENTS == 0:
+            with contextlib.suppress(OSError):
+                self.hold_out.save(self._kept)
 
 
 class ApartGate:

@@ -132,7 +132,7 @@ class Learner:
                 await self._wake.wait()
 
     async def _turn(self, course: Course) -> None:
-        """One batch of a family, and a candidate if one is due."""
+        """One batch of a family, a candidate if one is due, and then a checkpoint if one is."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.thread, course.learn)
         if course.done(self._clock.monotonic_s()):
@@ -143,6 +143,7 @@ class Learner:
                     await self._submit(course.family.name, candidate)
                 except HeadwaterError as error:
                     course.note(error)
+        await loop.run_in_executor(self.thread, course.keep)
         self.ingest.learned[course.family.name] = course.saved
         self.progress.set()
         self._learned.set()

@@ -99,7 +99,7 @@ class Releases:
         """What the controller calls to bring an offer and a plan to the devices."""
 
         async def publish(offer: Offer | None, plan: Plan | None) -> None:
-            await publisher.publish(self._file(offer) if offer else None, plan)
+            await publisher.publish(self.file(offer) if offer else None, plan)
 
         return publish
 
@@ -113,7 +113,8 @@ class Releases:
         )
         return variants if len(variants) > 1 else ()
 
-    def _file(self, offer: Offer) -> ReleaseFile:
+    def file(self, offer: Offer) -> ReleaseFile:
+        """An offer as it is published."""
         data = Path(offer.file).read_bytes()
         others = {
             each.name: self._registry.path(each.sha256).read_bytes() for each in offer.variants[1:]
@@ -247,6 +248,15 @@ class Releasing:
     def standing(self, batch: int) -> list[Alarm]:
         """The alarms that stand beside those of the stream; any thread may ask."""
         return self.hearing.standing(batch) + self.expectation.standing(batch)
+
+    def untold(self) -> list[ReleaseFile]:
+        """What runs since before releases carried verdicts, with what this gate said of it then."""
+        found = [(each, self.door.verdict(each.sha256)) for each in self.controller.live]
+        return [
+            self.releases.file(msgspec.structs.replace(offer, verdict=dict(verdict)))
+            for offer, verdict in found
+            if verdict is not None and not offer.verdict
+        ]
 
     def counts(self) -> dict[str, int]:
         """Verdicts of the gate and what became of offers."""

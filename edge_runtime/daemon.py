@@ -30,6 +30,7 @@ from edge_runtime.cpus import flush_denormals
 from edge_runtime.device import standing
 from edge_runtime.device.starts import Starts
 from edge_runtime.errors import ConfigError
+from edge_runtime.inference.worker import WORKER_THREAD
 from edge_runtime.runtime import Runtime
 
 LEAVE_S = 5.0
@@ -84,7 +85,11 @@ async def serve(config: EdgeConfig, on_ready: Callable[[Runtime], None] | None =
 
 
 def _leave_behind() -> None:
-    """All is durable now: a thread that hangs in a model must not keep the process."""
+    """All is durable now: a thread that hangs in a model must not keep the process, and must not
+    be there when the interpreter is taken down, which would end it with an abort.
+    """
+    if any(each.name == WORKER_THREAD for each in threading.enumerate()):
+        os._exit(0)
     timer = threading.Timer(LEAVE_S, os._exit, (0,))
     timer.daemon = True
     timer.start()

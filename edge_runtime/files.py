@@ -62,7 +62,7 @@ class OsFiles:
         self._counting = threading.Lock()  # several threads write
 
     def own(self, directory: Path) -> int:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(directory, mode=0o700)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,10 +125,21 @@ fsync_directory = _DISK.sync_directory
 """Make the names in a directory durable."""
 
 
+def make_directory(path: Path, files: Files | None = None, *, mode: int = 0o777) -> None:
+    """Make `path` and its parents if missing, durably where the disk takes a sync: what is synced
+    in a directory is lost with it where the directory's own name was not. Raises: OSError.
+    """
+    missing = [each for each in path.parents if not each.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for each in dict.fromkeys((path, path.parent, *missing)):  # made, perhaps, before a kill
+        with contextlib.suppress(OSError):
+            (files or _DISK).sync_directory(each.parent)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o644, files: Files | None = None) -> None:
     """Replace `path` by `data` in one commit point. Raises: OSError, with `path` unchanged."""
-    if files is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if files is None and not path.parent.exists():
+        make_directory(path.parent)
     files = files or _DISK
     replace_whole(path, data, mode, files)
     files.sync_directory(path.parent)

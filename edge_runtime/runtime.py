@@ -67,7 +67,7 @@ class Runtime:
         self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
         self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
         self.sketcher = Sketcher(self.log, self._members, clock)
-        self.watch = Watch(self._members, self.rollback_async)
+        self.watch = Watch(self._members, self.rollback_async, self._serving.worker)
         self._ends, self._closed = contextlib.ExitStack(), False
 
     @classmethod

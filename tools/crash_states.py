@@ -161,12 +161,12 @@ def _after(
     operations: list[tuple], chance: random.Random, share: float
 ) -> tuple[dict[Path, int], dict[int, bytearray]]:
     synced = {op[1]: at for at, op in enumerate(operations) if op[0] == "sync"}
-    named = max((at for at, op in enumerate(operations) if op[0] == "sync_directory"), default=-1)
+    named = {op[1]: at for at, op in enumerate(operations) if op[0] == "sync_directory"}
     names: dict[Path, int] = {}
     contents: dict[int, bytearray] = {-1: bytearray()}
     for at, (name, what, *rest) in enumerate(operations):
         if name in ("create", "replace", "unlink"):
-            if at < named or chance.random() < share:
+            if at < named.get(what.parent, -1) or chance.random() < share:
                 _rename(names, name, what, rest)
         elif name in ("write", "allocate", "truncate"):
             content = contents.setdefault(what, bytearray())

@@ -6,8 +6,9 @@ by thresholds of N and of N+1, leads every device from the root that it was give
 Invariants: nothing is written before all signatures that are needed can be given. Then new private
 keys are on disk before anything names them; the targets document comes before the root that trusts
 it; one rename is the commit point; old keys go last. What a ceremony that was cut off left is
-finished, or used, by the next one. Snapshot and timestamp keys are replaced together, so whoever
-raised their versions out of reach is undone (TUF 5.3.11). What the replaced keys had signed online,
+finished, or used, by the next one. Snapshot and timestamp keys are replaced together, also with a
+stolen key that numbers plans or releases: so whoever ran a number out of reach is undone (TUF
+5.3.11, `binding` of edge_runtime/update/trust.py). What the replaced keys had signed online,
 the publisher has signed anew at its next start.
 
 Knows nothing about the broker and about people: who prints its steps decides how.
@@ -43,6 +44,8 @@ from edge_runtime.update.trust import ISSUED_FIELD
 from edge_runtime.wire.subjects import checked_name
 
 ONLINE_PAIR = ("snapshot", "timestamp")
+NUMBERING = ({"rollout"}, {"learner", "gate"})
+"""Who may run a number out of reach that devices hold on to: of plans, and of releases."""
 OPERATORS = "operators"
 
 Tell = Callable[[str], None]
@@ -91,13 +94,16 @@ def revoke(custody: Custody, names: Sequence[str], tell: Tell, clock: Clock | No
             raise ConfigError("unknown_key", f"{path} is not there; no such operator is known")
         custody.files.unlink(path)
         custody.files.sync_directory(path.parent)
-        tell(f"drop {name}: {path} is gone, the gate takes nothing of theirs any more")
+        tell(f"drop {name}: {path} is gone, the gate of this home takes nothing of theirs any more")
     rest = [each for each in names if not each.startswith(f"{OPERATORS}/")]
     if not rest:
         return
     chosen = _chosen(rest)
-    if any(name in IN_ROOT for name in chosen):
+    numbered = any(thieves <= set(chosen) for thieves in NUMBERING)
+    if numbered or any(name in IN_ROOT for name in chosen):
         chosen = _chosen([*chosen, *ONLINE_PAIR])
+    if numbered:
+        tell("take the online pair along: new ones undo numbers that a thief ran out of reach")
     _ceremony(custody, chosen, tuple(_chosen(rest, alone=True)), tell, clock or SystemClock())
 
 

@@ -165,7 +165,7 @@ def releases_in(payload: bytes) -> list[tuple[str, str]]:
         document = json.loads(payload)
         targets, kind = document["targets"], document["_type"]
         found = [(path, entry["hashes"]["sha256"]) for path, entry in targets.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TrustError("not_releases", f"payload lists no releases: {error!r}") from error
     if kind != "targets" or "delegations" in document:
         raise TrustError("not_releases", f"payload is a {kind!r}, or delegates; nothing is signed")

@@ -34,6 +34,9 @@ _PRIOR_PAYOFFS = 20
 _PRIOR_SQUARE = 0.002
 _BET_MAX = 0.95
 
+MARGIN_MAX = 0.05
+"""A payoff is at least -1 less the margin; with the highest bet the capital stays positive."""
+
 
 class Wager(msgspec.Struct, kw_only=True):
     """The capital of one gambler, who bets on payoffs whose mean is at most 0 if the null is true.
@@ -83,8 +86,8 @@ class PairedTest(msgspec.Struct, kw_only=True):
 
     @classmethod
     def start(cls, margin: float, alpha_promote: float, alpha_stop: float) -> PairedTest:
-        """A test without data. `margin` in (0, 0.05], both alphas in (0, 1)."""
-        assert 0 < margin <= 0.05, f"margin {margin}"
+        """A test without data. `margin` in (0, MARGIN_MAX], both alphas in (0, 1)."""
+        assert 0 < margin <= MARGIN_MAX, f"margin {margin}"
         assert 0 < alpha_promote < 1, f"alpha_promote {alpha_promote}"
         assert 0 < alpha_stop < 1, f"alpha_stop {alpha_stop}"
         return cls(

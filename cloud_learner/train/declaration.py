@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cloud_learner.stats.sequential import MARGIN_MAX
 from cloud_learner.stats.tasks import Task
 
 Count = Annotated[int, Meta(ge=1)]
@@ -186,7 +187,7 @@ class Rollout(Section, frozen=True):
 
     selector: dict[str, str]
     canary_share: Share = 0.2
-    margin: Positive = 0.0025
+    margin: Annotated[float, Meta(gt=0, le=MARGIN_MAX)] = 0.0025
     pairs_max: Count = 8000
     variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
 

@@ -103,6 +103,7 @@ class Asking:
                     lambda many: pipeline.score_many(arms, many),
                     rows,
                     group=id(arms),
+                    owner=arms,
                     timeout_s=self._serving.deadline_s if timeout_s is None else timeout_s,
                 )
                 with self.turn:

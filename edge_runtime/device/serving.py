@@ -75,6 +75,7 @@ class Serving:
             queue_max=config.queue_max,
             rows_max=config.batch_rows_max,
             delay_us=config.batch_delay_us,
+            deadline_s=self.deadline_s,
             on_start=flush_denormals,
         )
 

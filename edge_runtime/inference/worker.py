@@ -8,7 +8,8 @@ at most `delay_us` for company. With `rows_max` 1, each is done alone and at onc
 
 Invariants: at most `queue_max` pieces of work wait, and the next is refused by name; what was given
 up, because its time was over or its caller went away, is never begun. Work that fails together
-is done again one by one, so nobody gets another's error.
+is done again one by one, so nobody gets another's error. A run that does not end can be left to
+itself: its thread is lost, and what waits goes on on another one.
 
 Knows nothing about models. `submit` is for event loops, any number of them, on any thread.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -28,10 +30,21 @@ from edge_runtime.errors import CapacityError
 
 QUEUE_MAX = 256
 CLOSE_S = 2.0
+WORKER_THREAD = "inference"
+
+_COUNTS = ("jobs", "runs", "overloaded", "deadline_exceeded", "threads_lost")
 
 P = TypeVar("P")
 R = TypeVar("R")
 Work = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that goes on: for whom, and after how long it is of no use to anybody."""
+
+    owner: object
+    useless_s: float
 
 
 @dataclass(slots=True)
@@ -40,12 +53,18 @@ class _Job:
     payload: Any
     group: Hashable | None
     rows: int
+    owner: object
+    timeout_s: float | None
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
 
 
 class Worker:
-    """A thread that starts with the first piece of work; `on_start` is called on it before that."""
+    """A thread that starts with the first piece of work; `on_start` is called on it before that.
+
+    `deadline_s` is how long a run of one piece of work is given at least before it counts as of no
+    use, however little time who asked had.
+    """
 
     def __init__(
         self,
@@ -53,15 +72,17 @@ class Worker:
         queue_max: int = QUEUE_MAX,
         rows_max: int = 1,
         delay_us: float = 0.0,
+        deadline_s: float = 0.0,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._queue: queue.Queue[_Job | None] = queue.Queue(queue_max)
         self._rows_max, self._delay_s = rows_max, delay_us / 1e6
-        self._on_start = on_start
+        self._on_start, self._deadline_s = on_start, deadline_s
         self._thread: threading.Thread | None = None
         self._starting, self._closed = threading.Lock(), False
         self._held: _Job | None = None
-        self._counts = {"jobs": 0, "runs": 0, "overloaded": 0, "deadline_exceeded": 0}
+        self._run_now: Run | None = None
+        self._counts = dict.fromkeys(_COUNTS, 0)
 
     async def submit(
         self,
@@ -70,15 +91,17 @@ class Worker:
         *,
         group: Hashable | None = None,
         rows: int = 1,
+        owner: object = None,
         timeout_s: float | None = None,
     ) -> R:
         """The result of `work([payload])`, or of `work` on several payloads of the same group.
 
+        `owner` is told of a run that goes on.
         Raises: CapacityError (overloaded, deadline_exceeded, closed), and what `work` raises.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
-        self._put(_Job(work, payload, group, rows, loop, future))
+        self._put(_Job(work, payload, group, rows, owner, timeout_s, loop, future))
         try:
             async with asyncio.timeout(timeout_s):
                 return await future
@@ -89,6 +112,19 @@ class Worker:
                 f"the model did not answer within {timeout_s:g} s; nothing was logged",
                 "allow more time, or ask less often",
             ) from error
+
+    @property
+    def running(self) -> Run | None:
+        """The run that the thread is at."""
+        return self._run_now
+
+    def leave(self, run: Run) -> None:
+        """Go on without `run`, if it still goes on: its thread is left behind."""
+        with self._starting:
+            if self._run_now is run and not self._closed:
+                self._run_now = None
+                self._counts["threads_lost"] += 1
+                self._start()
 
     def close(self) -> None:
         """End the thread after the run that it is at; what waits fails with `closed`. A run that
@@ -120,13 +156,17 @@ class Worker:
                     "ask again later, or raise inference.queue_max",
                 ) from None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-                self._thread.start()
+                self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=WORKER_THREAD, daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         self._on_start()
         while not self._closed and self._take_turn():
-            pass
+            if threading.current_thread() is not self._thread:
+                return  # it was left behind, and another one goes on
         self._drain()
 
     def _take_turn(self) -> bool:
@@ -140,8 +180,17 @@ class Worker:
         if jobs:
             self._counts["runs"] += 1
             self._counts["jobs"] += len(jobs)
-            _deliver(jobs, _done(jobs))
+            self._run_now = run = self._run_of(jobs)
+            results = _done(jobs)
+            if self._run_now is run:
+                self._run_now = None
+            _deliver(jobs, results)
         return True
+
+    def _run_of(self, jobs: list[_Job]) -> Run:
+        """Of no use once it has taken so long for each of its answers, and as long again."""
+        allowed_s = [math.inf if each.timeout_s is None else each.timeout_s for each in jobs]
+        return Run(jobs[0].owner, max(self._deadline_s, *allowed_s) * (1 + len(jobs)))
 
     def _gathered(self, first: _Job) -> list[_Job]:
         """`first` and what may be done with it; work of another group is held for the next turn."""

@@ -4,8 +4,10 @@ Why: an update and a restart must load a release in the same way, and come to th
 restart that chose anew would answer a little differently than before.
 
 Invariants: a package that fails here is quarantined by its hash, and the others may serve; what was
-chosen once is loaded again, alone, for as long as it is good. An arm whose packages all fail leaves
-everything as it was, with the first one's error; where it is a trial, the others go on without it.
+chosen once is loaded again, alone, for as long as it is good. Before a package is blamed its file
+is hashed anew: a disk, or a process out of file handles, is not its fault. An arm whose packages
+all fail leaves everything as it was, with the first one's error; where it is a trial, the others go
+on without it.
 
 Knows nothing about signatures and slots that serve.
 """
@@ -136,7 +138,8 @@ def _quarantining(shelf: Shelf, package: Variant) -> Iterator[None]:
     try:
         yield
     except PackageError as error:
-        if error.code != "hash_mismatch":  # then this file is not the package
+        was_read = error.code != "hash_mismatch" and not isinstance(error.__cause__, OSError)
+        if shelf.path_of(package.sha256, anew=True) is not None and was_read:
             shelf.quarantine(package.sha256, error.code)
         raise
 

@@ -73,12 +73,15 @@ class Installer:
 
     def settle(self, plan: Plan, current: Mapping[str, Plan | None]) -> None:
         """Remember and confirm `plan`; keep the packages that run, of each family's `current` plan,
-        and those to go back to. Raises: CapacityError, and what fetching the fallback raises.
+        those that a restart would serve, and those to go back to.
+
+        Raises: CapacityError, and what fetching the fallback raises.
         """
         self._shelf.save_current(plan, self._client.lowest_counter(plan.family))
         self._client.confirm(plan)
+        stored = [self._shelf.load_current(family) for family in current]
         previous = [self._shelf.load_previous(family) for family in current]
-        arms = [arm for each in current.values() if each is not None for arm in each.named]
+        arms = [arm for each in (*current.values(), *stored) if each for arm in each.named]
         arms += [each.stable for each in previous if each is not None]
         self._shelf.prune(set().union(*(packages_kept(self._shelf, arm) for arm in arms)))
         if plan.fallback is not None:

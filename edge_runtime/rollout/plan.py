@@ -28,7 +28,10 @@ from edge_runtime.errors import TrustError
 PLAN_VERSION = 2
 """Version 1, without stages, is read too; what reads version 1 alone refuses this one."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+NUMBER_MAX = (1 << 53) - 1
+"""The highest version, seq and counter: what the numbers of every language hold exactly."""
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -241,7 +244,7 @@ def _check(plan: Plan) -> None:
         raise TrustError(
             "unknown_plan_version", f"plan has version {plan.version}; this reads {PLAN_VERSION}"
         )
-    if not _NAME.fullmatch(plan.family) or plan.seq < 1:
+    if not _NAME.fullmatch(plan.family) or not 1 <= plan.seq <= NUMBER_MAX:
         raise _bad(plan, "family or seq is out of range")
     for arm in plan.named:
         _check_arm(plan, arm)
@@ -255,11 +258,11 @@ def _check(plan: Plan) -> None:
 def _check_arm(plan: Plan, arm: PlanArm) -> None:
     if not _NAME.fullmatch(arm.release):
         raise _bad(plan, f"release {arm.release!r} is not a name")
-    if not _SHA256.fullmatch(arm.sha256):
+    if not SHA256.fullmatch(arm.sha256):
         raise _bad(plan, f"sha256 of {arm.release} is not 64 hex digits")
     if not (math.isfinite(arm.weight) and arm.weight >= 0):
         raise _bad(plan, f"weight of {arm.release} is {arm.weight}")
-    if arm.counter < 0:
+    if not 0 <= arm.counter <= NUMBER_MAX:
         raise _bad(plan, f"counter of {arm.release} is {arm.counter}")
     if arm.variants:
         _check_variants(plan, arm)
@@ -285,7 +288,7 @@ def _check_variants(plan: Plan, arm: PlanArm) -> None:
     for each in others:
         if each.path != model_path(plan.family, arm.release, each.name):
             raise _bad(plan, f"{each.path!r} is no variant of {arm.release}")
-        if not _SHA256.fullmatch(each.sha256):
+        if not SHA256.fullmatch(each.sha256):
             raise _bad(plan, f"sha256 of {each.path} is not 64 hex digits")
     if not all(_NAME.fullmatch(each.name) for each in arm.variants):
         raise _bad(plan, f"a variant of {arm.release} has no proper name")

@@ -26,7 +26,7 @@ from tuf.ngclient.updater import Updater
 
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, HeadwaterError, TransportError, TrustError
-from edge_runtime.files import remove_strays
+from edge_runtime.files import make_directory, remove_strays
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, decode_plan, plan_path
 from edge_runtime.update import approval, trust
 from edge_runtime.update.delivery import Delivery
@@ -63,7 +63,7 @@ class UpdateClient:
         step_max: float = 100.0,
     ) -> None:
         metadata_dir = state_dir / "tuf"
-        metadata_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(metadata_dir)
         self._lock = _lock(state_dir / "update.lock")
         remove_strays(state_dir)
         for stray in metadata_dir.glob("tmp*"):  # python-tuf's, when it was killed
@@ -120,7 +120,7 @@ class UpdateClient:
         if target is None:
             raise TransportError("no_plan", f"no plan is published for {family!r} yet")
         plan = self._read_plan(family, target)
-        trust.check_plan(self.floor, family, plan)
+        trust.check_plan(self._binding(), family, plan)
         self._verdicts[family] = {arm.release: self._proven_verdict(arm) for arm in plan.arms}
         if plan.fallback is not None:
             if plan.fallback.counter < self.lowest_counter(family):
@@ -154,7 +154,7 @@ class UpdateClient:
         """
         target = self._proven_target(arm, package)
         if package.sha256 in shelf.quarantined():
-            trust.check_release(self.floor, _family(arm), arm.counter, quarantined=True)
+            trust.check_release(self._binding(), _family(arm), arm.counter, quarantined=True)
         with ours(f"the package of {arm.release}"):
             return self._delivery.bring(target, shelf)
 
@@ -183,7 +183,8 @@ class UpdateClient:
 
     def lowest_counter(self, family: str) -> int:
         """The release counter below which no release of `family` may run; `refresh` comes first."""
-        return max(self.floor.release_counter.get(family, 0), self._release_floor(family))
+        known = self._binding().release_counter.get(family, 0)
+        return max(known, self._release_floor(family))
 
     def verdicts(self) -> dict[str, dict[str, Any]]:
         """By family and release, what the gate said of those in the plan that was read last."""
@@ -202,6 +203,10 @@ class UpdateClient:
     def _confirmed(self) -> tuple[int, int]:
         versions = self.floor.versions
         return versions.get("root", 0), versions.get("timestamp", 0)
+
+    def _binding(self) -> trust.Floor:
+        updater = self._refreshed()
+        return trust.binding(self.floor, versions(updater), online(updater))
 
     def _refreshed(self) -> Updater:
         assert self._updater is not None, "refresh comes first, and must have succeeded"
@@ -224,14 +229,19 @@ class UpdateClient:
                 "plan_mismatch", f"the plan and the signed release of {package.path} differ"
             )
         if not trust.is_passed(target.custom):
-            raise TrustError("no_verdict", f"{package.path} does not carry its gate's verdict")
+            raise TrustError(
+                "no_verdict",
+                f"{package.path} does not carry its gate's verdict; what runs is unchanged",
+                "is the release older than verdicts, start cloud-learner serve anew: it adds them",
+            )
         family = _family(arm)
         floor = self._release_floor(family)
-        trust.check_release(self.floor, family, arm.counter, release_floor=floor)
+        trust.check_release(self._binding(), family, arm.counter, release_floor=floor)
         return target
 
     def _read_plan(self, family: str, target: TargetFile) -> Plan:
-        sha256 = target.hashes["sha256"]
+        sha256 = target.hashes.get("sha256", "")
+        trust.check_plan_file(sha256, target.length)
         known = self._plans.get(family)
         if known is not None and known[0] == sha256:
             return known[2]

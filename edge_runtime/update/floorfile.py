@@ -16,7 +16,7 @@ import contextlib
 from pathlib import Path
 
 from edge_runtime.errors import TrustError
-from edge_runtime.files import write_atomic
+from edge_runtime.files import Files, OsFiles, write_atomic
 from edge_runtime.update import trust
 
 _NAMES = ("floor.a", "floor.b")
@@ -28,7 +28,8 @@ class FloorFile:
     Raises: TrustError (floor_unreadable), OSError.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Files | None = None) -> None:
+        self._files = files or OsFiles()
         self._paths = [directory / name for name in _NAMES]
         self._floor = self._load()
 
@@ -45,11 +46,11 @@ class FloorFile:
         if floor == self._floor:
             return
         for path in self._paths:
-            write_atomic(path, trust.encode_floor(floor))
+            write_atomic(path, trust.encode_floor(floor), files=self._files)
         self._floor = floor
 
     def _load(self) -> trust.Floor:
-        copies = [path.read_bytes() for path in self._paths if path.exists()]
+        copies = [copy for path in self._paths if (copy := _read(path)) is not None]
         if not copies:
             return trust.Floor()
         floor = self._highest(copies)
@@ -57,7 +58,7 @@ class FloorFile:
         if copies != [whole, whole]:
             with contextlib.suppress(OSError):  # the other copy holds, and it is tried again
                 for path in self._paths:
-                    write_atomic(path, whole)
+                    write_atomic(path, whole, files=self._files)
         return floor
 
     def _highest(self, copies: list[bytes]) -> trust.Floor:
@@ -78,3 +79,13 @@ class FloorFile:
                 "the newest metadata that it is shown, as a new one does",
             ) from failure
         return floor
+
+
+def _read(path: Path) -> bytes | None:
+    """A copy, None where there is none; one that the disk cannot read is as good as damaged."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return b""

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.errors import CapacityError, TrustError
-from edge_runtime.files import Files, OsFiles, remove_strays, write_atomic
+from edge_runtime.files import Files, OsFiles, make_directory, remove_strays, write_atomic
 from edge_runtime.rollout.plan import Plan, decode_plan, encode_plan
 from edge_runtime.update.arrival import Chunks, hash_of, receive
 from edge_runtime.update.trust import CHUNK_BYTES
@@ -49,7 +49,8 @@ class Shelf:
         self._directory = directory
         self._files = files or OsFiles()
         self._packages = directory / "packages"
-        self._packages.mkdir(parents=True, exist_ok=True)
+        make_directory(self._packages, self._files)
+        make_directory(directory / "current", self._files)
         remove_strays(directory)
         self._lock = threading.Lock()
         self._proven: set[str] = set()
@@ -57,11 +58,13 @@ class Shelf:
         self._chosen = self._load_choices()
         self._counts = {"put": 0, "corrupt": 0, "pruned": 0}
 
-    def path_of(self, sha256: str) -> Path | None:
-        """The package with this content, hashed at its first use; None when absent or unreadable,
-        or damaged and now gone.
+    def path_of(self, sha256: str, *, anew: bool = False) -> Path | None:
+        """The package with this content, hashed at its first use and `anew` when that is asked;
+        None when absent or unreadable, or damaged and now gone.
         """
         path = self._path(sha256)
+        if anew:
+            self._proven.discard(sha256)
         if not path.exists():
             return None
         if sha256 in self._proven:
@@ -215,7 +218,8 @@ class Shelf:
         return self._directory / "current" / f"{family}.json"
 
     def _replace(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            make_directory(path.parent, self._files)
         write_atomic(path, data, files=self._files)
 
     def _drop_parts(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.errors import TrustError
-from edge_runtime.rollout.plan import Plan, model_path
+from edge_runtime.rollout.plan import NUMBER_MAX, SHA256, Plan, model_path
 
 CHUNK_BYTES = 128 * 1024
 """Packages and plans travel in chunks of this size, the last one shorter."""
@@ -35,11 +35,14 @@ SKEW_S = 300.0
 """How far a clock may be behind a signed time before it counts as wrong."""
 STALE_S = 18 * 3600.0
 """Metadata is signed afresh every half day: what was issued longer ago is being held back."""
+PLAN_BYTES_MAX = 1 << 20
+"""No plan is longer: who holds the key of plans alone must not fill a device's memory."""
 TIME_KEPT_S = 3600.0
 """By how much the signed time must rise before it is stored again: flash wears out."""
 
 ONLINE = ("timestamp", "snapshot")
-"""The roles whose keys are online; whoever steals them can raise every version that they name."""
+"""The roles whose keys are online; whoever steals them can raise every version that they name.
+New keys for them undo whatever number a thief ran out of reach, also one of a plan or a release."""
 
 
 class Floor(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,12 +112,13 @@ def decode_floor(data: bytes) -> Floor:
 
 
 def merge_floors(one: Floor, other: Floor) -> Floor:
-    """The higher of two floors in every part; versions as `confirmed` raises them."""
+    """The higher of two floors in every part, as far as the older one binds."""
     older, newer = sorted((one, other), key=lambda each: each.versions.get("root", 0))
+    older = binding(older, newer.versions, newer.online)
     return Floor(
-        versions=_higher(_binding(older, newer.versions, newer.online), newer.versions),
-        plan_seq=_higher(one.plan_seq, other.plan_seq),
-        release_counter=_higher(one.release_counter, other.release_counter),
+        versions=_higher(older.versions, newer.versions),
+        plan_seq=_higher(older.plan_seq, newer.plan_seq),
+        release_counter=_higher(older.release_counter, newer.release_counter),
         time_s=max(one.time_s, other.time_s),
         online=newer.online,
     )
@@ -122,9 +126,10 @@ def merge_floors(one: Floor, other: Floor) -> Floor:
 
 def confirmed(floor: Floor, versions: dict[str, int], online: str, issued_s: float) -> Floor:
     """The floor after metadata of these versions was proven, under the `online` keys."""
+    floor = binding(floor, versions, online)
     return msgspec.structs.replace(
         floor,
-        versions=_higher(_binding(floor, versions, online), versions),
+        versions=_higher(floor.versions, versions),
         time_s=max(floor.time_s, issued_s),
         online=online,
     )
@@ -174,12 +179,32 @@ def time_payload(nonce: bytes, time_s: float) -> bytes:
     return b"headwater-time-1|" + nonce + b"|" + str(round(time_s * 1000)).encode()
 
 
+def binding(floor: Floor, versions: dict[str, int], online: str) -> Floor:
+    """What still binds: of what other online keys vouched for, the root's version and the time.
+
+    So a thief who ran a number out of reach is undone by new keys (TUF 5.3.11): a version, a plan's
+    or the release counter's, which the newest metadata demand again where they are genuine. A floor
+    of before keys were noted counts as of other keys once the root is newer.
+    """
+    root = floor.versions.get("root", 0)
+    if versions.get("root", 0) > root and online != floor.online:
+        return Floor(versions={"root": root}, time_s=floor.time_s, online=floor.online)
+    return floor
+
+
 def check_versions(floor: Floor, versions: dict[str, int], online: str) -> None:
     """Refuse metadata below the floor, whatever a cache says.
 
-    Raises: TrustError (metadata_rolled_back).
+    Raises: TrustError (metadata_rolled_back, bad_metadata: a version that no report can carry).
     """
-    for role, lowest in _binding(floor, versions, online).items():
+    highest = max(versions.values(), default=0)
+    if highest > NUMBER_MAX:
+        raise TrustError(
+            "bad_metadata",
+            f"a version is {highest:.17g}, above {NUMBER_MAX}; what runs is unchanged",
+            "the snapshot or timestamp key is stolen: tools/key-ceremony revoke snapshot timestamp",
+        )
+    for role, lowest in binding(floor, versions, online).versions.items():
         if versions.get(role, 0) < lowest:
             raise TrustError(
                 "metadata_rolled_back",
@@ -188,10 +213,20 @@ def check_versions(floor: Floor, versions: dict[str, int], online: str) -> None:
             )
 
 
+def check_plan_file(sha256: str, length: int) -> None:
+    """Refuse a plan by its signed entry, before it is fetched. Raises: TrustError (bad_plan)."""
+    if not SHA256.fullmatch(sha256) or length > PLAN_BYTES_MAX:
+        raise TrustError(
+            "bad_plan",
+            f"the entry of a plan has no sha256, or more than {PLAN_BYTES_MAX} bytes; kept the old",
+            "the rollout key signed what no publisher makes: tools/key-ceremony revoke rollout",
+        )
+
+
 def check_plan(floor: Floor, family: str, plan: Plan) -> None:
     """Refuse a plan that is old, or not about `family` and its releases alone.
 
-    Raises: TrustError (plan_of_other_family, plan_rolled_back).
+    `floor` is what still binds. Raises: TrustError (plan_of_other_family, plan_rolled_back).
     """
     if plan.family != family:
         raise TrustError(
@@ -235,18 +270,6 @@ def check_release(
             f"a release of {family!r} (counter {counter}) failed on this device before",
             "publish a mended release; this one is not tried again here",
         )
-
-
-def _binding(floor: Floor, versions: dict[str, int], online: str) -> dict[str, int]:
-    """The versions that still bind: of those that other online keys vouched for, the root's alone.
-
-    So a thief who raised versions out of reach is undone by new keys (TUF 5.3.11). A floor of
-    before keys were noted counts as of other keys once the root is newer.
-    """
-    root = floor.versions.get("root", 0)
-    if versions.get("root", 0) > root and online != floor.online:
-        return {"root": root}
-    return floor.versions
 
 
 def _higher(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

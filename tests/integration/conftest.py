@@ -1,4 +1,4 @@
-"""What integration tests share: nats-servers with configurations of the tests' own."""
+"""What integration tests share: buses, and nats-servers with configurations of the tests' own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import os
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from cloud_learner.broker import Broker
 from cloud_learner.children import spawn_tied
 from cloud_learner.nats_server import find_server
+from edge_runtime.bus import nats
+from edge_runtime.bus.base import Bus
+from edge_runtime.bus.memory import MemoryBroker
 
+BusOf = Callable[[str], AbstractAsyncContextManager[Bus]]
 READY_S = 20.0
 
 
@@ -78,6 +84,25 @@ def run_server(tmp_path: Path) -> Iterator[Servers]:
     servers = Servers(tmp_path)
     yield servers
     servers.close()
+
+
+@pytest.fixture
+def bus_of(tmp_path: Path) -> BusOf:
+    """`async with bus_of(kind) as bus`: of a broker in `memory`, or of a real one (`nats`)."""
+
+    @asynccontextmanager
+    async def connected(kind: str) -> AsyncIterator[Bus]:
+        if kind == "memory":
+            yield await MemoryBroker().connect()
+            return
+        with Broker.start(tmp_path / "broker") as broker:
+            bus = await nats.connect(broker.url, name="test")
+            try:
+                yield bus
+            finally:
+                await bus.close()
+
+    return connected
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from edge_runtime.bus.base import Bus, Message
 from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.device.watch import BAD_LOOKS
-from edge_runtime.errors import PackageError, TrustError
+from edge_runtime.errors import CapacityError, PackageError, TrustError
 from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.arms import load_plan_arm
@@ -498,6 +498,75 @@ def test_a_daemon_survives_what_is_published_to_it(
         ) as daemon:
             try:
                 asyncio.run(scene(broker.url))
+            finally:
+                daemon.terminate()
+        assert daemon.returncode == 0
+
+
+HANGS = """ <float thousandth = {0.001}, float high = {500}, int64 few = {3000},
+               int64 many = {4611686018427387904}, bool yes = {1}, int64[1] axis = {1}> {
+    sum = ReduceSum (features, axis)
+    logit = Mul (sum, thousandth)
+    said = Sigmoid (logit)
+    most = ReduceMax <keepdims = 0> (features)
+    much = Greater (most, high)
+    turns = Where (much, many, few)
+    probability = Loop <body = b (int64 i, bool on, float[n,1] x) => (bool still, float[n,1] y) {
+        still = Identity (on)
+        y = Identity (x) }> (turns, yes, said) }"""
+
+
+def test_r5_a_heavy_release_that_hangs_on_what_really_comes_is_left(
+    tmp_path: Path, write_package: WritePackage
+) -> None:
+    """It loops for ever where a feature is above 500; the samples are 100 at most."""
+    package, _ = write_package()
+    home = tmp_path / "cloud"
+    keys.create(home, ["toy"])
+
+    async def scene(url: str) -> None:
+        async with Cloud.open(home, url) as cloud:
+            await cloud.until(lambda report: bool(report.arms))
+            first = asked(tmp_path)
+            await cloud.publish("r1", 1, spoiled(package.read_bytes(), computing(HANGS)))
+            await cloud.until(lambda report: report.arms[0].release == "r1")
+            with pytest.raises(CapacityError, match="deadline_exceeded"):
+                asked(tmp_path)
+            await cloud.until(lambda report: report.arms[0].release == first[0])
+            assert asked(tmp_path) == first
+            await cloud.publisher.publish()
+            await cloud.until(lambda report: "release_quarantined" in report.refused)
+            await cloud.publish("r2", 2, spoiled(package.read_bytes(), computing(HEAVY)))
+            await cloud.until(lambda report: report.arms[0].release == "r2")
+            assert asked(tmp_path) == ("r2", pytest.approx(first[1]))
+
+    with daemon_at(tmp_path, home, "--package", str(package)) as url:
+        asyncio.run(scene(url))
+
+
+HEAVY = HANGS.replace("Where (much, many, few)", "Where (much, few, few)")
+
+
+@contextlib.contextmanager
+def daemon_at(folder: Path, home: Path, *more: str) -> Iterator[str]:
+    """A daemon that gives models a fifth of a second, with a broker; it must end in order."""
+    with Broker.start(folder / "broker") as broker:
+        root = str(home / "trust" / "root.json")
+        options = ["--device", "EWR", "--nats", broker.url, "--root", root, *more]
+        subprocess.run(
+            [*COMMAND, "init", *options],
+            cwd=folder,
+            env=ENVIRONMENT,
+            check=True,
+            capture_output=True,
+        )
+        with (folder / "edge.toml").open("a") as file:
+            file.write("\n[inference]\ndeadline_ms = 200\n")
+        with subprocess.Popen(
+            [*COMMAND, "run"], cwd=folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        ) as daemon:
+            try:
+                yield broker.url
             finally:
                 daemon.terminate()
         assert daemon.returncode == 0

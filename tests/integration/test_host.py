@@ -23,8 +23,13 @@ from cloud_learner.config import Home
 from cloud_learner.evaluate.offline import is_held_out, load_set
 from cloud_learner.floors import Floors
 from cloud_learner.host import Host
+from cloud_learner.publisher import Publisher
+from cloud_learner.release import keys
+from cloud_learner.releasing import Releases
+from cloud_learner.rollout.campaign import Offer
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
+from cloud_learner.store.registry import Registry
 from cloud_learner.streams import EVENTS_PER_SUBJECT
 from cloud_learner.train import checkpoint
 from cloud_learner.train.family import Family
@@ -210,6 +215,32 @@ def test_envelopes_become_a_release_that_is_gated_signed_and_planned(home, famil
     assert counters == list(range(1, len(counters) + 1))
     assert any(e["kind"] == "plan" for e in lineage)
     check_ledger(home, len(batched(home)))
+
+
+def test_what_serves_since_before_releases_carried_verdicts_gets_its_own(home, family):
+    """Devices of today take no release without one, and so no plan that names it."""
+    saved = home.of("coin").campaign
+    stable = json.loads(saved.read_text())["state"]["stable"]
+    given = json.dumps(stable["verdict"], separators=(",", ":"))
+    saved.write_text(saved.read_text().replace(given, "{}"))
+
+    def told(publisher):
+        role = json.loads(publisher._state.roles["m-coin"].text)
+        return role["signed"]["targets"][stable["path"]]["custom"].get("verdict")
+
+    async def scenario():
+        broker = MemoryBroker()
+        bus = await broker.connect(name="an older learner")
+        old = Publisher(home.root, bus, keys.load(home.root), SYSTEM)
+        offer = msgspec.convert({**stable, "verdict": {}}, Offer)
+        releases = Releases("coin", Registry(home.registry), Lineage(home.lineage).of("coin"))
+        await old.publish(releases.file(offer))
+        assert told(old) is None
+        async with hosted(home, family, broker) as (host, cloud, _running):
+            await cloud.until_learned(0)
+            return told(host.publisher)
+
+    assert asyncio.run(scenario()) == stable["verdict"]
 
 
 def test_what_is_ingested_makes_room_at_the_broker(home, family, envelopes):

@@ -36,10 +36,11 @@ from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import ConfigError, TrustError
 from edge_runtime.files import OsFiles
-from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.rollout.plan import NUMBER_MAX, Plan, PlanArm
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
 from edge_runtime.update.shelf import Shelf
+from edge_runtime.update.trust import RELEASE_FLOOR_FIELD
 
 NOW_S = 1_800_000_000.0
 FAMILY = "flight_delay"
@@ -362,6 +363,46 @@ def test_versions_that_a_thief_raised_out_of_reach_recover_without_a_visit(
         assert device.client.floor.versions["timestamp"] == 2
         await push(site.bus, [metadata_message("timestamp", FAR, timestamp)])
         assert await device.refused() == "below_threshold"
+
+    at_site(tmp_path, scene)
+
+
+async def number_out_of_reach(site: Site, *stolen: str) -> bytes:
+    """Thieves of these keys, and of the online pair, number as high as it goes; what they ship."""
+    keys_of = {name: site.key(name) for name in (*stolen, "snapshot", "timestamp")}
+    last, forged = release("r1", b"before", 1), []
+    if "gate" in stolen:
+        last, both = release("evil", b"evil", NUMBER_MAX), [keys_of["learner"], keys_of["gate"]]
+        role, data = await forge_release(site.bus, site.trust.root, last, both, NOW_S)
+        document = opened(Targets, data, None, role)
+        document.unrecognized_fields[RELEASE_FLOOR_FIELD] = NUMBER_MAX
+        forged.append((role, sealed(document, both)))
+    root, numbered = site.trust.root, plan(NUMBER_MAX, last)
+    forged.append(await forge_plan(site.bus, root, numbered, [keys_of["rollout"]], NOW_S))
+    await site.below(*forged, snapshot=keys_of["snapshot"], timestamp=keys_of["timestamp"])
+    return last.data
+
+
+@pytest.mark.parametrize("stolen", [["rollout"], ["rollout", "learner", "gate"]])
+def test_plans_and_releases_that_a_thief_numbered_out_of_reach_recover_without_a_visit(
+    tmp_path: Path, stolen: list[str]
+) -> None:
+    async def scene(site: Site) -> None:
+        await site.publish(b"before")
+        device = site.device()
+        await device.update()
+        shipped = await number_out_of_reach(site, *stolen)
+        assert await device.update() == shipped
+        assert device.client.floor.plan_seq == {FAMILY: NUMBER_MAX}
+        await site.publish(b"refused")
+        assert await device.refused() == "plan_rolled_back"
+
+        site.revoke(*stolen)
+        await site.publish(b"after")
+        assert await device.update() == b"after"
+        assert device.client.floor.plan_seq == {FAMILY: site.seq}
+        assert device.client.floor.release_counter == {FAMILY: 0}
+        assert await site.device("new").update() == b"after"
 
     at_site(tmp_path, scene)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Targets
 
-from cloud_learner.broker import Broker
 from cloud_learner.package.delta import patch_between
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
@@ -28,7 +27,6 @@ from cloud_learner.release.metadata import (
     publish_below,
     sealed,
 )
-from edge_runtime.bus import nats
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import ManualClock
@@ -177,25 +175,14 @@ async def refused(family: type[HeadwaterError], turn: Awaitable[object]) -> str:
     return caught.value.code
 
 
-@asynccontextmanager
-async def bus_of(kind: str, tmp_path: Path) -> AsyncIterator[Bus]:
-    if kind == "memory":
-        yield await MemoryBroker().connect()
-        return
-    with Broker.start(tmp_path / "broker") as broker:
-        bus = await nats.connect(broker.url, name="test")
-        try:
-            yield bus
-        finally:
-            await bus.close()
-
-
 @pytest.mark.parametrize("kind", ["memory", "nats"])
-def test_a_release_and_its_plan_reach_the_shelf(tmp_path: Path, kind: str) -> None:
+def test_a_release_and_its_plan_reach_the_shelf(
+    tmp_path: Path, bus_of: Callable[[str], AbstractAsyncContextManager[Bus]], kind: str
+) -> None:
     package = bytes(range(256)) * 1700  # 435,200 bytes: four chunks
 
     async def play() -> None:
-        async with bus_of(kind, tmp_path) as bus:
+        async with bus_of(kind) as bus:
             site = Site(tmp_path / "home", bus, ManualClock(NOW_S))
             nudges: list[bytes] = []
 

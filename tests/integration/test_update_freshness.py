@@ -203,10 +203,14 @@ def spoil(cache: Path, role: str, damage: str) -> None:
             )
 
 
+UNREADABLE = Path("/proc/self/mem")
+"""What stands here answers with EIO, as a bad sector does."""
+
+
 @pytest.mark.parametrize("lost", ["floor.a", "floor.b"])
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 300, b"{}", None])
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 300, b"{}", None, UNREADABLE])
 def test_f2_one_copy_of_the_floor_is_enough_and_mends_the_other(
-    tmp_path: Path, lost: str, damage: bytes | None
+    tmp_path: Path, lost: str, damage: bytes | Path | None
 ) -> None:
     async def scene(site: Site) -> None:
         await site.publish(b"old")
@@ -218,7 +222,11 @@ def test_f2_one_copy_of_the_floor_is_enough_and_mends_the_other(
         device.client.close()
         path = tmp_path / "EWR" / lost
         whole = path.read_bytes()
-        path.unlink() if damage is None else path.write_bytes(damage)
+        path.unlink()
+        if isinstance(damage, Path):
+            path.symlink_to(damage)
+        elif damage is not None:
+            path.write_bytes(damage)
         shutil.rmtree(tmp_path / "EWR" / "tuf")
         await site.serve(old)
         device = site.device()

@@ -11,21 +11,22 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import DelegatedRole, Root, Targets
+from tuf.api.metadata import DelegatedRole, Root, TargetFile, Targets
 
 from cloud_learner.broker import Broker
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import (
     ReleaseFile,
+    blob_messages,
     expiry,
     forge_plan,
     forge_release,
@@ -41,7 +42,7 @@ from edge_runtime.bus.base import Bus
 from edge_runtime.bus.memory import MemoryBroker
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import HeadwaterError, RequestError
-from edge_runtime.rollout.plan import Plan, PlanArm
+from edge_runtime.rollout.plan import Plan, PlanArm, encode_plan, plan_path
 from edge_runtime.update.client import UpdateClient
 from edge_runtime.update.fetcher import BusFetcher
 from edge_runtime.update.shelf import Shelf
@@ -51,6 +52,8 @@ from edge_runtime.wire import subjects
 NOW_S, DAY_S = 1_800_000_000.0, 86_400.0
 FAMILY, OTHER = "toy", "other"
 FAR = 1 << 31
+BATCH_BYTES_MAX = 4 << 20
+BusOf = Callable[[str], AbstractAsyncContextManager[Bus]]
 ROLES = ["timestamp", "snapshot", "targets", PLANS_ROLE, models_role(FAMILY)]
 
 
@@ -119,9 +122,9 @@ class Scene:
         found = await self.bus.last(subjects.TRUST_STREAM, subjects.metadata(name))
         return None if found is None else found.data
 
-    async def turn(self, family: str = FAMILY) -> bytes | str:
+    async def turn(self, family: str = FAMILY, fetcher: BusFetcher | None = None) -> bytes | str:
         """What a device serves after an update, or the code of what it refused."""
-        fetcher = BusFetcher(self.bus, asyncio.get_running_loop())
+        fetcher = fetcher or BusFetcher(self.bus, asyncio.get_running_loop())
         said = await asyncio.to_thread(self._turn, fetcher, family)
         assert self.serving() == self.served
         return said
@@ -141,6 +144,10 @@ class Scene:
             return self.served
 
     served: bytes | None = None
+
+    @property
+    def packages(self) -> Path:
+        return self._device / "shelf" / "packages"
 
     def serving(self, family: str = FAMILY) -> bytes | None:
         """What the device would serve after a restart."""
@@ -162,22 +169,16 @@ class Scene:
         (self.home / "tuf" / f"{root.version}.root.json").write_bytes(data)
 
 
-@asynccontextmanager
-async def bus_of(kind: str, folder: Path) -> AsyncIterator[Bus]:
-    if kind == "memory":
-        yield await MemoryBroker().connect()
-        return
-    with Broker.start(folder / "broker") as broker:
-        bus = await nats.connect(broker.url, name="test")
-        try:
-            yield bus
-        finally:
-            await bus.close()
+def play(
+    folder: Path,
+    scene: Callable[[Scene], Awaitable[None]],
+    over: AbstractAsyncContextManager[Bus] | None = None,
+) -> None:
+    """Play a scene over a bus, by default one of a broker in memory."""
 
-
-def play(folder: Path, scene: Callable[[Scene], Awaitable[None]], kind: str = "memory") -> None:
     async def whole() -> None:
-        async with bus_of(kind, folder) as bus:
+        async with AsyncExitStack() as stack:
+            bus = await (stack.enter_async_context(over) if over else MemoryBroker().connect())
             await scene(Scene(folder, bus))
 
     asyncio.run(whole())
@@ -261,6 +262,57 @@ def test_a3_the_rollout_key_chooses_among_genuine_releases_of_the_family(tmp_pat
         await publisher.raise_floor(FAMILY, 2)
         await at.steal(await at.forged_plan(10, old, "rollout"))
         assert await at.turn() == "release_below_floor"
+
+    play(tmp_path, scene)
+
+
+ENTRIES = {
+    "of no sha256": {"hashes": {"sha512": "ab" * 64}},
+    "of a name that is no hash": {"hashes": {"sha256": "../x y.*"}},
+    "without end": {"length": 1 << 62},
+}
+
+
+@pytest.mark.parametrize("how", [*ENTRIES, "numbered out of range"])
+def test_a3_a_plan_that_no_publisher_makes_is_refused_by_name(tmp_path: Path, how: str) -> None:
+    """The rollout key alone must not end a device, which would leave its release for that."""
+
+    async def scene(at: Scene) -> None:
+        await at.publish(at.good)
+        assert await at.turn() == at.good.data
+        root = at.root
+        number = (await look(at.bus, root)).next(PLANS_ROLE)
+        data = encode_plan(plan(2, at.good))
+        if how not in ENTRIES:
+            data = data.replace(b'"seq":2', b'"seq":%d' % 2**70)
+        entry = {"length": len(data), "hashes": {"sha256": hashlib.sha256(data).hexdigest()}}
+        target = TargetFile(**entry | ENTRIES.get(how, {}), path=plan_path(FAMILY))
+        document = Targets(
+            version=number, expires=expiry(at.clock.now_s(), 7), targets={target.path: target}
+        )
+        for subject, chunk in blob_messages(data):
+            await at.bus.publish(subject, chunk)
+        await at.steal((PLANS_ROLE, sealed(document, [at.key("rollout")])))
+        assert await at.turn() == "bad_plan"
+        second = await at.publish(release("r2", b"second", 2))
+        assert await at.turn() == second
+
+    play(tmp_path, scene)
+
+
+def test_a7_a_version_that_no_report_can_carry_is_refused_and_undone_by_new_keys(
+    tmp_path: Path,
+) -> None:
+    async def scene(at: Scene) -> None:
+        await at.publish(at.good)
+        assert await at.turn() == at.good.data
+        stamp = timestamp_of(1, 1 << 64, at.clock.now_s())
+        data = sealed(stamp, [at.key("timestamp")])
+        await at.bus.publish(subjects.metadata("timestamp.json"), data)
+        assert await at.turn() == "bad_metadata"
+        await at.rotate("snapshot", "timestamp")
+        second = await at.publish(release("r2", b"second", 2))
+        assert await at.turn() == second
 
     play(tmp_path, scene)
 
@@ -413,7 +465,7 @@ def around(folder: Path) -> list[str]:
 @pytest.mark.parametrize("kind", ["memory", "nats"])
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "a.b", "*", ">", "a b", "é" * 60])
 def test_a11_a_role_of_an_odd_name_gains_nothing_and_leaves_the_cache_alone(
-    tmp_path: Path, kind: str, name: str
+    tmp_path: Path, bus_of: BusOf, kind: str, name: str
 ) -> None:
     """Circles and diamonds: `tests/contract/test_tuf_delegations.py`."""
 
@@ -447,12 +499,12 @@ def test_a11_a_role_of_an_odd_name_gains_nothing_and_leaves_the_cache_alone(
         assert around(tmp_path) == before
         assert at.serving() == at.good.data
 
-    play(tmp_path, scene, kind)
+    play(tmp_path, scene, bus_of(kind))
 
 
 @pytest.mark.parametrize("kind", ["memory", "nats"])
 def test_p13_a_download_cut_anywhere_activates_nothing_until_it_is_whole(
-    tmp_path: Path, kind: str
+    tmp_path: Path, bus_of: BusOf, kind: str
 ) -> None:
     async def scene(at: Scene) -> None:
         await at.publish(at.good)
@@ -471,7 +523,70 @@ def test_p13_a_download_cut_anywhere_activates_nothing_until_it_is_whole(
             await at.bus.publish(subject, chunk)
         assert await at.turn() == package
 
-    play(tmp_path, scene, kind)
+    play(tmp_path, scene, bus_of(kind))
+
+
+class Interrupted(BusFetcher):
+    """A device's line: what `meanwhile` does happens in the middle of a download, once."""
+
+    def __init__(self, bus: Bus, at: int, meanwhile: Callable[[], None]) -> None:
+        super().__init__(bus, asyncio.get_running_loop())
+        self._at, self._meanwhile = at, meanwhile
+
+    def chunks(self, sha256: str, length: int, first: int = 0) -> Iterator[bytes]:
+        for number, chunk in enumerate(super().chunks(sha256, length, first), start=first):
+            if number == self._at:
+                self._at = -1
+                self._meanwhile()
+            yield chunk
+
+
+def test_p13_a_server_that_restarts_in_the_middle_costs_a_batch_of_chunks_at_most(
+    tmp_path: Path,
+) -> None:
+    async def whole() -> None:
+        with Broker.start(tmp_path / "broker") as broker:
+            bus = await nats.connect(broker.url, name="test")
+            at = Scene(tmp_path, bus)
+            await at.publish(at.good)
+            before = await at.turn()
+            assert before == at.good.data
+            package = random.Random(13).randbytes(50 * CHUNK_BYTES + 1)
+            await at.publish(release("r2", package, 2))
+
+            def restart() -> None:
+                broker.kill()
+                assert at.serving() == before
+                broker.restart()
+
+            line = Interrupted(bus, 20, restart)
+            assert await at.turn(FAMILY, line) == package
+            assert line.statistics()["bytes"] - len(package) < BATCH_BYTES_MAX
+            assert bus.statistics()["reconnects"] == 1
+            await bus.close()
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("left", [1, CHUNK_BYTES - 1, CHUNK_BYTES + 7, 4 * CHUNK_BYTES])
+def test_p13_a_device_that_dies_at_any_byte_goes_on_from_its_last_whole_chunk(
+    tmp_path: Path, left: int
+) -> None:
+    async def scene(at: Scene) -> None:
+        await at.publish(at.good)
+        assert await at.turn() == at.good.data
+        package = random.Random(left).randbytes(5 * CHUNK_BYTES + 1000)
+        new = release("r2", package, 2)
+        await at.publish(new)
+        part = at.packages / f".{new.sha256}.part"
+        part.write_bytes(package[:left] + bytes(len(package) - left))
+        assert at.serving() == b"good" * 100_000
+        line = Interrupted(at.bus, -1, lambda: None)
+        assert await at.turn(FAMILY, line) == package
+        again = line.statistics()["bytes"] - (len(package) - left)
+        assert 0 <= again < CHUNK_BYTES + 20_000  # and the metadata
+
+    play(tmp_path, scene)
 
 
 def test_p13_an_old_manifest_and_a_wrong_key_activate_nothing(tmp_path: Path) -> None:

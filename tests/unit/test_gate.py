@@ -212,6 +212,14 @@ def test_the_gates_key_signs_no_verdict_but_its_own(gate, tmp_path, write_packag
         assert caught.value.code == "other_verdict"
 
 
+@pytest.mark.parametrize("payload", [b"", b"[]", b"null", b"[" * 100_000, b'{"targets": 1}'])
+def test_the_gates_key_signs_nothing_that_is_no_list_of_releases(gate, tmp_path, payload):
+    keys.create(tmp_path / "home", ["toy"])
+    signer = JudgedSigner(keys.load(tmp_path / "home").gate, lambda *_: None)
+    with pytest.raises(TrustError, match="not_releases"):
+        signer.sign(payload)
+
+
 def test_a_gate_trusts_what_it_passed_in_an_earlier_life(gate):
     gate.trust("0" * 64, {"outcome": "pass", "rules": [], "sha256": ""})
 

@@ -88,6 +88,7 @@ def test_work_is_done_on_one_thread_that_starts_with_the_first(worker_of, model)
         "runs": 5,
         "overloaded": 0,
         "deadline_exceeded": 0,
+        "threads_lost": 0,
         "waiting": 0,
     }
 
@@ -225,6 +226,27 @@ def test_a_batch_that_fails_is_done_again_one_by_one_and_only_the_bad_one_fails(
 
     assert asyncio.run(ask())[1:] == ["xx", "yy"]
     assert model.runs == [["gate"], ["x", "bad", "y"], ["x"], ["bad"], ["y"]]
+
+
+def test_a_run_that_is_left_to_itself_holds_up_nobody(worker_of, model):
+    worker, owner = worker_of(deadline_s=2.0), object()
+
+    async def ask():
+        stuck = asyncio.create_task(worker.submit(model, "gate", owner=owner, timeout_s=1.0))
+        assert await asyncio.to_thread(model.begun.wait, PATIENCE_S)
+        run = worker.running
+        assert (run.owner, run.useless_s) == (owner, 4.0)
+        others = await queued(worker, model, [1, 2])
+        worker.leave(run)
+        worker.leave(run)
+        assert await asyncio.gather(*others) == [2, 4]
+        stuck.cancel()
+        model.gate.set()
+        assert await worker.submit(model, 3) == 6
+        assert worker.running is None
+
+    asyncio.run(ask())
+    assert worker.statistics()["threads_lost"] == 1
 
 
 def test_close_ends_after_the_run_that_it_is_at_and_fails_what_waits(worker_of, model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,6 +18,7 @@ from edge_runtime.errors import PackageError
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.runner import Runner
 
+CONVERTED = Path(__file__).parents[1] / "fixtures" / "foreign-1"
 ROWS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 NAMES = ["a", "b", "c"]
 WEIGHTS = np.array([[1.0], [2.0], [3.0]])
@@ -85,6 +88,54 @@ def test_an_input_for_each_feature_is_one_column_each_in_the_spec_s_order(tmp_pa
     model = fitted(read_foreign(path), NAMES, 1, {"b": "bee"})
 
     assert np.allclose(answers(tmp_path, model), ROWS @ WEIGHTS, atol=1e-6)
+
+
+def converted(name):
+    """What a real converter wrote, the rows that it was asked, and what the framework answered."""
+    told = json.loads((CONVERTED / "answers.json").read_text())
+    rows = np.array(told["rows"], np.float32)
+    return CONVERTED / f"{name}.onnx", rows, np.array(told["answers"][name])[:, None]
+
+
+def test_every_converted_file_has_its_answers():
+    told = json.loads((CONVERTED / "answers.json").read_text())
+
+    assert {path.stem for path in CONVERTED.glob("*.onnx")} == set(told["answers"])
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("logistic", {}),
+        ("double", {}),
+        ("columns", {"probability": "i1"}),
+        ("scaled", {}),
+        ("flipped", {}),
+        ("boosting", {}),
+        ("named", {}),
+        ("keras", {}),
+    ],
+)
+def test_what_converters_write_answers_as_the_framework_did(tmp_path, name, names):
+    """ZipMap, a column for each class, an input for each feature, trees, doubles, softmax."""
+    path, rows, expected = converted(name)
+    model = fitted(read_foreign(path), ["side", "x", "seen"], 1, names)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    runner = Runner(tmp_path / "m.onnx")
+
+    assert np.abs(runner.run(rows) - expected).max() < 1e-6
+    for row, answer in zip(rows, expected, strict=True):
+        assert np.abs(runner.run(row[None]) - answer).max() < 1e-6
+
+
+def test_an_output_for_each_class_asks_which_is_meant(tmp_path):
+    path, _, _ = converted("columns")
+
+    error = refused(fitted, read_foreign(path), ["side", "x", "seen"], 1, {})
+
+    assert error.code == "wrong_interface"
+    assert "i0 (rank 1, width 0), i1" in error.message
+    assert error.hint == "--map probability=OUTPUT"
 
 
 def test_what_torch_exports_is_sealed_and_quantized(tmp_path, toy_spec, toy_interface):

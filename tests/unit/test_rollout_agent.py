@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.errors import HeadwaterError, RequestError, TransportError, TrustError
 from edge_runtime.inference.package import Interface
+from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.agent import Agent
 from edge_runtime.rollout.plan import Plan, PlanArm, Variant, Window, model_path
 from edge_runtime.runtime import Event, Runtime
@@ -240,6 +241,74 @@ def test_the_current_and_the_previous_release_stay_on_the_shelf_and_no_other(
         assert found == [False, True, True]
 
     play(stage)
+
+
+def test_what_a_restart_would_serve_stays_though_its_successor_could_not_be_remembered(
+    play: Callable[..., None],
+) -> None:
+    """One family is settled while another runs what the disk would not remember."""
+
+    async def stage(device: Device) -> None:
+        device.orders.current = Plan(family="toy", seq=1, stable=device.arm("r1"))
+        await device.agent.check()
+        shelf, state = device.runtime.shelf, device.runtime.config.state_dir / "shelf"
+        device.orders.current = Plan(family="toy", seq=2, stable=device.arm("r2", 1.0))
+        (state / "current").rename(state / "aside")
+        (state / "current").write_bytes(b"a file where a directory belongs")
+        await device.agent.check()
+        assert device.answering() == "r2"
+        (state / "current").unlink()
+        (state / "aside").rename(state / "current")
+        agent = Agent(
+            TwoFamilies(device.runtime),
+            Others(device),
+            shelf,
+            device.bus,
+            attributes={},
+            poll_s=1000.0,
+        )
+        await agent.check()
+        assert shelf.load_current("other") is not None
+        current = shelf.load_current("toy")
+        assert current is not None
+        assert current.seq == 1
+        assert shelf.path_of(current.stable.sha256) is not None
+
+    play(stage)
+
+
+class TwoFamilies:
+    """A device that runs another family beside `toy`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime, self.device = runtime, runtime.device
+        self.families, self._other = ["other", "toy"], None
+
+    def current(self, family: str) -> Plan | None:
+        return self._runtime.current(family) if family == "toy" else self._other
+
+    async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
+        assert (family, len(arms)) == ("other", 1)
+        self._other = plan
+
+    def report(self, refused: dict[str, int]) -> Report:
+        return self._runtime.report(refused)
+
+
+class Others(Orders):
+    """Has a plan for `other`, and none for `toy`."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        path, sha256 = device.write_package(2.0)
+        self.files[sha256] = path.read_bytes()
+        arm = PlanArm("o1", model_path("other", "o1"), sha256, 1, 1.0)
+        self.wanted = Plan(family="other", seq=1, stable=arm)
+
+    def plan(self, family: str, /) -> Plan:
+        if family == "other":
+            return self.wanted
+        raise TransportError("unreachable", "away")
 
 
 @pytest.mark.parametrize("slower", [0, 1])

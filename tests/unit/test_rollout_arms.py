@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,3 +170,48 @@ def test_an_arm_of_one_package_that_was_left_is_refused(
     store.shelf.quarantine(arm.sha256, "rolled_back")
     with pytest.raises(TrustError, match="release_quarantined"):
         load_plan_arm(store.shelf, "stable", arm, store.obtain)
+
+
+def test_a_disk_that_damages_a_package_does_not_speak_against_it(
+    store: Store, release: Callable[..., PlanArm]
+) -> None:
+    arm = release(FAST)
+
+    def prove(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-1])
+        raise PackageError("unreadable_package", f"{path} is cut")
+
+    with pytest.raises(PackageError, match="unreadable_package"):
+        load_plan_arm(store.shelf, "stable", arm, store.obtain, prove)
+    assert store.shelf.quarantined() == {}
+    assert load_plan_arm(store.shelf, "stable", arm, store.obtain).release == "r1"
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_a_process_without_file_handles_blames_no_package(
+    store: Store, release: Callable[..., PlanArm], left: int
+) -> None:
+    arm = release(FAST)
+    path = store.obtain(arm.packages[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, hard))
+    try:
+        with contextlib.suppress(PackageError):
+            load_plan_arm(store.shelf, "stable", arm, lambda _: path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.shelf.quarantined() == {}
+    assert load_plan_arm(store.shelf, "stable", arm, store.obtain).release == "r1"
+
+
+def test_a_package_that_was_damaged_since_it_was_proven_is_fetched_again(
+    store: Store, release: Callable[..., PlanArm]
+) -> None:
+    arm = release(FAST)
+    path = store.obtain(arm.packages[0])
+    path.write_bytes(path.read_bytes() + b"?")
+    obtain = store.obtain
+    assert code_of(lambda: load_plan_arm(store.shelf, "stable", arm, obtain)) == "hash_mismatch"
+    assert load_plan_arm(store.shelf, "stable", arm, obtain).release == "r1"

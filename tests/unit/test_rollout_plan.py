@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.errors import TrustError
 from edge_runtime.rollout.plan import (
+    NUMBER_MAX,
     Plan,
     PlanArm,
     Variant,
@@ -72,6 +73,7 @@ def test_paths_stay_inside_their_role() -> None:
     "bad",
     [
         plan(seq=0),
+        plan(seq=NUMBER_MAX + 1),
         plan(family="../f"),
         plan(stable=arm("a/b")),
         plan(stable=arm(sha256="AB" * 32)),

@@ -74,6 +74,7 @@ def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path
         ("window_s = 20.0", "window_s = 0.0", "label.window_s"),
         ("window_s = 20.0", "window_s = 'long'", "label.window_s"),
         ("window_s = 20.0", "", "window_s"),
+        ("[rollout]", "[rollout]\nmargin = 0.06", "rollout.margin"),
         ("window_s = 20.0", "window_s = 20.0\nexpiry = 'positive'", "label.expiry"),
         ("window_s = 20.0", "window_s = 20.0\namend_s = -1.0", "label.amend_s"),
         ('x = "float"', 'x = "flaot"', "flaot"),

@@ -164,11 +164,15 @@ def test_the_space_of_a_package_is_taken_before_its_first_byte(tmp_path: Path) -
     Shelf(tmp_path).put(SHA, len(DATA), look)
 
 
-def running(home: Path, disk: OsFiles | None = None) -> Shelf:
-    """A shelf with a package that runs, and its plan."""
+def running(home: Path, disk: Failing | None = None) -> Shelf:
+    """A shelf with a package that runs, and its plan; the disk fails from here on."""
     Shelf(home).put_whole(GOOD_SHA, GOOD)
     Shelf(home).save_current(plan())
-    return Shelf(home, disk)
+    at = disk.left if disk is not None else 0
+    shelf = Shelf(home, disk)
+    if disk is not None:
+        disk.left = at
+    return shelf
 
 
 def plan() -> Plan:

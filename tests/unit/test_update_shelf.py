@@ -88,6 +88,7 @@ def test_a_package_damaged_on_disk_is_dropped_at_its_first_use(tmp_path: Path) -
 def test_a_disk_that_cannot_be_written_is_a_capacity_error(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     (tmp_path / "packages").rmdir()
+    (tmp_path / "current").rmdir()
     (tmp_path / "current").write_bytes(b"a file where a directory belongs")
     with pytest.raises(CapacityError, match="shelf_unwritable"):
         shelf.put_whole(SHA, DATA)

@@ -92,10 +92,11 @@ def test_merging_takes_the_higher_of_every_part(one: Floor, other: Floor) -> Non
 
 
 @given(floors, st.integers(1, 50), st.integers(0, 50), st.floats(0, 1e10))
-def test_confirming_never_lowers_plan_counter_or_time(
+def test_confirming_under_the_same_keys_never_lowers_plan_counter_or_time(
     floor: Floor, seq: int, counter: int, issued_s: float
 ) -> None:
-    after = planned(confirmed(floor, {"root": 1}, "k", issued_s), plan(seq), counter)
+    under = confirmed(floor, {"root": 1}, floor.online, issued_s)
+    after = planned(under, plan(seq), counter)
     assert after.plan_seq.get("f", 0) >= max(seq, floor.plan_seq.get("f", 0))
     assert after.release_counter.get("f", 0) >= max(counter, floor.release_counter.get("f", 0))
     assert after.time_s >= floor.time_s
@@ -122,7 +123,8 @@ RECOVERED = {"root": 2, "timestamp": 1, "snapshot": 1, "targets": 1, "plans": 1}
 def test_new_online_keys_undo_the_versions_that_the_old_ones_vouched_for() -> None:
     check_versions(FLOOR, RECOVERED, "new")
     after = confirmed(FLOOR, RECOVERED, "new", 0.0)
-    assert (after.versions, after.plan_seq, after.online) == (RECOVERED, {"f": 4}, "new")
+    assert (after.versions, after.plan_seq, after.release_counter) == (RECOVERED, {}, {})
+    assert (after.time_s, after.online) == (FLOOR.time_s, "new")
     assert merge_floors(FLOOR, after) == merge_floors(after, FLOOR) == after
     with pytest.raises(TrustError, match="metadata_rolled_back"):
         check_versions(after, RECOVERED | {"root": 1}, "k")
