@@ -73,7 +73,9 @@ class Installer:
 
     def settle(self, plan: Plan, current: Mapping[str, Plan | None]) -> None:
         """Remember and confirm `plan`; keep the packages that run, of each family's `current` plan,
-        and those to go back to. Raises: CapacityError, and what fetching the fallback raises.
+        those that a restart would serve, and those to go back to.
+
+        Raises: CapacityError, and what fetching the fallback raises.
         """
         self._shelf.save_current(plan, self._client.lowest_counter(plan.family))
         self._client.confirm(plan)

@@ -67,6 +67,8 @@ def check_history(plan: Plan, seen: Plan) -> None:
     """
     if not plan.trials and plan.stable.counter <= seen.stable.counter:
         return  # nothing comes of it but what is there already
+    if plan.seq < seen.seq:
+        return  # numbers begin anew under new online keys: `seen` was a thief's
     seq = seen.seq if seen.stable.counter else 0  # a factory package's plan was never published
     known = plan.stages[: len(seen.stages)] == seen.stages
     if known or plan.salt != seen.salt:

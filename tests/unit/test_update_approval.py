@@ -71,6 +71,7 @@ SEEN = plan(5, 1, 2, (3, 1), (5, 10))
         plan(6, 2, 0, salt=""),
         plan(6, 1, 0, (1, 100), salt=""),  # back, with the history of before
         plan(6, 0, 0),
+        plan(4, 1, 2, (2, 1), (4, 100)),  # new online keys undid what was seen
     ],
 )
 def test_a_history_that_goes_on_or_begins_anew_is_taken(good: Plan) -> None:
