@@ -202,24 +202,15 @@ def load_arm(
     Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, external_data,
     wrong_signature, missing_metadata, bad_metadata, spec_mismatch).
     """
-    before = _held()
+    before = memory.resident_bytes()
     with nullcontext() if sha256 is None else unchanged(Path(path), sha256):
         check_whole(Path(path))
         runner = Runner(path)
     info = read_package(runner.metadata)
     _check_widths(runner, info, str(path))
     _check_golden(runner, info, str(path))
-    after = _held()
-    added = 0.0 if before is None or after is None else max(0, after - before) / MB
+    added = max(0, memory.resident_bytes() - before) / MB if before else 0.0
     return Arm(name, release, runner, info, weight, variant, sha256 or "", added)
-
-
-def _held() -> int | None:
-    """What the process holds in memory; None where it is out of file handles and cannot ask."""
-    try:
-        return memory.resident_bytes()
-    except OSError:
-        return None
 
 
 def load_bare_arm(path: Path | str, release: str) -> Arm:
