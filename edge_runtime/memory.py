@@ -12,9 +12,12 @@ import os
 
 
 def resident_bytes() -> int:
-    """What the process holds in memory now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[1])
+    """What the process holds in memory now; 0 where it cannot be read: without file handles."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

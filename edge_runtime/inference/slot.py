@@ -209,7 +209,7 @@ def load_arm(
     info = read_package(runner.metadata)
     _check_widths(runner, info, str(path))
     _check_golden(runner, info, str(path))
-    added = max(0, memory.resident_bytes() - before) / MB
+    added = max(0, memory.resident_bytes() - before) / MB if before else 0.0
     return Arm(name, release, runner, info, weight, variant, sha256 or "", added)
 
 
