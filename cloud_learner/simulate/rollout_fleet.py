@@ -28,7 +28,7 @@ from cloud_learner.controller import Controller
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
-from cloud_learner.rollout.campaign import Offer, Rules
+from cloud_learner.rollout.state import Offer, Rules
 from cloud_learner.simulate.crew import Crew, Fact
 from cloud_learner.simulate.fleet import DeviceProcess
 from cloud_learner.store.examples import Example

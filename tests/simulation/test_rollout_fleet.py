@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cloud_learner.rollout.campaign import Rules
+from cloud_learner.rollout.state import Rules
 from cloud_learner.simulate.rollout_fleet import Site, roll_back
 from edge_runtime.device.asking import Event
 
