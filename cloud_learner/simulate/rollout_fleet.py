@@ -40,13 +40,14 @@ from edge_runtime.clock import SystemClock
 from edge_runtime.device.asking import Event
 from edge_runtime.errors import TransportError
 from edge_runtime.rollout.plan import Plan, model_path
+from edge_runtime.update.approval import Approval
 from edge_runtime.wire import codec, subjects
 from edge_runtime.wire.messages import Scored
 
 WAIT_S = 300.0
 LINGER_MS = 500  # hundreds of logs share one disk
 OLD, NEW = "r1", "r2"
-BAD_PAIRS = 200
+PAIRS_EACH = 30
 
 
 class Site:
@@ -161,8 +162,9 @@ class Site:
         clock, root = SystemClock(), self.cloud.root
         publisher = Publisher(root, bus, keys.load(root), clock)
 
-        async def publish(offer: Offer | None, plan: Plan | None) -> None:
-            await publisher.publish(_file(rules.family, offer) if offer else None, plan)
+        async def publish(offer: Offer | None, plan: Plan | None, consent: Approval | None) -> str:
+            await publisher.publish(_file(rules.family, offer) if offer else None, plan, consent)
+            return publisher.signed_plans()
 
         lineage = Lineage(self.cloud.lineage)
         self.controller = Controller(rules, root / "campaign.json", publish, lineage, clock)
@@ -226,7 +228,7 @@ async def roll_back(
     out_s = time.monotonic() - began_s
     await asyncio.sleep(dwell_s)
     decided_s = time.monotonic()
-    await site.controller.examples(_bad(site.names[-1], site.controller.rules.family))
+    await site.controller.examples(_bad(kept, site.controller.rules.family))
     killed = await site.cut(len(site.crews) - 1) if len(site.crews) > 1 else []
     await site.serve(kept, OLD)
     woken_s = time.monotonic()
@@ -272,12 +274,23 @@ def _file(family: str, offer: Offer) -> ReleaseFile:
     return ReleaseFile(family, offer.release, offer.counter, data, offer.verdict)
 
 
-def _bad(device: str, family: str) -> list[Example]:
-    """Evidence beyond doubt: the release on trial is sure of the opposite, again and again."""
-    scored = [Scored(OLD, "stable", [0.01]), Scored(NEW, "canary", [0.99])]
-    facts = {"family": family, "label_time_s": 0.0, "features": b"", "spec": "", "label": 0.0}
-    facts |= {"propensity": 0.8, "scored": scored, "arrived_s": 0.0, "matured_s": 0.0}
+def _bad(devices: Sequence[str], family: str) -> list[Example]:
+    """Evidence beyond doubt: on every device the release on trial is sure of the opposite."""
+    facts = {"family": family, "label_time_s": 0.0, "features": b"", "spec": "", "propensity": 0.8}
+    facts |= {"arrived_s": 0.0, "matured_s": 0.0}
+    answers = [
+        [Scored(OLD, "stable", [at]), Scored(NEW, "canary", [1 - at])] for at in (0.01, 0.99)
+    ]
     return [
-        Example(device=device, epoch=1, seq=seq, time_s=float(seq), **facts)  # type: ignore[arg-type] # each of its own type
-        for seq in range(1, BAD_PAIRS)
+        Example(
+            device=name,
+            epoch=1,
+            seq=seq,
+            time_s=float(seq),
+            label=float(seq % 2),
+            scored=answers[seq % 2],
+            **facts,  # type: ignore[arg-type] # each of its own type
+        )
+        for seq in range(1, PAIRS_EACH + 1)
+        for name in devices
     ]
