@@ -14,14 +14,19 @@ Invariants: nothing is left out where one percent is less than half a device.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 
 LIARS_SHARE = 0.01
 
+DEVIATIONS = 2.0
+"""A trial is on some of a fleet: of a hundred devices by chance two may be liars, or three."""
+
 
 def liars(devices: int) -> int:
-    """How many of `devices` may lie: one percent, rounded."""
-    return int(devices * LIARS_SHARE + 0.5)
+    """How many of `devices` may lie where one percent of all do, but for one trial in fifty."""
+    expected = devices * LIARS_SHARE
+    return int(expected + DEVIATIONS * math.sqrt(expected) + 0.5) if expected >= 0.5 else 0
 
 
 def without_loudest(parts: Iterable[float], count: int, total: float) -> float:
