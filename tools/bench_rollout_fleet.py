@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The fleets of tools/bench-rollout: whole devices that go back, and crowds of ten thousand.
 
 Why: a promise about a fleet is kept or broken by fleets, not by formulas about them.
@@ -7,7 +6,7 @@ How: 200 whole devices in eight processes beside a real broker, all on this mach
 they wait for each other is more than devices of their own would; crowds as numbers, a seed each,
 with uneven devices, hours offline, sleepers, drift and labels half a day late.
 
-Run by itself: tools/bench_rollout_fleet.py [--only PART ...] [--quick] [--json]
+Run by itself: .venv/bin/python tools/bench_rollout_fleet.py [--only PART ...] [--seeds N] [--json]
 """
 
 from __future__ import annotations
@@ -35,8 +34,9 @@ from cloud_learner.simulate.crowd_cycle import cycle_cost  # noqa: E402
 from cloud_learner.simulate.crowd_trial import Course, campaign_over  # noqa: E402
 from cloud_learner.simulate.rollout_fleet import Outcome, Site, roll_back  # noqa: E402
 
-Part = Callable[[Path, argparse.Namespace], list[Row]]
+Part = Callable[[int], list[Row]]
 
+SEEDS = 1000
 BACK_S, CYCLE_S, FLEET_PERCENT, PAIRS = 10.0, 2.0, 25.0, 12_000
 EQUAL, WORSE, DISASTER = Model(), Model(auc_lost=0.02), Model(failure_ratio=10.0)
 CASES: dict[str, tuple[Model, Lies]] = {
@@ -48,10 +48,11 @@ CASES: dict[str, tuple[Model, Lies]] = {
 }
 
 
-def fleet(home: Path, options: argparse.Namespace) -> list[Row]:
-    """How long whole devices run what was found out."""
-    devices, crews, asleep = (12, 2, 2) if options.quick else (200, 8, 10)
-    found = asyncio.run(_fleet(home, devices, crews, asleep))
+def fleet(seeds: int) -> list[Row]:
+    """How long whole devices run what was found out; few of them where seeds are few."""
+    devices, crews, asleep = (200, 8, 10) if seeds >= SEEDS else (12, 3, 2)
+    with tempfile.TemporaryDirectory(prefix="hw-") as home:
+        found = asyncio.run(_fleet(Path(home), devices, crews, asleep))
     what = "roll back decided to old release serving on every online device"
     p50, p99 = (float(np.quantile(found.back_s, q)) for q in (0.5, 0.99))
     return [
@@ -80,14 +81,14 @@ async def _fleet(home: Path, devices: int, crews: int, asleep: int) -> Outcome:
         return await roll_back(site, old, new, asleep=asleep)
 
 
-def crowd(_home: Path, options: argparse.Namespace) -> list[Row]:
-    """What campaigns over crowds of ten thousand come to."""
-    seeds = range(1, 3 if options.quick else 41)
-    jobs = [(case, seed) for case in CASES for seed in seeds]
+def crowd(seeds: int) -> list[Row]:
+    """What campaigns over crowds of ten thousand come to, one for twenty-five seeds."""
+    crowds = range(max(seeds // 25, 1))
+    jobs = [(case, seed) for case in CASES for seed in crowds]
     context = get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         courses = dict(zip(jobs, pool.map(_course, *zip(*jobs, strict=True)), strict=True))
-    by_case = {case: [courses[case, seed] for seed in seeds] for case in CASES}
+    by_case = {case: [courses[case, seed] for seed in crowds] for case in CASES}
     worse, equal, disaster = by_case["worse"], by_case["equal"], by_case["disaster"]
     stopped = "model that is 2 points AUC worse, labels delayed"
     lied = [
@@ -116,10 +117,11 @@ def crowd(_home: Path, options: argparse.Namespace) -> list[Row]:
     ]  # fmt: skip
 
 
-def cycle(home: Path, options: argparse.Namespace) -> list[Row]:
+def cycle(seeds: int) -> list[Row]:
     """What the controller computes for all devices once."""
-    devices = 500 if options.quick else 10_000
-    cost = cycle_cost(home, devices)
+    devices = 10_000 if seeds >= SEEDS else 500
+    with tempfile.TemporaryDirectory(prefix="hw-") as home:
+        cost = cycle_cost(Path(home), devices)
     what = f"{devices:,} devices, one campaign, whole controller cycle"
     return [
         Row(f"{what}: signed reports, labels, decision, plan", cost.cycle_s, "CPU s", CYCLE_S),
@@ -150,19 +152,18 @@ def _median(what: str, unit: str, values: Iterable[float]) -> Row:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; default: all")
-    parser.add_argument("--quick", action="store_true", help="small counts")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="fewer: small fleets")
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for name in options.only or PARTS:
         print(f"{name} ...", file=sys.stderr)
-        with tempfile.TemporaryDirectory(prefix="hw-") as folder:
-            rows += PARTS[name](Path(folder), options)
+        rows += PARTS[name](options.seeds)
     if options.json:
         print(json.dumps({"rows": [row.plain() for row in rows], "machine": machine()}))
     else:
         print(table(rows))
-    return 0 if options.quick or all(row.ok is not False for row in rows) else 1
+    return 0 if all(row.ok is not False for row in rows) else 1
 
 
 if __name__ == "__main__":
