@@ -78,9 +78,8 @@ def test_c7_who_slept_through_all_stages_lands_on_the_decision(world, rules, see
 def test_c11_and_s6_no_lies_stop_a_good_release_for_harm_and_hardly_any_hold_it_up(
     world, rules, seeds
 ):
-    endings = []
-    for crowd in crowds(world, Model(), seeds, liars=0.01, lies="harm"):
-        endings.append(campaign_over(crowd, rules).ending)
+    accused = crowds(world, Model(), seeds, liars=0.01, lies="harm")
+    endings = [campaign_over(crowd, rules).ending for crowd in accused]
     assert "harm" not in endings
     assert endings.count("promoted") >= 0.9 * seeds, endings
 
