@@ -182,9 +182,10 @@ class _Inside:
 
     async def run(self) -> None:
         """Follow orders until there are no more."""
-        loop = asyncio.get_running_loop()
+        orders, loop = asyncio.StreamReader(), asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
         async with asyncio.TaskGroup() as group:
-            while line := await loop.run_in_executor(None, sys.stdin.readline):
+            while line := await orders.readline():
                 order = msgspec.json.decode(line, type=Order)
                 if order.what == "start":
                     end = self._ends[order.home] = asyncio.Event()
@@ -206,7 +207,8 @@ class _Inside:
                 async with cloud_side(device, self._root, {}, self._prover) as works:
                     self._aboard[home] = device
                     device.tell(config.families[0])
-                    await _until(end, *works, device.watch.run(), self._ask(device))
+                    device.watch.wake()
+                    await _until(end, *works, self._ask(device))
                     device.count()
             _say(Fact("stopped", config.device, time.monotonic()))
         except HeadwaterError as error:

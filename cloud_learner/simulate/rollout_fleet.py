@@ -25,9 +25,11 @@ from cloud_learner.admission import Admissions
 from cloud_learner.broker import Broker
 from cloud_learner.config import Home
 from cloud_learner.controller import Controller
+from cloud_learner.floors import Floors
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.metadata import ReleaseFile
+from cloud_learner.reports import Reports
 from cloud_learner.rollout.state import Offer, Rules
 from cloud_learner.simulate.crew import Crew, Fact
 from cloud_learner.simulate.fleet import DeviceProcess
@@ -41,7 +43,7 @@ from edge_runtime.device.asking import Event
 from edge_runtime.errors import TransportError
 from edge_runtime.rollout.plan import Plan, model_path
 from edge_runtime.update.approval import Approval
-from edge_runtime.wire import codec, subjects
+from edge_runtime.wire import subjects
 from edge_runtime.wire.messages import Scored
 
 WAIT_S = 300.0
@@ -79,6 +81,7 @@ class Site:
                 self._device(name, broker.url).configure()
             bus = await connect(broker.url, name="learner", access=admissions.access())
             try:
+                self.reports = Reports(admissions.known, Floors(self._home / "floors").is_news)
                 await self._furnish(bus, rules)
                 await self._man()
                 yield
@@ -138,15 +141,11 @@ class Site:
                 while not condition():
                     self._news.clear()
                     await self._news.wait()
-                    self._check_all()
+                    for fact in self.heard:
+                        if fact.what == "failed":
+                            raise TransportError("device_failed", f"{fact.device}: {fact.note}")
         except TimeoutError as error:
             raise TransportError("timeout", f"{what} does not come") from error
-
-    def _check_all(self) -> None:
-        """Raises: TransportError `device_failed`."""
-        failed = [fact for fact in self.heard if fact.what == "failed"]
-        if failed:
-            raise TransportError("device_failed", f"{failed[0].device}: {failed[0].note}")
 
     def _home_of(self, device: str) -> Path:
         return self._home / "devices" / device
@@ -172,7 +171,9 @@ class Site:
         await bus.subscribe(subjects.report("*"), self._on_report)
 
     async def _on_report(self, message: Message) -> None:
-        await self.controller.report(codec.decode_report(message.data))
+        report = self.reports.believed(message)
+        if report is not None:
+            await self.controller.report(report)
 
     async def _man(self) -> None:
         root = self.cloud.trusted_root
@@ -195,11 +196,10 @@ class Site:
 class Outcome(msgspec.Struct):
     """What became of a release that was found out, in seconds from the decision.
 
-    `back_s` is of the devices that were online all the time, `killed_s` of those that were killed
-    right after the decision and started again, `woken_s` of those that were away from before the
-    trial until after it, from their start on; `woken_tried` of these ran the bad release. After
-    `answered_s` the bad release answered nobody on a device of the first kind. `out_s` is how long
-    it took to get the release onto all of them.
+    `back_s` is of devices that were online all the time, `killed_s` of those that were killed right
+    after the decision and started again, `woken_s` of those that were away all through the trial,
+    from their start on; `woken_tried` of these ran the bad release. After `answered_s` it answered
+    nobody on a device of the first kind. `out_s` is how long it took onto all of them.
     """
 
     out_s: float
@@ -276,8 +276,7 @@ def _file(family: str, offer: Offer) -> ReleaseFile:
 
 def _bad(devices: Sequence[str], family: str) -> list[Example]:
     """Evidence beyond doubt: on every device the release on trial is sure of the opposite."""
-    facts = {"family": family, "label_time_s": 0.0, "features": b"", "spec": "", "propensity": 0.8}
-    facts |= {"arrived_s": 0.0, "matured_s": 0.0}
+    facts = dict.fromkeys(("label_time_s", "arrived_s", "matured_s"), 0.0)
     answers = [
         [Scored(OLD, "stable", [at]), Scored(NEW, "canary", [1 - at])] for at in (0.01, 0.99)
     ]
@@ -286,10 +285,14 @@ def _bad(devices: Sequence[str], family: str) -> list[Example]:
             device=name,
             epoch=1,
             seq=seq,
+            family=family,
             time_s=float(seq),
+            features=b"",
+            spec="",
             label=float(seq % 2),
+            propensity=0.8,
             scored=answers[seq % 2],
-            **facts,  # type: ignore[arg-type] # each of its own type
+            **facts,  # type: ignore[arg-type] # floats
         )
         for seq in range(1, PAIRS_EACH + 1)
         for name in devices

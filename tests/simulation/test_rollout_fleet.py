@@ -25,9 +25,9 @@ def test_c7_and_r8_a_fleet_goes_back_and_who_slept_never_tries_what_was_found_ou
     async def main():
         site = Site(tmp_path, names, crews, EVENT, pace_s=0.2 * devices / 6)
         async with site.open(Rules(family="toy", selector={})):
-            return await roll_back(
-                site, old, new, asleep=asleep, dwell_s=1.0
-            ), site.controller.status()
+            found = await roll_back(site, old, new, asleep=asleep, dwell_s=1.0)
+            assert not any(site.reports.statistics().values())
+            return found, site.controller.status()
 
     found, status = asyncio.run(main())
 
