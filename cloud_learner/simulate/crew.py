@@ -33,6 +33,7 @@ from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.plan import Plan
 from edge_runtime.runtime import Runtime
+from edge_runtime.update.patch import PatchEntry
 from edge_runtime.uplinked import cloud_side
 
 What = Literal["start", "stop", "count"]
@@ -141,6 +142,7 @@ class _Device(Runtime):
         self.answered: Counter[str] = Counter()
         self.last_s: dict[str, float] = {}
         self.failed = 0
+        self.on_tell: Callable[[], None] = _nothing
 
     async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         await super().adopt(family, arms, plan)
@@ -152,6 +154,7 @@ class _Device(Runtime):
         if plan is not None:
             serving = [arm.release for arm in self.report({}).arms if arm.family == family]
             _say(Fact("serves", self.device, time.monotonic(), plan.seq, serving))
+            self.on_tell()
 
     def ask(self, event: Event) -> None:
         """One request, as an application makes it; before the first release none is made."""
@@ -172,13 +175,18 @@ class _Device(Runtime):
 
 
 class _Inside:
-    """All devices of this process."""
+    """All devices of this process.
+
+    The first comes up alone: msgspec learns a type at its first use, and two threads that have it
+    learn the same one at once end the process.
+    """
 
     def __init__(self, root: bytes, pace_s: float, event: Event) -> None:
         self._root, self._pace_s, self._event = root, pace_s, event
         self._prover = Prover()
         self._aboard: dict[str, _Device] = {}
         self._ends: dict[str, asyncio.Event] = {}
+        self._first, self._warm = True, asyncio.Event()
 
     async def run(self) -> None:
         """Follow orders until there are no more."""
@@ -202,10 +210,14 @@ class _Inside:
     async def _live(self, home: str, end: asyncio.Event) -> None:
         """One device from its start to its end; what fails is told, and the others go on."""
         config = configuration.load(Path(home) / "edge.toml")
+        is_first, self._first = self._first, False
+        if not is_first:
+            await self._warm.wait()
         try:
             with await asyncio.to_thread(_Device.open, config) as device:
                 async with cloud_side(device, self._root, {}, self._prover) as works:
                     self._aboard[home] = device
+                    device.on_tell = self._warm.set
                     device.tell(config.families[0])
                     device.watch.wake()
                     await _until(end, *works, self._ask(device))
@@ -214,6 +226,7 @@ class _Inside:
         except HeadwaterError as error:
             _say(Fact("failed", config.device, time.monotonic(), note=str(error)))
         finally:
+            self._warm.set()
             self._aboard.pop(home, None)
 
     async def _ask(self, device: _Device) -> None:
@@ -233,6 +246,10 @@ async def _until(end: asyncio.Event, *works: Any) -> None:
             task.cancel()
 
 
+def _nothing() -> None:
+    """Nobody listens yet."""
+
+
 def _say(fact: Fact) -> None:
     """One line, whole."""
     sys.stdout.write(msgspec.json.encode(fact).decode() + "\n")
@@ -244,6 +261,7 @@ def main() -> None:
     import uvloop
 
     faulthandler.enable()
+    msgspec.json.Decoder(PatchEntry)  # used by nobody before the second release
     root, pace_s, event = sys.argv[1:]
     inside = _Inside(Path(root).read_bytes(), float(pace_s), msgspec.json.decode(event, type=Event))
     uvloop.run(inside.run())
