@@ -52,6 +52,7 @@ async def cloud_side(
     name, prover = f"edge-runtime {config.device}", shared or Prover()
     access = of_device(config)
     bus = await connect(config.nats, name=name, access=access)
+    client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
     try:
         withhold = _withhold(config, journal.log.epoch, clock)
         uplink = Uplink(
@@ -62,7 +63,6 @@ async def cloud_side(
             trim_floor=journal.trim_floor,
             withhold=withhold,
         )
-        client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
         agent = Agent(
             runtime,
             client,
@@ -92,6 +92,7 @@ async def cloud_side(
         journal.on_commit = None
         if shared is None:
             prover.close()
+        client.close()
         await bus.close()
 
 
@@ -126,6 +127,9 @@ class _Refusing:
 
     def lowest_counter(self, _family: str) -> int:
         raise self._error
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def confirm(self, _plan: Plan) -> None:
         raise self._error

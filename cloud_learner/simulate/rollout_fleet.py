@@ -63,7 +63,7 @@ class Site:
         self.crew_of = {name: at * crews // len(names) for at, name in enumerate(names)}
         self.crews: list[Crew] = []
         self.heard: list[Fact] = []
-        self.serving: dict[str, list[str]] = {}
+        self.serving: dict[str, Fact] = {}
         self.stopped: set[str] = set()
         self.counts: dict[str, Fact] = {}
         self._news = asyncio.Event()
@@ -118,11 +118,12 @@ class Site:
         await self.controller.offer(_offer(self._family, release, package))
 
     async def serve(self, devices: Iterable[str], *releases: str) -> None:
-        """Wait until all of these serve just these releases, the stable one first."""
-        wanted = set(devices)
+        """Wait until all serve just these, the stable one first, as the newest plan says."""
+        wanted, seq = set(devices), self.controller.status()["plan_seq"]
 
         def all_do() -> bool:
-            return all(self.serving.get(name) == list(releases) for name in wanted)
+            found = [self.serving.get(name) for name in wanted]
+            return all(f and (f.serving, f.seq) == (list(releases), seq) for f in found)
 
         await self.until(all_do, f"{' and '.join(releases)} on {len(wanted)} devices")
 
@@ -185,7 +186,7 @@ class Site:
     def _hear(self, fact: Fact) -> None:
         self.heard.append(fact)
         if fact.what == "serves":
-            self.serving[fact.device] = fact.serving
+            self.serving[fact.device] = fact
         elif fact.what == "counts":
             self.counts[fact.device] = fact
         elif fact.what == "stopped":
