@@ -38,16 +38,21 @@ log = logging.getLogger("edge_runtime.daemon")
 
 @asynccontextmanager
 async def cloud_side(
-    runtime: Runtime, root: bytes, parts: dict[str, Callable[[], Mapping[str, Any]]]
+    runtime: Runtime,
+    root: bytes,
+    parts: dict[str, Callable[[], Mapping[str, Any]]],
+    shared: Prover | None = None,
 ) -> AsyncIterator[list[Coroutine[Any, Any, None]]]:
     """What has to run while `runtime` serves, connected to its broker; its counts go to `parts`.
 
-    `root` is the trusted root of signed metadata.
+    `root` is the trusted root of signed metadata. `shared` proves packages for several runtimes of
+    one process, and stays open; without it, one is made here.
     """
     config, journal, clock = runtime.config, runtime.journal, SystemClock()
-    name = f"edge-runtime {config.device}"
+    name, prover = f"edge-runtime {config.device}", shared or Prover()
     access = of_device(config)
-    bus, prover = await connect(config.nats, name=name, access=access), Prover()
+    bus = await connect(config.nats, name=name, access=access)
+    client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
     try:
         withhold = _withhold(config, journal.log.epoch, clock)
         uplink = Uplink(
@@ -58,7 +63,6 @@ async def cloud_side(
             trim_floor=journal.trim_floor,
             withhold=withhold,
         )
-        client = _open_client(config, root, BusFetcher(bus, asyncio.get_running_loop()), clock)
         agent = Agent(
             runtime,
             client,
@@ -86,7 +90,9 @@ async def cloud_side(
         yield [uplink.run(), agent.run()]
     finally:
         journal.on_commit = None
-        prover.close()
+        if shared is None:
+            prover.close()
+        client.close()
         await bus.close()
 
 
@@ -121,6 +127,9 @@ class _Refusing:
 
     def lowest_counter(self, _family: str) -> int:
         raise self._error
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def confirm(self, _plan: Plan) -> None:
         raise self._error
