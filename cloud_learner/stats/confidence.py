@@ -26,8 +26,8 @@ _BET_MAX = 0.75
 class ConfidenceSequence(msgspec.Struct, kw_only=True):
     """Of values between `low` and `high`; plain numbers, so it can be stored and go on.
 
-    With a `horizon` it is made for about so many values: narrower by a quarter to a half then,
-    wider up to a tenth of them.
+    With a `horizon` it is made for about so many values: then it is about half as wide, up to a
+    tenth of them wider.
     """
 
     low: float = 0.0
