@@ -26,10 +26,10 @@ from typing import Any
 import msgspec
 
 from cloud_learner.rollout import status
-from cloud_learner.rollout.campaign import Campaign
 from cloud_learner.rollout.control import Control
 from cloud_learner.rollout.journal import Signed
 from cloud_learner.rollout.kept import Freshness, Kept
+from cloud_learner.rollout.matches import Matches
 from cloud_learner.rollout.state import Offer, Rules, Step
 from cloud_learner.store.examples import Example
 from cloud_learner.store.lineage import Lineage
@@ -65,7 +65,7 @@ class Controller:
         self._publish, self._lineage, self._clock = publish, lineage, clock
         self._kept = Kept(path)
         self._saved = self._kept.load(rules, clock.now_s())
-        self._campaign = Campaign(rules, self._saved.state)
+        self._campaign = Matches(rules, self._saved.state)
         self._reports: dict[str, Report] = {}
         self._lock = asyncio.Lock()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="controller")

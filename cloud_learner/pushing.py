@@ -111,7 +111,8 @@ def _progress(rollout: dict[str, Any], release: str) -> str:
         )
     if rollout["pending"] == release and rollout["canary"]:
         return f"{release} waits until {rollout['canary']['release']} is decided"
-    return f"{release} waits" + (": the campaign is paused" if rollout["paused"] else "")
+    held = "the campaign is paused" if rollout["paused"] else "a contest is under way"
+    return f"{release} waits" + (f": {held}" if rollout["paused"] or rollout["contest"] else "")
 
 
 def _where(rollout: dict[str, Any]) -> str:

@@ -133,6 +133,89 @@ def _tell(found: dict[str, Any]) -> None:
         tell(f"{status['family']}: {status['stage']}, plan {status['plan_seq']}")
 
 
+@rollout.command("compare")
+@click.argument("family")
+@click.argument("releases", nargs=2, metavar="RELEASE RELEASE")
+@click.option("--answers", default=20_000, show_default=True, help="Those that end it.")
+@HOME
+@_NATS
+@_REASON
+@_OPERATOR
+@by_key
+def compare(family: str, releases: tuple[str, ...], answers: int, **options: Any) -> None:
+    """Let two releases of FAMILY serve side by side, to know which is better and by how much.
+
+    One of them is the release that serves now. The winner serves afterwards; where none is sure,
+    nothing changes.
+
+    Example: cloud-learner rollout compare ads r00010-ab r00012-cd --reason "a new head" --nats URL
+    """
+    _contest(family, {"kind": "ab", "releases": releases, "answers": answers}, **options)
+
+
+@rollout.command("bandit")
+@click.argument("family")
+@click.argument("releases", nargs=-1, required=True, metavar="RELEASE...")
+@click.option("--floor", default=0.05, show_default=True, help="The least share of each.")
+@click.option("--every-s", default=900.0, show_default=True, help="How often shares change.")
+@HOME
+@_NATS
+@_REASON
+@_OPERATOR
+@by_key
+def bandit(
+    family: str, releases: tuple[str, ...], floor: float, every_s: float, **options: Any
+) -> None:
+    """Let releases of FAMILY share the answers, most to whichever earns most at the time.
+
+    One of them is the release that serves now. It goes on until it is aborted, or its time is over.
+
+    Example: cloud-learner rollout bandit ads r00010-ab r00012-cd --reason "a fair" --nats URL
+    """
+    terms = {"kind": "bandit", "releases": releases, "floor": floor, "every_s": every_s}
+    _contest(family, terms, **options)
+
+
+@rollout.command("estimate")
+@click.argument("family")
+@click.argument("releases", nargs=-1, metavar="[RELEASE...]")
+@click.option("--shares", default="", help="Shares that never were: r00010-ab=0.3,r00012-cd=0.7.")
+@HOME
+@_JSON
+def estimate(
+    family: str, releases: tuple[str, ...], shares: str, home: Path, *, as_json: bool
+) -> None:
+    """What each RELEASE of FAMILY would have earned alone, from answers that devices drew.
+
+    Without releases: those that competed last. Read from the archive, with 95 % intervals.
+
+    Example: cloud-learner rollout estimate flight_delay --home var/cloud
+    """
+    from cloud_learner.config import Home
+    from cloud_learner.console.estimates import table
+    from cloud_learner.estimating import estimates, shares_of
+
+    found = guarded(lambda: estimates(Home(home), family, releases, shares_of(shares)))
+    rows = msgspec.json.encode(found)  # what is no number is null
+    click.echo(rows.decode() if as_json else table(msgspec.json.decode(rows)))
+
+
+def _contest(
+    family: str,
+    asked: dict[str, Any],
+    *,
+    home: Path,
+    nats: str,
+    reason: str,
+    operator: str,
+    **files: Path | None,
+) -> None:
+    from cloud_learner.rollout.contest import Terms
+
+    word = {"by": operator or getpass.getuser(), "reason": reason, "terms": Terms(**asked)}
+    _tell(_say(nats, home, files, verb="contest", family=family, **word))
+
+
 def _word(verb: str, text: str, *arguments: str) -> None:
     """Add the command `verb` to the group: FAMILY, its arguments, who and why."""
 
@@ -165,7 +248,7 @@ _word(
 )
 _word(
     "abort",
-    """Roll back what is on trial in FAMILY, for good.
+    """Roll back what is on trial in FAMILY, for good; or end its contest, with nothing changed.
 
     Example: cloud-learner rollout abort flight_delay --reason "wrong data" --nats URL
     """,

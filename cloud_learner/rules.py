@@ -60,6 +60,7 @@ def campaign_rules(family: Family) -> Rules:
     section = msgspec.to_builtins(family.config.rollout)
     task = msgspec.to_builtins(family.config.task)
     facts = {"family": family.name, "task": task, "window": _window(section["window"])}
+    facts["is_by_arrival"] = family.config.label.policy == "arrival"
     return msgspec.convert({**section, **facts}, Rules)
 
 

@@ -18,6 +18,7 @@ import msgspec
 from cloud_learner.asking import Asker
 from cloud_learner.orders import Order
 from cloud_learner.packed import encoded
+from cloud_learner.rollout.contest import Terms
 from cloud_learner.rollout.control import Control
 from edge_runtime.bus.access import Access
 from edge_runtime.bus.nats import connect
@@ -30,16 +31,18 @@ REASON_CHARS_MAX = 300
 class Word(msgspec.Struct, array_like=True, frozen=True):
     """A question about `family` (all where it is empty), or a word to its campaign.
 
-    `order` is an operator's consent to the step that an approval leads to.
+    `order` is an operator's consent to the step that an approval leads to, `terms` are those of a
+    contest.
     """
 
-    verb: Literal["status", "pause", "resume", "abort", "approve", "hold", "pin", "free"]
+    verb: Literal["status", "pause", "resume", "abort", "approve", "hold", "pin", "free", "contest"]
     family: str = ""
     by: str = ""
     reason: str = ""
     device: str = ""
     release: str = ""
     order: Order | None = None
+    terms: Terms | None = None
 
     @property
     def control(self) -> Control | None:
@@ -52,6 +55,7 @@ class Word(msgspec.Struct, array_like=True, frozen=True):
             reason=self.reason,
             device=self.device,
             release=self.release,
+            terms=self.terms,
         )
 
 

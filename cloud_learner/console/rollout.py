@@ -42,6 +42,8 @@ def tree(status: Mapping[str, Any], *, full: bool = False) -> Tree:
             )
             for each in _course(status) if arm == "canary" else ():
                 branch.add(each)
+    for each in _contest(status["contest"]) if status["contest"] else ():
+        found.add(each)
     if status["pending"]:
         found.add(line(f"waiting {status['pending']}"))
     for each in _rest(status) if full else ():
@@ -52,6 +54,18 @@ def tree(status: Mapping[str, Any], *, full: bool = False) -> Tree:
 def line(*parts: str | tuple[str, str]) -> Text:
     """A line that is cut where it is too long."""
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+
+def _contest(contest: Mapping[str, Any]) -> Iterator[Text]:
+    """A line for each release of a contest, and how it stands."""
+    for arm in contest["arms"]:
+        mean = "" if arm["mean"] is None else f", {100 * arm['mean']:.2f} points each"
+        full = round(_BAR * arm["share"])
+        bar = (("━" * full, "cyan"), ("╌" * (_BAR - full), "dim"))
+        told = f" {arm['share']:>4.0%} of answers, {arm['answered']:,} count{mean}"
+        yield line((arm["release"], "bold"), " ", *bar, told, _where(arm))
+    yield Text(f"{contest['kind']}: {contest['verdict']}")
+    yield line(f"ends in {_span(contest['ends_in_s'])} at the latest")
 
 
 def _held_back(status: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from cloud_learner.rollout.state import (
     Rules,
     State,
     Step,
+    Told,
     Trial,
 )
 from cloud_learner.rollout.turnout import Turnout
@@ -73,13 +74,13 @@ class Campaign:
         """
         state = self.state
         state.counts.offered += 1
-        if why := self._refused(offer):
+        if why := state.why_refused(offer):
             state.counts.refused += 1
             return why
         if state.stable is None:
-            state.stable = offer
+            state.serve(offer)
             self._plan("first_release", f"{offer.release} is the first release", release=offer)
-        elif state.trial is None and not state.paused:
+        elif state.live is None and not state.paused:
             self._start(offer, now_s)
         elif state.pending is not None and state.pending.by and not offer.by:
             state.counts.superseded += 1
@@ -128,16 +129,16 @@ class Campaign:
 
     def control(self, told: Control, now_s: float) -> None:
         """Do what a person says. Raises: RequestError as `control.check`, nothing changed."""
-        state, trial = self.state, self.state.trial
+        state, live = self.state, self.state.live
         control.check(state, told)
-        if trial is not None:
+        if live is not None:
             # The gate approves the plan that follows, whose note has the digest of this.
             bare = msgspec.structs.replace(told, approval=None)
-            self._feed(trial, Fed(now_s=now_s, control=bare))
+            self._feed(live, Fed(now_s=now_s, control=bare))
         control.apply(state, told)
         said = f"{told.verb} by {told.by}: {told.reason}"
-        if told.verb == "abort" and trial is not None:
-            self._end(trial, "aborted", now_s, said)
+        if told.verb == "abort":
+            self._abort(now_s, said)
         elif told.verb in ("hold", "pin", "free"):
             self._plan("control", f"{told.device}: {said}")
         else:
@@ -147,7 +148,7 @@ class Campaign:
     def foreseen(self, told: Control, now_s: float) -> Plan | None:
         """The plan that `told` would lead to at once. Raises: as `control`; nothing is changed."""
         copy = msgspec.json.decode(msgspec.json.encode(self.state), type=State)
-        again = Campaign(self.rules, copy)
+        again = type(self)(self.rules, copy)
         again.control(told, now_s)
         plans_ = [step.plan for step in copy.outbox[len(self.state.outbox) :] if step.plan]
         return plans_[0] if plans_ else None
@@ -160,18 +161,6 @@ class Campaign:
     def _stable(self) -> Offer:
         assert self.state.stable is not None
         return self.state.stable
-
-    def _refused(self, offer: Offer) -> str:
-        """Why: rolled back before, the very package that is live, or older than one that is."""
-        state = self.state
-        if offer.sha256 in state.quarantined:
-            return f"{offer.sha256[:12]} was rolled back before; it is never tried again"
-        for arm in (state.stable, state.canary, state.pending):
-            if arm and offer.sha256 == arm.sha256:
-                return f"{offer.sha256[:12]} is {arm.release}, which is live or waits already"
-            if arm and offer.counter <= arm.counter:
-                return f"{offer.release} is older than {arm.release}"
-        return ""
 
     def _start(self, offer: Offer, now_s: float) -> None:
         state, rules = self.state, offer.rules(self.rules)
@@ -231,7 +220,17 @@ class Campaign:
             if told.approval is not None and len(state.outbox) > owed:
                 step = msgspec.structs.replace(state.outbox[owed], approval=told.approval)
                 state.outbox[owed] = step
-        elif trial is None and told.verb == "resume" and state.pending is not None:
+        elif told.verb == "resume":
+            self._next(now_s)
+
+    def _abort(self, now_s: float, why: str) -> None:
+        assert self.state.trial is not None, "checked"
+        self._end(self.state.trial, "aborted", now_s, why)
+
+    def _next(self, now_s: float) -> None:
+        """The waiting candidate's turn."""
+        state = self.state
+        if state.pending is not None and state.live is None and not state.paused:
             offer, state.pending = state.pending, None
             self._start(offer, now_s)
 
@@ -254,13 +253,14 @@ class Campaign:
         self._plan("stage", plans.advanced(trial), evidence=facts)
 
     def _end(self, trial: Trial, reason: Ending, now_s: float, why: str = "") -> None:
-        """One decision, its plan for all devices, and the waiting candidate's turn."""
+        """One decision, its plan for all devices, and what waits."""
         state, facts = self.state, plans.facts(trial, is_over=reason == "undecided")
         note = plans.ended(trial, self._stable, reason, why)
         state.counts.decided += 1
         if reason == "promoted":
             state.counts.promoted += 1
-            state.fallback, state.stable, state.stages = state.stable, trial.offer, trial.stages
+            state.serve(trial.offer)
+            state.stages = trial.stages
             if trial.percent < 100:
                 state.stages = (*trial.stages, Stage(state.seq + 1, 100.0, now_s))
         else:
@@ -271,9 +271,7 @@ class Campaign:
         pairs = trial.evidence.pairs
         decision = Decision(trial.offer.release, reason, state.seq, pairs, note)
         state.decisions = [*state.decisions, decision][-DECISIONS_MAX:]
-        if state.pending is not None and not state.paused:
-            offer, state.pending = state.pending, None
-            self._start(offer, now_s)
+        self._next(now_s)
 
     def _plan(
         self,
@@ -288,12 +286,12 @@ class Campaign:
         state.seq += 1
         plan = plans.plan_of(state, self.rules, reason, note)
         state.pins = plan.pins
-        where = state.trial.journal if state.trial else of
+        where = state.live.journal if state.live else of
         state.outbox.append(Step(plan, release, evidence or {}, reason, note, where))
 
-    def _feed(self, trial: Trial, fed: Fed) -> None:
+    def _feed(self, trial: Told, fed: Fed) -> None:
         self._write(trial, msgspec.json.encode(fed))
 
-    def _write(self, trial: Trial, line: bytes) -> None:
+    def _write(self, trial: Told, line: bytes) -> None:
         if journal.add(trial, line) and trial.journal:
             self.fed.append((trial.journal, line))

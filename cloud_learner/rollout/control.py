@@ -14,15 +14,17 @@ from typing import Literal
 
 import msgspec
 
+from cloud_learner.rollout.contest import Terms
 from cloud_learner.rollout.state import State
 from edge_runtime.errors import RequestError
 from edge_runtime.update.approval import Approval
 
-Verb = Literal["pause", "resume", "abort", "approve", "hold", "pin", "free"]
+Verb = Literal["pause", "resume", "abort", "approve", "hold", "pin", "free", "contest"]
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
-    """`verb` said by `by` for `reason`; hold, pin and free are about `device`.
+    """`verb` said by `by` for `reason`; hold, pin and free are about `device`, a contest has
+    its `terms`.
 
     An approval may bring the gate's own, for devices that take no large step without it.
     """
@@ -32,6 +34,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     device: str = ""
     release: str = ""
+    terms: Terms | None = None
     approval: Approval | None = None
 
 
@@ -39,16 +42,17 @@ def check(state: State, told: Control) -> None:
     """Raises: RequestError (no_release, nothing_on_trial, nothing_to_approve, unknown_release,
     not_held) where `told` has no meaning.
     """
-    trial = state.trial
+    live = state.live
     if state.stable is None:
         raise RequestError("no_release", "the family has no release yet; nothing was changed")
-    if told.verb == "abort" and trial is None:
+    if told.verb == "abort" and live is None:
         raise RequestError("nothing_on_trial", "no release is on trial; nothing was changed")
-    if told.verb == "approve" and (trial is None or not trial.waiting):
-        where = "no release is on trial" if trial is None else f"{trial.offer.release} has not"
+    if told.verb == "approve" and (live is None or not live.waiting):
+        on_trial = " and ".join(releases(state)[1:])
+        where = f"{on_trial} has not passed its stage yet" if live else "no release is on trial"
         raise RequestError(
             "nothing_to_approve",
-            f"{where}{' passed its stage yet' if trial else ''}; nothing was changed",
+            f"{where}; nothing was changed",
             "cloud-learner rollout status shows the gates",
         )
     if told.verb == "pin" and told.release not in releases(state):
@@ -79,4 +83,5 @@ def apply(state: State, told: Control) -> None:
 
 def releases(state: State) -> list[str]:
     """What the plan of now names."""
-    return [each.release for each in (state.stable, state.canary) if each]
+    offers = state.match.offers if state.match else [state.stable, state.canary]
+    return [each.release for each in offers if each]

@@ -19,7 +19,7 @@ import hashlib
 import msgspec
 
 from cloud_learner.rollout.control import Control
-from cloud_learner.rollout.state import Offer, Rules, State, Trial
+from cloud_learner.rollout.state import Offer, Rules, State, Told
 from cloud_learner.store.examples import Example
 from edge_runtime.errors import RequestError
 from edge_runtime.wire import codec
@@ -47,12 +47,14 @@ class Signed(msgspec.Struct, frozen=True):
 class Fed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a trial was told at `now_s`: one of these, or nothing but the time.
 
-    `members` is on how many devices it was then, as far as they were known.
+    `members` is on how many devices it was then, as far as they were known. Of a contest,
+    `answered` says how often each release has since the plan before.
     """
 
     now_s: float
     offer: Offer | None = None
     example: Example | None = None
+    answered: list[int] | None = None
     report: Report | None = None
     signed: Signed | None = None
     control: Control | None = None
@@ -76,7 +78,7 @@ def slim(example: Example) -> Example:
     return msgspec.structs.replace(example, features=b"", fields={})
 
 
-def add(trial: Trial, line: bytes) -> bool:
+def add(trial: Told, line: bytes) -> bool:
     """Chain a line of the journal to those before it; whether the file has room for it."""
     trial.digest = hashlib.sha256(trial.digest.encode() + line).hexdigest()
     if trial.journal_bytes + len(line) >= JOURNAL_BYTES_MAX:

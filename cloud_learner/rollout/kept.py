@@ -86,8 +86,8 @@ class Kept:
             saved = Saved(family=rules.family)
         except (OSError, msgspec.DecodeError) as error:
             raise self._unreadable(str(error)) from error
-        if (trial := saved.state.trial) is not None:
-            self._lengths[trial.journal] = trial.journal_bytes
+        if (live := saved.state.live) is not None:
+            self._lengths[live.journal] = live.journal_bytes
         return saved
 
     def save(self, data: bytes, lines: Iterable[tuple[str, bytes]]) -> None:

@@ -12,7 +12,7 @@ Knows nothing about when a plan is written.
 from __future__ import annotations
 
 from cloud_learner.rollout.control import releases
-from cloud_learner.rollout.state import Ending, Offer, Reason, Rules, State, Trial
+from cloud_learner.rollout.state import Ending, Offer, Reason, Rules, State, Told, Trial
 from edge_runtime.rollout.plan import Plan, PlanArm
 
 DIGEST_CHARS = 32
@@ -20,20 +20,21 @@ DIGEST_CHARS = 32
 
 def plan_of(state: State, declared: Rules, reason: Reason, note: str) -> Plan:
     """The plan number `state.seq` of a family that has a stable release."""
-    trial = state.trial
-    rules = trial.rules if trial else declared
-    assert state.stable is not None
+    live = state.live
+    rules = live.rules if live else declared
+    stable, *trials = _arms(state, rules)
     return Plan(
         family=rules.family,
         seq=state.seq,
-        stable=_arm(state.stable, 1.0 - rules.canary_share if trial else 1.0),
-        canary=_trial_arm(trial) if trial else None,
-        selector=rules.selector if trial else {},
-        salt=trial.salt if trial else "",
-        stages=trial.stages if trial else state.stages,
+        stable=stable,
+        canary=trials[0] if trials else None,
+        others=tuple(trials[1:]),
+        selector=rules.selector if state.trial else {},
+        salt=live.salt if live else "",
+        stages=live.stages if live else state.stages,
         window=rules.window,
         jitter_s=rules.jitter_s,
-        not_after_s=trial.deadline_s if trial else 0.0,
+        not_after_s=live.deadline_s if live else 0.0,
         gates=rules.gates,
         fallback=_arm(state.fallback, 1.0) if state.fallback else None,
         hold=tuple(state.hold),
@@ -55,7 +56,7 @@ def begun(trial: Trial, stable: Offer) -> str:
 def advanced(trial: Trial) -> str:
     """Why the next stage begins."""
     where = f"{trial.percent:g} % of devices try {trial.offer.release}"
-    return f"{where} {_numbers(trial)}; evidence {trial.digest[:DIGEST_CHARS]}"
+    return f"{where} {_numbers(trial)}; {digest(trial)}"
 
 
 def ended(trial: Trial, stable: Offer, reason: Ending, why: str = "") -> str:
@@ -67,7 +68,12 @@ def ended(trial: Trial, stable: Offer, reason: Ending, why: str = "") -> str:
         "undecided": f"{new} is rolled back to {old}, undecided {_numbers(trial)}",
         "aborted": f"{new} is rolled back to {old}, aborted {_numbers(trial)}",
     }[reason]
-    return f"{said}{f'; {why}' if why else ''}; evidence {trial.digest[:DIGEST_CHARS]}"
+    return f"{said}{f'; {why}' if why else ''}; {digest(trial)}"
+
+
+def digest(told: Told) -> str:
+    """What a decision rests on, in so many characters that a signature of them counts."""
+    return f"evidence {told.digest[:DIGEST_CHARS]}"
 
 
 def facts(trial: Trial, *, is_over: bool = False) -> dict[str, float | int | str]:
@@ -89,6 +95,17 @@ def _numbers(trial: Trial) -> str:
     losses = [float(facts[name]) for name in ("canary_loss", "stable_loss", "mean_difference")]
     told = "after {:,} paired labels: mean loss {:.4f} against {:.4f}, mean difference {:+.4f}"
     return told.format(pairs, *losses)
+
+
+def _arms(state: State, rules: Rules) -> list[PlanArm]:
+    """What the plan names, the stable release first."""
+    if (match := state.match) is not None:
+        joined = zip(match.offers[: match.joined], match.contest.shares, strict=False)
+        return [_arm(offer, share) for offer, share in joined]
+    assert state.stable is not None
+    if state.trial is None:
+        return [_arm(state.stable, 1.0)]
+    return [_arm(state.stable, 1.0 - rules.canary_share), _trial_arm(state.trial)]
 
 
 def _trial_arm(trial: Trial) -> PlanArm:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from cloud_learner.rollout.campaign import Campaign
 from cloud_learner.rollout.journal import Fed, fed_of, header_of
-from cloud_learner.rollout.state import Trial
+from cloud_learner.rollout.matches import Matches
+from cloud_learner.rollout.state import Told, Trial
 from edge_runtime.errors import RequestError
 from edge_runtime.rollout.plan import Plan
 
 
-class _Again(Campaign):
+class _Again(Matches):
     """A campaign whose journal is written already."""
 
     lines: list[bytes]
@@ -30,13 +30,13 @@ class _Again(Campaign):
         trial, self.members = self.state.trial, fed.members
         if fed.offer is not None:
             self.offer(fed.offer, fed.now_s)
-        elif trial is None:
-            return
-        elif fed.example is not None:
-            self.examples([fed.example], fed.now_s)
         elif fed.control is not None:
             self.control(fed.control, fed.now_s)
-        elif (report := fed.told()) is not None:
+        elif fed.example is not None:
+            self.examples([fed.example], fed.now_s)
+        elif fed.answered is not None:
+            self.draw(fed.answered, fed.now_s)
+        elif trial is not None and (report := fed.told()) is not None:
             self._turnout.know(report)
             trial.members.setdefault(report.device, False)
             self._hear(trial, report, fed.now_s, fed.signed)
@@ -46,7 +46,7 @@ class _Again(Campaign):
     def _members(self, _trial: Trial) -> int:
         return self.members
 
-    def _write(self, trial: Trial, line: bytes) -> None:
+    def _write(self, trial: Told, line: bytes) -> None:
         super()._write(trial, self.lines.pop(0) if self.lines else line)
 
 

@@ -14,16 +14,24 @@ from typing import Any, Literal
 
 import msgspec
 
+from cloud_learner.rollout.contest import Contest
 from cloud_learner.rollout.evidence import TrialEvidence
+from cloud_learner.rollout.rewards import Outcome
 from cloud_learner.stats.tasks import Task
 from edge_runtime.rollout.plan import LocalGates, Plan, Stage, Variant, Window
 from edge_runtime.update.approval import Approval
 
-Ending = Literal["promoted", "harm", "undecided", "aborted"]
-Reason = Literal["first_release", "shadow", "canary", "stage", "waits", "control"] | Ending
+Ending = Literal["promoted", "harm", "undecided", "aborted", "won", "kept"]
+Reason = (
+    Literal["first_release", "shadow", "canary", "stage", "waits", "control", "contest", "shares"]
+    | Ending
+)
 
 AGREEMENT_MIN = 0.5
 """A shadow that surely decides otherwise more often than not is another model, and stays one."""
+
+PROVEN_MAX = 10
+"""So many releases that were stable are remembered, for contests."""
 
 SHADOW = -1
 """The stage before the first: the release is scored there and never answers."""
@@ -56,6 +64,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     jitter_s: float = 0.0
     gates: LocalGates = LocalGates()
     task: Task = Task()
+    outcome: Outcome = "quality"
+    is_by_arrival: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,13 +135,23 @@ class Counts(msgspec.Struct):
     rolled_back: int = 0
 
 
-class Trial(msgspec.Struct, kw_only=True):
+class Told(msgspec.Struct, kw_only=True):
+    """What keeps a journal: `digest` chains all that it was told, which lies in the first
+    `journal_bytes` of the file `journal`. With `waiting` it has passed, and a person must approve.
+    """
+
+    waiting: bool = False
+    approved: bool = False
+    journal: str = ""
+    journal_bytes: int = 0
+    digest: str = ""
+
+
+class Trial(Told, kw_only=True):
     """A release on trial: stage `at` of its rules, since `began_s`, with the history `stages`.
 
     `members` are devices of the present stage, as far as they are known: whether they have shown in
-    it that the release is in their memory. `pairs_before` were counted when the stage began. With
-    `waiting` the stage has passed, and a person must approve. `digest` chains all that the trial
-    was told, which lies in the first `journal_bytes` of the file `journal`.
+    it that the release is in their memory. `pairs_before` were counted when the stage began.
     """
 
     rules: Rules
@@ -142,11 +162,6 @@ class Trial(msgspec.Struct, kw_only=True):
     stages: tuple[Stage, ...] = ()
     pairs_before: int = 0
     members: dict[str, bool] = {}
-    waiting: bool = False
-    approved: bool = False
-    journal: str = ""
-    journal_bytes: int = 0
-    digest: str = ""
 
     @classmethod
     def start(cls, rules: Rules, offer: Offer, stable: str) -> Trial:
@@ -193,17 +208,43 @@ class Trial(msgspec.Struct, kw_only=True):
         return self.rules.stages[max(self.at, 0)]
 
 
+class Match(Told, kw_only=True):
+    """A contest between `offers`, the first of which is stable; `joined` of them are in the plan.
+
+    It is on every device.
+    """
+
+    rules: Rules
+    contest: Contest
+    offers: list[Offer]
+    stages: tuple[Stage, ...]
+    joined: int = 2
+
+    @property
+    def deadline_s(self) -> float:
+        """When it ends, whatever is known by then; wall time."""
+        return self.contest.began_s + self.rules.stage_s
+
+    @property
+    def salt(self) -> str:
+        """What devices draw their answers by."""
+        return self.contest.salt
+
+
 class State(msgspec.Struct, kw_only=True):
     """All that a campaign must remember over a restart.
 
     `fallback` is the stable release before this one, and `stages` the history of how this one came
-    to be it. `hold` and `pins` stand in every plan until they are taken back.
+    to be it. `proven` are the newest releases that were stable once. `hold` and `pins` stand in
+    every plan until they are taken back.
     """
 
     seq: int = 0
     stable: Offer | None = None
     fallback: Offer | None = None
+    proven: list[Offer] = []
     trial: Trial | None = None
+    match: Match | None = None
     pending: Offer | None = None
     stages: tuple[Stage, ...] = ()
     paused: bool = False
@@ -215,6 +256,11 @@ class State(msgspec.Struct, kw_only=True):
     outbox: list[Step] = []
 
     @property
+    def live(self) -> Trial | Match | None:
+        """What holds the place of the one live campaign."""
+        return self.trial or self.match
+
+    @property
     def canary(self) -> Offer | None:
         """The release on trial."""
         return self.trial.offer if self.trial else None
@@ -223,3 +269,20 @@ class State(msgspec.Struct, kw_only=True):
     def evidence(self) -> TrialEvidence | None:
         """What is known about it."""
         return self.trial.evidence if self.trial else None
+
+    def serve(self, offer: Offer) -> None:
+        """From now on it is stable, and may take part in contests."""
+        self.fallback, self.stable = self.stable, offer
+        others = [each for each in self.proven if each.sha256 != offer.sha256]
+        self.proven = [*others, offer][-PROVEN_MAX:]
+
+    def why_refused(self, offer: Offer) -> str:
+        """Why: rolled back before, the very package that is live, or older than one that is."""
+        if offer.sha256 in self.quarantined:
+            return f"{offer.sha256[:12]} was rolled back before; it is never tried again"
+        for arm in (self.stable, self.canary, self.pending):
+            if arm and offer.sha256 == arm.sha256:
+                return f"{offer.sha256[:12]} is {arm.release}, which is live or waits already"
+            if arm and offer.counter <= arm.counter:
+                return f"{offer.release} is older than {arm.release}"
+        return ""

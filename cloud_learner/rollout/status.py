@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from cloud_learner.rollout.campaign import Campaign
-from cloud_learner.rollout.state import SHADOW, Offer, Trial
+from cloud_learner.rollout.state import SHADOW, Match, Offer, Trial
 from edge_runtime.wire.messages import Report
 
 DEVICES_MAX = 100
@@ -42,7 +42,8 @@ def status(campaign: Campaign, reports: Mapping[str, Report], now_s: float) -> d
         "stages": _stages(trial, now_s) if trial else [],
         "waits": _waits(campaign),
         "evidence": trial.evidence.statistics() if trial else {},
-        "gates": _gates(trial) if trial else [],
+        "gates": _gates(trial) if trial else _ends(state.match) if state.match else [],
+        "contest": _contest(state.match, reports, now_s) if state.match else {},
         "counts": msgspec.to_builtins(state.counts),
         "decisions": msgspec.to_builtins(state.decisions[-10:]),
         "devices": {name: _device(report, now_s) for name, report in reports.items()},
@@ -57,10 +58,41 @@ def serving_since_s(report: Report, family: str, release: str) -> float | None:
 
 def _waits(campaign: Campaign) -> str:
     """What a person has to do before anything advances."""
-    trial = campaign.state.trial
+    live = campaign.state.live
     if campaign.state.paused:
         return "resume"
-    return "approve" if trial is not None and trial.waiting else ""
+    return "approve" if live is not None and live.waiting else ""
+
+
+def _contest(match: Match, reports: Mapping[str, Report], now_s: float) -> dict[str, Any]:
+    """Shares, answers and mean rewards by release, and how it stands."""
+    contest, family = match.contest, match.rules.family
+    rows = zip(match.offers, contest.ledger.arms, contest.shares, strict=True)
+    return {
+        "kind": contest.terms.kind,
+        "outcome": contest.ledger.outcome,
+        "verdict": contest.verdict,
+        "ends_in_s": match.deadline_s - now_s,
+        "arms": [
+            {
+                **(_arm(offer, family, reports) or {}),
+                "share": share,
+                "answered": arm.answered,
+                "mean": arm.mean if arm.answered else None,
+            }
+            for offer, arm, share in rows
+        ],
+        "evidence": contest.statistics(),
+    }
+
+
+def _ends(match: Match) -> list[dict[str, Any]]:
+    """What ends a contest by itself."""
+    contest = match.contest
+    if contest.terms.kind != "ab":
+        return []
+    row = _gate("answers", contest.ledger.answered, contest.terms.answers, "end")
+    return [{**row, "text": f"answers {row['value']:,.0f}/{row['reach']:,.0f}"}]
 
 
 def _stages(trial: Trial, now_s: float) -> list[dict[str, Any]]:

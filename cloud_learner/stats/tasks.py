@@ -14,6 +14,7 @@ Invariants: quality is higher where answers are better and NaN where it is undef
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -75,6 +76,21 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if self.kind == "ranking" and label < 0:
             return "is below 0"
         return ""
+
+    def is_answer(self, outputs: Sequence[float]) -> bool:
+        """Whether these numbers can be an answer to it."""
+        if len(outputs) != self.outputs:
+            return False
+        if self.kind in ("binary", "multiclass"):
+            return all(0 <= value <= 1 for value in outputs)
+        return all(map(math.isfinite, outputs))
+
+    def reward(self, label: float) -> float:
+        """What an answer earned that brought about `label`, in [0, 1]: a share is its own reward,
+        a value or a relevance of `scale` or more earns 1. The number of a class is no reward.
+        """
+        assert self.kind != "multiclass", "the number of a class is no reward"
+        return label if self.kind == "binary" else min(max(label / self.scale, 0.0), 1.0)
 
     def quality(self, labels: Matrix, outputs: Matrix, groups: Groups | None = None) -> float:
         """AUC, accuracy, R squared, or mean NDCG over groups; NaN where it is undefined."""

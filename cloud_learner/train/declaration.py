@@ -198,7 +198,9 @@ class Rollout(Section, frozen=True):
     `pairs_min` new paired labels at least, and after `stage_s` at the latest. Before them, it is
     scored in the shadow for `shadow_rows`. With `approve` a person lets each stage follow. Devices
     change in the `window` (`22:00-04:00`, UTC), spread over `jitter_s`. `variants` are the forms
-    that a release ships and devices choose from, the default one first.
+    that a release ships and devices choose from, the default one first. Contests are over
+    `outcome`: the quality of answers, or the label as the reward of the answer that brought it
+    about.
     """
 
     selector: dict[str, str]
@@ -214,6 +216,7 @@ class Rollout(Section, frozen=True):
     jitter_s: Seconds = 0.0
     gates: LocalGates = LocalGates()
     variants: Annotated[tuple[Form, ...], Meta(min_length=1)] = ("int8", "float32")
+    outcome: Literal["quality", "reward"] = "quality"
 
     def __post_init__(self) -> None:
         if any(one >= other for one, other in pairwise(self.stages)):
@@ -242,3 +245,7 @@ class FamilyConfig(Section, frozen=True):
     drift: Drift = Drift()
     gates: Gates = Gates()
     archive: ArchiveConfig = ArchiveConfig()
+
+    def __post_init__(self) -> None:
+        if self.rollout.outcome == "reward" and self.task.kind == "multiclass":
+            raise ValueError("rollout.outcome = 'reward': the number of a class is no reward")

@@ -38,7 +38,7 @@ CLOUD_ORDER = (
     ("rules",),
     ("cycle",),
     ("course", "gate", "publisher", "controller", "floors", "reports", "timekeeper"),
-    ("judging", "gate_signing", "pushing", "steering", "auditing"),
+    ("judging", "gate_signing", "pushing", "steering", "auditing", "estimating"),
     ("learner", "releasing"),
     ("gate_home", "gatehouse", "submissions", "consents", "helm"),
     ("host",),

@@ -9,7 +9,9 @@ from rich.console import Console
 
 from cloud_learner.console.rollout import tree
 from cloud_learner.rollout.campaign import Campaign
+from cloud_learner.rollout.contest import Terms
 from cloud_learner.rollout.control import Control
+from cloud_learner.rollout.matches import Matches
 from cloud_learner.rollout.state import Offer, Rules
 from cloud_learner.rollout.status import DEVICES_MAX, status
 from edge_runtime.wire.messages import ArmReport, Report
@@ -84,3 +86,21 @@ def test_a_large_fleet_makes_no_larger_a_status():
 
     assert len(plain["devices"]) == len(plain["stable"]["devices"]) == DEVICES_MAX
     assert "and 92 more" in said(campaign, found)
+
+
+def test_a_contest_is_drawn_with_shares_answers_and_its_verdict():
+    campaign = Matches(RULES)
+    for counter in (1, 2):
+        campaign.state.serve(offer(counter))
+    terms = Terms(kind="ab", releases=("r1", "r2"))
+    campaign.control(Control(verb="contest", by="anna", reason="which?", terms=terms), 0.0)
+    text = said(campaign, reports(2))
+
+    for fact in (
+        "coin: contest",
+        "r2 ━━━━╌╌╌╌  50% of answers, 0 count on device-0 device-1",
+        "r1",
+    ):
+        assert fact in text
+    assert "ab: too early to say of r1 and r2: 0 and 0 answers of 500" in text
+    assert "ends in 110 min at the latest" in text

@@ -13,6 +13,7 @@ from cloud_learner.controller import Controller
 from cloud_learner.helm import Helm
 from cloud_learner.orders import Order
 from cloud_learner.packed import encoded
+from cloud_learner.rollout.contest import Terms
 from cloud_learner.rollout.control import Control
 from cloud_learner.rollout.state import Offer, Rules
 from cloud_learner.steering import Word
@@ -438,3 +439,41 @@ def test_a_state_file_that_cannot_be_read_stops_the_start_and_stays_as_it_is(tmp
     assert caught.value.code == "bad_controller_state"
     assert (tmp_path / "campaign.json").read_bytes() == content
     assert publisher.published == []
+
+
+def test_a_contest_survives_a_restart_of_the_controller(tmp_path):
+    """With its answers, and each share to the last digit; what it owes is published."""
+    rules = msgspec.structs.replace(RULES, outcome="reward")
+    terms = Terms(kind="bandit", releases=("r1", "r2"), every_s=1.0)
+    told = Control(verb="contest", by="anna", reason="which?", terms=terms)
+    labels = [msgspec.structs.replace(each, label=0.0) for each in examples(0.2, 0.2, 20)]
+    labels += [
+        msgspec.structs.replace(each, label=1.0, scored=each.scored[::-1])
+        for each in examples(0.2, 0.2, 20, start=21)
+    ]
+
+    async def begin(controller):
+        await controller.offer(offer(1))
+        controller._campaign.state.proven.append(offer(2))
+        await controller.control(told)
+
+    async def first(controller):
+        await controller.examples(labels[:25])
+
+    async def second(controller):
+        await controller.examples(labels[25:])
+
+    def held(home, *scripts):
+        for script in scripts:
+            found = play(home, Publisher(), script, rules)
+        return found["contest"]
+
+    async def both(controller):
+        await controller.examples(labels)
+
+    cut = held(tmp_path / "cut", begin, first, nothing, second)
+    whole = held(tmp_path / "whole", begin, both)
+    assert cut == whole
+    assert [arm["answered"] for arm in cut["arms"]] == [20, 20]
+    assert [arm["mean"] for arm in cut["arms"]] == [0.0, 1.0]
+    assert cut["kind"] == "bandit"

@@ -71,3 +71,21 @@ def test_a_mean_that_moves_leaves_an_interval_and_no_contradiction():
 def test_a_value_out_of_bounds_is_a_broken_invariant(value):
     with pytest.raises(AssertionError):
         ConfidenceSequence().add(value)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "most"), [(40, 2), pytest.param(500, 10, marks=pytest.mark.slow)]
+)
+def test_with_a_horizon_it_is_narrower_there_and_still_holds_the_mean(seeds, most):
+    missed, widths = 0, []
+    for seed in range(seeds):
+        draws = (np.random.default_rng(seed).random(4000) < 0.1).astype(float).tolist()
+        tuned, plain = (ConfidenceSequence(alpha=0.01, horizon=each) for each in (4000, 0))
+        for value in draws:
+            tuned.add(value)
+            plain.add(value)
+        low, high = tuned.interval
+        missed += not low <= 0.1 <= high
+        widths.append((high - low) / (plain.interval[1] - plain.interval[0]))
+    assert missed <= most
+    assert np.mean(widths) < 0.65
