@@ -102,7 +102,6 @@ class Runtime:
 
     def predict(self, family: str, event: Event) -> Prediction:
         """Answer an event, and log the answer with the feature values behind it.
-
         Raises: RequestError (unknown_family, no_release, no_features, unknown_kind, not_predicted,
         unknown_field, missing_field, wrong_type, not_finite, out_of_range, event_from_future,
         too_large), PackageError (run_failed).
@@ -146,7 +145,6 @@ class Runtime:
 
         `family` may be left out where the device has only one. Returns the label's own sequence
         number in the log, class label. Windows over labels see the first final one.
-
         Raises: RequestError (unknown_prediction, prediction_lost, wrong_type, not_finite,
         unknown_family).
         """
@@ -154,7 +152,6 @@ class Runtime:
 
     async def durable(self, prediction_id: str) -> None:
         """Return once a prediction would survive a power cut; what lingers is written now.
-
         Raises: RequestError (unknown_prediction, prediction_lost), CapacityError (record_dropped
         by a disk that took nothing for long, log_closed).
         """
@@ -211,9 +208,8 @@ class Runtime:
 
     def ready(self, family: str | None = None) -> bool:
         """Whether `family`, or every family, has a release that is loaded, proven and warm."""
-        members = [
-            self._members.get(name) for name in (self.families if family is None else [family])
-        ]
+        names = self.families if family is None else [family]
+        members = [self._members.get(name) for name in names]
         return all(each is not None and each.pipeline.slot.arms for each in members)
 
     def swap(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
@@ -241,6 +237,10 @@ class Runtime:
     def current(self, family: str) -> Plan | None:
         """The plan that `family` follows; None before its first release."""
         return self._asking.family(family).plan
+
+    def resident(self, family: str) -> Sequence[Arm]:
+        """The arms of `family` that are in memory, those that answer first."""
+        return self._asking.family(family).pipeline.slot.resident
 
     def survived(self) -> list[tuple[int, str, int]]:
         """(epoch, class, last sequence number) of what restarts left of earlier epochs."""

@@ -62,6 +62,8 @@ class Host(Protocol):
 
     def current(self, family: str) -> Plan | None: ...
 
+    def resident(self, family: str) -> Sequence[Arm]: ...
+
     async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan) -> None: ...
 
     def report(self, refused: dict[str, int]) -> Report: ...
@@ -232,7 +234,8 @@ class Agent:
         """Serve `plan` in the place of `runs`; without `fetch`, of what is on the shelf."""
         if plan == runs:
             return
-        loaded = await self._in_thread(self._installer.load, plan, runs, fetch)
+        resident = self._host.resident(family)
+        loaded = await self._in_thread(self._installer.load, plan, runs, fetch, resident)
         for failure in loaded.failures:
             self._note(family, failure)
         if loaded.plan == runs:

@@ -14,7 +14,7 @@ Knows nothing about signatures and slots that serve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -68,18 +68,27 @@ def load_plan(plan: Plan, here: Here, load: Load, runs: Plan | None) -> Loaded:
 
 
 def load_plan_arm(
-    shelf: Shelf, name: str, arm: PlanArm, obtain: Obtain | None = None, prove: Prove | None = None
+    shelf: Shelf,
+    name: str,
+    arm: PlanArm,
+    obtain: Obtain | None = None,
+    prove: Prove | None = None,
+    *,
+    resident: Sequence[Arm] = (),
 ) -> Arm:
     """The arm of a plan in memory, of the package that is fastest of those that are right here.
 
     `obtain` gives a package's path (None: what lies on the shelf); `prove` may refuse what lies
-    there before it is loaded into this process.
+    there before it is loaded into this process. What is `resident` already, and on the shelf for a
+    restart, is not loaded again.
 
     Raises: PackageError as `load_arm` (not_on_shelf), TrustError (release_quarantined),
     CapacityError (shelf_unwritable), and what `obtain` and `prove` raise.
     """
     good = good_packages(shelf, arm)
     chosen = [each for each in good if each.sha256 == shelf.chosen(arm.sha256)]
+    if (here := _resident(shelf, arm, chosen or good, resident)) is not None:
+        return replace(here, name=name, weight=arm.weight, shadow=arm.mode == "shadow")
 
     def load(package: Variant) -> Arm:
         path = (obtain or partial(_from_shelf, shelf))(package)
@@ -95,6 +104,18 @@ def load_plan_arm(
     if arm.variants and not chosen:
         shelf.choose(arm.sha256, loaded.sha256)
     return loaded
+
+
+def _resident(
+    shelf: Shelf, arm: PlanArm, may: Sequence[Variant], resident: Sequence[Arm]
+) -> Arm | None:
+    """What runs already of the packages that an arm may be, unless there is a choice to make."""
+    hashes = {each.sha256 for each in may}
+    for each in resident:
+        is_it = each.release == arm.release and each.sha256 in hashes and len(hashes) == 1
+        if is_it and not each.runner.given_up and shelf.path_of(each.sha256) is not None:
+            return each
+    return None
 
 
 def good_packages(shelf: Shelf, arm: PlanArm) -> list[Variant]:

@@ -3,9 +3,10 @@
 Why: what may block, network, disk and model loading, has a thread of its own; the agent decides on
 the event loop when.
 
-Invariants: a sync object, for the thread `update` alone. What serves already is loaded again from
-the shelf, for the signed metadata may not list it any more. A plan is remembered for a restart
-before the floor rises to it. What an update may go back to is on the shelf before it is needed.
+Invariants: a sync object, for the thread `update` alone. What is in memory stays there; what serves
+and is not is loaded again from the shelf, for the signed metadata may not list it any more. A plan
+is remembered for a restart before the floor rises to it. What an update may go back to is on the
+shelf before it is needed.
 
 Knows nothing about when a plan is obeyed, nor about what serves.
 """
@@ -58,7 +59,9 @@ class Installer:
         """The family's newest plan, and the signed floor of its releases. Raises: as `Updates`."""
         return self._client.plan(family), self._client.lowest_counter(family)
 
-    def load(self, plan: Plan, runs: Plan | None, fetch: bool) -> Loaded:
+    def load(
+        self, plan: Plan, runs: Plan | None, fetch: bool, resident: Sequence[Arm] = ()
+    ) -> Loaded:
         """`plan` in memory, in the place of `runs`; without `fetch`, of what is on the shelf.
 
         Raises: as `load_plan_arm` of the stable release.
@@ -67,7 +70,7 @@ class Installer:
 
         def load(name: str, arm: PlanArm) -> Arm:
             obtain = partial(self._obtain, arm, arm.sha256 in known) if fetch else None
-            return load_plan_arm(self._shelf, name, arm, obtain, self._prove)
+            return load_plan_arm(self._shelf, name, arm, obtain, self._prove, resident=resident)
 
         return load_plan(plan, self._here, load, runs)
 

@@ -288,6 +288,9 @@ class TwoFamilies:
     def current(self, family: str) -> Plan | None:
         return self._runtime.current(family) if family == "toy" else self._other
 
+    def resident(self, family: str) -> Sequence[Arm]:
+        return self._runtime.resident(family) if family == "toy" else ()
+
     async def adopt(self, family: str, arms: Sequence[Arm], plan: Plan | None) -> None:
         assert (family, len(arms)) == ("other", 1)
         self._other = plan

@@ -88,6 +88,26 @@ def test_a_restart_loads_what_was_chosen_and_nothing_else(
     assert reborn.quarantined() == {}
 
 
+def test_what_is_in_memory_is_not_loaded_again_unless_it_was_given_up_or_left_the_shelf(
+    store: Store, release: Callable[..., PlanArm]
+) -> None:
+    arm = release(FAST)
+    tried = load_plan_arm(store.shelf, "canary", arm, store.obtain)
+    store.asked.clear()
+
+    again = load_plan_arm(store.shelf, "stable", arm, store.obtain, resident=[tried])
+    assert again.runner is tried.runner
+    assert (again.name, store.asked) == ("stable", [])
+
+    tried.runner.give_up()
+    fresh = load_plan_arm(store.shelf, "stable", arm, store.obtain, resident=[tried])
+    assert fresh.runner is not tried.runner
+    store.shelf.prune(set())
+    store.asked.clear()
+    load_plan_arm(store.shelf, "stable", arm, store.obtain, resident=[fresh])
+    assert store.asked == [""]
+
+
 def test_what_was_chosen_is_loaded_though_another_would_be_faster_now(
     store: Store, release: Callable[..., PlanArm]
 ) -> None:
