@@ -151,7 +151,10 @@ def test_s7_logged_propensities_tell_what_other_shares_would_have_earned(tool, s
         assert row.value <= 2.0 + 300 * (0.0475 / seeds) ** 0.5, row.what
 
 
-@pytest.mark.skipif(not (DATA / "openbandit").is_dir(), reason="$HEADWATER_DATA has no openbandit")
+@pytest.mark.skipif(
+    not (DATA / "openbandit/random/men/men.csv").is_file(),
+    reason="$HEADWATER_DATA has no openbandit",
+)
 def test_s7_on_real_logs_the_interval_covers_the_rate_that_was_really_had(tool):
     (row, *_) = tool("bench_rollout_bandit").open_bandit()
     assert row.ok

@@ -151,7 +151,7 @@ def keys(tmp_path):
 def test_an_order_is_what_its_operator_signed(keys):
     order = orders.signed(WISH, "anna", keys / "anna.pem")
 
-    assert orders.checked(order, keys / "operators") == WISH
+    assert orders.checked(order, keys / "operators", orders.Wish) == WISH
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_another_s_order_is_refused(keys, operator, key, change, code):
     order = orders.Order(order.operator, order.text + change, order.signature)
 
     with pytest.raises(HeadwaterError) as caught:
-        orders.checked(order, keys / "operators")
+        orders.checked(order, keys / "operators", orders.Wish)
     assert caught.value.code == code
 
 
