@@ -24,7 +24,7 @@ from bench_rows import Row
 from cloud_learner.stats.bandit import Bandit
 from cloud_learner.stats.offpolicy import Estimate, dr, ips, snips
 
-DATA = Path(os.environ.get("HEADWATER_DATA", Path(__file__).parents[2] / "../shared/data"))
+DATA = Path(os.environ.get("HEADWATER_DATA", Path(__file__).parents[1] / "../shared/data"))
 RATES = np.array([0.06, 0.04, 0.03])
 BATCHES, CHANGE, DELAY = 192, 96, 4  # of a quarter of an hour: a day and a day
 ANSWERS, LOGGED = 1000, 200  # a batch: where the bandit is measured, where its logs are
