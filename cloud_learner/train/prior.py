@@ -29,7 +29,7 @@ from edge_runtime.errors import RequestError
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import Moments
 from edge_runtime.personal.odds import odds_of, probability
-from edge_runtime.personal.prior import Matrix, Prior, Task, Vector
+from edge_runtime.personal.prior import PATIENCE, Matrix, Prior, Task, Vector
 
 Floats = npt.NDArray[np.float64]
 
@@ -58,12 +58,12 @@ def learn_prior(
     Sessions without labels say nothing; there must be one with some.
     """
     told = [session for session in sessions if len(session.labels)]
-    first = prior = _first(task, told, region)
+    first = prior = replace(_first(task, told, region), patience=math.inf)
     for _ in range(rounds):
-        heads = [_head(replace(prior, patience=math.inf), session) for session in told]
+        heads = [_head(prior, session) for session in told]
         noise = _noise(heads, told) if task == "regression" else prior.noise
         prior = replace(_next(_moments(prior, heads), first, STRENGTH), noise=noise)
-    return prior
+    return replace(prior, patience=PATIENCE)
 
 
 def next_prior(
@@ -165,4 +165,5 @@ def _positive(covariance: Floats) -> Floats:
     """The nearest matrix in which no direction is taken for certain."""
     values, vectors = np.linalg.eigh(covariance)
     floored = np.maximum(values, _CERTAIN * values[-1])
-    return np.asarray((vectors * floored) @ vectors.T)
+    whole = (vectors * floored) @ vectors.T
+    return np.asarray((whole + whole.T) / 2)

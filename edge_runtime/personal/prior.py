@@ -6,8 +6,9 @@ on; one that starts from nothing needs as many labels as the embedding is wide.
 A head's shift is `weights @ [1, embedding]`: weight 0 is the running bias. The weights of a session
 are drawn from a normal distribution with `mean` and `covariance`.
 
-Invariants: a prior that exists can be used: finite numbers, a covariance with positive eigenvalues.
-The same prior has the same bytes and the same `digest`; other bytes are refused with `bad_prior`.
+Invariants: a prior that exists can be used: finite numbers, a symmetric covariance with positive
+eigenvalues. The same prior has the same bytes and the same `digest`; bytes that are no prior are
+refused with `bad_prior`.
 
 Knows nothing about sessions, packages or how a prior is learned. Formats: `PRIOR_VERSION`.
 """
@@ -93,6 +94,8 @@ class Prior:
             return f"its covariance has shape {self.covariance.shape}"
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             return "it has numbers that are not finite"
+        if not (self.covariance == self.covariance.T).all():
+            return "its covariance is not symmetric"
         if not (0 < self.region < math.inf and 0 < self.noise < math.inf):
             return f"its region is {self.region} and its noise {self.noise}"
         if not (0 < self.norm_max <= NORM_MAX and self.patience > 0):
