@@ -129,7 +129,7 @@ class Head:
         """By how much the answer moves; the hot path."""
         if not self.labels:
             return 0.0
-        return self._within(float(self._weights.dot(embedding)) + float(self._bias[0]))
+        return self._within(float(np.vdot(self._weights, embedding)) + float(self._bias[0]))
 
     def _within(self, shift: float) -> float:
         region = self.prior.region
@@ -174,7 +174,8 @@ class Head:
             return False
         if self.prior.task != "regression" and not 0 <= label <= 1:
             return False
-        return float(embedding.dot(embedding)) <= self.prior.norm_max**2  # false for NaN
+        # False for NaN; `vdot`, unlike `dot`, does not warn of what overflows.
+        return float(np.vdot(embedding, embedding)) <= self.prior.norm_max**2
 
     def _learn_value(self, embedding: Vector, residual: float) -> None:
         prior = self.prior

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edge_runtime.personal.prior import Matrix, Vector
 
 BYTES_MAX = 4096
-ROWS_MAX = 64
+ROWS_MAX = 48
 
 
 class Kept(msgspec.Struct, array_like=True, frozen=True):
