@@ -77,14 +77,14 @@ def measure(seed: int, drawn: int) -> list[Row]:
     found = changes(ratings, np.argsort(first_s, kind="stable"))
     rows = [
         Row(f"{WHAT}: base unchanged at 0, share of answers that differ", found["0"], "", 0),
-        *(Row(f"{WHAT}: at {span}", found[span], "%", reach) for span, reach in REACH.items()),
+        *(Row(f"{WHAT}: after {span}", found[span], "%", reach) for span, reach in REACH.items()),
         Row(f"{WHAT}: sessions that fell back to it", 100 * found["fell"], "%"),
     ]
     orders = [np.random.default_rng(seed + n).permutation(people) for n in range(drawn)]
     others = [changes(ratings, order) for order in orders]
     return rows + [
         Row(
-            f"the same with users drawn at random, mean of {drawn}: at {span}",
+            f"the same with users drawn at random, mean of {drawn}: after {span}",
             float(np.mean([other[span] for other in others])),
             "%",
         )

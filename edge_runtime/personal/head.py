@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
@@ -35,7 +35,7 @@ import numpy as np
 from edge_runtime.errors import RequestError
 from edge_runtime.personal.history import History, Kept
 from edge_runtime.personal.odds import ODDS_MAX, loss_of, odds_of, probability
-from edge_runtime.personal.prior import Matrix, Prior, Vector, packed, unpacked
+from edge_runtime.personal.prior import WEIGHT_MAX, Matrix, Prior, Vector, packed, unpacked
 
 Embed = Callable[[Matrix], tuple[Matrix, Vector]]
 """Feature rows (count, columns) to embeddings (count, width) and base outputs (count,)."""
@@ -44,13 +44,15 @@ STATE_VERSION: Final = 1
 FALLS_MAX = 3
 TOLD_MAX = 5
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
 
 class _State(msgspec.Struct, array_like=True, frozen=True):
     version: Literal[1]
     prior: bytes
-    labels: int
-    refused: int
-    falls: int
+    labels: _Count
+    refused: _Count
+    falls: _Count
     against: float
     mean: bytes
     covariance: bytes
@@ -72,7 +74,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a session has learned: the weights that moved the most, against what was expected.
+    """What a session has learned: the weights that moved, against what was expected.
 
     `against` is the log of the likelihood ratio of the model to the head; negative: the head helps.
     `with_model`: it answers as the model does.
@@ -87,25 +89,29 @@ class Explanation:
 
 
 class Head:
-    """One session's head; `columns` is the length of the feature rows that it may keep."""
+    """One session's head; `columns` is the length of the feature rows that it may keep.
+
+    Its weights are believed to be `mean`, of shape (1 + width,), with `covariance`; others read
+    them and never write.
+    """
 
     __slots__ = (
         "_against",
         "_bias",
-        "_covariance",
         "_history",
-        "_mean",
         "_weights",
+        "covariance",
         "falls",
         "labels",
+        "mean",
         "prior",
         "refused",
     )
 
     def __init__(self, prior: Prior, columns: int = 0) -> None:
         self.prior = prior
-        self._mean, self._covariance = prior.mean.copy(), prior.covariance.copy()
-        self._bias, self._weights = self._mean[:1], self._mean[1:]
+        self.mean, self.covariance = prior.mean.copy(), prior.covariance.copy()
+        self._bias, self._weights = self.mean[:1], self.mean[1:]
         self._history = History(columns)
         self.labels = self.refused = self.falls = 0
         self._against = 0.0
@@ -113,17 +119,7 @@ class Head:
     @property
     def nbytes(self) -> int:
         """What its arrays take; they never grow."""
-        return self._mean.nbytes + self._covariance.nbytes + self._history.nbytes
-
-    @property
-    def mean(self) -> Vector:
-        """The weights as they are believed to be, of shape (1 + width,); not to be written to."""
-        return self._mean
-
-    @property
-    def covariance(self) -> Matrix:
-        """How unsure they are, (1 + width, 1 + width); not to be written to."""
-        return self._covariance
+        return self.mean.nbytes + self.covariance.nbytes + self._history.nbytes
 
     def shift(self, embedding: Vector) -> float:
         """By how much the answer moves; the hot path."""
@@ -200,24 +196,24 @@ class Head:
         scratch = self.prior.scratch
         features = scratch.features
         scratch.embedding[:] = embedding
-        pulled = self._covariance.dot(features, scratch.pulled)
-        return float(features.dot(self._mean)), max(float(features.dot(pulled)), 0.0)
+        pulled = self.covariance.dot(features, scratch.pulled)
+        return float(features.dot(self.mean)), max(float(features.dot(pulled)), 0.0)
 
     def _move(self, pull: float, shrink: float) -> None:
-        scratch, mean, covariance = self.prior.scratch, self._mean, self._covariance
+        scratch, mean, covariance = self.prior.scratch, self.mean, self.covariance
         np.add(mean, np.multiply(scratch.pulled, pull, scratch.step), mean)
         np.multiply(scratch.pulled, math.sqrt(shrink), scratch.pulled)
         scratch.column.dot(scratch.row, scratch.square)  # symmetric to the last bit
         np.subtract(covariance, scratch.square, covariance)
 
     def _fall(self) -> None:
-        falls, refused = self.falls + 1, self.refused
+        counts = self.falls + 1, self.refused
         self.reset()
-        self.falls, self.refused = falls, refused
+        self.falls, self.refused = counts
 
     def reset(self) -> None:
         """Begin anew: the session answers as the model does, and its history is gone."""
-        self._mean[:], self._covariance[:] = self.prior.mean, self.prior.covariance
+        self.mean[:], self.covariance[:] = self.prior.mean, self.prior.covariance
         self._history.clear()
         self.labels = self.refused = self.falls = 0
         self._against = 0.0
@@ -227,13 +223,14 @@ class Head:
         return math.sqrt(self._expect(embedding)[1])
 
     def explain(self) -> Explanation:
-        """What moved, and by how much."""
+        """What moved, and by how much: the bias first, then the weights that moved the most."""
         prior = self.prior
         before = np.sqrt(np.diagonal(prior.covariance))
-        sure = np.sqrt(np.maximum(np.diagonal(self._covariance), 0))
-        order = np.argsort(-np.abs(self._mean - prior.mean) / before, kind="stable")[:TOLD_MAX]
+        sure = np.sqrt(np.maximum(np.diagonal(self.covariance), 0))
+        order = np.argsort(-np.abs(self.mean - prior.mean)[1:] / before[1:], kind="stable") + 1
         moved = [
-            Moved(int(i), float(prior.mean[i]), float(self._mean[i]), float(sure[i])) for i in order
+            Moved(i, float(prior.mean[i]), float(self.mean[i]), float(sure[i]))
+            for i in (0, *order[: TOLD_MAX - 1].tolist())
         ]
         counts = self.labels, self.refused, self.falls
         return Explanation(*counts, self._against, not self.labels, tuple(moved))
@@ -262,8 +259,8 @@ class Head:
                 self.refused,
                 self.falls,
                 self._against,
-                self._mean.astype("<f4").tobytes(),
-                packed(self._covariance),
+                self.mean.astype("<f4").tobytes(),
+                packed(self.covariance),
                 self._history.keep(),
             )
         )
@@ -291,10 +288,13 @@ class Head:
 
     def _take(self, state: _State) -> None:
         mean = np.frombuffer(state.mean, "<f4")
-        covariance = unpacked(state.covariance, len(self._mean))
-        if mean.shape != self._mean.shape:
+        covariance = unpacked(state.covariance, len(self.mean))
+        if mean.shape != self.mean.shape:
             raise ValueError(f"a mean of {len(mean)} weights")
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("numbers that are not finite")
-        self._mean[:], self._covariance[:] = mean, covariance
+        most = 1.01 * np.sqrt(np.diagonal(self.prior.covariance))  # a label adds no doubt
+        if not (np.abs(mean) <= 1e3 * WEIGHT_MAX).all() or not math.isfinite(state.against):
+            raise ValueError("a mean that no labels give")
+        if not (np.abs(covariance) <= np.outer(most, most)).all():
+            raise ValueError("a covariance that no labels give")
+        self.mean[:], self.covariance[:] = mean, covariance
         self.labels, self._against = state.labels, state.against

@@ -6,7 +6,7 @@ on; one that starts from nothing needs as many labels as the embedding is wide.
 A head's shift is `weights @ [1, embedding]`: weight 0 is the running bias. The weights of a session
 are drawn from a normal distribution with `mean` and `covariance`.
 
-Invariants: a prior that exists can be used: finite numbers, a symmetric covariance with positive
+Invariants: a prior that exists can be used: bounded numbers, a symmetric covariance with positive
 eigenvalues. The same prior has the same bytes and the same `digest`; bytes that are no prior are
 refused with `bad_prior`.
 
@@ -35,8 +35,9 @@ PRIOR_VERSION: Final = 1
 WIDTH_MAX = 512
 """The widest embedding; a session of it holds a megabyte."""
 
-NORM_MAX = 1e6
-"""The longest embedding that a prior may allow: its square, times a variance, is a float32."""
+NORM_MAX, WEIGHT_MAX = 1e6, 1e6
+"""The longest embedding that a prior may allow, and the largest number in it: what a head makes of
+both is a float32."""
 
 PATIENCE = math.log(100.0)
 """An honest session is taken for nonsense with a probability of at most 1 in 100."""
@@ -92,8 +93,8 @@ class Prior:
             return f"its mean has shape {self.mean.shape}"
         if self.covariance.shape != (len(self.mean), len(self.mean)):
             return f"its covariance has shape {self.covariance.shape}"
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            return "it has numbers that are not finite"
+        if not all((np.abs(each) <= WEIGHT_MAX).all() for each in (self.mean, self.covariance)):
+            return f"it has numbers that are not within {WEIGHT_MAX:g}"
         if not (self.covariance == self.covariance.T).all():
             return "its covariance is not symmetric"
         if not (0 < self.region < math.inf and 0 < self.noise < math.inf):

@@ -201,7 +201,10 @@ def test_an_explanation_names_what_moved():
     assert (said.labels, said.with_model) == (30, False)
     assert said.against < 0
     assert len(said.moved) == 5
-    strongest = said.moved[0]
+    bias, strongest = said.moved[:2]
+    assert (bias.weight, bias.now) == (0, float(head.mean[0]))
+    moves = np.abs(head.mean) / np.sqrt(np.diagonal(prior.covariance))
+    assert strongest.weight == 1 + np.argmax(moves[1:])
     assert strongest.before == 0
     assert strongest.now == pytest.approx(float(head.mean[strongest.weight]))
     assert strongest.sure < math.sqrt(prior.covariance[strongest.weight, strongest.weight])
@@ -304,3 +307,31 @@ def test_a_state_of_another_release_is_rebased():
         return rows, np.full(len(rows), 0.5, np.float32)
 
     assert Head.decode(head.encode(), other, embed).encode() == head.rebased(other, embed).encode()
+
+
+def test_damaged_states_are_refused_or_stay_in_the_region():
+    """5,000 states with some bytes changed; what is read in spite of it does no harm."""
+    chance, prior = np.random.default_rng(1), prior_of("binary")
+    data, probes = told(prior, 20, columns=4).encode(), embeddings(5, 3)
+    read = 0
+    for _ in range(5000):
+        spoiled = bytearray(data)
+        for _ in range(chance.integers(1, 4)):
+            end = chance.choice((60, len(data)))
+            spoiled[chance.integers(end)] = chance.integers(256)
+        try:
+            head = Head.decode(bytes(spoiled), prior, embed_as_zeros)
+        except RequestError as error:
+            assert error.code == "bad_session"
+            continue
+        read += 1
+        for probe in probes:
+            head.adapt(probe, 0.5, 1.0, probe[:4])
+            assert abs(head.shift(probe)) <= prior.region
+        assert len(head.explain().moved) == 5
+
+    assert 1000 < read < 4500
+
+
+def embed_as_zeros(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((len(rows), WIDTH), np.float32), np.full(len(rows), 0.5, np.float32)
