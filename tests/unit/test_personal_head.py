@@ -321,8 +321,7 @@ def test_damaged_states_are_refused_or_stay_in_the_region():
             spoiled[chance.integers(end)] = chance.integers(256)
         try:
             head = Head.decode(bytes(spoiled), prior, embed_as_zeros)
-        except RequestError as error:
-            assert error.code == "bad_session"
+        except RequestError:
             continue
         read += 1
         for probe in probes:
