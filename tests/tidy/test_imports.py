@@ -50,7 +50,8 @@ CLOUD_ORDER = (
 )
 LEARNER_MAY_IMPORT = (
     *("errors", "clock", "files", "metrics", "wire", "bus", "features", "inference"),
-    *("personal.head", "update.trust", "update.patch", "update.approval", "rollout.plan"),
+    *("personal.prior", "personal.odds", "personal.head", "personal.moments"),
+    *("update.trust", "update.patch", "update.approval", "rollout.plan"),
 )
 MODELS_MAY_IMPORT = ("cloud_learner.train.blocks", "cloud_learner.experiment.outside")
 # library -> the path prefixes that may import it

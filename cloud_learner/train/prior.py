@@ -1,0 +1,169 @@
+"""The prior of sessions, learned from sessions that are over, and from what devices say of theirs.
+
+Why: how people differ, and in which directions of the embedding together, is known before one of
+them comes; a device that starts from it needs two labels where it would need twenty.
+
+The method is empirical Bayes by expectation maximisation: the device's own head learns each past
+session, and the next prior has the mean and the covariance of what the heads believe (Dempster,
+Laird and Rubin 1977, for random effects). The first prior comes of moments: how much of the
+residuals' variance lies between sessions, shared out evenly over the embedding's directions. It
+stays in the sum as `STRENGTH` sessions of its own, so that few sessions still give a covariance
+with positive eigenvalues.
+
+Invariants: learning uses the code that serves; the same sessions in the same order give the same
+prior. No device counts for more than `cap` sessions, and what a device says is checked before.
+
+Knows nothing about packages or files, and needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import RequestError
+from edge_runtime.personal.head import Head
+from edge_runtime.personal.moments import Moments
+from edge_runtime.personal.odds import odds_of, probability
+from edge_runtime.personal.prior import PATIENCE, Matrix, Prior, Task, Vector
+
+Floats = npt.NDArray[np.float64]
+
+ROUNDS = 12
+STRENGTH = 10.0
+_VARIANCE_MIN = 1e-4  # of the noise: a direction in which no two sessions ever differed
+_CERTAIN = 1e-5  # of the largest eigenvalue; float32 keeps it apart from 0
+_NOISE_MIN = 1e-6
+_NORM_ROOM = 2.0  # to the longest embedding that was seen
+
+
+@dataclass(frozen=True)
+class PastSession:
+    """What a session was told, in its order: embeddings (count, width), bases, labels (count,)."""
+
+    embeddings: Matrix
+    bases: Vector
+    labels: Vector
+
+
+def learn_prior(
+    task: Task, sessions: Sequence[PastSession], region: float, *, rounds: int = ROUNDS
+) -> Prior:
+    """The prior that makes `sessions` likely; `region` is the family's to declare.
+
+    Sessions without labels say nothing; there must be one with some.
+    """
+    told = [session for session in sessions if len(session.labels)]
+    first = prior = replace(_first(task, told, region), patience=math.inf)
+    for _ in range(rounds):
+        heads = [_head(prior, session) for session in told]
+        noise = _noise(heads, told) if task == "regression" else prior.noise
+        prior = replace(_next(_moments(prior, heads), first, STRENGTH), noise=noise)
+    return replace(prior, patience=PATIENCE)
+
+
+def next_prior(
+    prior: Prior, told: Mapping[str, bytes], cap: float, strength: float = STRENGTH
+) -> tuple[Prior, dict[str, str]]:
+    """The prior after what devices say of their sessions, and why some were not listened to.
+
+    `told` are encoded moments by device. A device of more than `cap` sessions counts for `cap`; the
+    prior itself counts for `strength` sessions.
+    """
+    moments, refused = Moments.none(prior), dict[str, str]()
+    for device in sorted(told):
+        try:
+            own = Moments.decode(told[device], prior)
+        except RequestError as error:
+            refused[device] = error.message
+        else:
+            moments.merge(own, min(1.0, cap / own.sessions))
+    return _next(moments, prior, strength), refused
+
+
+def _first(task: Task, sessions: Sequence[PastSession], region: float) -> Prior:
+    """Residuals by their moments: half of the spread between sessions is the bias's."""
+    residuals = [_residuals(task, session, region) for session in sessions]
+    embeddings = np.concatenate([session.embeddings for session in sessions])
+    lengths = np.square(embeddings, dtype=np.float64).sum(axis=1)
+    means = np.array([each.mean() for each in residuals])
+    noise = max(float(np.mean(np.square(np.concatenate(residuals)))), _NOISE_MIN)
+    spread = max(float(means.var()), _VARIANCE_MIN * noise)
+    size = 1 + embeddings.shape[1]
+    variances = np.full(size, spread / 2 / max(float(lengths.mean()), _NOISE_MIN))
+    variances[0] = spread / 2
+    return Prior(
+        task,
+        np.zeros(size, np.float32),
+        np.diag(variances).astype(np.float32),
+        region,
+        norm_max=_NORM_ROOM * math.sqrt(float(lengths.max())) or 1.0,
+        noise=noise,
+    )
+
+
+def _residuals(task: Task, session: PastSession, region: float) -> Floats:
+    """On the scale of the shift; of log odds one Newton step from the base."""
+    bases, labels = session.bases.astype(np.float64), session.labels.astype(np.float64)
+    if task == "regression":
+        return np.asarray(np.clip(labels - bases, -region, region))
+    odds = [odds_of(base) for base in bases] if task == "binary" else list(bases)
+    chances = np.array([probability(each) for each in odds])
+    slope = (chances * (1 - chances)).mean() or 1.0
+    return np.asarray(np.clip((labels - chances) / slope, -region, region))
+
+
+def _head(prior: Prior, session: PastSession) -> Head:
+    head = Head(prior)
+    for embedding, base, label in zip(
+        session.embeddings, session.bases, session.labels, strict=True
+    ):
+        head.adapt(embedding, float(base), float(label))
+    return head
+
+
+def _moments(prior: Prior, heads: Sequence[Head]) -> Moments:
+    moments = Moments.none(prior)
+    for head in heads:
+        moments.add(head)
+    return moments
+
+
+def _noise(heads: Sequence[Head], sessions: Sequence[PastSession]) -> float:
+    """The variance that is left when each session has learned all its labels."""
+    left, count = 0.0, 0
+    for head, session in zip(heads, sessions, strict=True):
+        ones = np.ones((len(session.labels), 1), np.float32)
+        features = np.hstack([ones, session.embeddings]).astype(np.float64)
+        targets = _residuals("regression", session, head.prior.region)
+        unsure = np.einsum("ij,jk,ik->i", features, head.covariance.astype(np.float64), features)
+        left += float(np.square(targets - features @ head.mean).sum() + unsure.sum())
+        count += len(targets)
+    return max(left / count, _NOISE_MIN)
+
+
+def _next(moments: Moments, anchor: Prior, strength: float) -> Prior:
+    """The prior of these moments, with `anchor` as so many sessions more."""
+    total = moments.sessions + strength
+    mean = moments.prior.mean.astype(np.float64)
+    apart = anchor.mean.astype(np.float64) - mean
+    moved = (moments.first + strength * apart) / total
+    square = moments.second + strength * (anchor.covariance + np.outer(apart, apart))
+    covariance = square / total - np.outer(moved, moved)
+    return replace(
+        moments.prior,
+        mean=(mean + moved).astype(np.float32),
+        covariance=_positive(covariance).astype(np.float32),
+    )
+
+
+def _positive(covariance: Floats) -> Floats:
+    """The nearest matrix in which no direction is taken for certain."""
+    values, vectors = np.linalg.eigh(covariance)
+    floored = np.maximum(values, _CERTAIN * values[-1])
+    whole = (vectors * floored) @ vectors.T
+    return np.asarray((whole + whole.T) / 2)

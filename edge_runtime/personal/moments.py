@@ -1,0 +1,135 @@
+"""What a device's sessions say together about the next prior, and of no session by itself.
+
+Why: the sum of sessions' A and b, from which a pooled regression follows, says nothing of how
+people differ. What the next prior needs are the moments of their weights: one step of expectation
+maximisation is the mean of what each session believes, and the mean of its square.
+
+Counted are differences from the prior's mean, each clipped to `DEVIATIONS_MAX` of the prior's own
+deviations, so that one session moves the next prior by a bounded amount.
+
+Invariants: moments of one prior add up; bytes count at most `SESSIONS_MAX` sessions; moments
+that no clipped sessions can have are refused with `bad_moments`.
+
+Knows nothing about who may export them, or how. Formats: `MOMENTS_VERSION`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import RequestError
+from edge_runtime.personal.head import Head
+from edge_runtime.personal.prior import Prior, packed, unpacked
+
+Floats = npt.NDArray[np.float64]
+
+MOMENTS_VERSION: Final = 1
+SESSIONS_MAX = 1000
+DEVIATIONS_MAX = 3.0
+_ROUNDING = 1.001  # what float32 on the wire may add
+
+
+class _Stored(msgspec.Struct, array_like=True, frozen=True):
+    version: Literal[1]
+    prior: bytes
+    sessions: float
+    first: bytes
+    second: bytes
+
+
+_decoder = msgspec.msgpack.Decoder(_Stored)
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over `sessions`: `first` (1 + width,) of differences, `second` of their squares."""
+
+    prior: Prior
+    sessions: float
+    first: Floats
+    second: Floats
+
+    @classmethod
+    def none(cls, prior: Prior) -> Moments:
+        """Of no session."""
+        size = len(prior.mean)
+        return cls(prior, 0.0, np.zeros(size), np.zeros((size, size)))
+
+    def add(self, head: Head) -> None:
+        """Count a session that is over; one without labels says nothing."""
+        assert head.prior is self.prior
+        if not head.labels:
+            return
+        most = DEVIATIONS_MAX * _deviations(self.prior)
+        moved = np.clip(head.mean.astype(np.float64) - self.prior.mean, -most, most)
+        self.sessions += 1
+        self.first += moved
+        self.second += head.covariance + np.outer(moved, moved)
+
+    def merge(self, other: Moments, weight: float = 1.0) -> None:
+        """Count all sessions of `other`, each as `weight` of one."""
+        assert other.prior.digest == self.prior.digest
+        self.sessions += weight * other.sessions
+        self.first += weight * other.first
+        self.second += weight * other.second
+
+    def encode(self) -> bytes:
+        """The moments as bytes; more than `SESSIONS_MAX` sessions weigh as much as so many."""
+        share = min(1.0, SESSIONS_MAX / max(self.sessions, 1.0))
+        first = (share * self.first).astype("<f4").tobytes()
+        second = packed((share * self.second).astype(np.float32))
+        sessions = share * self.sessions
+        return msgspec.msgpack.encode(
+            _Stored(MOMENTS_VERSION, self.prior.digest, sessions, first, second)
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, prior: Prior) -> Moments:
+        """The moments that a device has exported. Raises: RequestError `bad_moments`."""
+        try:
+            return cls._fit(_decoder.decode(data), prior)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise RequestError(
+                "bad_moments",
+                f"moments of sessions cannot be used: {error}; nothing of them was counted",
+                "export them again; if this returns, look at what the device is",
+            ) from None
+
+    @classmethod
+    def _fit(cls, stored: _Stored, prior: Prior) -> Moments:
+        first = np.frombuffer(stored.first, "<f4").astype(np.float64)
+        second = unpacked(stored.second, len(prior.mean)).astype(np.float64)
+        moments = cls(prior, stored.sessions, first, second)
+        why = moments._why_unfit() if stored.prior == prior.digest else "they are of another prior"
+        if why:
+            raise ValueError(why)
+        return moments
+
+    def _why_unfit(self) -> str:
+        """Why no clipped sessions have these; NaN compares false, hence the form of the tests."""
+        if self.first.shape != self.prior.mean.shape:
+            return f"{len(self.first)} weights"
+        if not 0 < self.sessions <= SESSIONS_MAX:
+            return f"{self.sessions} sessions"
+        most = DEVIATIONS_MAX * _deviations(self.prior) * _ROUNDING
+        if not (np.abs(self.first) <= self.sessions * most).all():
+            return "their mean is beyond what is clipped"
+        highest = np.diagonal(self.prior.covariance) * _ROUNDING + most**2
+        if not (np.diagonal(self.second) <= self.sessions * highest).all():
+            return "their square is beyond what is clipped"
+        if not np.isfinite(self.second).all():
+            return "numbers that are not finite"
+        around = self.second - np.outer(self.first, self.first) / self.sessions
+        if np.linalg.eigvalsh(around)[0] < -1e-3 * math.fsum(np.diagonal(self.second)):
+            return "their covariance has a negative eigenvalue"
+        return ""
+
+
+def _deviations(prior: Prior) -> Floats:
+    return np.sqrt(np.diagonal(prior.covariance).astype(np.float64))

@@ -1,0 +1,65 @@
+"""What a session's head makes of many candidates at once, with or without exploring.
+
+Why: who is always shown what seems best never learns what else there is; a head knows how unsure
+it is of each candidate, and exploring spends that knowledge.
+
+`optimistic` is LinUCB (Li et al. 2010), `drawn` is Thompson sampling (Chapelle and Li 2011). Both
+begin with the first candidate list: before any label they explore by the prior.
+
+Invariants: no shift is outside of the trust region, and none is NaN; a session that has fallen for
+good explores nothing. The same generator gives the same draw.
+
+Knows nothing about candidates, events or propensities.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_runtime.personal.head import FALLS_MAX, Head
+from edge_runtime.personal.prior import Matrix, Prior, Vector
+
+_JITTER = 1e-5  # of the mean variance; what rounding may have taken from the smallest eigenvalue
+
+
+def shifts(head: Head, embeddings: Matrix) -> Vector:
+    """The shift of each row of (count, width), of shape (count,)."""
+    if not head.labels:
+        return np.zeros(len(embeddings), np.float32)
+    return _expected(head, embeddings, head.mean)
+
+
+def optimistic(head: Head, embeddings: Matrix, deviations: float) -> Vector:
+    """Each shift and so many standard deviations on top."""
+    if head.falls >= FALLS_MAX:
+        return shifts(head, embeddings)
+    covariance = head.covariance
+    crossed = 2 * (embeddings @ covariance[1:, 0]) + covariance[0, 0]
+    variances = crossed + np.einsum("ij,ij->i", embeddings @ covariance[1:, 1:], embeddings)
+    bonus = deviations * np.sqrt(np.maximum(variances, 0))
+    return _within(head.prior, shifts(head, embeddings) + bonus)
+
+
+def drawn(head: Head, embeddings: Matrix, generator: np.random.Generator) -> Vector:
+    """Each shift by weights that are drawn from what the session believes."""
+    if head.falls >= FALLS_MAX:
+        return shifts(head, embeddings)
+    chance = generator.standard_normal(len(head.mean), dtype=np.float32)
+    return _expected(head, embeddings, head.mean + _root(head.covariance) @ chance)
+
+
+def _root(covariance: Matrix) -> Matrix:
+    """A matrix whose square is `covariance`; the diagonal's where rounding leaves none."""
+    variances = np.maximum(np.diagonal(covariance), 0)
+    try:
+        return np.linalg.cholesky(covariance + np.diag(variances * _JITTER))
+    except np.linalg.LinAlgError:
+        return np.diag(np.sqrt(variances))
+
+
+def _expected(head: Head, embeddings: Matrix, weights: Vector) -> Vector:
+    return _within(head.prior, embeddings @ weights[1:] + weights[0])
+
+
+def _within(prior: Prior, shift: Vector) -> Vector:
+    return np.nan_to_num(np.clip(shift, -prior.region, prior.region), copy=False, nan=0.0)
