@@ -36,6 +36,7 @@ from cloud_learner.ingest.intake import Released
 from cloud_learner.judging import ApartGate, GateDoor, OwnGate
 from cloud_learner.learner import Learner
 from cloud_learner.publisher import Publisher
+from cloud_learner.release.shown import shown_instead
 from cloud_learner.releasing import Releasing, release_signers
 from cloud_learner.reports import Reports
 from cloud_learner.rollout.journal import Signed
@@ -265,11 +266,15 @@ class Host:
                 return
 
     async def _mend(self) -> None:
-        """A broker that comes back may have lost its store."""
+        """A broker that comes back may have lost its store; others may have written over it."""
+        before: bytes | None = None
         while True:
             await asyncio.sleep(MEND_S)
-            if self._bus.statistics()["reconnects"] != self._reconnects:
+            instead = await shown_instead(self._bus, self.publisher.signed("timestamp"))
+            lost = self._bus.statistics()["reconnects"] != self._reconnects
+            if lost or (instead is not None and instead == before):
                 await self._furnish()
+            before = instead
 
     async def _look(self) -> None:
         """Also while no candidate is judged: labels may be far away."""

@@ -117,9 +117,9 @@ class Publisher:
         """The plan of a family that was published last."""
         return decode_plan(text.encode()) if (text := self._state.plans.get(family)) else None
 
-    def signed_plans(self) -> str:
-        """The signed document that lists the plans of now."""
-        return self._state.roles[PLANS_ROLE].text
+    def signed(self, role: str) -> str:
+        """The document of a role as it was published last."""
+        return self._state.roles[role].text
 
     def statistics(self) -> dict[str, int]:
         """Transactions made, how many repaired foreign metadata, and messages pushed."""

@@ -49,6 +49,7 @@ from edge_runtime.clock import Clock
 from edge_runtime.errors import CapacityError, RequestError, TransportError
 from edge_runtime.rollout.plan import Plan, Variant, model_path
 from edge_runtime.update.approval import Approval
+from edge_runtime.update.trust import PLANS_ROLE
 from edge_runtime.wire.messages import Report
 
 log = logging.getLogger("cloud_learner")
@@ -101,7 +102,7 @@ class Releases:
 
         async def publish(offer: Offer | None, plan: Plan | None, approval: Approval | None) -> str:
             await publisher.publish(self.file(offer) if offer else None, plan, approval)
-            return publisher.signed_plans()
+            return publisher.signed(PLANS_ROLE)
 
         return publish
 

@@ -25,8 +25,10 @@ from cloud_learner.floors import Floors
 from cloud_learner.host import Host
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
+from cloud_learner.release.metadata import ReleaseFile
 from cloud_learner.releasing import Releases
 from cloud_learner.rollout.campaign import Offer
+from cloud_learner.simulate.faults import forge_learner_alone
 from cloud_learner.store.ingest_db import IngestDb
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.registry import Registry
@@ -114,6 +116,7 @@ class Cloud:
 
     def __init__(self, bus) -> None:
         self.bus, self.status, self._heard = bus, None, asyncio.Event()
+        self.nudged = asyncio.Event()
 
     async def listen(self) -> None:
         await self.bus.subscribe(subjects.LEARNER_STATUS, self._hear)
@@ -121,6 +124,9 @@ class Cloud:
     async def _hear(self, message) -> None:
         self.status = codec.decode_status(message.data)
         self._heard.set()
+
+    async def refreshed(self, _message) -> None:
+        self.nudged.set()
 
     async def send(self, envelopes) -> None:
         for subject, data in envelopes:
@@ -544,3 +550,30 @@ def test_a_killed_learner_has_learned_every_batch_once_in_the_end(home, envelope
     assert cloud.count("learned_twice") == 0
     assert cloud.status.events_archived == EVENTS + EVENTS * 3 // 4
     check_ledger(home, len(batched(home)))
+
+
+def test_nobody_need_publish_for_what_a_thief_wrote_to_be_written_over(home, family):
+    strange = ReleaseFile("coin", "strange", 1_000_000, b"no package")
+
+    async def scenario() -> None:
+        async with hosted(home, family, MemoryBroker()) as (host, cloud, running):
+            await cloud.until(lambda: True)
+            before = host.publisher.signed("timestamp")
+            await forge_learner_alone(home.root, cloud.bus, strange, SYSTEM.now_s())
+            forged = await cloud.bus.last(
+                subjects.TRUST_STREAM, subjects.metadata("timestamp.json")
+            )
+            assert forged.data != before.encode()
+
+            again = await cloud.bus.subscribe(subjects.REFRESH, cloud.refreshed)
+            async with asyncio.timeout(WAIT_S):
+                await cloud.nudged.wait()
+            await again.close()
+
+            shown = await cloud.bus.last(subjects.TRUST_STREAM, subjects.metadata("timestamp.json"))
+            genuine = json.loads(host.publisher.signed("timestamp"))
+            assert json.loads(shown.data) == genuine
+            assert genuine["signed"]["version"] > json.loads(forged.data)["signed"]["version"]
+            assert not running.done()
+
+    asyncio.run(scenario())
