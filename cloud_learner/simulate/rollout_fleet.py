@@ -43,7 +43,6 @@ from edge_runtime.device.asking import Event
 from edge_runtime.errors import TransportError
 from edge_runtime.rollout.plan import Plan, model_path
 from edge_runtime.update.approval import Approval
-from edge_runtime.update.trust import PLANS_ROLE
 from edge_runtime.wire import subjects
 from edge_runtime.wire.messages import Scored
 
@@ -165,7 +164,7 @@ class Site:
 
         async def publish(offer: Offer | None, plan: Plan | None, consent: Approval | None) -> str:
             await publisher.publish(_file(rules.family, offer) if offer else None, plan, consent)
-            return publisher.signed(PLANS_ROLE)
+            return publisher.signed("plans")
 
         lineage = Lineage(self.cloud.lineage)
         self.controller = Controller(rules, root / "campaign.json", publish, lineage, clock)
