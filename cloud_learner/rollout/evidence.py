@@ -29,7 +29,7 @@ import numpy as np
 from cloud_learner.rollout.health import Health
 from cloud_learner.stats.confidence import ConfidenceSequence
 from cloud_learner.stats.counting import CountingTest
-from cloud_learner.stats.sequential import PairedTest, Verdict
+from cloud_learner.stats.sequential import PairedTest
 from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
 from edge_runtime.wire.messages import Report
@@ -72,14 +72,6 @@ class PairEvidence(msgspec.Struct, kw_only=True):
     other_pair: int = 0
     unusable: int = 0
     repeated: int = 0
-
-    def add(self, examples: Iterable[Example]) -> Verdict:
-        """Count `examples` in order until the test decides; what follows is left uncounted."""
-        for example in examples:
-            if self.test.verdict != "hold":
-                break
-            self.count(example)
-        return self.test.verdict
 
     def count(self, example: Example) -> None:
         """Count an example, or the reason why it is no evidence."""

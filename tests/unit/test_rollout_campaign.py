@@ -311,3 +311,15 @@ def test_in_any_order_of_events_plans_are_valid_rise_by_one_and_never_revive_a_r
     first = campaign.state.stable is not None
     assert counts.decided == counts.promoted + counts.rolled_back
     assert counts.offered == first + counts.refused + counts.superseded + counts.decided + waiting
+
+
+def test_what_follows_the_verdict_is_not_counted_however_it_is_grouped():
+    stream, at_once, one_by_one = broken(200), on_trial(), on_trial()
+    at_once.examples(stream, NOW_S)
+    for each in stream:
+        one_by_one.examples([each], NOW_S)
+
+    (decision,) = at_once.state.decisions
+    assert decision.reason == "harm"
+    assert decision.pairs < len(stream)
+    assert one_by_one.state == at_once.state
