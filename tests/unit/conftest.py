@@ -1,5 +1,5 @@
-"""What unit tests share: HTTP on a thread of its own with a plain client, plans of arms, and
-releases on trial that misbehave on what really comes.
+"""What unit tests share: HTTP on a thread of its own with a plain client, plans of arms, releases
+on trial that misbehave on what really comes, and benchmarks run quickly.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +30,8 @@ from edge_runtime.runtime import Event, Prediction, Runtime
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import PredictionRecord
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 class Served:
@@ -287,3 +292,20 @@ def _faulty(path: Path, bias: float, body: str) -> bytes:
 def trials(tmp_path: Path, write_package: Callable[..., tuple[Path, str]]) -> Trials:
     """A device and what it tries; `trials.ask(runtime, far=True)` shows the faults."""
     return Trials(tmp_path, write_package)
+
+
+@pytest.fixture
+def measured() -> Callable[..., dict[str, float]]:
+    """`measured(tool, *parts, **env)`: what each row of a benchmark says after a quick run."""
+
+    def run(tool: str, *parts: str, **env: str) -> dict[str, float]:
+        done = subprocess.run(
+            [sys.executable, TOOLS / tool, "--quick", "--json", "--only", *parts],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | env,
+        )
+        return {row["what"]: row["value"] for row in json.loads(done.stdout)["rows"]}
+
+    return run

@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench-session"
-
-
-def measured(*only: str) -> dict[str, float]:
-    """What each row says after a quick run of these parts."""
-    done = subprocess.run(
-        [sys.executable, TOOL, "--quick", "--json", "--only", *only],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return {row["what"]: row["value"] for row in json.loads(done.stdout)["rows"]}
-
-
-def test_costs_are_measured_and_the_bounds_hold() -> None:
-    rows = measured("latency", "memory", "hostile")
+def test_costs_are_measured_and_the_bounds_hold(measured) -> None:
+    rows = measured("bench-session", "latency", "memory", "hostile")
 
     assert 0 < rows["memory per session, 64-dim"] <= 24
     for what, value in rows.items():
@@ -34,7 +16,5 @@ def test_costs_are_measured_and_the_bounds_hold() -> None:
             assert value > 0, what
 
 
-def test_data_that_are_not_there_are_left_out(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("HEADWATER_DATA", str(tmp_path))
-
-    assert measured("movielens") == {}
+def test_data_that_are_not_there_are_left_out(measured, tmp_path) -> None:
+    assert measured("bench-session", "movielens", HEADWATER_DATA=str(tmp_path)) == {}
