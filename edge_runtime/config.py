@@ -89,6 +89,19 @@ class RolloutConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_max: Annotated[float, msgspec.Meta(ge=0, le=100)] = 100.0
 
 
+class SessionsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """In-session personalization: a session ends when it was not used for `ttl_s`; all together
+    take at most `bytes_max_mb`, and are at most `count_max`. With `keep` they survive a restart,
+    with `export` the learner is told what many of them say together.
+    """
+
+    ttl_s: Annotated[float, msgspec.Meta(gt=0)] = 1800.0
+    bytes_max_mb: Annotated[int, msgspec.Meta(ge=1)] = 32
+    count_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    keep: bool = False
+    export: bool = False
+
+
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `edge.toml` says. See the defaults here for what may be left out.
 
@@ -116,6 +129,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     logging: LoggingConfig = LoggingConfig()
     uplink: dict[str, UplinkConfig] = {}
     rollout: RolloutConfig = RolloutConfig()
+    sessions: SessionsConfig = SessionsConfig()
     poll_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     package: Path | None = None
 

@@ -30,7 +30,7 @@ from cloud_learner.stats.tasks import Task
 from edge_runtime.errors import PackageError
 from edge_runtime.files import write_atomic
 
-INPUT, OUTPUT = "features", "probability"
+INPUT, OUTPUT, EMBEDDING = "features", "probability", "embedding"
 OPSET = 18
 
 Matrix = npt.NDArray[np.float32]

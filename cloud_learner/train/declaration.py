@@ -223,6 +223,27 @@ class Rollout(Section, frozen=True):
             raise ValueError("rollout.stages must rise")
 
 
+class Personal(Section, frozen=True):
+    """`[personal]`: sessions adapt the answers of this family on the device.
+
+    `region` bounds every shift: in units of the label for regression, in log odds otherwise.
+    `group` names the field of the predicting kinds that tells past sessions apart, of which the
+    prior is learned; empty: a device has one after the other, `pause_s` of silence between them.
+    `memory` is how many past sessions the learner keeps for it. `forgetting` is the share of what a
+    session believes that each label takes back to the prior, for tastes that drift.
+    `explore` is the share of a ranking's places that are filled at random, `optimism` how many
+    deviations are added to a candidate's shift.
+    """
+
+    region: Positive
+    group: str = ""
+    pause_s: Positive = 1800.0
+    memory: Count = 200
+    forgetting: Share = 0.0
+    explore: Share = 0.05
+    optimism: Annotated[float, Meta(ge=0, le=10)] = 0.5
+
+
 class ArchiveConfig(Section, frozen=True):
     """`[archive]`: how long messages are kept as they came."""
 
@@ -245,6 +266,7 @@ class FamilyConfig(Section, frozen=True):
     drift: Drift = Drift()
     gates: Gates = Gates()
     archive: ArchiveConfig = ArchiveConfig()
+    personal: Personal | None = None
 
     def __post_init__(self) -> None:
         if self.rollout.outcome == "reward" and self.task.kind == "multiclass":

@@ -28,6 +28,7 @@ from edge_runtime.features.rules import nearest
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference import checks
 from edge_runtime.inference.checks import FieldType
+from edge_runtime.personal.policy import Policy
 
 PACKAGE_VERSION = 1
 _PREFIX = "headwater."
@@ -81,7 +82,8 @@ class PackageInfo(msgspec.Struct, frozen=True):
     """What a package says about itself.
 
     `golden_inputs` (rows, features) gave `golden_outputs` (rows, outputs) where the package was
-    made; a device must come within `tolerance` of them before it serves.
+    made; a device must come within `tolerance` of them before it serves. `policy` is None where
+    sessions do not adapt its answers.
     """
 
     family: str
@@ -91,6 +93,7 @@ class PackageInfo(msgspec.Struct, frozen=True):
     golden_outputs: Matrix
     tolerance: float
     provenance: dict[str, Any]
+    policy: Policy | None = None
 
 
 class _Golden(msgspec.Struct, frozen=True):
@@ -108,6 +111,7 @@ def metadata_of(
     golden_outputs: Matrix,
     tolerance: float,
     provenance: Mapping[str, Any],
+    policy: Policy | None = None,
 ) -> dict[str, str]:
     """The texts to put into an ONNX file's metadata_props. Raises: PackageError, as reading does.
 
@@ -124,6 +128,8 @@ def metadata_of(
         "golden": msgspec.json.encode(golden).decode(),
         "provenance": json.dumps(dict(provenance), sort_keys=True),
     }
+    if policy is not None:
+        texts["personal"] = policy.to_json()
     metadata = {_PREFIX + key: text for key, text in texts.items()}
     read_package(metadata)
     return metadata
@@ -147,8 +153,10 @@ def read_package(metadata: Mapping[str, str]) -> PackageInfo:
     golden = _decoded(metadata, "golden", _Golden)
     inputs, outputs = _read_golden(golden, spec)
     provenance = _decoded(metadata, "provenance", dict[str, Any])
+    told = metadata.get(_PREFIX + "personal")
+    policy = None if told is None else Policy.from_json(told)
     return PackageInfo(
-        interface.family, interface, spec, inputs, outputs, golden.tolerance, provenance
+        interface.family, interface, spec, inputs, outputs, golden.tolerance, provenance, policy
     )
 
 

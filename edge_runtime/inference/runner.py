@@ -33,6 +33,7 @@ from edge_runtime import cpus
 from edge_runtime.errors import PackageError
 from edge_runtime.inference import trial
 from edge_runtime.inference.bound import BoundRow, can_be_bound
+from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT, width_of, widths_of
 from edge_runtime.inference.tensors import (
     BATCH_ROWS_MAX,
     ONNX_TYPES,
@@ -45,8 +46,6 @@ from edge_runtime.inference.tensors import (
     tensors_of,
 )
 
-INPUT = "features"
-OUTPUT = "probability"
 INLINE_US_MAX = 250.0
 """A model that answers within this runs on the caller's thread: a hop to another one and back takes
 50 to 150 µs of its own, and a loop that stalls so briefly is not noticed."""
@@ -65,7 +64,9 @@ class Runner:
     tensors, such as lists of maps, are left out.
 
     `run_us` is the usual time of one row; None where no sample row would run. `features` and
-    `scores` are the widths of a model that maps a row of features to probabilities, else 0. Who
+    `scores` are the widths of a model that maps a row of features to probabilities, else 0, and
+    `width` that of its embedding, 0 without. `embedding` is that of the row that `answer` was last
+    given, of shape (width,): who keeps it, copies it. Who
     runs a release on trial says in `running` since when, and of how many rows, by its thread.
 
     Loading takes milliseconds to seconds: call it in a thread of its own.
@@ -87,7 +88,8 @@ class Runner:
         self._check(str(path))
         self._try_out(str(path))
         self._warm(rows_max)
-        self.features, self.scores = _widths(self.inputs, self.outputs)
+        self.features, self.scores = widths_of(self.inputs, self.outputs)
+        self.width = width_of(self.outputs) if self.scores else 0
         self._one_row: BoundRow | None = None
         self._bind()
         self.load_ms = (time.perf_counter() - started_s) * 1000
@@ -176,6 +178,18 @@ class Runner:
         answers: list[list[float]] = self.run(padded(rows))[: len(packed)].tolist()
         return answers
 
+    def embed(self, x: Matrix) -> tuple[Matrix, Matrix]:
+        """Embeddings (batch, width) and answers (batch, scores) for `x`, float32 (batch, features).
+
+        Only where there is a `width`. Raises: PackageError `run_failed`.
+        """
+        if not self.batchable:
+            runs = [self._run([EMBEDDING, OUTPUT], {INPUT: row[None]}) for row in x]
+            embeddings, answers = map(np.concatenate, zip(*runs, strict=True))
+            return embeddings, answers
+        embeddings, answers = self._run([EMBEDDING, OUTPUT], {INPUT: padded(x)})
+        return embeddings[: len(x)], answers[: len(x)]
+
     def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
         try:
             answers: list[Array] = self._session.run(names, feed, self._run_options)
@@ -232,10 +246,12 @@ class Runner:
         if sized and can_be_bound((*self.inputs, *self.outputs)):
             self._one_row = self._bound(self.inputs, self.outputs)
         if self.scores:
-            probability = [tensor for tensor in self.outputs if tensor.name == OUTPUT]
-            self._scored = BoundRow(self._session, self.inputs, probability, self._run_options)
+            wanted = (OUTPUT, EMBEDDING) if self.width else (OUTPUT,)
+            given = [tensor for tensor in self.outputs if tensor.name in wanted]
+            self._scored = BoundRow(self._session, self.inputs, given, self._run_options)
             self._row = self._scored.inputs[INPUT].data.cast("B")
             self._answer = self._scored.outputs[OUTPUT]
+            self.embedding = self._scored.outputs[EMBEDDING][0] if self.width else self._answer[0]
 
     def _bound(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> BoundRow | None:
         """A bound row, unless the model's answers are not of the shapes that it declares."""
@@ -278,18 +294,6 @@ def _options_of_runs() -> Any:
     # Never used on a CPU; without it each run looks for it in vain, which takes 28 µs.
     options.add_run_config_entry("gpu_graph_id", "-1")
     return options
-
-
-def _widths(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[int, int]:
-    """The columns of a model from features to probabilities; zeros for any other."""
-    given = [tensor for tensor in outputs if tensor.name == OUTPUT]
-    if [tensor.name for tensor in inputs] != [INPUT] or not given:
-        return 0, 0
-    row, answer = inputs[0], given[0]
-    for tensor in (row, answer):
-        if tensor.datatype != "FP32" or len(tensor.shape) != 2 or tensor.shape[0] != -1:
-            return 0, 0
-    return (row.shape[1], answer.shape[1]) if min(row.shape[1], answer.shape[1]) > 0 else (0, 0)
 
 
 def _failed(error: Exception) -> PackageError:

@@ -28,7 +28,8 @@ from edge_runtime import memory
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.onnxfile import check_whole, is_package, metadata_in
 from edge_runtime.inference.package import Matrix, PackageInfo, read_package
-from edge_runtime.inference.runner import INPUT, OUTPUT, Runner
+from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT
 from edge_runtime.inference.tensors import Tensor, described
 
 MB = 1 << 20
@@ -236,6 +237,11 @@ def _check_widths(runner: Runner, info: PackageInfo, path: str) -> None:
             "wrong_signature",
             f"{path} takes {runner.features} features and gives {runner.scores} outputs; "
             f"its metadata says {widths[0]} and {widths[1]}",
+        )
+    if info.policy is not None and runner.width != info.policy.prior.width:
+        raise PackageError(
+            "wrong_signature",
+            f"{path} gives no {EMBEDDING!r} FP32 [-1, {info.policy.prior.width}] for its sessions",
         )
 
 

@@ -30,6 +30,17 @@ class Scored(msgspec.Struct, array_like=True, frozen=True, gc=False):
     outputs: list[float]
 
 
+class Shown(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The place of a candidate in a ranking: number `place`, from 1, of the `of` that competed.
+
+    `chance` is the probability with which it stood there, given those above it.
+    """
+
+    place: int
+    of: int
+    chance: float
+
+
 class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     """An event that asked for a prediction, with the answer and the feature values behind it.
 
@@ -38,6 +49,8 @@ class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=F
     that had no usable answer is missing. The stable arm answers for such, so whoever would have
     asked a missing arm would have got the stable one's answer. `propensity` is the probability that
     the arm which answered would, given who had an answer: the stable arm's counts their shares too.
+    `adapted` says that the application was told another answer, which a session had shifted: the
+    outputs here are the models' own. `shown` stands where a candidate was ranked and shown.
     """
 
     family: str
@@ -48,6 +61,8 @@ class PredictionRecord(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=F
     features: bytes
     propensity: float
     scored: list[Scored]
+    adapted: bool = False
+    shown: Shown | None = None
 
 
 class ObservationRecord(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
@@ -191,6 +206,18 @@ class FeatureSketch(msgspec.Struct, array_like=True, frozen=True):
     columns: list[ColumnSketch]
 
 
+class SessionMoments(msgspec.Struct, array_like=True, frozen=True):
+    """What sessions that are over say together of the next prior; sent only where the device's
+    owner allows it, and only of so many that none stands for itself.
+
+    `moments` are in the form of proto/package.md (moments), of the prior of `release`.
+    """
+
+    family: str
+    release: str
+    moments: bytes
+
+
 class Report(msgspec.Struct, array_like=True, frozen=True):
     """What a device says about itself. Counters count since the start of the process `epoch`.
 
@@ -219,6 +246,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     issued_s: float = 0.0
     number: int = 0
     shadows: list[ShadowReport] = []
+    moments: list[SessionMoments] = []
 
 
 class TimeQuestion(msgspec.Struct, array_like=True, frozen=True):

@@ -26,6 +26,7 @@ CONFIGURED = {
             "EdgeConfig",
             "BrokerConfig",
             "RolloutConfig",
+            "SessionsConfig",
         ),
     ),
     "edge_runtime/features/feature.py": (
@@ -33,7 +34,7 @@ CONFIGURED = {
     ),
     "cloud_learner/train/declaration.py": (
         *("EventKind", "Label", "Learning", "Fast", "Stable", "Scratch", "Distilled", "Drift"),
-        *("Gates", "Rollout", "ArchiveConfig", "FamilyConfig"),
+        *("Gates", "Rollout", "Personal", "ArchiveConfig", "FamilyConfig"),
     ),
     "cloud_learner/stats/tasks.py": ("Task",),
 }
@@ -103,7 +104,7 @@ def fields_of(path: str, name: str) -> list[str]:
 def test_every_configuration_key_is_documented(path, name):
     text = (ROOT / "docs/configuration.md").read_text()
     sections = set(fields_of("cloud_learner/train/declaration.py", "FamilyConfig"))
-    sections |= {"broker", "log", "http", "inference", "logging", "uplink"}
+    sections |= {"broker", "log", "http", "inference", "logging", "uplink", "sessions"}
     fields = fields_of(path, name)
 
     assert fields

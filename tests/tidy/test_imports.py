@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 EDGE_ORDER = (
     *("errors", "clock", "files", "metrics", "memory", "cpus", "logs", "notify", "wire", "tables"),
     *("config", "bus"),
-    *("features", "inference", "events", "personal", "rollout.plan", "update", "rollout"),
+    *("features", "personal", "inference", "events", "rollout.plan", "update", "rollout"),
     *("device", "runtime", "factory", "api", "doctor_broker", "doctor", "uplinked", "daemon"),
     *("local", "cli", ""),
 )
@@ -50,7 +50,7 @@ CLOUD_ORDER = (
 )
 LEARNER_MAY_IMPORT = (
     *("errors", "clock", "files", "metrics", "wire", "bus", "features", "inference"),
-    *("personal.prior", "personal.odds", "personal.head", "personal.moments"),
+    *("personal.prior", "personal.policy", "personal.odds", "personal.head", "personal.moments"),
     *("update.trust", "update.patch", "update.approval", "rollout.plan"),
 )
 MODELS_MAY_IMPORT = ("cloud_learner.train.blocks", "cloud_learner.experiment.outside")
