@@ -1,7 +1,8 @@
 """Headwater on a device: predictions in microseconds, a durable event log, signed updates.
 
 General layout, from the bottom up: errors, clock, files, metrics, config; wire, bus, features,
-inference, events, update, rollout; runtime; api; daemon; cli. A room imports only from rooms below.
+personal, inference, events, update, rollout; device, runtime; api; daemon; cli. A room imports only
+from rooms below.
 
 ONNX Runtime's wheels report usage by default; the switch below must be set before it is imported.
 """
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
     from edge_runtime.errors import HeadwaterError as HeadwaterError
     from edge_runtime.runtime import Prediction as Prediction
     from edge_runtime.runtime import Runtime as Runtime
+    from edge_runtime.session import Session as Session
 
 _HOMES = {
     "Runtime": "edge_runtime.runtime",
     "Prediction": "edge_runtime.runtime",
+    "Session": "edge_runtime.session",
     "HeadwaterError": "edge_runtime.errors",
 }
-__all__ = ["HeadwaterError", "Prediction", "Runtime"]
+__all__ = ["HeadwaterError", "Prediction", "Runtime", "Session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -27,27 +27,31 @@ from edge_runtime import config as configuration
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.config import EdgeConfig
 from edge_runtime.device import restart, standing
-from edge_runtime.device.asking import Asking, Event, Prediction
+from edge_runtime.device.adapting import Adapting
+from edge_runtime.device.asking import Asking
 from edge_runtime.device.family import Family
+from edge_runtime.device.ranking import Ranking
 from edge_runtime.device.releases import Releases
 from edge_runtime.device.serving import ModelInfo, Serving
 from edge_runtime.device.sketching import Sketcher
 from edge_runtime.device.watch import Watch
+from edge_runtime.device.words import Event, Prediction
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import position
 from edge_runtime.events.log import random_step
 from edge_runtime.inference.slot import Arm
-from edge_runtime.inference.tensors import Array
 from edge_runtime.metrics import Histogram
 from edge_runtime.rollout.plan import Plan
+from edge_runtime.session import Session
+from edge_runtime.tensorial import Tensorial
 from edge_runtime.update.shelf import Shelf
 from edge_runtime.wire.messages import Report
 
 __all__ = ["Event", "ModelInfo", "Prediction", "Runtime"]
 
 
-class Runtime:
+class Runtime(Tensorial):
     """A device's families, answering; made by `open`, ended by `close` or as a context manager."""
 
     def __init__(self, config: EdgeConfig, clock: Clock, step: Callable[[], int]) -> None:
@@ -65,6 +69,9 @@ class Runtime:
         self._refusals, self._counting = {"request_errors": 0, "requests_dropped": 0}, Lock()
         self._serving = Serving(slots, config.inference, self._refused)
         self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
+        kept = config.state_dir / "sessions"
+        self.adapting = Adapting(self._members, self._asking, clock, config.sessions, kept)
+        self.ranking = Ranking(self._asking, self.adapting, self._refused)
         self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
         self.sketcher = Sketcher(self.log, self._members, clock)
         self.watch = Watch(self._members, self._releases, self._serving.worker)
@@ -97,6 +104,7 @@ class Runtime:
             runtime = cls(config, clock or SystemClock(), step)
             ends.callback(runtime.log.close)  # a start that fails leaves snapshots as they were
             restart.bring_back(runtime._members, runtime.shelf, config, runtime.journal)
+            runtime.adapting.restore()
             runtime._ends = ends.pop_all()
         return runtime
 
@@ -132,6 +140,20 @@ class Runtime:
         """Let the windows see an event; returns its number in the log. Raises: as `predict`."""
         return self._asking.observe(family, event)
 
+    def session(self, family: str, key: str) -> Session:
+        """What is said within the session of `key`, a text that names whom it is of; it never
+        leaves the device. Raises: RequestError (unknown_family, bad_session_key).
+        """
+        return Session(
+            self._asking.family(family).name, key, self._asking, self.adapting, self.ranking
+        )
+
+    def forget_sessions(self, family: str | None = None) -> int:
+        """Forget all sessions, of `family` or of all, at once; how many there were.
+        Raises: RequestError `unknown_family`.
+        """
+        return self.adapting.forget(family)
+
     def label(
         self,
         prediction_id: str,
@@ -158,53 +180,6 @@ class Runtime:
         epoch, seq = position(self.log, prediction_id)
         if epoch == self.epoch:
             await self.log.wait_durable("event", seq)
-
-    def infer(
-        self,
-        family: str,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None = None,
-        *,
-        release: str | None = None,
-    ) -> dict[str, Array]:
-        """What a model answers to tensors: no features, no log. All outputs, or those named.
-
-        `release` None: the stable one. A NaN goes in as it is.
-        Raises: RequestError (unknown_family, no_release, unknown_release, missing_input,
-        unknown_input, unknown_output, wrong_type, wrong_shape, empty_batch), PackageError.
-        """
-        return self._serving.infer(family, inputs, outputs or (), release)
-
-    async def infer_async(
-        self,
-        family: str,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None = None,
-        *,
-        release: str | None = None,
-        timeout_s: float | None = None,
-    ) -> dict[str, Array]:
-        """As `infer`, without stalling the event loop however heavy the model is. Raises: as
-        `infer`, and CapacityError (overloaded, deadline_exceeded).
-        """
-        return await self._serving.infer_async(family, inputs, outputs or (), release, timeout_s)
-
-    def infer_many(
-        self,
-        family: str,
-        requests: Sequence[Mapping[str, Array]],
-        outputs: Sequence[str] | None = None,
-        *,
-        release: str | None = None,
-    ) -> list[dict[str, Array] | HeadwaterError]:
-        """The answers to `requests`, in order, with one run of the model where its rows allow it;
-        errors in their places. Raises: RequestError (unknown_family, no_release, unknown_release).
-        """
-        return self._serving.infer_many(family, requests, outputs or (), release)
-
-    def model(self, family: str) -> ModelInfo:
-        """What a family serves. Raises: RequestError (unknown_family, no_release)."""
-        return self._serving.model(family)
 
     def ready(self, family: str | None = None) -> bool:
         """Whether `family`, or every family, has a release that is loaded, proven and warm."""
@@ -248,11 +223,13 @@ class Runtime:
 
     def latencies(self) -> dict[str, Histogram]:
         """What was measured of each call, by its name, in microseconds."""
-        return {"predict": self._asking.latency, "infer": self._serving.latency}
+        asked = {"predict": self._asking.latency, "infer": self._serving.latency}
+        return asked | {"rank": self.ranking.latency}
 
     def report(self, refused: dict[str, int]) -> Report:
         """What this device says about itself; `refused` counts refused updates by error code."""
         self._told += 1
+        self.adapting.expire()
         return standing.report(self, self._members.values(), self._clock, refused, self._told)
 
     def counters(self) -> dict[str, int]:
@@ -264,7 +241,8 @@ class Runtime:
         """Everything that is counted here, as texts, numbers, lists and maps."""
         told = standing.told(self, self._members) | self.journal.statistics()
         worker = self._serving.worker.statistics()
-        return told | {"shelf": self.shelf.statistics(), "worker": worker}
+        beside = {"shelf": self.shelf.statistics(), "sessions": self.adapting.statistics()}
+        return told | beside | {"worker": worker}
 
     def close(self) -> None:
         """Make everything durable and stop, once. Raises: CapacityError `log_not_durable`."""
@@ -273,6 +251,7 @@ class Runtime:
         self._closed = True
         self.watch.close()
         self._asking.shadowing.close()
+        self.adapting.close()
         with self._ends, self._asking.turn:
             try:
                 self.journal.close()

@@ -23,6 +23,7 @@ from edge_runtime.events.segment import SUFFIX
 from edge_runtime.features.spec import Spec
 from edge_runtime.files import OsFiles
 from edge_runtime.inference.package import Interface, Kind, metadata_of
+from edge_runtime.personal.policy import Policy
 
 settings.register_profile("house", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("house")
@@ -78,7 +79,8 @@ def write_package(
 
     Returns its path and SHA-256. `model_bias` makes the model differ from its golden answers, which
     follow `bias`; `drop` leaves a metadata key out, `columns` changes the model's width alone,
-    `ballast` adds 4 * ballast**2 bytes of weights that change no answer.
+    `ballast` adds 4 * ballast**2 bytes of weights that change no answer. With a `policy` the model
+    also gives an embedding: the features times `turn` / 1000, cut or filled to the prior's width.
     """
 
     def write(
@@ -90,6 +92,8 @@ def write_package(
         drop: str = "",
         columns: int | None = None,
         ballast: int = 0,
+        policy: Policy | None = None,
+        turn: float = 1.0,
     ) -> tuple[Path, str]:
         inputs = np.linspace(-3, 100, 4 * spec.size, dtype=np.float32).reshape(4, -1)
         logits = inputs.sum(1, keepdims=True) / 1000 + bias
@@ -101,10 +105,13 @@ def write_package(
             golden_outputs=outputs,
             tolerance=1e-5,
             provenance={"bias": bias},
+            policy=policy,
         )
         metadata.pop(drop, None)
         actual_bias = bias if model_bias is None else model_bias
-        model = _model(columns or spec.size, actual_bias, metadata, ballast)
+        width = 0 if policy is None else policy.prior.width
+        embedding = turn / 1000 * np.eye(columns or spec.size, width)
+        model = _model(actual_bias, metadata, ballast, embedding)
         sha256 = hashlib.sha256(model).hexdigest()
         path = tmp_path / f"{sha256}.onnx"
         path.write_bytes(model)
@@ -113,9 +120,10 @@ def write_package(
     return write
 
 
-def _model(columns: int, bias: float, metadata: dict[str, str], ballast: int) -> bytes:
+def _model(bias: float, metadata: dict[str, str], ballast: int, embedding: Any) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
+    columns, width = embedding.shape
     weights = {"w": np.full((columns, 1), 1 / 1000), "b": np.array([bias])}
     nodes = [helper.make_node("Gemm", ["features", "w", "b"], ["logit"])]
     if ballast:
@@ -128,11 +136,19 @@ def _model(columns: int, bias: float, metadata: dict[str, str], ballast: int) ->
             helper.make_node("Add", ["logit", "y2"], ["sum"]),
         ]
     nodes.append(helper.make_node("Sigmoid", [nodes[-1].output[0]], ["probability"]))
+    outputs = {"probability": 1}
+    if width:
+        weights["e"] = embedding
+        nodes.append(helper.make_node("MatMul", ["features", "e"], ["embedding"]))
+        outputs["embedding"] = width
     graph = helper.make_graph(
         nodes,
         "toy",
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", columns])],
-        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["batch", 1])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+            for name, size in outputs.items()
+        ],
         [numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

@@ -18,7 +18,7 @@ from bench_rows import Row
 
 from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.personal.prior import Prior
-from edge_runtime.personal.sessions import Sessions
+from edge_runtime.personal.sessions import Ground, Sessions
 
 WIDTH, COLUMNS = 64, 16
 REGION = 2.0
@@ -42,17 +42,18 @@ def embeddings(count: int, seed: int) -> Any:
 def latency(count: int) -> list[Row]:
     """Hot: one session, one label after the other; then answers of it."""
     sessions = Sessions(SystemClock(), ttl_s=3600, bytes_max=BYTES_MAX, count_max=OPENED)
-    head = sessions.open(FAMILY, "hot", prior_of("binary"), COLUMNS)
+    ground = Ground(prior_of("binary"), columns=COLUMNS)
+    head = sessions.open(FAMILY, "hot", ground)
     rows, chance = embeddings(count, 2), np.random.default_rng(3)
     tastes = np.linalg.cholesky(head.prior.covariance)[1:] @ chance.normal(0, 1, WIDTH + 1)
     labels = (chance.logistic(rows @ tastes) > 0).astype(float).tolist()
     values = np.zeros(COLUMNS, np.float32)
 
     def label(n: int) -> None:
-        sessions.open(FAMILY, "hot", head.prior, COLUMNS).adapt(rows[n], 0.5, labels[n], values)
+        sessions.open(FAMILY, "hot", ground).adapt(rows[n], 0.5, labels[n], values)
 
     def answer(n: int) -> None:
-        found = sessions.find(FAMILY, "hot")
+        found = sessions.find(FAMILY, "hot", ground)
         if found is not None:
             found.answer(rows[n], 0.5)
 
@@ -86,24 +87,23 @@ def _micro(took: list[int], share: float) -> tuple[float, str]:
 def memory(opened: int) -> list[Row]:
     """Many sessions, each with a full history; then more of them than the bytes allow."""
     prior, rows = prior_of("binary"), embeddings(64, 4)
+    ground = Ground(prior, columns=COLUMNS)
     values = np.zeros(COLUMNS, np.float32)
     few = 500
     sessions = Sessions(ManualClock(), ttl_s=3600, bytes_max=1 << 30, count_max=opened)
     prior.scratch.square.fill(0)  # all heads have it together
 
     def fill(into: Sessions, key: str) -> None:
-        head = into.open(FAMILY, key, prior, COLUMNS)
+        head = into.open(FAMILY, key, ground)
         for n, row in enumerate(rows):
             head.adapt(row, 0.5, float(n % 2), values)
 
     each = allocated(lambda: [fill(sessions, f"user-{n}") for n in range(few)]) / few
     bounded = Sessions(ManualClock(), ttl_s=3600, bytes_max=BYTES_MAX, count_max=opened)
-    held = allocated(
-        lambda: [bounded.open(FAMILY, f"user-{n}", prior, COLUMNS) for n in range(opened)]
-    )
+    held = allocated(lambda: [bounded.open(FAMILY, f"user-{n}", ground) for n in range(opened)])
     said = bounded.statistics()
     newest = all(
-        (bounded.find(FAMILY, f"user-{n}") is not None) == (n >= opened - said["open"])
+        (bounded.find(FAMILY, f"user-{n}", ground) is not None) == (n >= opened - said["open"])
         for n in range(opened)
     )
     what = f"memory per session, 64-dim: the byte bound of 32 MiB holds under {opened:,} opened"
@@ -134,13 +134,13 @@ def hostile(count: int) -> list[Row]:
     """One session is told nonsense and contradictions; ten others are looked at meanwhile."""
     worst, equal, learned = 0.0, True, 0
     for task in ("binary", "regression", "ranking"):
-        prior, rows, seen = prior_of(task), embeddings(256, 5), embeddings(32, 6)
+        ground, rows, seen = Ground(prior_of(task)), embeddings(256, 5), embeddings(32, 6)
         sessions = Sessions(ManualClock(), ttl_s=3600, bytes_max=BYTES_MAX, count_max=100)
-        others = [sessions.open(FAMILY, f"other-{n}", prior) for n in range(10)]
+        others = [sessions.open(FAMILY, f"other-{n}", ground) for n in range(10)]
         for n, head in enumerate(others):
             head.adapt(rows[n], 0.5, float(n % 2))
         before = [head.answer(row, 0.25) for head in others for row in seen]
-        enemy = sessions.open(FAMILY, "enemy", prior)
+        enemy = sessions.open(FAMILY, "enemy", ground)
         for n in range(count):
             row = rows[n % 256] * (1.0, 1e3, math.nan, -1.0)[(n // 7) % 4]
             learned += enemy.adapt(row, 0.5, HOSTILE[n % len(HOSTILE)])

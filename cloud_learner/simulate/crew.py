@@ -27,7 +27,7 @@ from typing import Any, Literal
 import msgspec
 
 from edge_runtime import config as configuration
-from edge_runtime.device.asking import Event
+from edge_runtime.device.words import Event
 from edge_runtime.errors import HeadwaterError
 from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.slot import Arm

@@ -39,7 +39,7 @@ from cloud_learner.streams import make_streams
 from edge_runtime.bus.base import Bus, Message
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import SystemClock
-from edge_runtime.device.asking import Event
+from edge_runtime.device.words import Event
 from edge_runtime.errors import TransportError
 from edge_runtime.rollout.plan import Plan, model_path
 from edge_runtime.update.approval import Approval

@@ -16,36 +16,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
-
 from edge_runtime.clock import Clock
-from edge_runtime.device.family import Family, Scores
+from edge_runtime.device.family import Family
 from edge_runtime.device.serving import Serving
 from edge_runtime.device.shadowing import Shadowing
+from edge_runtime.device.words import Event, Prediction, Within
 from edge_runtime.errors import HeadwaterError, PackageError, RequestError
 from edge_runtime.events.journal import Journal
 from edge_runtime.events.labels import label_record
 from edge_runtime.features.feature import LABEL
-from edge_runtime.inference.scoring import Rows, score, score_many
+from edge_runtime.inference.history import Number
+from edge_runtime.inference.scoring import Rows, Scores, score, score_many
 from edge_runtime.metrics import Histogram
-from edge_runtime.wire.messages import Fields, ObservationRecord
-
-
-class Event(msgspec.Struct, frozen=True):
-    """What an application reports: typed fields at a time (seconds since the epoch, UTC)."""
-
-    kind: str
-    time_s: float
-    fields: Fields
-
-
-class Prediction(msgspec.Struct, frozen=True):
-    """The answer to an event; `outputs` are the values of the arm that answered."""
-
-    id: str
-    outputs: list[float]
-    release: str
-    arm: str
+from edge_runtime.wire.messages import Fields, ObservationRecord, PredictionRecord
 
 
 class Asking:
@@ -69,7 +52,7 @@ class Asking:
         for family in families.values():
             family.shadowing = self.shadowing
 
-    def predict(self, name: str | None, event: Event) -> Prediction:
+    def predict(self, name: str | None, event: Event, within: Within | None = None) -> Prediction:
         """See `Runtime.predict`."""
         started_ns = time.perf_counter_ns()
         try:
@@ -79,7 +62,7 @@ class Asking:
                 arms = pipeline.admitted(*said)
                 rows = pipeline.rows(event.time_s, event.fields)
                 scores = Scores(arms, rows, score(arms, rows), family.salt)
-                prediction = self._log_and_move(family, scores, said)
+                prediction = self._log_and_move(family, scores, said, within)
                 self.counts["predictions"] += 1
                 self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
@@ -88,14 +71,18 @@ class Asking:
         return prediction
 
     async def predict_async(
-        self, name: str | None, event: Event, timeout_s: float | None
+        self,
+        name: str | None,
+        event: Event,
+        timeout_s: float | None,
+        within: Within | None = None,
     ) -> Prediction:
         """See `Runtime.predict_async`."""
         family, started_ns = self._known(name), time.perf_counter_ns()
         # A copy, so that what is logged is what was asked, whatever the caller does meanwhile.
         pipeline, said = family.pipeline, (event.kind, event.time_s, dict(event.fields))
         if all(arm.runner.inline for arm in pipeline.slot.arms):
-            return self.predict(family.name, event)
+            return self.predict(family.name, event, within)
         try:
             with self.turn:
                 pipeline.admitted(*said)
@@ -111,7 +98,7 @@ class Asking:
                 )
                 with self.turn:
                     scores = Scores(arms, rows, answers, salt)
-                    prediction = self._log_and_move(family, scores, said)
+                    prediction = self._log_and_move(family, scores, said, within)
                     self.counts["predictions"] += 1
                     self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
@@ -147,8 +134,7 @@ class Asking:
                 kind, time_s, fields = event.kind, event.time_s, event.fields
                 family.pipeline.admit(kind, time_s, fields)
                 seq = self._journal.event(ObservationRecord(family.name, kind, time_s, fields))
-                family.pipeline.move(kind, time_s, fields)
-                self._journal.moved()
+                self.moved(family, (kind, time_s, fields))
                 self.counts["observations"] += 1
         except HeadwaterError as error:
             self._refused(error)
@@ -167,17 +153,32 @@ class Asking:
         """See `Runtime.label`."""
         try:
             with self.turn:
-                family = self.family(name)
-                time_s = self._clock.now_s() if time_s is None else time_s
-                log = self._journal.log
-                record = label_record(log, family.name, prediction_id, value, time_s, final=final)
-                seq = self._journal.label(record)
-                if final:
-                    self._show_label(family, (record.epoch, record.seq), record.value, time_s)
-                self.counts["labels"] += 1
+                return self.labelled(self.family(name), prediction_id, value, time_s, final=final)
         except HeadwaterError as error:
             self._refused(error)
             raise
+
+    def labelled(
+        self,
+        family: Family,
+        prediction_id: str,
+        value: float,
+        time_s: float | None,
+        *,
+        final: bool,
+        heed: Callable[[Number], None] | None = None,
+    ) -> int:
+        """As `label`, in the caller's turn; `heed` may refuse the number before it is logged."""
+        time_s = self._clock.now_s() if time_s is None else time_s
+        log = self._journal.log
+        record = label_record(log, family.name, prediction_id, value, time_s, final=final)
+        number = record.epoch, record.seq
+        if heed is not None:
+            heed(number)
+        seq = self._journal.label(record)
+        if final:
+            self._show_label(family, number, record.value, time_s)
+        self.counts["labels"] += 1
         return seq
 
     def family(self, name: str | None) -> Family:
@@ -209,20 +210,46 @@ class Asking:
             raise
 
     def _log_and_move(
-        self, family: Family, scores: Scores, said: tuple[str, float, Fields]
+        self,
+        family: Family,
+        scores: Scores,
+        said: tuple[str, float, Fields],
+        within: Within | None,
     ) -> Prediction:
         """Log an answer, then let the event move the windows: what the log refuses moves none."""
-        prediction = self._log(family, scores, said)
-        family.pipeline.move(*said)
-        self._journal.moved()
+        prediction = self._log(family, scores, said, within)
+        self.moved(family, said)
         return prediction
 
-    def _log(self, family: Family, scores: Scores, said: tuple[str, float, Fields]) -> Prediction:
-        number = self._journal.log.epoch, self._journal.next_seq()
-        record = family.record(scores, said, number)
+    def moved(self, family: Family, said: tuple[str, float, Fields]) -> None:
+        """Let the windows see an event that was logged."""
+        family.pipeline.move(*said)
+        self._journal.moved()
+
+    def _log(
+        self,
+        family: Family,
+        scores: Scores,
+        said: tuple[str, float, Fields],
+        within: Within | None = None,
+    ) -> Prediction:
+        number = self.next_number()
+        shift = within.shift(scores) if within is not None else 0.0
+        record = family.record(scores, said, number, adapted=shift != 0.0)
+        prediction = self.logged(family, record, number)
+        if within is None:
+            return prediction
+        return within.told(scores, number, prediction, shift)
+
+    def next_number(self) -> Number:
+        """What the next answer will be known by."""
+        return self._journal.log.epoch, self._journal.next_seq()
+
+    def logged(self, family: Family, record: PredictionRecord, number: Number) -> Prediction:
+        """Log an answer of that number. Raises: RequestError `too_large`, with nothing logged."""
         seq = self._journal.event(record)
         assert (number[0], seq) == number
-        family.pipeline.answered.remember(number, said[2])
+        family.pipeline.answered.remember(number, record.fields)
         first = record.scored[0]
         return Prediction(self._journal.id_of(seq), first.outputs, first.release, first.arm)
 
@@ -267,8 +294,7 @@ class Asking:
         if fields is None:
             return
         self._journal.event(ObservationRecord(family.name, LABEL, time_s, fields))
-        family.pipeline.move(LABEL, time_s, fields)
-        self._journal.moved()
+        self.moved(family, (LABEL, time_s, fields))
 
 
 _UNANSWERED = PackageError("run_failed", "the model gave no answer")

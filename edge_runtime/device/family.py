@@ -27,7 +27,7 @@ from edge_runtime.features.engine import Engine
 from edge_runtime.inference.package import PackageInfo
 from edge_runtime.inference.pipeline import Pipeline
 from edge_runtime.inference.runner import Runner
-from edge_runtime.inference.scoring import GIVEN_UP, Answer, Answers, Rows
+from edge_runtime.inference.scoring import GIVEN_UP, Answer, Scores
 from edge_runtime.inference.slot import Arm
 from edge_runtime.rollout.health import Looks, Trial
 from edge_runtime.rollout.plan import LocalGates, Plan, choose, propensity
@@ -38,6 +38,7 @@ from edge_runtime.wire.messages import (
     PredictionRecord,
     Scored,
     ShadowReport,
+    Shown,
 )
 
 FACTORY = "factory"
@@ -47,17 +48,6 @@ LEFT = "left"
 """What a report calls a release on trial that the device has left by itself."""
 
 log = logging.getLogger("edge_runtime")
-
-
-class Scores(msgspec.Struct, frozen=True):
-    """What `arms` made of an event: of its `rows`, one for each arm and shadow, their `answers`;
-    `salt` was the family's when they did.
-    """
-
-    arms: Sequence[Arm]
-    rows: Rows
-    answers: Answers
-    salt: str
 
 
 class Seat:
@@ -76,7 +66,8 @@ class Family:
     """A family by name, on `device`; it answers nothing before it follows its first plan.
 
     `salt` is the plan's and the device's, of which each prediction draws its arm. `shadowing`
-    compares shadows, if any; `wake` is called when there is a trial to watch, and when to leave it.
+    compares shadows, if any; `wake` is called when there is a trial to watch, and when to leave it;
+    `followed` when other arms serve.
     """
 
     def __init__(self, name: str, device: str, clock: Clock) -> None:
@@ -86,6 +77,7 @@ class Family:
         self._device, self._clock = device, clock
         self.shadowing: Shadowing | None = None
         self.wake: Callable[[], None] = lambda: None
+        self.followed: Callable[[Family], None] = lambda _family: None
         self.salt = device
         self._run_failures = 0
         self._seats: dict[Runner, Seat] = {}
@@ -111,6 +103,7 @@ class Family:
             self._comparisons = self.shadowing.of(
                 self.pipeline.slot, self._comparisons, self._judge
             )
+        self.followed(self)
         for arm, trial in self.trials():
             self.heed(arm, trial)
             self.wake()
@@ -138,12 +131,20 @@ class Family:
             return None
 
     def record(
-        self, scores: Scores, said: tuple[str, float, Fields], number: tuple[int, int]
+        self,
+        scores: Scores,
+        said: tuple[str, float, Fields],
+        number: tuple[int, int],
+        *,
+        adapted: bool = False,
+        shown: Shown | None = None,
     ) -> PredictionRecord:
         """What the log keeps of prediction `number`, the arm that answers standing first.
 
-        `said` is the event: kind, time and fields. Raises: PackageError `run_failed`, where neither
-        the arm that was drawn nor the stable one has an answer.
+        `said` is the event: kind, time and fields. Of a ranking, all candidates that are shown have
+        the arm that the `number` of the first draws.
+        Raises: PackageError `run_failed`, where neither the arm that was drawn nor the stable one
+        has an answer.
         """
         arms, answers = scores.arms, scores.answers[0]
         usable = [type(each) is list and isfinite(sum(each)) for each in answers]
@@ -167,7 +168,7 @@ class Family:
         arm = arms[index]
         assert arm.info is not None
         return PredictionRecord(
-            self.name, *said, arm.info.spec.hash, scores.rows[index], chance, scored
+            self.name, *said, arm.info.spec.hash, scores.rows[index], chance, scored, adapted, shown
         )
 
     def _drawn(
@@ -176,7 +177,7 @@ class Family:
         """The index of the arm that answers, and how likely it was to be that one: the stable arm
         has its own share, and those of all arms that have no usable answer to this event.
         """
-        arms, (answers, took_ns) = scores.arms, scores.answers
+        arms, (answers, took_ns, _) = scores.arms, scores.answers
         weights = [arm.weight for arm in arms]
         index = choose(weights, scores.salt, *number)
         asked = 0 if answers[index] is GIVEN_UP else index

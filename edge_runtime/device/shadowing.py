@@ -199,7 +199,7 @@ def _compare(comparison: Comparison, rows: Rows, given: tuple[float, ...]) -> No
         if not shadows or not shadows[0].shadow:
             return
         pair = lease.arms[0], shadows[0]
-        [([own, answer], took_ns)] = score_many(pair, [rows])
+        [([own, answer], took_ns, _)] = score_many(pair, [rows])
         if answer is GIVEN_UP:
             return
         usable = [isinstance(each, list) and isfinite(sum(each)) for each in (own, answer)]

@@ -76,6 +76,7 @@ class Runner:
     def __init__(self, path: Path | str, *, rows_max: int = BATCH_ROWS_MAX) -> None:
         started_s = time.perf_counter()
         self._run_options, self.given_up = _options_of_runs(), False
+        self.embedding: Matrix | None = None
         self.running: dict[int, tuple[int, int]] = {}
         self._session = _load(str(path), threads=1)
         try:
@@ -185,8 +186,7 @@ class Runner:
         """
         if not self.batchable:
             runs = [self._run([EMBEDDING, OUTPUT], {INPUT: row[None]}) for row in x]
-            embeddings, answers = map(np.concatenate, zip(*runs, strict=True))
-            return embeddings, answers
+            return np.concatenate([each for each, _ in runs]), np.concatenate([e for _, e in runs])
         embeddings, answers = self._run([EMBEDDING, OUTPUT], {INPUT: padded(x)})
         return embeddings[: len(x)], answers[: len(x)]
 
@@ -251,7 +251,7 @@ class Runner:
             self._scored = BoundRow(self._session, self.inputs, given, self._run_options)
             self._row = self._scored.inputs[INPUT].data.cast("B")
             self._answer = self._scored.outputs[OUTPUT]
-            self.embedding = self._scored.outputs[EMBEDDING][0] if self.width else self._answer[0]
+            self.embedding = self._scored.outputs[EMBEDDING][0] if self.width else None
 
     def _bound(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> BoundRow | None:
         """A bound row, unless the model's answers are not of the shapes that it declares."""

@@ -16,28 +16,58 @@ from collections.abc import Sequence
 from threading import get_ident
 from time import perf_counter_ns
 
+import msgspec
+import numpy as np
+
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.slot import Arm
+from edge_runtime.personal.prior import Matrix, Vector
 
 Rows = list[bytes]
 """The features of one event: a row for each arm, those that answer first."""
 
 Answer = list[float] | PackageError
-Answers = tuple[list[Answer], Sequence[int]]
-"""What each arm answered to an event, and the nanoseconds that a row took it; none for a lone arm,
-which nobody compares with another."""
+Answers = tuple[list[Answer], Sequence[int], Vector | None]
+"""What each arm answered to an event; the nanoseconds that a row took it, none for a lone arm,
+which nobody compares with another; and the embedding of the stable one, if it gives any."""
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """What `arms` made of an event: of its `rows`, one for each arm and shadow, their `answers`;
+    `salt` was the family's when they did.
+    """
+
+    arms: Sequence[Arm]
+    rows: Rows
+    answers: Answers
+    salt: str
+
+
+class Table(msgspec.Struct, frozen=True):
+    """What arms made of a table of rows: the first number of each answer, of shape (rows,), or the
+    error in its place; the nanoseconds that a row took; the stable arm's embeddings, if any.
+    """
+
+    answers: list[Vector | PackageError]
+    took_ns: list[int]
+    embeddings: Matrix | None
+
 
 GIVEN_UP = PackageError("run_failed", "the release was left on this device; it is not run any more")
 
 
 def score(arms: Sequence[Arm], rows: Rows) -> Answers:
-    """What each of `arms` answers to its row; rows beyond them are nobody's."""
+    """What each of `arms` answers to its row; rows beyond them are nobody's.
+
+    The embedding lies in the runner's memory: it holds until the next answer.
+    """
     if len(arms) > 1:
         return _each(arms, rows)
+    runner = arms[0].runner
     try:
-        return [arms[0].runner.answer(rows[0])], ()
+        return [runner.answer(rows[0])], (), runner.embedding
     except PackageError as error:
-        return [error], ()
+        return [error], (), None
 
 
 def score_many(arms: Sequence[Arm], many: Sequence[Rows]) -> list[Answers]:
@@ -46,13 +76,43 @@ def score_many(arms: Sequence[Arm], many: Sequence[Rows]) -> list[Answers]:
     columns: list[list[Answer]] = []
     if not many:
         return []
+    embeddings: Sequence[Vector | None] = [None] * len(many)
     for index, arm in enumerate(arms):
         started_ns = _begun(arm, len(many))
         try:
-            columns.append(_column(arm, [rows[index] for rows in many]))
+            if not index and arm.runner.width:
+                embeddings, column = _embedded(arm, [rows[0] for rows in many])
+            else:
+                column = _column(arm, [rows[index] for rows in many])
+            columns.append(column)
         finally:
             took_ns.append(_ended(arm, started_ns) // len(many))
-    return [(list(answers), took_ns) for answers in zip(*columns, strict=True)]
+    return [
+        (list(answers), took_ns, embedding)
+        for answers, embedding in zip(zip(*columns, strict=True), embeddings, strict=True)
+    ]
+
+
+def score_table(arms: Sequence[Arm], tables: Sequence[Matrix]) -> Table:
+    """What each of `arms` answers to its table, (rows, features), in one run; on any thread."""
+    answers: list[Vector | PackageError] = []
+    took_ns: list[int] = []
+    embeddings = None
+    for index, (arm, x) in enumerate(zip(arms, tables, strict=False)):
+        started_ns = _begun(arm, len(x))
+        try:
+            if arm.runner.given_up:
+                answers.append(GIVEN_UP)
+            elif not index and arm.runner.width:
+                embeddings, outputs = arm.runner.embed(x)
+                answers.append(outputs[:, 0])
+            else:
+                answers.append(arm.runner.run(x)[:, 0])
+        except PackageError as error:
+            answers.append(error)
+        finally:
+            took_ns.append(_ended(arm, started_ns) // len(x))
+    return Table(answers, took_ns, embeddings)
 
 
 def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
@@ -66,7 +126,16 @@ def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
             answers.append(error)
         finally:  # also of a run that Ctrl-C ended: it does not hang
             took_ns.append(_ended(arm, started_ns))
-    return answers, took_ns
+    return answers, took_ns, arms[0].runner.embedding
+
+
+def _embedded(arm: Arm, rows: list[bytes]) -> tuple[Sequence[Vector | None], list[Answer]]:
+    x = np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), arm.runner.features)
+    try:
+        embeddings, answers = arm.runner.embed(x)
+    except PackageError:
+        return [None] * len(rows), _column(arm, rows)
+    return list(embeddings), [*answers.tolist()]
 
 
 def _column(arm: Arm, rows: list[bytes]) -> list[Answer]:

@@ -34,7 +34,7 @@ import numpy as np
 
 from edge_runtime.errors import RequestError
 from edge_runtime.personal.history import History, Kept
-from edge_runtime.personal.odds import ODDS_MAX, loss_of, odds_of, probability
+from edge_runtime.personal.odds import ODDS_MAX, loss_of, odds_of, probability, shifted
 from edge_runtime.personal.prior import WEIGHT_MAX, Matrix, Prior, Vector, packed, unpacked
 
 Embed = Callable[[Matrix], tuple[Matrix, Vector]]
@@ -135,12 +135,7 @@ class Head:
 
     def answer(self, embedding: Vector, base: float) -> float:
         """The model's output `base`, shifted: a probability, a value or a score."""
-        shift = self.shift(embedding)
-        if not shift:
-            return base
-        if self.prior.task == "binary":
-            return probability(odds_of(base) + shift)
-        return base + shift
+        return shifted(self.prior.task, base, self.shift(embedding))
 
     def adapt(
         self, embedding: Vector, base: float, label: float, row: Vector | None = None

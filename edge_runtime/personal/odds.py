@@ -28,3 +28,10 @@ def probability(odds: float) -> float:
 def loss_of(odds: float, label: float) -> float:
     """The log loss of `odds` where the share `label` was true."""
     return max(odds, 0.0) + math.log1p(math.exp(-abs(odds))) - label * odds
+
+
+def shifted(task: str, base: float, shift: float) -> float:
+    """A model's output `base` moved by `shift`, a probability by its log odds."""
+    if not shift:
+        return base
+    return probability(odds_of(base) + shift) if task == "binary" else base + shift

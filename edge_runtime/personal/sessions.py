@@ -3,7 +3,9 @@
 Why: every visitor may open one, so neither their number nor their bytes may be the visitors' to
 decide; what a session knows is personal, so it has an end.
 
-A session begins with its first label: who only asks is answered by the model, and needs none.
+A session begins with its first label: who only asks is answered by the model, and needs none. It
+stands on a release, its `Ground`; on a new one its own history is replayed, at the latest when it
+is next used. A release with other features means other rows, so there the session begins anew.
 
 Invariants: what is open takes at most `bytes_max`, and is at most `count_max`, the bytes first: one
 that does not fit ends others, the longest unused first, which is counted. Unused for `ttl_s`, a
@@ -17,17 +19,16 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import msgspec
 
 from edge_runtime.clock import Clock
-from edge_runtime.errors import CapacityError, RequestError
+from edge_runtime.errors import CapacityError, HeadwaterError, PackageError, RequestError
 from edge_runtime.personal.head import Embed, Head
-from edge_runtime.personal.prior import Prior
+from edge_runtime.personal.prior import Matrix, Prior, Vector
 
 SESSIONS_VERSION: Final = 1
 KEY_LENGTH_MAX = 256
@@ -37,13 +38,37 @@ OVERHEAD_BYTES = 1536
 
 _MAGIC = b"HWSE"
 
+_COUNTED = (
+    *("opened", "closed", "expired", "evicted", "wiped"),
+    *("rebased", "outgrown", "unreadable"),
+)
+
 Key = tuple[str, str]
 """Family, and whom the session is of."""
+
+
+def _no_rows(rows: Matrix) -> tuple[Matrix, Vector]:
+    raise AssertionError(f"{len(rows)} rows were kept where none can be embedded")
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What the sessions of a family stand on: a release's prior, and its features.
+
+    `spec` names the features, `columns` is how many there are (0: no history is kept), and `embed`
+    is the release's model.
+    """
+
+    prior: Prior
+    spec: str = ""
+    columns: int = 0
+    embed: Embed = _no_rows
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):
     family: str
     key: str
+    spec: str
     unused_s: float
     state: bytes
 
@@ -59,56 +84,82 @@ _decoder = msgspec.msgpack.Decoder(_Snapshot)
 
 @dataclass(slots=True)
 class _Open:
+    spec: str
     head: Head
     bytes: int
     used_s: float
 
 
 class Sessions:
-    """Open sessions by family and key, the longest unused first."""
+    """Open sessions by family and key, the longest unused first.
 
-    def __init__(self, clock: Clock, *, ttl_s: float, bytes_max: int, count_max: int) -> None:
+    `on_end` is told of each that is over, with its family and head; not of what is wiped.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        ttl_s: float,
+        bytes_max: int,
+        count_max: int,
+        on_end: Callable[[str, Head], None] | None = None,
+    ) -> None:
         assert ttl_s > 0
         assert count_max > 0
         self._clock, self._ttl_s = clock, ttl_s
-        self._bytes_max, self._count_max = bytes_max, count_max
+        self._bytes_max, self._count_max, self._on_end = bytes_max, count_max, on_end
         self._open: dict[Key, _Open] = {}
         self._bytes = 0
-        self._counts = Counter(opened=0, expired=0, evicted=0, wiped=0, rebased=0, unreadable=0)
+        self._counts = dict.fromkeys(_COUNTED, 0)
 
-    def find(self, family: str, key: str) -> Head | None:
+    def find(self, family: str, key: str, ground: Ground) -> Head | None:
         """The session's head, which is in use from now on; None where none is open."""
-        found = self._open.pop((family, key), None)
+        name = family, key
+        found = self._open.get(name)
         if found is None:
             return None
         now_s = self._clock.monotonic_s()
         if now_s - found.used_s >= self._ttl_s:
-            self._bytes -= found.bytes
-            self._counts["expired"] += 1
+            self._end(name, "expired")
+            return None
+        if found.head.prior is not ground.prior and not self._move(name, found, ground):
             return None
         found.used_s = now_s
-        self._open[family, key] = found
+        del self._open[name]  # to the end: it was used last
+        self._open[name] = found
         return found.head
 
-    def open(self, family: str, key: str, prior: Prior, columns: int = 0) -> Head:
-        """The session's head, a new one of `prior` where none is open.
+    def open(self, family: str, key: str, ground: Ground) -> Head:
+        """The session's head, a new one where none is open.
 
         Raises: RequestError `bad_session_key`, CapacityError `session_too_large`.
         """
-        head = self.find(family, key)
+        head = self.find(family, key, ground)
         if head is None:
-            if not 0 < len(key) <= KEY_LENGTH_MAX:
-                raise RequestError(
-                    "bad_session_key",
-                    f"a session's key has {len(key)} characters; no session was opened",
-                    f"use 1 to {KEY_LENGTH_MAX}, such as a hash of what you have",
-                )
-            head = Head(prior, columns)
-            self._put((family, key), head, self._clock.monotonic_s())
+            checked_key(key)
+            head = Head(ground.prior, ground.columns)
+            self._put((family, key), ground, head, self._clock.monotonic_s())
             self._counts["opened"] += 1
         return head
 
-    def _put(self, name: Key, head: Head, used_s: float) -> None:
+    def _move(self, name: Key, found: _Open, ground: Ground) -> bool:
+        """Let a session stand on another release; False where it cannot, and has ended."""
+        if found.spec != ground.spec:
+            self._end(name, "outgrown")
+            return False
+        if found.head.prior.digest == ground.prior.digest:
+            found.head.prior = ground.prior
+        else:
+            try:
+                found.head = found.head.rebased(ground.prior, ground.embed)
+            except PackageError:  # a model that cannot be run on what was answered before
+                self._end(name, "unreadable")
+                return False
+            self._counts["rebased"] += 1
+        return True
+
+    def _put(self, name: Key, ground: Ground, head: Head, used_s: float) -> None:
         needs = head.nbytes + OVERHEAD_BYTES + sum(map(sys.getsizeof, name))
         if needs > self._bytes_max:
             raise CapacityError(
@@ -120,12 +171,15 @@ class Sessions:
         self.expire()
         while self._bytes + needs > self._bytes_max or len(self._open) >= self._count_max:
             self._end(next(iter(self._open)), "evicted")
-        self._open[name] = _Open(head, needs, used_s)
+        self._open[name] = _Open(ground.spec, head, needs, used_s)
         self._bytes += needs
 
     def _end(self, name: Key, why: str) -> None:
-        self._bytes -= self._open.pop(name).bytes
+        over = self._open.pop(name)
+        self._bytes -= over.bytes
         self._counts[why] += 1
+        if self._on_end is not None and why in ("closed", "expired", "evicted"):
+            self._on_end(name[0], over.head)
 
     def expire(self) -> None:
         """End what has been unused for too long."""
@@ -133,50 +187,49 @@ class Sessions:
         while self._open and next(iter(self._open.values())).used_s <= over_s:
             self._end(next(iter(self._open)), "expired")
 
-    def wipe(self, family: str, key: str) -> bool:
-        """Forget a session at once; False when there was none."""
+    def close(self, family: str, key: str) -> bool:
+        """A session is over; False when there was none."""
         if (family, key) not in self._open:
             return False
-        self._end((family, key), "wiped")
+        self._end((family, key), "closed")
         return True
 
-    def wipe_all(self) -> None:
-        """Forget all sessions at once."""
-        for name in list(self._open):
+    def wipe(self, family: str | None = None) -> int:
+        """Forget the sessions of a family, or of all, at once; how many there were."""
+        names = [name for name in self._open if family is None or name[0] == family]
+        for name in names:
             self._end(name, "wiped")
+        return len(names)
 
-    def rebase(self, family: str, prior: Prior, embed: Embed, at_most: int) -> int:
-        """Move up to `at_most` sessions of a family to `prior`, the last used first.
+    def rebase(self, family: str, ground: Ground, at_most: int) -> int:
+        """Move up to `at_most` sessions of a family to `ground`, the last used first.
 
         Call it until it returns 0: between two calls others have their turn.
         """
         late = [
-            name
+            (name, found)
             for name, found in reversed(self._open.items())
-            if name[0] == family and found.head.prior is not prior
-        ]
-        for name in late[:at_most]:
-            self._open[name].head = self._open[name].head.rebased(prior, embed)
-        self._counts["rebased"] += len(late[:at_most])
-        return len(late[:at_most])
+            if name[0] == family and found.head.prior is not ground.prior
+        ][:at_most]
+        for name, found in late:
+            self._move(name, found, ground)
+        return len(late)
 
     def snapshot(self) -> bytes:
         """All open sessions as bytes, which hold what is known of people: keep them as such."""
         self.expire()
         now_s = self._clock.monotonic_s()
         entries = [
-            _Entry(*name, now_s - found.used_s, found.head.encode())
+            _Entry(*name, found.spec, now_s - found.used_s, found.head.encode())
             for name, found in self._open.items()
         ]
         body = msgspec.msgpack.encode(_Snapshot(SESSIONS_VERSION, self._clock.now_s(), entries))
         return _MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
-    def restore(self, data: bytes, models: Mapping[str, tuple[Prior, Embed]]) -> None:
-        """Open what `snapshot` has kept, as old as it is by now, on what each family serves.
+    def restore(self, data: bytes, grounds: Mapping[str, Ground]) -> None:
+        """Open what `snapshot` has kept, as old as it is by now, before any other is opened.
 
-        Before any other is opened.
-
-        Sessions that no family here can take are counted as `unreadable` and stay out.
+        Those that no family here can take are counted, as `outgrown` or `unreadable`, and stay out.
         Raises: RequestError `bad_sessions`, and nothing has changed.
         """
         assert not self._open
@@ -188,16 +241,30 @@ class Sessions:
             if unused_s >= self._ttl_s:
                 self._counts["expired"] += 1
                 continue
+            ground = grounds.get(entry.family)
+            if ground is None or ground.spec != entry.spec:
+                self._counts["outgrown"] += 1
+                continue
             try:
-                prior, embed = models[entry.family]
-                head = Head.decode(entry.state, prior, embed)
-                self._put((entry.family, entry.key), head, now_s - unused_s)
-            except (KeyError, RequestError, CapacityError):
+                head = Head.decode(entry.state, ground.prior, ground.embed)
+                self._put((entry.family, entry.key), ground, head, now_s - unused_s)
+            except HeadwaterError:
                 self._counts["unreadable"] += 1
 
     def statistics(self) -> dict[str, int]:
         """What is open, its bytes, and what became of the others."""
         return {"open": len(self._open), "bytes": self._bytes, **self._counts}
+
+
+def checked_key(key: str) -> str:
+    """`key`, if it can be one of a session. Raises: RequestError `bad_session_key`."""
+    if not 0 < len(key) <= KEY_LENGTH_MAX:
+        raise RequestError(
+            "bad_session_key",
+            f"a session's key has {len(key)} characters; no session was opened",
+            f"use 1 to {KEY_LENGTH_MAX}, such as a hash of what you have",
+        )
+    return key
 
 
 def _opened(data: bytes) -> _Snapshot:

@@ -8,7 +8,7 @@ import pytest
 
 from cloud_learner.rollout.state import Rules
 from cloud_learner.simulate.rollout_fleet import Site, roll_back
-from edge_runtime.device.asking import Event
+from edge_runtime.device.words import Event
 
 EVENT = Event("scheduled", 0.0, {"carrier": "AA", "distance": 100.0})
 

@@ -20,7 +20,18 @@ EDGE_ORDER = (
     *("errors", "clock", "files", "metrics", "memory", "cpus", "logs", "notify", "wire", "tables"),
     *("config", "bus"),
     *("features", "personal", "inference", "events", "rollout.plan", "update", "rollout"),
-    *("device", "runtime", "factory", "api", "doctor_broker", "doctor", "uplinked", "daemon"),
+    *(
+        "device",
+        "session",
+        "tensorial",
+        "runtime",
+        "factory",
+        "api",
+        "doctor_broker",
+        "doctor",
+        "uplinked",
+        "daemon",
+    ),
     *("local", "cli", ""),
 )
 STEPS = ("ingest", "train", "package", "evaluate", "release", "rollout")

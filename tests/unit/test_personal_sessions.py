@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from edge_runtime.clock import ManualClock
-from edge_runtime.errors import CapacityError, RequestError
+from edge_runtime.errors import CapacityError, PackageError, RequestError
 from edge_runtime.personal.prior import Prior
-from edge_runtime.personal.sessions import Sessions
+from edge_runtime.personal.sessions import Ground, Sessions
 
 WIDTH = 4
 FAMILY = "shop"
@@ -17,6 +17,10 @@ FAMILY = "shop"
 def prior_of(region: float = 2.0) -> Prior:
     eye = np.eye(WIDTH + 1, dtype=np.float32)
     return Prior("binary", np.zeros(WIDTH + 1, np.float32), eye, region, norm_max=10.0)
+
+
+def ground_of(region: float = 2.0) -> Ground:
+    return Ground(prior_of(region), "spec", WIDTH, embed)
 
 
 def store(clock: ManualClock | None = None, **bounds) -> Sessions:
@@ -32,34 +36,34 @@ def embed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.full(len(rows), 0.5, np.float32)
 
 
-def taught(sessions: Sessions, key: str, prior: Prior, labels: int = 3) -> None:
-    head = sessions.open(FAMILY, key, prior, WIDTH)
+def taught(sessions: Sessions, key: str, ground: Ground, labels: int = 3) -> None:
+    head = sessions.open(FAMILY, key, ground)
     for number in range(labels):
         head.adapt(row(number), 0.5, float(number % 2), row(number))
 
 
 def test_a_session_opens_by_itself_and_is_found_again():
-    sessions, prior = store(), prior_of()
+    sessions, ground = store(), ground_of()
 
-    assert sessions.find(FAMILY, "ada") is None
-    head = sessions.open(FAMILY, "ada", prior)
-    assert sessions.open(FAMILY, "ada", prior) is head
-    assert sessions.find(FAMILY, "ada") is head
-    assert sessions.find("other", "ada") is None
+    assert sessions.find(FAMILY, "ada", ground) is None
+    head = sessions.open(FAMILY, "ada", ground)
+    assert sessions.open(FAMILY, "ada", ground) is head
+    assert sessions.find(FAMILY, "ada", ground) is head
+    assert sessions.find("other", "ada", ground) is None
     assert sessions.statistics()["opened"] == 1
 
 
 def test_unused_it_ends_and_used_it_lasts():
     clock = ManualClock()
-    sessions, prior = store(clock), prior_of()
-    sessions.open(FAMILY, "used", prior)
-    sessions.open(FAMILY, "unused", prior)
+    sessions, ground = store(clock), ground_of()
+    sessions.open(FAMILY, "used", ground)
+    sessions.open(FAMILY, "unused", ground)
     clock.advance(40)
-    assert sessions.find(FAMILY, "used")
+    assert sessions.find(FAMILY, "used", ground)
     clock.advance(20)
 
-    assert sessions.find(FAMILY, "unused") is None
-    assert sessions.find(FAMILY, "used")
+    assert sessions.find(FAMILY, "unused", ground) is None
+    assert sessions.find(FAMILY, "used", ground)
     clock.advance(60)
     sessions.expire()
     told = sessions.statistics()
@@ -67,19 +71,19 @@ def test_unused_it_ends_and_used_it_lasts():
 
 
 def test_the_byte_bound_wins_and_the_longest_unused_goes():
-    prior = prior_of()
+    ground = ground_of()
     one = store()
-    one.open(FAMILY, "0000", prior)
+    one.open(FAMILY, "0000", ground)
     sessions = store(bytes_max=5 * one.statistics()["bytes"], count_max=10_000)
     for number in range(10_000):
-        sessions.open(FAMILY, f"{number:04}", prior)
-        sessions.find(FAMILY, "0000")
+        sessions.open(FAMILY, f"{number:04}", ground)
+        sessions.find(FAMILY, "0000", ground)
         assert sessions.statistics()["bytes"] <= 5 * one.statistics()["bytes"]
 
     told = sessions.statistics()
     assert (told["open"], told["evicted"]) == (5, 9_995)
-    assert sessions.find(FAMILY, "0000")
-    assert [key for key in range(9_990, 10_000) if sessions.find(FAMILY, f"{key:04}")] == [
+    assert sessions.find(FAMILY, "0000", ground)
+    assert [key for key in range(9_990, 10_000) if sessions.find(FAMILY, f"{key:04}", ground)] == [
         9_996,
         9_997,
         9_998,
@@ -88,11 +92,11 @@ def test_the_byte_bound_wins_and_the_longest_unused_goes():
 
 
 def test_the_number_is_bounded_too():
-    sessions, prior = store(count_max=2), prior_of()
+    sessions, ground = store(count_max=2), ground_of()
     for key in ("ada", "bob", "eve"):
-        sessions.open(FAMILY, key, prior)
+        sessions.open(FAMILY, key, ground)
 
-    assert sessions.find(FAMILY, "ada") is None
+    assert sessions.find(FAMILY, "ada", ground) is None
     assert sessions.statistics()["open"] == 2
 
 
@@ -100,7 +104,7 @@ def test_a_session_larger_than_all_bytes_is_refused():
     sessions = store(bytes_max=100)
 
     with pytest.raises(CapacityError) as caught:
-        sessions.open(FAMILY, "ada", prior_of())
+        sessions.open(FAMILY, "ada", ground_of())
 
     assert caught.value.code == "session_too_large"
     assert sessions.statistics()["open"] == 0
@@ -109,57 +113,64 @@ def test_a_session_larger_than_all_bytes_is_refused():
 @pytest.mark.parametrize("key", ["", "x" * 257])
 def test_a_key_has_a_length(key):
     with pytest.raises(RequestError) as caught:
-        store().open(FAMILY, key, prior_of())
+        store().open(FAMILY, key, ground_of())
 
     assert caught.value.code == "bad_session_key"
 
 
-def test_wiping_forgets_one_or_all():
-    sessions, prior = store(), prior_of()
+def test_closing_ends_one_and_wiping_forgets_all_of_them():
+    ended = []
+    sessions, ground = (
+        store(on_end=lambda family, head: ended.append((family, head.labels))),
+        ground_of(),
+    )
     for key in ("ada", "bob", "eve"):
-        taught(sessions, key, prior)
+        taught(sessions, key, ground)
+    sessions.open("elsewhere", "ada", ground)
 
-    assert sessions.wipe(FAMILY, "ada")
-    assert not sessions.wipe(FAMILY, "ada")
-    assert sessions.find(FAMILY, "ada") is None
-    sessions.wipe_all()
+    assert sessions.close(FAMILY, "ada")
+    assert not sessions.close(FAMILY, "ada")
+    assert sessions.find(FAMILY, "ada", ground) is None
+    assert sessions.wipe(FAMILY) == 2
+    assert sessions.wipe() == 1
     told = sessions.statistics()
-    assert (told["open"], told["bytes"], told["wiped"]) == (0, 0, 3)
+    assert (told["open"], told["bytes"], told["closed"], told["wiped"]) == (0, 0, 1, 3)
+    assert ended == [(FAMILY, 3)]
 
 
 def test_sessions_survive_a_restart_as_old_as_they_are():
-    clock, prior = ManualClock(1000.0), prior_of()
+    clock, ground = ManualClock(1000.0), ground_of()
     sessions = store(clock)
-    taught(sessions, "old", prior)
+    taught(sessions, "old", ground)
     clock.advance(30)
-    taught(sessions, "new", prior)
-    kept, before = sessions.snapshot(), sessions.find(FAMILY, "new").encode()
+    taught(sessions, "new", ground)
+    kept, before = sessions.snapshot(), sessions.find(FAMILY, "new", ground).encode()
 
     clock.advance(40)
     again = store(clock)
-    again.restore(kept, {FAMILY: (prior, embed)})
-    assert again.find(FAMILY, "old") is None
-    assert again.find(FAMILY, "new").encode() == before
+    again.restore(kept, {FAMILY: ground})
+    assert again.find(FAMILY, "old", ground) is None
+    assert again.find(FAMILY, "new", ground).encode() == before
     assert again.statistics()["expired"] == 1
 
 
 def test_a_restart_on_another_release_rebases_and_leaves_out_unknown_families():
-    clock, prior = ManualClock(), prior_of()
+    clock, ground = ManualClock(), ground_of()
     sessions = store(clock)
-    taught(sessions, "ada", prior)
-    sessions.open("gone", "ada", prior)
+    taught(sessions, "ada", ground)
+    sessions.open("gone", "ada", ground)
 
-    again, other = store(clock), prior_of(region=1.0)
-    again.restore(sessions.snapshot(), {FAMILY: (other, embed)})
-    head = again.find(FAMILY, "ada")
-    assert (head.prior, head.labels) == (other, 3)
-    assert again.statistics()["unreadable"] == 1
+    again, other = store(clock), ground_of(region=1.0)
+    again.restore(sessions.snapshot(), {FAMILY: other})
+    head = again.find(FAMILY, "ada", other)
+    assert (head.prior, head.labels) == (other.prior, 3)
+    assert again.statistics()["outgrown"] == 1
 
 
 @pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[:-1], lambda data: data[8:]])
 def test_a_snapshot_that_cannot_be_read_changes_nothing(spoil):
     sessions = store()
-    taught(sessions, "ada", prior_of())
+    taught(sessions, "ada", ground_of())
     again = store()
 
     with pytest.raises(RequestError) as caught:
@@ -171,7 +182,7 @@ def test_a_snapshot_that_cannot_be_read_changes_nothing(spoil):
 
 def test_a_flipped_bit_is_seen():
     sessions = store()
-    taught(sessions, "ada", prior_of())
+    taught(sessions, "ada", ground_of())
     kept = bytearray(sessions.snapshot())
     kept[-20] ^= 1
 
@@ -180,26 +191,63 @@ def test_a_flipped_bit_is_seen():
 
 
 def test_rebasing_goes_by_portions_and_the_last_used_first():
-    sessions, prior, other = store(), prior_of(), prior_of(region=1.0)
+    sessions, ground, other = store(), ground_of(), ground_of(region=1.0)
     for key in ("ada", "bob", "eve"):
-        taught(sessions, key, prior)
-    sessions.open("elsewhere", "ada", prior)
+        taught(sessions, key, ground)
+    sessions.open("elsewhere", "ada", ground)
 
-    assert sessions.rebase(FAMILY, other, embed, at_most=2) == 2
-    assert sessions.find(FAMILY, "ada").prior is prior
-    assert sessions.find(FAMILY, "eve").prior is other
-    assert sessions.rebase(FAMILY, other, embed, at_most=2) == 1
-    assert sessions.rebase(FAMILY, other, embed, at_most=2) == 0
-    assert sessions.find("elsewhere", "ada").prior is prior
-    assert sessions.find(FAMILY, "bob").labels == 3
+    moved = [sessions.rebase(FAMILY, other, at_most=2) for _ in range(3)]
+
+    assert moved == [2, 1, 0]
+    assert sessions.find("elsewhere", "ada", ground).prior is ground.prior
+    assert sessions.find(FAMILY, "bob", other).labels == 3
+    assert sessions.statistics()["rebased"] == 3
+
+
+def test_who_comes_before_it_was_moved_is_moved_then():
+    sessions, ground, other = store(), ground_of(), ground_of(region=1.0)
+    taught(sessions, "ada", ground)
+
+    assert sessions.find(FAMILY, "ada", other).prior is other.prior
+    assert sessions.rebase(FAMILY, other, at_most=1) == 0
+
+
+def test_the_same_prior_again_changes_no_bit():
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground, labels=300)
+    before = sessions.find(FAMILY, "ada", ground).encode()
+
+    again = ground_of()
+    assert sessions.find(FAMILY, "ada", again).encode() == before
+    assert sessions.statistics()["rebased"] == 0
+
+
+def test_on_other_features_a_session_begins_anew():
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground)
+    other = Ground(prior_of(1.0), "other", WIDTH, embed)
+
+    assert sessions.find(FAMILY, "ada", other) is None
+    assert sessions.statistics()["outgrown"] == 1
+
+
+def test_a_model_that_cannot_be_run_on_what_was_costs_the_session_alone():
+    def fails(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise PackageError("run_failed", f"{len(rows)} rows")
+
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground)
+
+    assert sessions.find(FAMILY, "ada", Ground(prior_of(1.0), "spec", WIDTH, fails)) is None
+    assert sessions.statistics()["unreadable"] == 1
 
 
 def test_one_session_never_touches_another():
-    sessions, prior = store(), prior_of()
-    taught(sessions, "ada", prior)
-    before = sessions.find(FAMILY, "ada").encode()
-    enemy = sessions.open(FAMILY, "eve", prior)
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground)
+    before = sessions.find(FAMILY, "ada", ground).encode()
+    enemy = sessions.open(FAMILY, "eve", ground)
     for number in range(2000):
         enemy.adapt(row(number % 50), 0.5, (1.0, 0.0, float("nan"), 1e30)[number % 4])
 
-    assert sessions.find(FAMILY, "ada").encode() == before
+    assert sessions.find(FAMILY, "ada", ground).encode() == before

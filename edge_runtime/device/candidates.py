@@ -1,0 +1,124 @@
+"""Candidates: what may be shown, admitted as events, with the rows that the models are given.
+
+Why: two hundred candidates are two hundred events of which ten are logged; what they share is
+looked at once.
+
+Invariants: candidates that exist were admitted, and moved no window. A candidate's rows are those
+that its record will hold.
+
+Knows nothing about sessions and logs. Made in the turn of who asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edge_runtime.device.family import Family
+from edge_runtime.device.words import Event
+from edge_runtime.errors import PackageError, RequestError
+from edge_runtime.inference.package import Matrix
+from edge_runtime.inference.scoring import Answer, Rows, Scores, Table
+from edge_runtime.inference.slot import Arm
+from edge_runtime.wire.messages import Fields
+
+Said = tuple[str, float, Fields]
+
+
+class Candidates:
+    """`fields` that complete `event`, each to one of `family`; `tables` holds a row of features for
+    each, (candidates, F), by arm.
+
+    With `features`, of the stable arm's spec, the windows are asked only for arms of another spec.
+    Raises: RequestError, as `Pipeline.admitted`, and `wrong_shape`.
+    """
+
+    def __init__(
+        self, family: Family, event: Event, fields: Sequence[Fields], features: Matrix | None
+    ) -> None:
+        self.family, self.salt = family, family.salt
+        self._event, self._fields = event, fields
+        self._given = b""
+        pipeline = family.pipeline
+        arms = pipeline.admitted(*self.said(0))
+        if features is not None:
+            features = _fitting(features, len(fields), arms[0])
+        if features is not None and len(pipeline.engines) == 1:
+            self._many: list[Rows] | None = None
+            self._given, self._width = features.tobytes(), features.shape[1] * 4
+            self._resident = len(pipeline.slot.resident)
+            self.tables: Sequence[Matrix] = [features] * len(arms)
+            return
+        self._many = []
+        for index in range(len(fields)):
+            said = self.said(index)
+            pipeline.admitted(*said)
+            self._many.append(pipeline.rows(said[1], said[2]))
+        if features is not None:
+            _replace(self._many, features, pipeline.slot.resident)
+        self.tables = _tables(self._many, arms, one=len(pipeline.engines) == 1)
+
+    def said(self, index: int) -> Said:
+        """The event that a candidate completes."""
+        event = self._event
+        return event.kind, event.time_s, {**event.fields, **self._fields[index]}
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Refuse to show these while nothing of them is logged. Raises: RequestError."""
+        saids = [self.said(index) for index in indices]
+        for said in saids:
+            self.family.pipeline.admitted(*said)
+        if not self.family.records_fit([fields for _, _, fields in saids]):
+            raise RequestError(
+                "too_large",
+                "a candidate has more bytes than the log takes; nothing was logged",
+                "send shorter texts",
+            )
+
+    def scores(self, index: int, arms: Sequence[Arm], table: Table) -> Scores:
+        """What the arms made of one candidate."""
+        answers: list[Answer] = [
+            each if isinstance(each, PackageError) else [float(each[index])]
+            for each in table.answers
+        ]
+        embedding = None if table.embeddings is None else table.embeddings[index]
+        return Scores(arms, self._rows(index), (answers, table.took_ns, embedding), self.salt)
+
+    def _rows(self, index: int) -> Rows:
+        if self._many is not None:
+            return self._many[index]
+        at = index * self._width
+        return [self._given[at : at + self._width]] * self._resident
+
+
+def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
+    found = np.ascontiguousarray(features, "<f4")
+    wanted = count, stable.runner.features
+    if found.shape != wanted:
+        raise RequestError(
+            "wrong_shape",
+            f"the features of {count} candidates have shape {found.shape}, not {wanted}; nothing "
+            "was logged",
+            "give a row for each candidate, in the order of the feature spec",
+        )
+    return found
+
+
+def _replace(many: list[Rows], features: Matrix, resident: Sequence[Arm]) -> None:
+    """The given row in the place of each that the stable arm's features would give."""
+    hashes = [arm.info.spec.hash if arm.info is not None else "" for arm in resident]
+    for rows, given in zip(many, features, strict=True):
+        rows[:] = [
+            given.tobytes() if own == hashes[0] else row
+            for row, own in zip(rows, hashes, strict=True)
+        ]
+
+
+def _tables(many: Sequence[Rows], arms: Sequence[Arm], *, one: bool) -> list[Matrix]:
+    count = 1 if one else len(arms)
+    tables = [
+        np.frombuffer(b"".join([rows[at] for rows in many]), "<f4").reshape(len(many), -1)
+        for at in range(count)
+    ]
+    return tables * len(arms) if one else tables

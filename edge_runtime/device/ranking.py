@@ -1,0 +1,196 @@
+"""Ranking: which of many candidates a session is shown, and how likely that was.
+
+Why: what is shown is what can be learned from; a ranking that never tries anything else learns only
+that it was right. So candidates are ordered by what the session makes of them and by how unsure it
+is (LinUCB, Li et al. 2010), and a share of the places is filled at random.
+
+Invariants: only what is shown is logged, each with its place and the probability with which it
+stood there, given those above it. That is exact: it, and what was drawn, follow from the log. One
+arm answers a whole ranking: the one that the number of its first prediction draws. All candidates
+are looked at before any moves a window; a ranking that is refused left no trace.
+
+Knows nothing about sessions' store, sockets and disks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.device.adapting import Adapting
+from edge_runtime.device.asking import Asking
+from edge_runtime.device.candidates import Candidates
+from edge_runtime.device.words import Event
+from edge_runtime.errors import HeadwaterError, PackageError, RequestError
+from edge_runtime.inference.history import Number
+from edge_runtime.inference.package import Matrix
+from edge_runtime.inference.scoring import Table, score_table
+from edge_runtime.inference.slot import Arm
+from edge_runtime.metrics import Histogram
+from edge_runtime.personal.odds import ODDS_MAX
+from edge_runtime.personal.ranking import optimistic, shifts
+from edge_runtime.personal.sessions import Key
+from edge_runtime.rollout.plan import choose, draw
+from edge_runtime.wire.messages import Fields, Shown
+
+CANDIDATES_MAX = 1024
+
+Floats = npt.NDArray[np.floating]
+
+
+class Ranked(msgspec.Struct, frozen=True):
+    """A candidate that is shown: number `index` of those given, known by `id` from now on.
+
+    `score` is the session's answer to it, without the bonus for being unsure, `base` the model's;
+    `chance` is the probability with which it stands here, given those above it.
+    """
+
+    id: str
+    index: int
+    score: float
+    base: float
+    chance: float
+    release: str
+    arm: str
+
+
+class _View(msgspec.Struct, frozen=True):
+    """What models and a session make of candidates: `base` answers, the session's `shifts`, and
+    the `bonus` by which they are ordered; all of shape (candidates,).
+    """
+
+    arms: Sequence[Arm]
+    table: Table
+    base: Floats
+    task: str
+    shifts: Floats
+    bonus: Floats
+    explore: float
+
+
+class Ranking:
+    """Rankings of the sessions of `adapting`; `latency` is of whole rankings."""
+
+    def __init__(
+        self, asking: Asking, adapting: Adapting, refused: Callable[[HeadwaterError], None]
+    ) -> None:
+        self._asking, self._adapting, self._refused = asking, adapting, refused
+        self.latency = Histogram()
+
+    def rank(
+        self, name: Key, event: Event, fields: Sequence[Fields], k: int, features: Matrix | None
+    ) -> list[Ranked]:
+        """See `Session.rank`."""
+        started_ns = time.perf_counter_ns()
+        try:
+            _check_counts(len(fields), k)
+            with self._asking.turn:
+                candidates = Candidates(self._asking.family(name[0]), event, fields, features)
+                lease = candidates.family.pipeline.slot.lease()
+            with lease as arms:
+                table = score_table(arms, candidates.tables)
+                with self._asking.turn:
+                    ranked = self._ranked(name, arms, candidates, table, k)
+            self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
+        except HeadwaterError as error:
+            self._refused(error)
+            raise
+        return ranked
+
+    def _ranked(
+        self, name: Key, arms: Sequence[Arm], candidates: Candidates, table: Table, k: int
+    ) -> list[Ranked]:
+        first = self._asking.next_number()
+        view = self._view(name, arms, table, _base(arms, table, candidates.salt, first))
+        values = (_odds(view.base) if view.task == "binary" else view.base) + view.bonus
+        order = np.argsort(-values, kind="stable")[: np.isfinite(view.base).sum()].tolist()
+        if not order:
+            raise PackageError("run_failed", "the model has no answer to any candidate")
+        places = list(_places(order, k, view.explore, candidates.salt, first))
+        candidates.check([index for index, _ in places])
+        return [
+            self._show(name, candidates, view, first, (place, *placed))
+            for place, placed in enumerate(places, 1)
+        ]
+
+    def _view(self, name: Key, arms: Sequence[Arm], table: Table, base: Floats) -> _View:
+        nothing = np.zeros(len(base), np.float32)
+        policy = arms[0].info.policy if arms[0].info is not None else None
+        if policy is None or table.embeddings is None:
+            return _View(arms, table, base, "", nothing, nothing, 0.0)
+        head = self._adapting.head(name, arms[0])
+        believed = head or self._adapting.blank(policy.prior)
+        bonus = optimistic(believed, table.embeddings, policy.optimism)
+        moved = nothing if head is None else shifts(head, table.embeddings)
+        return _View(arms, table, base, policy.prior.task, moved, bonus, policy.explore)
+
+    def _show(
+        self,
+        name: Key,
+        candidates: Candidates,
+        view: _View,
+        first: Number,
+        placed: tuple[int, int, float],
+    ) -> Ranked:
+        """Log a candidate that is shown, and remember it for its label."""
+        place, index, chance = placed
+        family, asking = candidates.family, self._asking
+        scores, said = candidates.scores(index, view.arms, view.table), candidates.said(index)
+        shift, number = float(view.shifts[index]), asking.next_number()
+        shown = Shown(place, len(view.base), chance)
+        record = family.record(scores, said, first, adapted=shift != 0.0, shown=shown)
+        answer = asking.logged(family, record, number)
+        asking.moved(family, said)
+        asking.counts["predictions"] += 1
+        told = self._adapting.told(name, scores, number, answer, shift)
+        score, base = told.outputs[0], told.base[0]
+        return Ranked(told.id, index, score, base, chance, told.release, told.arm)
+
+
+def _check_counts(count: int, k: int) -> None:
+    if not count or k < 1:
+        raise RequestError(
+            "no_candidates",
+            f"{k} of {count} candidates were asked for; nothing was logged",
+            "give at least one, and ask for at least one",
+        )
+    if count > CANDIDATES_MAX:
+        raise RequestError(
+            "too_many_candidates",
+            f"{count} candidates were given, at most {CANDIDATES_MAX} are ranked; "
+            "nothing was logged",
+            "choose among them first, with a cheaper rule",
+        )
+
+
+def _base(arms: Sequence[Arm], table: Table, salt: str, first: Number) -> Floats:
+    """The answers of the arm that is drawn, or else of the stable one. Raises: PackageError."""
+    drawn = table.answers[choose([arm.weight for arm in arms], salt, *first)]
+    answers = table.answers[0] if isinstance(drawn, PackageError) else drawn
+    if isinstance(answers, PackageError):
+        raise answers
+    return answers
+
+
+def _odds(chances: Floats) -> Floats:
+    """Log odds, within `ODDS_MAX`; NaN stays what it is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.clip(np.log(chances / (1 - chances)), -ODDS_MAX, ODDS_MAX)
+
+
+def _places(
+    order: list[int], k: int, explore: float, salt: str, first: Number
+) -> Iterator[tuple[int, float]]:
+    """The candidate of each place, and the probability with which it stands there: the best that is
+    left or, with probability `explore`, any that is left.
+    """
+    epoch, seq = first
+    for place in range(min(k, len(order))):
+        left = len(order)
+        point = draw(f"{salt}|rank", epoch, seq + place)
+        at = min(int(point / explore * left), left - 1) if point < explore else 0
+        yield order.pop(at), explore / left + (0.0 if at else 1 - explore)

@@ -1,0 +1,435 @@
+"""Sessions over a real runtime: what they answer, learn, log, and forget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_runtime.clock import ManualClock
+from edge_runtime.config import EdgeConfig, SessionsConfig, local_config
+from edge_runtime.errors import RequestError
+from edge_runtime.inference.slot import load_arm
+from edge_runtime.personal.policy import Policy
+from edge_runtime.personal.prior import Prior
+from edge_runtime.runtime import Event, Runtime
+from edge_runtime.wire import codec
+
+NOW_S = 1_360_000_000.0
+KEY = "ada-lovelace-0815"
+
+
+def scheduled(distance=998.0, carrier="UA", time_s=NOW_S):
+    return Event("scheduled", time_s, {"carrier": carrier, "distance": distance})
+
+
+def policy_of(explore=0.0, optimism=0.0, region=2.0, width=2, spread=1.0):
+    eye = spread * np.eye(width + 1, dtype=np.float32)
+    prior = Prior("binary", np.zeros(width + 1, np.float32), eye, region, norm_max=1e4)
+    return Policy(prior, explore, optimism)
+
+
+@pytest.fixture
+def clock():
+    return ManualClock(NOW_S)
+
+
+@pytest.fixture
+def open_runtime(tmp_path, plan_of, clock):
+    """`open_runtime(*arms)` opens a device that serves them."""
+    opened = []
+
+    def open_runtime(*arms, state="state", **sessions):
+        config = EdgeConfig(
+            device="EWR",
+            families=["toy"],
+            state_dir=tmp_path / state,
+            socket=tmp_path / "edge.sock",
+            sessions=SessionsConfig(**sessions),
+        )
+        runtime = Runtime.open(config, clock=clock, step=lambda: 1)
+        opened.append(runtime)
+        if arms:
+            runtime.swap("toy", arms, plan_of(*arms))
+        return runtime
+
+    yield open_runtime
+    for runtime in opened:
+        runtime.close()
+
+
+@pytest.fixture
+def load(write_package):
+    def load(bias=0.0, name="stable", weight=1.0, policy=None, **package):
+        path, _ = write_package(bias=bias, policy=policy, **package)
+        return load_arm(path, None, name, f"r{bias:g}", weight)
+
+    return load
+
+
+def logged(runtime):
+    asyncio.run(runtime.log.wait_durable("event", runtime.log.handed_out("event")))
+    data = [data for _, _, data in runtime.log.tail("event", 0, 0)]
+    return data, [codec.decode_record(each) for each in data]
+
+
+def taught(session, label=1.0, times=5):
+    for _ in range(times):
+        session.label(session.predict(scheduled()).id, label)
+
+
+def test_before_its_first_label_a_session_answers_as_the_model_does(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+
+    within, without = (
+        runtime.session("toy", KEY).predict(scheduled()),
+        runtime.predict("toy", scheduled()),
+    )
+
+    assert within.outputs == within.base == without.outputs
+    assert not within.adapted
+    assert runtime.statistics()["sessions"]["open"] == 0
+
+
+def test_labels_move_the_answer_and_the_log_keeps_the_models_own(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+    base = session.predict(scheduled()).outputs
+
+    taught(session)
+    answer = session.predict(scheduled())
+
+    assert answer.adapted
+    assert answer.base == base
+    assert answer.outputs[0] > base[0] + 0.05
+    data, records = logged(runtime)
+    assert [record.scored[0].outputs for record in records] == [base] * len(records)
+    assert [record.adapted for record in records] == [False, False, True, True, True, True, True]
+    assert not any(KEY.encode() in each for each in data)
+    assert KEY not in str(runtime.statistics())
+
+
+def test_one_session_never_touches_another(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    taught(runtime.session("toy", "grace"), times=2)
+    before = runtime.session("toy", "grace").predict(scheduled()).outputs
+
+    for number in range(200):
+        enemy = runtime.session("toy", KEY)
+        enemy.label(enemy.predict(scheduled()).id, number % 2)
+
+    assert runtime.session("toy", "grace").predict(scheduled()).outputs == before
+    assert not runtime.session("toy", "nobody").predict(scheduled()).adapted
+
+
+def test_a_label_of_another_session_is_refused_and_not_logged(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    answer = runtime.session("toy", "grace").predict(scheduled())
+
+    with pytest.raises(RequestError) as caught:
+        runtime.session("toy", KEY).label(answer.id, 1)
+
+    assert caught.value.code == "other_session"
+    assert runtime.log.handed_out("label") == 0
+    assert runtime.session("toy", "grace").label(answer.id, 1).adapted
+
+
+def test_a_session_learns_the_first_final_label_of_an_answer(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+    answer = session.predict(scheduled())
+
+    learned = [
+        session.label(answer.id, 1, final=False).adapted,
+        session.label(answer.id, 1).adapted,
+        session.label(answer.id, 0).adapted,
+    ]
+
+    assert learned == [False, True, False]
+    assert session.explain().labels == 1
+    assert runtime.log.handed_out("label") == 3
+
+
+def test_what_is_answered_outside_of_a_session_teaches_none(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+
+    labelled = session.label(runtime.predict("toy", scheduled()).id, 1)
+
+    assert labelled == type(labelled)(1, adapted=False)
+    assert session.explain().labels == 0
+
+
+def test_reset_and_close_and_forget(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    first, second = runtime.session("toy", KEY), runtime.session("toy", "grace")
+    taught(first)
+    taught(second)
+    pending = first.predict(scheduled())
+
+    first.reset()
+    assert not first.predict(scheduled()).adapted
+    assert not first.label(pending.id, 1).adapted
+    first.close()
+    assert runtime.statistics()["sessions"]["open"] == 1
+    assert runtime.forget_sessions() == 1
+    assert not second.predict(scheduled()).adapted
+    assert runtime.statistics()["sessions"]["wiped"] == 1
+
+
+def test_a_model_without_a_policy_answers_and_learns_nothing(open_runtime, load):
+    runtime = open_runtime(load())
+    session = runtime.session("toy", KEY)
+    answer = session.predict(scheduled())
+
+    assert not session.label(answer.id, 1).adapted
+    assert [each.index for each in session.rank(scheduled(), [{"distance": 1.0}], 3)] == [0]
+    assert session.explain().with_model
+
+
+def test_bad_keys_and_unknown_families_are_refused(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+
+    for family, key, code in (
+        ("toy", "", "bad_session_key"),
+        ("toy", "x" * 257, "bad_session_key"),
+        ("tyo", "x", "unknown_family"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            runtime.session(family, key)
+        assert caught.value.code == code
+
+
+def test_in_a_trial_the_shift_of_the_stable_arm_moves_whichever_answers(open_runtime, load):
+    arms = load(policy=policy_of(), weight=0.5), load(0.3, "canary", 0.5, policy=policy_of())
+    runtime = open_runtime(*arms)
+    session = runtime.session("toy", KEY)
+    taught(session)
+
+    answers = [session.predict(scheduled()) for _ in range(40)]
+
+    def odds(chance):
+        return np.log(chance / (1 - chance))
+
+    shifts = {
+        arm: {
+            round(float(odds(each.outputs[0]) - odds(each.base[0])), 4)
+            for each in answers
+            if each.arm == arm
+        }
+        for arm in ("stable", "canary")
+    }
+    assert len(shifts["stable"]) == 1
+    assert shifts["stable"] == shifts["canary"]
+
+
+CANDIDATES = [{"distance": 100.0 * number} for number in range(20)]
+
+
+def test_only_what_is_shown_is_logged_with_place_and_chance(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of(explore=0.2)))
+    session = runtime.session("toy", KEY)
+
+    ranked = session.rank(Event("scheduled", NOW_S, {"carrier": "UA"}), CANDIDATES, 5)
+
+    _, records = logged(runtime)
+    assert len({each.index for each in ranked}) == len(records) == 5
+    assert [record.shown.place for record in records] == [1, 2, 3, 4, 5]
+    assert {record.shown.of for record in records} == {20}
+    assert [record.shown.chance for record in records] == [each.chance for each in ranked]
+    assert [record.fields["distance"] for record in records] == [
+        CANDIDATES[each.index]["distance"] for each in ranked
+    ]
+    assert [record.scored[0].outputs[0] for record in records] == [each.base for each in ranked]
+
+
+def test_the_chance_is_how_often_a_candidate_stands_there(open_runtime, load):
+    explore, rounds = 0.3, 600
+    runtime = open_runtime(load(policy=policy_of(explore=explore)))
+    session = runtime.session("toy", KEY)
+    event = Event("scheduled", NOW_S, {"carrier": "UA"})
+
+    tops = [session.rank(event, CANDIDATES[:5], 1)[0] for _ in range(rounds)]
+
+    counted = Counter(each.index for each in tops)
+    best = counted.most_common(1)[0][0]
+    chances = {each.index: each.chance for each in tops}
+    assert chances[best] == pytest.approx(1 - explore + explore / 5)
+    assert sum(chances.values()) == pytest.approx(1.0)
+    for index, chance in chances.items():
+        assert counted[index] / rounds == pytest.approx(chance, abs=0.06)
+
+
+def test_labels_of_what_was_shown_move_the_ranking(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of(spread=10.0)))
+    session = runtime.session("toy", KEY)
+    event = Event("scheduled", NOW_S, {"carrier": "UA"})
+    before = session.rank(event, CANDIDATES, 20)
+    assert before[0].index == 19
+
+    for each in before:
+        session.label(each.id, float(each.index < 8))
+    after = session.rank(event, CANDIDATES, 20)
+
+    assert after[0].index < 8
+    assert after[-1].index >= 8
+    assert [each.base for each in sorted(after, key=lambda e: e.index)] == [
+        each.base for each in sorted(before, key=lambda e: e.index)
+    ]
+
+
+def test_given_features_answer_as_those_of_the_windows_do(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+    event = Event("scheduled", NOW_S, {"carrier": "UA"})
+    spec = runtime.resident("toy")[0].info.spec
+    engine = runtime._members["toy"].pipeline
+    rows = [engine.rows(NOW_S, {"carrier": "UA", **each})[0] for each in CANDIDATES]
+    features = np.frombuffer(b"".join(rows), "<f4").reshape(-1, spec.size)
+
+    given = session.rank(event, CANDIDATES, 4, features)
+    asked = session.rank(event, CANDIDATES, 4)
+
+    assert [(each.index, each.score) for each in given] == [
+        (each.index, each.score) for each in asked
+    ]
+    assert len({record.features for record in logged(runtime)[1]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        (([], 1), "no_candidates"),
+        ((CANDIDATES, 0), "no_candidates"),
+        ((CANDIDATES * 60, 1), "too_many_candidates"),
+        (([*CANDIDATES, {"distance": "far"}], 1), "wrong_type"),
+        (([*CANDIDATES, {"distance": float("nan")}], 1), "not_finite"),
+        ((CANDIDATES, 1, np.zeros((3, 2), np.float32)), "wrong_shape"),
+        (([{"distanec": 1.0}], 1, np.zeros((1, 5), np.float32)), "unknown_field"),
+    ],
+)
+def test_a_ranking_that_is_refused_leaves_no_trace(open_runtime, load, asked, code):
+    runtime = open_runtime(load(policy=policy_of()))
+    session, event = runtime.session("toy", KEY), Event("scheduled", NOW_S, {"carrier": "UA"})
+
+    with pytest.raises(RequestError) as caught:
+        session.rank(event, *asked)
+
+    assert caught.value.code == code
+    assert runtime.log.handed_out("event") == 0
+    assert runtime.counters()["request_errors"] == 1
+
+
+def test_a_new_release_takes_the_sessions_over(open_runtime, load, plan_of):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+    taught(session)
+    before = session.predict(scheduled())
+    pending = session.predict(scheduled())
+    arm = load(0.1, policy=policy_of(spread=1.01), turn=-1.0)
+
+    runtime.swap("toy", [arm], plan_of(arm))
+    after = session.predict(scheduled())
+
+    assert session.label(pending.id, 1).adapted
+    assert session.explain().labels == 6
+    assert after.outputs[0] - after.base[0] == pytest.approx(
+        before.outputs[0] - before.base[0], abs=0.02
+    )
+
+
+def test_sessions_sleep_where_the_release_knows_none_and_wake_again(open_runtime, load, plan_of):
+    arms = load(policy=policy_of()), load(0.1)
+    runtime = open_runtime(arms[0])
+    session = runtime.session("toy", KEY)
+    taught(session)
+    before = session.predict(scheduled()).outputs
+
+    runtime.swap("toy", arms[1:], plan_of(arms[1]))
+    assert not session.predict(scheduled()).adapted
+    runtime.swap("toy", arms[:1], plan_of(arms[0]))
+
+    assert session.predict(scheduled()).outputs == before
+
+
+def test_open_sessions_are_moved_without_being_asked(open_runtime, load, plan_of):
+    runtime = open_runtime(load(policy=policy_of()))
+    for number in range(50):
+        taught(runtime.session("toy", f"user-{number}"), times=3)
+    arm = load(0.1, policy=policy_of(spread=1.01))
+
+    runtime.swap("toy", [arm], plan_of(arm))
+    runtime.adapting._mover.join()
+
+    assert runtime.statistics()["sessions"]["rebased"] == 50
+
+
+def test_sessions_that_are_kept_survive_a_restart_and_lie_there_no_longer(tmp_path, write_package):
+    path, _ = write_package(policy=policy_of())
+    config = msgspec.structs.replace(
+        local_config(path, "toy", tmp_path / "state"), sessions=SessionsConfig(keep=True)
+    )
+    kept = tmp_path / "state" / "sessions"
+    with Runtime.open(config) as runtime:
+        session = runtime.session("toy", KEY)
+        taught(session)
+        before = session.predict(scheduled()).outputs
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+    with Runtime.open(config) as again:
+        assert not kept.exists()
+        assert again.session("toy", KEY).predict(scheduled()).outputs == before
+
+
+def test_kept_sessions_that_are_spoilt_cost_only_themselves(tmp_path, write_package):
+    path, _ = write_package(policy=policy_of())
+    config = local_config(path, "toy", tmp_path / "state")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "sessions").write_bytes(b"HWSE garbage")
+
+    with Runtime.open(config) as runtime:
+        assert not runtime.session("toy", KEY).predict(scheduled()).adapted
+    assert not (tmp_path / "state" / "sessions").exists()
+
+
+def test_without_keep_nothing_of_a_session_is_written(open_runtime, load, tmp_path):
+    runtime = open_runtime(load(policy=policy_of()))
+    taught(runtime.session("toy", KEY))
+    runtime.close()
+
+    for path in (tmp_path / "state").rglob("*"):
+        assert path.name != "sessions"
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+def test_unused_sessions_end_with_the_next_report(open_runtime, load, clock):
+    runtime = open_runtime(load(policy=policy_of()), ttl_s=60.0)
+    taught(runtime.session("toy", KEY))
+
+    clock.advance(61)
+    runtime.report({})
+
+    assert runtime.statistics()["sessions"]["open"] == 0
+
+
+def test_a_heavy_model_is_asked_on_its_own_thread(open_runtime, load):
+    arm = load(policy=policy_of())
+    arm.runner.run_us = 1e6
+    runtime = open_runtime(arm)
+    session = runtime.session("toy", KEY)
+
+    async def converse():
+        answer = await session.predict_async(scheduled())
+        session.label(answer.id, 1)
+        return await session.predict_async(scheduled()), await session.rank_async(
+            scheduled(), CANDIDATES, 3
+        )
+
+    answer, ranked = asyncio.run(converse())
+
+    assert answer.adapted
+    assert len(ranked) == 3
+    assert msgspec.json.encode(ranked)
