@@ -51,18 +51,23 @@ class PastSession:
 
 
 def learn_prior(
-    task: Task, sessions: Sequence[PastSession], region: float, *, rounds: int = ROUNDS
+    task: Task,
+    sessions: Sequence[PastSession],
+    region: float,
+    *,
+    forgetting: float = 0.0,
+    rounds: int = ROUNDS,
 ) -> Prior:
-    """The prior that makes `sessions` likely; `region` is the family's to declare.
+    """The prior that makes `sessions` likely; a family declares `region` and `forgetting`.
 
     Sessions without labels say nothing; there must be one with some.
     """
     told = [session for session in sessions if len(session.labels)]
-    first = prior = replace(_first(task, told, region), patience=math.inf)
+    first = replace(_first(task, told, region), patience=math.inf, forgetting=forgetting)
+    prior = first
     for _ in range(rounds):
-        heads = [_head(prior, session) for session in told]
-        noise = _noise(heads, told) if task == "regression" else prior.noise
-        prior = replace(_next(_moments(prior, heads), first, STRENGTH), noise=noise)
+        moments, noise = _believed(prior, told)
+        prior = replace(_next(moments, first, STRENGTH), noise=noise)
     return replace(prior, patience=PATIENCE)
 
 
@@ -117,33 +122,23 @@ def _residuals(task: Task, session: PastSession, region: float) -> Floats:
     return np.asarray(np.clip((labels - chances) / slope, -region, region))
 
 
-def _head(prior: Prior, session: PastSession) -> Head:
-    head = Head(prior)
-    for embedding, base, label in zip(
-        session.embeddings, session.bases, session.labels, strict=True
-    ):
-        head.adapt(embedding, float(base), float(label))
-    return head
+def _believed(prior: Prior, sessions: Sequence[PastSession]) -> tuple[Moments, float]:
+    """What the sessions' heads believe at their ends, and the noise of values.
 
-
-def _moments(prior: Prior, heads: Sequence[Head]) -> Moments:
-    moments = Moments.none(prior)
-    for head in heads:
+    What a head does not explain of a label that it has just learned, and what it is unsure of
+    there, are the noise on average, also where it has forgotten that label at its end.
+    """
+    moments, left = Moments.none(prior), list[float]()
+    for session in sessions:
+        head = Head(prior)
+        told = zip(session.bases.tolist(), session.labels.tolist(), strict=True)
+        for embedding, (base, label) in zip(session.embeddings, told, strict=True):
+            head.adapt(embedding, base, label)
+            if prior.task == "regression":
+                residual = max(-prior.region, min(prior.region, label - base))
+                left += [(residual - head.shift(embedding)) ** 2 + head.deviation(embedding) ** 2]
         moments.add(head)
-    return moments
-
-
-def _noise(heads: Sequence[Head], sessions: Sequence[PastSession]) -> float:
-    """The variance that is left when each session has learned all its labels."""
-    left, count = 0.0, 0
-    for head, session in zip(heads, sessions, strict=True):
-        ones = np.ones((len(session.labels), 1), np.float32)
-        features = np.hstack([ones, session.embeddings]).astype(np.float64)
-        targets = _residuals("regression", session, head.prior.region)
-        unsure = np.einsum("ij,jk,ik->i", features, head.covariance.astype(np.float64), features)
-        left += float(np.square(targets - features @ head.mean).sum() + unsure.sum())
-        count += len(targets)
-    return max(left / count, _NOISE_MIN)
+    return moments, max(float(np.mean(left)), _NOISE_MIN) if left else prior.noise
 
 
 def _next(moments: Moments, anchor: Prior, strength: float) -> Prior:

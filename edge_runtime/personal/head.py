@@ -7,17 +7,16 @@ The answer is the model's plus a shift, `weights @ [1, embedding]`; weight 0 is 
 `regression` shifts the value. `binary` shifts the log odds, not the probability: the answer stays a
 probability, and a region of log odds bounds a rare event as it bounds a common one. `ranking` takes
 the score for log odds of being chosen; what a score lacks to be that, the bias makes up for, and no
-order depends on the bias. A label updates mean and covariance by one step of the Kalman filter;
-for log odds it is linearised where it stands (West, Harrison and Migon 1985).
+order depends on the bias. A label updates mean and covariance by one step of the Kalman filter
+(what the prior forgets comes first), for log odds linearised (West, Harrison and Migon 1985).
 
 Invariants: no shift is outside of the prior's trust region, whatever the labels and embeddings;
 what is not a number shifts nothing and teaches nothing. Before its first label a session answers as
 the model does, bit for bit. So does one whose labels deny the head: when the likelihood ratio of
 the model to the head exceeds the prior's patience, of which Ville's inequality bounds the chance
 where the prior is right, the session begins anew; the third time it stays with the model until
-`reset`.
-Sessions share nothing but the prior and its scratch: all heads of one prior are used by one thread
-at a time, without a lock of their own.
+`reset`. Sessions share nothing but the prior and its scratch: all heads of one prior are used by
+one thread at a time, without a lock of their own.
 
 Knows nothing about keys, clocks, events or models. Formats: `STATE_VERSION`.
 """
@@ -131,7 +130,7 @@ class Head:
         region = self.prior.region
         if -region <= shift <= region:
             return shift
-        return math.copysign(region, shift) if shift == shift else 0.0  # noqa: PLR0124 - not NaN
+        return 0.0 if math.isnan(shift) else math.copysign(region, shift)
 
     def answer(self, embedding: Vector, base: float) -> float:
         """The model's output `base`, shifted: a probability, a value or a score."""
@@ -148,6 +147,7 @@ class Head:
         if self.falls >= FALLS_MAX or not self._usable(embedding, base, label):
             self.refused += 1
             return False
+        self.prior.relax(self.mean, self.covariance)
         if self.prior.task == "regression":
             self._learn_value(embedding, label - base)
         else:

@@ -4,7 +4,9 @@ Why: a head that starts from what past sessions had in common is useful from the
 on; one that starts from nothing needs as many labels as the embedding is wide.
 
 A head's shift is `weights @ [1, embedding]`: weight 0 is the running bias. The weights of a session
-are drawn from a normal distribution with `mean` and `covariance`.
+are drawn from a normal distribution with `mean` and `covariance`. Where tastes drift they move from
+label to label and stay of that distribution (Ornstein and Uhlenbeck 1930): what is believed of them
+goes back to it by the share `forgetting`.
 
 Invariants: a prior that exists can be used: bounded numbers, a symmetric covariance with positive
 eigenvalues. The same prior has the same bytes and the same `digest`; bytes that are no prior are
@@ -52,6 +54,7 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
     patience: float
     mean: bytes
     covariance: bytes
+    forgetting: float = 0.0
 
 
 _decoder = msgspec.msgpack.Decoder(_Stored)
@@ -65,7 +68,8 @@ class Prior:
     the trust region, the largest shift there is: in units of the label for `regression`, in log
     odds for `binary` and `ranking`. `noise` is the variance of a label around the right answer;
     only `regression` has a use for it. From embeddings longer than `norm_max` nothing is learned.
-    A session falls back when the log of the odds against its head exceeds `patience`.
+    A session falls back when the log of the odds against its head exceeds `patience`. `forgetting`
+    lies in [0, 1).
 
     Raises: PackageError `bad_prior`.
     """
@@ -77,6 +81,7 @@ class Prior:
     norm_max: float
     noise: float = 1.0
     patience: float = PATIENCE
+    forgetting: float = 0.0
 
     def __post_init__(self) -> None:
         if why := self._why_unfit():
@@ -101,6 +106,8 @@ class Prior:
             return f"its region is {self.region} and its noise {self.noise}"
         if not (0 < self.norm_max <= NORM_MAX and self.patience > 0):
             return f"its norm_max is {self.norm_max} and its patience {self.patience}"
+        if not 0 <= self.forgetting < 1:
+            return f"its forgetting is {self.forgetting}"
         if np.linalg.eigvalsh(self.covariance.astype(np.float64))[0] <= 0:
             return "its covariance has an eigenvalue that is not positive"
         return ""
@@ -114,6 +121,20 @@ class Prior:
     def digest(self) -> bytes:
         """Names the prior; what a session kept belongs to one of them."""
         return hashlib.sha256(self.encode()).digest()[:16]
+
+    def relax(self, mean: Vector, covariance: Matrix) -> None:
+        """Take what is believed back towards the prior, in place, by the share `forgetting`."""
+        if self.forgetting:
+            kept, (own_mean, own_covariance) = 1 - self.forgetting, self._pull
+            np.add(np.multiply(mean, kept, mean), own_mean, mean)
+            np.multiply(covariance, kept**2, covariance)
+            np.add(covariance, own_covariance, covariance)
+
+    @cached_property
+    def _pull(self) -> tuple[Vector, Matrix]:
+        kept = 1 - self.forgetting
+        mean, covariance = (1 - kept) * self.mean, (1 - kept**2) * self.covariance
+        return mean.astype(np.float32), covariance.astype(np.float32)
 
     @cached_property
     def scratch(self) -> Scratch:
@@ -132,6 +153,7 @@ class Prior:
                 patience=float(self.patience),
                 mean=self.mean.astype("<f4").tobytes(),
                 covariance=packed(self.covariance),
+                forgetting=float(self.forgetting),
             )
         )
 
@@ -156,6 +178,7 @@ class Prior:
             stored.norm_max,
             stored.noise,
             stored.patience,
+            stored.forgetting,
         )
 
 

@@ -65,6 +65,36 @@ def test_a_value_is_learned_as_ridge_regression_learns_it():
     assert head.answer(rows[0], 0.5) == pytest.approx(0.5 + features[0] @ mean, abs=5e-3)
 
 
+def test_tastes_that_drift_are_followed_as_the_closed_form_follows_them():
+    """What is known of the weights now: the labels' joint distribution, with no filter at all."""
+    prior = prior_of(region=100.0, forgetting=0.2)
+    rows, labels = embeddings(40, 3), labels_of(prior, embeddings(40, 3), 3)
+    head = told(prior, 40)
+
+    features = np.hstack([np.ones((40, 1)), rows.astype(float)])
+    ages = np.arange(39, -1, -1)
+    alike = 0.8 ** np.abs(ages[:, None] - ages)
+    between = alike * (features @ prior.covariance @ features.T) + 0.25 * np.eye(40)
+    with_now = 0.8**ages * (prior.covariance @ features.T)
+    mean = with_now @ np.linalg.solve(between, np.array(labels) - 0.5)
+    covariance = prior.covariance - with_now @ np.linalg.solve(between, with_now.T)
+    np.testing.assert_allclose(head.mean, mean, atol=2e-3)
+    np.testing.assert_allclose(head.covariance, covariance, atol=1e-4)
+
+
+def test_what_is_forgotten_goes_back_to_the_prior_and_never_beyond():
+    prior = replace(prior_of(forgetting=0.1), mean=np.full(WIDTH + 1, 0.2, np.float32))
+    head, nowhere = told(prior, 30), np.zeros(WIDTH, np.float32)
+    before = np.abs(head.mean - prior.mean)[1:]
+    for _ in range(200):
+        head.adapt(nowhere, 0.5, 0.5 + float(head.mean[0]))
+        assert np.linalg.eigvalsh(prior.covariance.astype(float) - head.covariance)[0] > -1e-6
+
+    assert (before > 0.01).any()
+    np.testing.assert_allclose(head.mean[1:], prior.mean[1:], atol=0.05)
+    assert Head.decode(head.encode(), prior, embed=None).encode() == head.encode()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_without_a_label_the_answer_is_the_models(task):
     prior = replace(prior_of(task), mean=np.ones(WIDTH + 1, np.float32))
@@ -110,10 +140,13 @@ def test_probabilities_stay_probabilities():
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("patience", [math.log(100), math.inf])
-def test_no_session_leaves_the_trust_region(task, patience):
+@pytest.mark.parametrize(
+    ("patience", "forgetting"), [(math.log(100), 0.0), (math.inf, 0.0), (math.inf, 0.1)]
+)
+def test_no_session_leaves_the_trust_region(task, patience, forgetting):
     """10,000 labels: contradictions, nonsense, and whatever opposes what the head says."""
-    prior, chance = prior_of(task, patience=patience), np.random.default_rng(11)
+    prior = prior_of(task, patience=patience, forgetting=forgetting)
+    chance = np.random.default_rng(11)
     head, seen = Head(prior), embeddings(64, 5)
     longest = seen[0] / np.linalg.norm(seen[0]) * np.float32(0.999 * prior.norm_max)
     worst = 0.0
@@ -136,8 +169,9 @@ def test_no_session_leaves_the_trust_region(task, patience):
         assert abs(head.shift(far)) <= prior.region
 
 
-def test_a_covariance_survives_many_labels():
-    head = told(prior_of(patience=math.inf), 5000)
+@pytest.mark.parametrize("forgetting", [0.0, 0.1])
+def test_a_covariance_survives_many_labels(forgetting):
+    head = told(prior_of(patience=math.inf, forgetting=forgetting), 5000)
 
     values = np.linalg.eigvalsh(head.covariance.astype(float))
     assert values[0] > -1e-6
@@ -145,8 +179,9 @@ def test_a_covariance_survives_many_labels():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_nonsense_teaches_nothing(task):
-    head = told(prior_of(task), 5)
+@pytest.mark.parametrize("forgetting", [0.0, 0.1])
+def test_nonsense_teaches_nothing(task, forgetting):
+    head = told(prior_of(task, forgetting=forgetting), 5)
     before = head.mean.tobytes(), head.covariance.tobytes()
     row, far = embeddings(1, 4)[0], np.full(WIDTH, 1e25, np.float32)
     nonsense = [(row, 0.5, math.nan), (row, math.inf, 1.0), (far, 0.5, 1.0), (far * 0, math.nan, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -19,7 +20,8 @@ def prior_of(seed: int = 1, task: str = "binary") -> Prior:
     covariance = (root @ root.T + 0.05 * np.eye(WIDTH + 1)).astype(np.float32)
     covariance = (covariance + covariance.T) / 2
     mean = chance.normal(0, 0.1, WIDTH + 1).astype(np.float32)
-    return Prior(task, mean, covariance, region=1.5, norm_max=20.0, noise=0.3)
+    given = {"region": 1.5, "norm_max": 20.0, "noise": 0.3, "forgetting": 0.1}
+    return Prior(task, mean, covariance, **given)
 
 
 def test_a_prior_comes_back_bit_for_bit():
@@ -28,10 +30,16 @@ def test_a_prior_comes_back_bit_for_bit():
 
     assert back.mean.tobytes() == prior.mean.tobytes()
     assert back.covariance.tobytes() == prior.covariance.tobytes()
-    told = (back.task, back.region, back.norm_max, back.noise, back.patience)
-    assert told == (prior.task, prior.region, prior.norm_max, prior.noise, prior.patience)
+    for name in ("task", "region", "norm_max", "noise", "patience", "forgetting"):
+        assert getattr(back, name) == getattr(prior, name)
     assert back.digest == prior.digest
     assert back.digest != prior_of(seed=2).digest
+
+
+def test_bytes_without_a_forgetting_are_of_a_prior_that_forgets_nothing():
+    *stored, _ = msgspec.msgpack.decode(prior_of().encode())
+
+    assert Prior.decode(msgspec.msgpack.encode(stored)).forgetting == 0
 
 
 def test_at_64_numbers_it_takes_the_bytes_of_a_triangle():
@@ -47,7 +55,7 @@ def test_at_64_numbers_it_takes_the_bytes_of_a_triangle():
         lambda data: b"",
         lambda data: data[:-1],
         lambda data: data + b"\0",
-        lambda data: b"\x98\x02" + data[2:],  # another version
+        lambda data: b"\x99\x02" + data[2:],  # another version
         lambda data: data.replace(b"binary", b"banana"),
         lambda data: bytes(255 - byte for byte in data),
     ],
@@ -69,6 +77,9 @@ def test_bytes_that_are_no_prior_are_refused(spoil):
         {"noise": float("nan")},
         {"norm_max": float("inf")},
         {"patience": -1.0},
+        {"forgetting": 1.0},
+        {"forgetting": -0.1},
+        {"forgetting": float("nan")},
         {"mean": np.zeros(3, np.float32)},
         {"mean": np.full(WIDTH + 1, np.nan, np.float32)},
         {"covariance": np.zeros((WIDTH + 1, WIDTH + 1), np.float32)},

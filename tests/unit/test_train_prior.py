@@ -42,6 +42,28 @@ def test_the_prior_of_values_is_found_again():
     assert prior.patience == pytest.approx(math.log(100))
 
 
+def drifting(seed: int, labels: int = 25) -> PastSession:
+    chance, told = np.random.default_rng(seed), session_of(seed, labels=labels)
+    weights, shifts = chance.multivariate_normal(MEAN, COVARIANCE), []
+    for row in told.embeddings:
+        shifts.append(weights[0] + row @ weights[1:])
+        apart = math.sqrt(1 - 0.9**2) * (chance.multivariate_normal(MEAN, COVARIANCE) - MEAN)
+        weights = MEAN + 0.9 * (weights - MEAN) + apart
+    labels = told.bases + np.array(shifts) + chance.normal(0, math.sqrt(NOISE), labels)
+    return PastSession(told.embeddings, told.bases, labels.astype(np.float32))
+
+
+def test_the_prior_of_tastes_that_drift_is_found_again():
+    sessions = [drifting(seed) for seed in range(300)]
+    prior = learn_prior("regression", sessions, region=5.0, forgetting=0.1)
+    still = learn_prior("regression", sessions, region=5.0)
+
+    assert prior.forgetting == pytest.approx(0.1)
+    np.testing.assert_allclose(prior.mean, MEAN, atol=0.15)
+    np.testing.assert_allclose(prior.covariance, COVARIANCE, atol=0.15)
+    assert abs(prior.noise - NOISE) < abs(still.noise - NOISE) / 3
+
+
 @pytest.mark.parametrize("task", ["binary", "ranking"])
 def test_the_prior_of_odds_is_found_again_if_a_little_narrow(task):
     """One step of linearisation a label makes people seem more alike than they are."""
