@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from cloud_learner.package.build import INPUT, OUTPUT
+from edge_runtime.inference.signature import INPUT, OUTPUT
 from edge_runtime.errors import PackageError
 
 OPSETS = range(9, 24)

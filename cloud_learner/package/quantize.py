@@ -29,7 +29,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from cloud_learner.package.build import INPUT
+from edge_runtime.inference.signature import INPUT
 
 Matrix = npt.NDArray[np.float32]
 

@@ -3,8 +3,9 @@
 Why: the golden answers are those of the very bytes that are sealed, computed by the device's code.
 
 Invariants: same model and facts give the same bytes. A sealed model holds no denormal weight, which
-some processors multiply up to 60 times slower, and its answer to a row does not depend on the rows
-beside it, as it would if it took its ranges from the batch (dynamic quantization).
+some processors multiply up to 60 times slower, and its answer to a row, and its embedding of it, do
+not depend on the rows beside it, as they would if it took its ranges from the batch (dynamic
+quantization).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from edge_runtime.errors import PackageError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.package import Interface, metadata_of
 from edge_runtime.inference.runner import Runner
+from edge_runtime.personal.policy import Policy
 
 TOLERANCE = 0.03  # int8 kernels of other processors round differently
 ROUNDING = 1e-5  # of the same processor, between a row alone and among others
@@ -36,13 +38,14 @@ def sealed(
     spec: Spec,
     golden_inputs: Matrix,
     provenance: Mapping[str, Any],
+    policy: Policy | None = None,
 ) -> bytes:
-    """The package's bytes. Raises: PackageError (batch_dependent, or the model cannot run here)."""
+    """The package's bytes; `policy` is for its sessions.
+
+    Raises: PackageError (batch_dependent, or the model cannot run here).
+    """
     flush_denormals(model)
-    with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(model.SerializeToString())
-        golden_outputs = _answers(Runner(path), np.ascontiguousarray(golden_inputs))
+    golden_outputs = _answers(runner_of(model), np.ascontiguousarray(golden_inputs))
     metadata = metadata_of(
         interface,
         spec,
@@ -50,12 +53,21 @@ def sealed(
         golden_outputs=golden_outputs,
         tolerance=TOLERANCE,
         provenance=provenance,
+        policy=policy,
     )
     del model.metadata_props[:]
     for key in sorted(metadata):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, metadata[key]
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def runner_of(model: ModelProto) -> Runner:
+    """The model as a device runs it. Raises: PackageError."""
+    with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        return Runner(path)
 
 
 def flush_denormals(model: ModelProto) -> None:
@@ -71,13 +83,24 @@ def flush_denormals(model: ModelProto) -> None:
 
 
 def _answers(runner: Runner, rows: Matrix) -> Matrix:
-    together = runner.run(rows)
-    alone = np.concatenate([runner.run(row[None]) for row in rows])
-    if not np.allclose(together, alone, rtol=0, atol=ROUNDING, equal_nan=True):
-        gap = float(np.abs(together - alone).max())
-        raise PackageError(
-            "batch_dependent",
-            f"a row's answer changes by {gap:.2g} with the rows beside it; the model is not sealed",
-            "quantize with static ranges: dynamic ones are those of the whole batch",
-        )
-    return together
+    together = _given(runner, rows)
+    alone = [_given(runner, row[None]) for row in rows]
+    for number, whole in enumerate(together):
+        parts = np.concatenate([given[number] for given in alone])
+        if not np.allclose(whole, parts, rtol=0, atol=ROUNDING, equal_nan=True):
+            gap = float(np.abs(whole - parts).max())
+            raise PackageError(
+                "batch_dependent",
+                f"a row's answer changes by {gap:.2g} with the rows beside it; the model is not"
+                " sealed",
+                "quantize with static ranges: dynamic ones are those of the whole batch",
+            )
+    return together[0]
+
+
+def _given(runner: Runner, rows: Matrix) -> list[Matrix]:
+    """All that a device reads of the rows: answers, and embeddings where there are any."""
+    if not runner.width:
+        return [runner.run(rows)]
+    embeddings, answers = runner.embed(rows)
+    return [answers, embeddings]

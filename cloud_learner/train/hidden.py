@@ -1,7 +1,11 @@
 """What a network makes of rows just before it answers: its embeddings.
 
 Why: two worlds may look alike column by column and in their scores, and still not be the same; what
-the network itself tells apart shows it (`evaluate.watch`).
+the network itself tells apart shows it (`evaluate.watch`). And it is what the sessions of a device
+stand on.
+
+A network that has a method `embed` says itself what its embedding is; of any other it is what goes
+into its last linear layer, the last one being the one that runs last.
 
 Invariants: looking changes no weight and draws no random number; the network is left as it was.
 """
@@ -14,27 +18,38 @@ from torch import Tensor, nn
 from cloud_learner.train.dataset import Matrix
 
 
-def embeddings_of(network: nn.Module, features: Matrix) -> Matrix | None:
-    """What goes into the network's last linear layer, float32 (rows, width); None without one.
+def looked_into(network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The network's logits, and its embedding (batch, width); None where it has none.
 
-    The last one is the one that runs last.
+    It can be exported as it stands.
     """
+    embed = getattr(network, "embed", None)
+    if embed is not None:
+        return network(features), embed(features)
     seen: list[Tensor] = []
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     hooks = [
         layer.register_forward_pre_hook(lambda _layer, given: seen.append(given[0]))
         for layer in layers
     ]
+    try:
+        logits: Tensor = network(features)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, seen[-1] if seen else None
+
+
+def embeddings_of(network: nn.Module, features: Matrix) -> Matrix | None:
+    """The embedding of each row, float32 (rows, width); None where the network has none."""
     trained = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            network(torch.from_numpy(features))
+            _, embedding = looked_into(network, torch.from_numpy(features))
     finally:
         network.train(trained)
-        for hook in hooks:
-            hook.remove()
-    if not seen or seen[-1].shape[0] != len(features):
+    if embedding is None or embedding.shape[0] != len(features):
         return None
-    found: Matrix = seen[-1].reshape(len(features), -1).numpy().copy()
+    found: Matrix = embedding.reshape(len(features), -1).numpy().copy()
     return found
