@@ -20,12 +20,9 @@ from typing import cast
 from edge_runtime.device.adapting import Adapting
 from edge_runtime.device.asking import Asking
 from edge_runtime.device.ranking import Ranked, Ranking
-from edge_runtime.device.words import Event, Labelled, Prediction, SessionPrediction
-from edge_runtime.inference.history import Number
+from edge_runtime.device.words import Event, Labelled, SessionPrediction
 from edge_runtime.inference.package import Matrix
-from edge_runtime.inference.scoring import Scores
 from edge_runtime.personal.head import Explanation
-from edge_runtime.personal.sessions import checked_key
 from edge_runtime.wire.messages import Fields
 
 __all__ = ["Explanation", "Labelled", "Ranked", "Session", "SessionPrediction"]
@@ -34,25 +31,35 @@ __all__ = ["Explanation", "Labelled", "Ranked", "Session", "SessionPrediction"]
 class Session:
     """The session of `key` with a family. Raises: RequestError `bad_session_key`."""
 
-    __slots__ = ("_adapting", "_asking", "_name", "_ranking")
+    __slots__ = ("_adapting", "_asking", "_ranking", "_visitor")
 
     def __init__(
         self, family: str, key: str, asking: Asking, adapting: Adapting, ranking: Ranking
     ) -> None:
-        self._name = family, checked_key(key)
         self._asking, self._adapting, self._ranking = asking, adapting, ranking
+        self._visitor = adapting.visitor(family, key)
+
+    @property
+    def family(self) -> str:
+        """With which family the session is."""
+        return self._visitor.family
+
+    @property
+    def key(self) -> str:
+        """Whom it is of."""
+        return self._visitor.key
 
     def predict(self, event: Event) -> SessionPrediction:
         """As `Runtime.predict`, shifted by what the session has learned. The log keeps what the
         model answered by itself. Raises: as `Runtime.predict`.
         """
-        return cast("SessionPrediction", self._asking.predict(self._name[0], event, self))
+        return cast("SessionPrediction", self._asking.predict(self.family, event, self._visitor))
 
     async def predict_async(
         self, event: Event, *, timeout_s: float | None = None
     ) -> SessionPrediction:
         """As `predict`, without stalling the event loop. Raises: as `Runtime.predict_async`."""
-        answer = await self._asking.predict_async(self._name[0], event, timeout_s, self)
+        answer = await self._asking.predict_async(self.family, event, timeout_s, self._visitor)
         return cast("SessionPrediction", answer)
 
     def rank(
@@ -69,7 +76,7 @@ class Session:
         Raises: RequestError (no_candidates, too_many_candidates, wrong_shape, and those of
         `predict`, for any candidate), PackageError `run_failed`; nothing was then logged.
         """
-        return self._ranking.rank(self._name, event, candidates, k, features)
+        return self._ranking.rank(self._visitor, event, candidates, k, features)
 
     async def rank_async(
         self,
@@ -94,38 +101,18 @@ class Session:
         It learns nothing from one whose answer is no longer remembered here.
         Raises: as `Runtime.label`, and RequestError `other_session`.
         """
-        return self._adapting.label(self._name, prediction_id, value, time_s, final=final)
+        return self._adapting.label(
+            (self.family, self.key), prediction_id, value, time_s, final=final
+        )
 
     def explain(self) -> Explanation:
         """What the session has learned, and by how much it moves answers."""
-        return self._adapting.explain(self._name)
+        return self._adapting.explain((self.family, self.key))
 
     def reset(self) -> None:
         """Answer as the model does, and learn anew from now on."""
-        self._adapting.reset(self._name)
+        self._adapting.reset((self.family, self.key))
 
     def close(self) -> None:
         """The session is over, and forgotten; its key may be used again."""
-        self._adapting.end(self._name)
-
-    @property
-    def family(self) -> str:
-        """With which family the session is."""
-        return self._name[0]
-
-    @property
-    def key(self) -> str:
-        """Whom it is of."""
-        return self._name[1]
-
-    # What `Asking` asks of whom an answer is for.
-
-    def shift(self, scores: Scores) -> float:
-        """By how much an answer moves."""
-        return self._adapting.shift(self._name, scores)
-
-    def told(
-        self, scores: Scores, number: Number, answer: Prediction, shift: float
-    ) -> SessionPrediction:
-        """What the application is told of a logged answer."""
-        return self._adapting.told(self._name, scores, number, answer, shift)
+        self._adapting.end((self.family, self.key))

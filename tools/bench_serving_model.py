@@ -20,6 +20,7 @@ from cloud_learner.package.seal import sealed
 from edge_runtime.features.feature import Cycle, Feature, Window
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.package import Interface, Kind
+from edge_runtime.personal.policy import Policy
 from edge_runtime.runtime import Event
 
 FAMILY = "bench"
@@ -80,8 +81,10 @@ def rows(count: int, seed: int = 1) -> Matrix:
     return values.astype(np.float32)
 
 
-def write_package(path: Path, lean: float = 0.0) -> Path:
-    """Write the model with all that a device must know of it."""
+def write_package(path: Path, lean: float = 0.0, policy: Policy | None = None) -> Path:
+    """Write the model with all that a device must know of it. With a `policy`, the last hidden
+    layer is its embedding.
+    """
     chance = np.random.default_rng(1)
     weights = {
         "w1": chance.normal(size=(SPEC.size, HIDDEN)) / 100,
@@ -89,20 +92,25 @@ def write_package(path: Path, lean: float = 0.0) -> Path:
         "w2": chance.normal(size=(HIDDEN, 1)) / 100,
         "b2": np.array([lean]),
     }
+    outputs = {"probability": 1} | ({} if policy is None else {"embedding": HIDDEN})
+    hidden = "a" if policy is None else "embedding"
     graph = helper.make_graph(
         [
             helper.make_node("Gemm", ["features", "w1", "b1"], ["h"]),
-            helper.make_node("Tanh", ["h"], ["a"]),
-            helper.make_node("Gemm", ["a", "w2", "b2"], ["logit"]),
+            helper.make_node("Tanh", ["h"], [hidden]),
+            helper.make_node("Gemm", [hidden, "w2", "b2"], ["logit"]),
             helper.make_node("Sigmoid", ["logit"], ["probability"]),
         ],
         FAMILY,
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", SPEC.size])],
-        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["batch", 1])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+            for name, size in outputs.items()
+        ],
         [numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    path.write_bytes(sealed(model, INTERFACE, SPEC, rows(8), {"lean": lean}))
+    path.write_bytes(sealed(model, INTERFACE, SPEC, rows(8), {"lean": lean}, policy))
     return path
 
 

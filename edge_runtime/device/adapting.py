@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,17 @@ from edge_runtime.clock import Clock
 from edge_runtime.config import SessionsConfig
 from edge_runtime.device.asking import Asking
 from edge_runtime.device.family import Family
-from edge_runtime.device.words import Labelled, Prediction, SessionPrediction
+from edge_runtime.device.visitor import Standing, Visitor
+from edge_runtime.device.words import Labelled
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.history import Number
 from edge_runtime.inference.runner import Runner
-from edge_runtime.inference.scoring import Scores
 from edge_runtime.inference.slot import Arm
 from edge_runtime.personal.head import Explanation, Head
-from edge_runtime.personal.odds import shifted
 from edge_runtime.personal.pending import Answered, Pending
 from edge_runtime.personal.prior import Matrix, Prior, Vector
-from edge_runtime.personal.sessions import Ground, Key, Sessions
+from edge_runtime.personal.sessions import Ground, Key, Sessions, checked_key
 
 PENDING_SHARE = 8  # one byte in so many is for answers that wait for their labels
 _PAUSE_S = 0.0002  # between two sessions that are moved: whoever waits for the turn gets it
@@ -73,59 +73,25 @@ class Adapting:
             count_max=config.count_max,
             on_end=on_end,
         )
-        self.counts = {"adapted": 0, "learned": 0}
-        self._grounds: dict[str, Ground] = {}
+        self.counts = Counter(adapted=0, learned=0)
+        self._standing: dict[str, Standing] = {}
         self._blank: Head | None = None
-        self._stop, self._mover = threading.Event(), threading.Thread()
+        self._stop, self._mover, self._moves = threading.Event(), threading.Thread(), False
         for family in families.values():
             family.followed = self._followed
 
-    def head(self, name: Key, arm: Arm) -> Head | None:
-        """The session's head as it stands on the stable `arm`; None where there is none, where the
-        arm's release knows no sessions, or where another serves by now.
+    def visitor(self, family: str, key: str) -> Visitor:
+        """The session of `key`, for who asks on its behalf. Raises: RequestError
+        `bad_session_key`.
         """
-        ground = self._grounds.get(name[0])
-        if ground is None or arm.info is None or arm.info.policy is None:
-            return None
-        same = arm.info.policy.prior is ground.prior
-        return self.sessions.find(*name, ground) if same else None
+        name = family, checked_key(key)
+        return Visitor(name, self._standing, self.sessions, self.pending, self.counts)
 
     def blank(self, prior: Prior) -> Head:
         """A head that has learned nothing yet, to be read only."""
         if self._blank is None or self._blank.prior is not prior:
             self._blank = Head(prior)
         return self._blank
-
-    def shift(self, name: Key, scores: Scores) -> float:
-        """By how much a session moves the answer to an event."""
-        embedding = scores.answers[2]
-        if embedding is None:
-            return 0.0
-        head = self.head(name, scores.arms[0])
-        return 0.0 if head is None else head.shift(embedding)
-
-    def told(
-        self, name: Key, scores: Scores, number: Number, answer: Prediction, shift: float
-    ) -> SessionPrediction:
-        """What the application is told, once the model's own `answer` is logged."""
-        base, ground = answer.outputs, self._grounds.get(name[0])
-        outputs = base
-        if shift and ground is not None:
-            outputs = [shifted(ground.prior.task, base[0], shift)]
-            self.counts["adapted"] += 1
-        self._remember(number, name, scores)
-        adapted = outputs is not base
-        return SessionPrediction(answer.id, outputs, answer.release, answer.arm, base, adapted)
-
-    def _remember(self, number: Number, name: Key, scores: Scores) -> None:
-        """Keep what a label of the answer will need."""
-        info, (answers, _, embedding) = scores.arms[0].info, scores.answers
-        stable = answers[0]
-        if info is None or info.policy is None or embedding is None or type(stable) is not list:
-            return
-        prior, spec = info.policy.prior, info.spec.hash
-        kept = Answered(*name, prior, spec, embedding.copy(), stable[0], scores.rows[0])
-        self.pending.remember(number, kept)
 
     def label(
         self,
@@ -142,7 +108,7 @@ class Adapting:
         def heed(number: Number) -> None:
             answer = self.pending.find(number)
             if answer is not None:
-                if answer[:2] != name:
+                if (answer.family, answer.key) != name:
                     raise _other_session(prediction_id)
                 found.append((number, answer))
 
@@ -158,11 +124,11 @@ class Adapting:
             return Labelled(seq, learned)
 
     def _learn(self, answer: Answered, label: float) -> bool:
-        ground = self._grounds.get(answer.family)
-        if ground is None or ground.spec != answer.spec:
+        standing = self._standing.get(answer.family)
+        if standing is None or standing.ground.spec != answer.spec:
             return False
-        row = np.frombuffer(answer.row, "<f4")
-        embedding, base = answer.embedding, answer.base
+        ground, base = standing.ground, answer.base
+        row, embedding = np.frombuffer(answer.row, "<f4"), np.frombuffer(answer.embedding, "<f4")
         try:
             head = self.sessions.open(answer.family, answer.key, ground)
             if answer.prior is not ground.prior:
@@ -176,20 +142,20 @@ class Adapting:
     def explain(self, name: Key) -> Explanation:
         """See `Session.explain`."""
         with self._asking.turn:
-            head = self._standing(name)
+            head = self._head(name)
             return NOTHING if head is None else head.explain()
 
     def reset(self, name: Key) -> None:
         """See `Session.reset`."""
         with self._asking.turn:
             self.pending.wipe(*name)
-            head = self._standing(name)
+            head = self._head(name)
             if head is not None:
                 head.reset()
 
-    def _standing(self, name: Key) -> Head | None:
-        ground = self._grounds.get(self._asking.family(name[0]).name)
-        return None if ground is None else self.sessions.find(*name, ground)
+    def _head(self, name: Key) -> Head | None:
+        standing = self._standing.get(name[0])
+        return None if standing is None else self.sessions.find(*name, standing.ground)
 
     def end(self, name: Key) -> None:
         """See `Session.close`."""
@@ -207,26 +173,27 @@ class Adapting:
 
     def _followed(self, family: Family) -> None:
         """Other arms serve, in this turn: from now on sessions stand on the stable one of them."""
-        ground = _ground_of(family)
-        before = self._grounds.get(family.name)
-        if ground is None:
-            self._grounds.pop(family.name, None)
+        arms = family.pipeline.slot.arms
+        policy = arms[0].info.policy if arms and arms[0].info is not None else None
+        if policy is None:
+            self._standing.pop(family.name, None)
             return
-        if before is not None and before.prior is ground.prior:
+        before = self._standing.get(family.name)
+        if before is not None and before.runner is arms[0].runner:
             return
-        self._grounds[family.name] = ground
-        if self.sessions.statistics()["open"] and not self._mover.is_alive():
+        self._standing[family.name] = Standing(arms[0].runner, _ground_of(arms[0]))
+        if self.sessions.statistics()["open"] and not self._moves:
+            self._moves = True
             self._mover = threading.Thread(target=self._move, name="sessions", daemon=True)
             self._mover.start()
 
     def _move(self) -> None:
         """Move sessions to what serves now, one in each turn, those first that were used last."""
-        moved = True
-        while moved and not self._stop.wait(_PAUSE_S):
+        while self._moves and not self._stop.wait(_PAUSE_S):
             with self._asking.turn:
-                moved = any(
-                    self.sessions.rebase(name, ground, at_most=1)
-                    for name, ground in self._grounds.items()
+                self._moves = any(
+                    self.sessions.rebase(name, standing.ground, at_most=1)
+                    for name, standing in self._standing.items()
                 )
 
     def expire(self) -> None:
@@ -241,7 +208,8 @@ class Adapting:
         data = self._path.read_bytes()
         self._path.unlink()
         try:
-            self.sessions.restore(data, self._grounds)
+            grounds = {name: each.ground for name, each in self._standing.items()}
+            self.sessions.restore(data, grounds)
         except RequestError as error:
             log.warning("sessions begin anew: %s", error)
 
@@ -267,13 +235,12 @@ class Adapting:
 NOTHING = Explanation(0, 0, 0, 0.0, with_model=True, moved=())
 
 
-def _ground_of(family: Family) -> Ground | None:
-    """What sessions stand on while the stable arm of `family` serves."""
-    arms = family.pipeline.slot.arms
-    info = arms[0].info if arms else None
-    if info is None or info.policy is None:
-        return None
-    return Ground(info.policy.prior, info.spec.hash, info.spec.size, _embed_of(arms[0].runner))
+def _ground_of(arm: Arm) -> Ground:
+    """What sessions stand on while `arm`, which has a policy, is the stable one."""
+    assert arm.info is not None
+    assert arm.info.policy is not None
+    spec = arm.info.spec
+    return Ground(arm.info.policy.prior, spec.hash, spec.size, _embed_of(arm.runner))
 
 
 def _embed_of(runner: Runner) -> Callable[[Matrix], tuple[Matrix, Vector]]:

@@ -71,11 +71,7 @@ class Asking:
         return prediction
 
     async def predict_async(
-        self,
-        name: str | None,
-        event: Event,
-        timeout_s: float | None,
-        within: Within | None = None,
+        self, name: str | None, event: Event, timeout_s: float | None, within: Within | None = None
     ) -> Prediction:
         """See `Runtime.predict_async`."""
         family, started_ns = self._known(name), time.perf_counter_ns()
@@ -234,24 +230,27 @@ class Asking:
         within: Within | None = None,
     ) -> Prediction:
         number = self.next_number()
-        shift = within.shift(scores) if within is not None else 0.0
-        record = family.record(scores, said, number, adapted=shift != 0.0)
-        prediction = self.logged(family, record, number)
         if within is None:
-            return prediction
-        return within.told(scores, number, prediction, shift)
+            record = family.record(scores, said, number)
+            first, name = record.scored[0], self.logged(family, record, number)
+            return Prediction(name, first.outputs, first.release, first.arm)
+        shift = within.shift(scores)
+        record = family.record(scores, said, number, adapted=shift != 0.0)
+        name = self.logged(family, record, number)
+        return within.told(scores, number, name, record.scored[0], shift)
 
     def next_number(self) -> Number:
         """What the next answer will be known by."""
         return self._journal.log.epoch, self._journal.next_seq()
 
-    def logged(self, family: Family, record: PredictionRecord, number: Number) -> Prediction:
-        """Log an answer of that number. Raises: RequestError `too_large`, with nothing logged."""
-        seq = self._journal.event(record)
+    def logged(
+        self, family: Family, record: PredictionRecord, number: Number, data: bytes = b""
+    ) -> str:
+        """Log an answer of that number; its id. Raises: RequestError `too_large`."""
+        seq = self._journal.event(record, data)
         assert (number[0], seq) == number
         family.pipeline.answered.remember(number, record.fields)
-        first = record.scored[0]
-        return Prediction(self._journal.id_of(seq), first.outputs, first.release, first.arm)
+        return self._journal.id_of(seq)
 
     def _answer_together(
         self, family: Family, events: Sequence[Event]

@@ -39,42 +39,32 @@ class Candidates:
     ) -> None:
         self.family, self.salt = family, family.salt
         self._event, self._fields = event, fields
-        self._given = b""
         pipeline = family.pipeline
         arms = pipeline.admitted(*self.said(0))
+        self._are_admitted = features is None or len(pipeline.engines) > 1
         if features is not None:
             features = _fitting(features, len(fields), arms[0])
-        if features is not None and len(pipeline.engines) == 1:
-            self._many: list[Rows] | None = None
-            self._given, self._width = features.tobytes(), features.shape[1] * 4
-            self._resident = len(pipeline.slot.resident)
+        if features is not None and not self._are_admitted:
+            self._rows: Sequence[Rows] | _Given = _Given(features, len(pipeline.slot.resident))
             self.tables: Sequence[Matrix] = [features] * len(arms)
             return
-        self._many = []
-        for index in range(len(fields)):
-            said = self.said(index)
-            pipeline.admitted(*said)
-            self._many.append(pipeline.rows(said[1], said[2]))
+        many = [{**event.fields, **each} for each in fields]
+        for each in many:
+            pipeline.admitted(event.kind, event.time_s, each)
+        self._rows = pipeline.rows_of_many(event.time_s, many)
         if features is not None:
-            _replace(self._many, features, pipeline.slot.resident)
-        self.tables = _tables(self._many, arms, one=len(pipeline.engines) == 1)
+            _replace(self._rows, features, pipeline.slot.resident)
+        self.tables = _tables(self._rows, arms, one=len(pipeline.engines) == 1)
 
     def said(self, index: int) -> Said:
         """The event that a candidate completes."""
         event = self._event
         return event.kind, event.time_s, {**event.fields, **self._fields[index]}
 
-    def check(self, indices: Sequence[int]) -> None:
-        """Refuse to show these while nothing of them is logged. Raises: RequestError."""
-        saids = [self.said(index) for index in indices]
-        for said in saids:
+    def admit(self, said: Said) -> None:
+        """Let a candidate be shown, if that was not looked at before. Raises: RequestError."""
+        if not self._are_admitted:
             self.family.pipeline.admitted(*said)
-        if not self.family.records_fit([fields for _, _, fields in saids]):
-            raise RequestError(
-                "too_large",
-                "a candidate has more bytes than the log takes; nothing was logged",
-                "send shorter texts",
-            )
 
     def scores(self, index: int, arms: Sequence[Arm], table: Table) -> Scores:
         """What the arms made of one candidate."""
@@ -83,13 +73,17 @@ class Candidates:
             for each in table.answers
         ]
         embedding = None if table.embeddings is None else table.embeddings[index]
-        return Scores(arms, self._rows(index), (answers, table.took_ns, embedding), self.salt)
+        return Scores(arms, self._rows[index], (answers, table.took_ns, embedding), self.salt)
 
-    def _rows(self, index: int) -> Rows:
-        if self._many is not None:
-            return self._many[index]
-        at = index * self._width
-        return [self._given[at : at + self._width]] * self._resident
+
+class _Given:
+    """The rows that the caller gave, the same for each of `resident` arms."""
+
+    def __init__(self, features: Matrix, resident: int) -> None:
+        self._features, self._resident = features, resident
+
+    def __getitem__(self, index: int) -> Rows:
+        return [self._features[index].tobytes()] * self._resident
 
 
 def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
@@ -105,7 +99,7 @@ def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
     return found
 
 
-def _replace(many: list[Rows], features: Matrix, resident: Sequence[Arm]) -> None:
+def _replace(many: Sequence[Rows], features: Matrix, resident: Sequence[Arm]) -> None:
     """The given row in the place of each that the stable arm's features would give."""
     hashes = [arm.info.spec.hash if arm.info is not None else "" for arm in resident]
     for rows, given in zip(many, features, strict=True):

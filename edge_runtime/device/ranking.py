@@ -14,6 +14,7 @@ Knows nothing about sessions' store, sockets and disks.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -24,18 +25,20 @@ import numpy.typing as npt
 from edge_runtime.device.adapting import Adapting
 from edge_runtime.device.asking import Asking
 from edge_runtime.device.candidates import Candidates
+from edge_runtime.device.visitor import Visitor
 from edge_runtime.device.words import Event
 from edge_runtime.errors import HeadwaterError, PackageError, RequestError
+from edge_runtime.events.log import RECORD_BYTES_MAX
 from edge_runtime.inference.history import Number
 from edge_runtime.inference.package import Matrix
-from edge_runtime.inference.scoring import Table, score_table
+from edge_runtime.inference.scoring import Scores, Table, score_table
 from edge_runtime.inference.slot import Arm
 from edge_runtime.metrics import Histogram
 from edge_runtime.personal.odds import ODDS_MAX
-from edge_runtime.personal.ranking import optimistic, shifts
-from edge_runtime.personal.sessions import Key
-from edge_runtime.rollout.plan import choose, draw
-from edge_runtime.wire.messages import Fields, Shown
+from edge_runtime.personal.ranking import optimistic
+from edge_runtime.rollout.plan import choose
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import Fields, PredictionRecord, Shown
 
 CANDIDATES_MAX = 1024
 
@@ -72,6 +75,16 @@ class _View(msgspec.Struct, frozen=True):
     explore: float
 
 
+class _Shown(msgspec.Struct, frozen=True):
+    """A candidate that will be shown: its record, and that in bytes."""
+
+    index: int
+    shift: float
+    scores: Scores
+    record: PredictionRecord
+    data: bytes
+
+
 class Ranking:
     """Rankings of the sessions of `adapting`; `latency` is of whole rankings."""
 
@@ -82,19 +95,25 @@ class Ranking:
         self.latency = Histogram()
 
     def rank(
-        self, name: Key, event: Event, fields: Sequence[Fields], k: int, features: Matrix | None
+        self,
+        visitor: Visitor,
+        event: Event,
+        fields: Sequence[Fields],
+        k: int,
+        features: Matrix | None,
     ) -> list[Ranked]:
         """See `Session.rank`."""
         started_ns = time.perf_counter_ns()
         try:
             _check_counts(len(fields), k)
             with self._asking.turn:
-                candidates = Candidates(self._asking.family(name[0]), event, fields, features)
-                lease = candidates.family.pipeline.slot.lease()
+                family = self._asking.family(visitor.family)
+                candidates = Candidates(family, event, fields, features)
+                lease = family.pipeline.slot.lease()
             with lease as arms:
                 table = score_table(arms, candidates.tables)
                 with self._asking.turn:
-                    ranked = self._ranked(name, arms, candidates, table, k)
+                    ranked = self._ranked(visitor, arms, candidates, table, k)
             self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
             self._refused(error)
@@ -102,53 +121,62 @@ class Ranking:
         return ranked
 
     def _ranked(
-        self, name: Key, arms: Sequence[Arm], candidates: Candidates, table: Table, k: int
+        self, visitor: Visitor, arms: Sequence[Arm], candidates: Candidates, table: Table, k: int
     ) -> list[Ranked]:
         first = self._asking.next_number()
-        view = self._view(name, arms, table, _base(arms, table, candidates.salt, first))
+        view = self._view(visitor, arms, table, _base(arms, table, candidates.salt, first))
         values = (_odds(view.base) if view.task == "binary" else view.base) + view.bonus
         order = np.argsort(-values, kind="stable")[: np.isfinite(view.base).sum()].tolist()
         if not order:
             raise PackageError("run_failed", "the model has no answer to any candidate")
-        places = list(_places(order, k, view.explore, candidates.salt, first))
-        candidates.check([index for index, _ in places])
-        return [
-            self._show(name, candidates, view, first, (place, *placed))
-            for place, placed in enumerate(places, 1)
-        ]
+        places = enumerate(_places(order, k, view.explore, candidates.salt, first), 1)
+        shown = [_admitted(candidates, view, first, (place, *placed)) for place, placed in places]
+        self._asking.counts["predictions"] += len(shown)
+        return [self._show(visitor, candidates, each) for each in shown]
 
-    def _view(self, name: Key, arms: Sequence[Arm], table: Table, base: Floats) -> _View:
+    def _view(self, visitor: Visitor, arms: Sequence[Arm], table: Table, base: Floats) -> _View:
         nothing = np.zeros(len(base), np.float32)
         policy = arms[0].info.policy if arms[0].info is not None else None
         if policy is None or table.embeddings is None:
             return _View(arms, table, base, "", nothing, nothing, 0.0)
-        head = self._adapting.head(name, arms[0])
+        head = visitor.head(arms[0])
         believed = head or self._adapting.blank(policy.prior)
-        bonus = optimistic(believed, table.embeddings, policy.optimism)
-        moved = nothing if head is None else shifts(head, table.embeddings)
+        moved, bonus = optimistic(believed, table.embeddings, policy.optimism)
         return _View(arms, table, base, policy.prior.task, moved, bonus, policy.explore)
 
-    def _show(
-        self,
-        name: Key,
-        candidates: Candidates,
-        view: _View,
-        first: Number,
-        placed: tuple[int, int, float],
-    ) -> Ranked:
-        """Log a candidate that is shown, and remember it for its label."""
-        place, index, chance = placed
-        family, asking = candidates.family, self._asking
-        scores, said = candidates.scores(index, view.arms, view.table), candidates.said(index)
-        shift, number = float(view.shifts[index]), asking.next_number()
-        shown = Shown(place, len(view.base), chance)
-        record = family.record(scores, said, first, adapted=shift != 0.0, shown=shown)
-        answer = asking.logged(family, record, number)
-        asking.moved(family, said)
-        asking.counts["predictions"] += 1
-        told = self._adapting.told(name, scores, number, answer, shift)
-        score, base = told.outputs[0], told.base[0]
-        return Ranked(told.id, index, score, base, chance, told.release, told.arm)
+    def _show(self, visitor: Visitor, candidates: Candidates, shown: _Shown) -> Ranked:
+        """Log a candidate, let it move the windows, and remember it for its label."""
+        record, asking = shown.record, self._asking
+        number = asking.next_number()
+        own = asking.logged(candidates.family, record, number, shown.data)
+        asking.moved(candidates.family, (record.kind, record.time_s, record.fields))
+        told = visitor.told(shown.scores, number, own, record.scored[0], shown.shift)
+        chance = record.shown.chance if record.shown is not None else 1.0
+        return Ranked(
+            own, shown.index, told.outputs[0], told.base[0], chance, told.release, told.arm
+        )
+
+
+def _admitted(
+    candidates: Candidates, view: _View, first: Number, placed: tuple[int, int, float]
+) -> _Shown:
+    """A candidate that may be shown, as it will be logged. Raises: RequestError."""
+    place, index, chance = placed
+    said = candidates.said(index)
+    candidates.admit(said)
+    scores = candidates.scores(index, view.arms, view.table)
+    shift = float(view.shifts[index])
+    shown = Shown(place, len(view.base), chance)
+    record = candidates.family.record(scores, said, first, adapted=shift != 0.0, shown=shown)
+    data = codec.encode(record)
+    if len(data) > RECORD_BYTES_MAX:
+        raise RequestError(
+            "too_large",
+            f"a candidate takes {len(data)} bytes, the log at most {RECORD_BYTES_MAX}; nothing "
+            "was logged",
+            "send shorter texts",
+        )
+    return _Shown(index, shift, scores, record, data)
 
 
 def _check_counts(count: int, k: int) -> None:
@@ -188,9 +216,10 @@ def _places(
     """The candidate of each place, and the probability with which it stands there: the best that is
     left or, with probability `explore`, any that is left.
     """
-    epoch, seq = first
-    for place in range(min(k, len(order))):
+    count = min(k, len(order))
+    seed = f"{salt}|rank|{first[0]}|{first[1]}".encode()
+    points = np.frombuffer(hashlib.shake_256(seed).digest(8 * count), ">u8") / 2.0**64
+    for point in points.tolist():
         left = len(order)
-        point = draw(f"{salt}|rank", epoch, seq + place)
         at = min(int(point / explore * left), left - 1) if point < explore else 0
         yield order.pop(at), explore / left + (0.0 if at else 1 - explore)

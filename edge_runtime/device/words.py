@@ -13,7 +13,7 @@ import msgspec
 
 from edge_runtime.inference.history import Number
 from edge_runtime.inference.scoring import Scores
-from edge_runtime.wire.messages import Fields
+from edge_runtime.wire.messages import Fields, Scored
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -48,10 +48,10 @@ class Labelled(msgspec.Struct, frozen=True):
 
 
 class Within(Protocol):
-    """The session that an answer is for. It shifts the answer, and is told what was logged."""
+    """The session that an answer is for: it shifts the answer, and is told what was logged."""
 
     def shift(self, scores: Scores) -> float: ...
 
     def told(
-        self, scores: Scores, number: Number, answer: Prediction, shift: float
+        self, scores: Scores, number: Number, name: str, answer: Scored, shift: float
     ) -> Prediction: ...

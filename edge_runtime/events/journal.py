@@ -72,9 +72,11 @@ class Journal:
         """The number that the next event will have."""
         return self.log.handed_out("event") + 1
 
-    def event(self, record: PredictionRecord | ObservationRecord) -> int:
-        """Log an event; its number. Raises: RequestError `too_large`, with nothing logged."""
-        data = codec.encode(record)
+    def event(self, record: PredictionRecord | ObservationRecord, data: bytes = b"") -> int:
+        """Log an event, in bytes where they are known already; its number.
+        Raises: RequestError `too_large`, with nothing logged.
+        """
+        data = data or codec.encode(record)
         seq = self.log.append("event", data)
         self._bytes_since += len(data)
         return seq

@@ -36,14 +36,14 @@ class Program:
         self.tables = list(windows_by_table(spec.features))
         kinds = dict.fromkeys(table.over for table in self.tables)
         self.observers = {kind: f"observe_{number}" for number, kind in enumerate(kinds)}
-        parts = [_packed(spec, self.tables)]
+        parts = [_packed(spec, self.tables), _packed_many(spec, self.tables)]
         parts += [_observer(name, kind, self.tables) for kind, name in self.observers.items()]
         self.source = "\n\n".join(parts)
         self._constants = _constants(spec)
         self._code = compile(self.source, f"<features {spec.hash}>", "exec")
 
     def bind(self, tables: Mapping[TableId, Any]) -> dict[str, Any]:
-        """The functions over `tables`: `packed`, and by kind of event what `observers` names."""
+        """The functions over `tables`: `packed`, `packed_many`, and those of `observers`."""
         names = dict(self._constants)
         for number, each in enumerate(self.tables):
             names[f"get_{number}"], names[f"add_{number}"] = tables[each].get, tables[each].add
@@ -78,21 +78,56 @@ class _Fields:
 
 def _packed(spec: Spec, tables: list[TableId]) -> str:
     fields, body, columns = _Fields(), [], []
-    reads = [
-        Read(f"x_{index}", feature, feature.window)
-        for index, feature in enumerate(spec.features)
-        if feature.window is not None
-    ]
     for number, table in enumerate(tables):
         key = fields[table.key] if table.key else "''"
-        body += [f"# {table!r}", f"state = get_{number}({key})"]
-        body += read_table([read for read in reads if table_id(read.window) == table])
+        body += [f"# {table!r}", *_state_of(number, key, _reads(spec, table))]
     for index, feature in enumerate(spec.features):
         lines, column = _column(index, feature, fields)
         body += lines
         columns.append(column)
     body.append(f"return pack({', '.join(columns)})")
     return _function("packed(time_s, fields)", [*fields.lines(), *body])
+
+
+def _packed_many(spec: Spec, tables: list[TableId]) -> str:
+    """`packed` of many events at one time: a table is read once for each key that they have."""
+    fields, once, each, columns = _Fields(), ["found = []"], list[str](), []
+    for number, table in enumerate(tables):
+        reads = _reads(spec, table)
+        read = _state_of(number, fields[table.key] if table.key else "''", reads)
+        read += [line for x, feature, _ in reads for line in _transforms(int(x[2:]), feature)]
+        if table.key:
+            names = "".join(f"{x}, " for x, _, _ in reads)
+            once.append(f"seen_{number} = {{}}")
+            key = fields[table.key]
+            read.append(f"seen_{number}[{key}] = {names}")
+            each += [f"known = seen_{number}.get({key})", "if known is None:", *indented(read)]
+            each += ["else:", f"    {names}= known"]
+        else:
+            once += read
+    for index, feature in enumerate(spec.features):
+        lines, column = _column(index, feature, fields)
+        if feature.cycle is not None:
+            once += lines
+        elif feature.window is None:
+            each += lines
+        columns.append(column)
+    each.append(f"found.append(pack({', '.join(columns)}))")
+    body = [*once, "for fields in many:", *indented([*fields.lines(), *each]), "return found"]
+    return _function("packed_many(time_s, many)", body)
+
+
+def _reads(spec: Spec, table: TableId) -> list[Read]:
+    """The windows that are read from a table."""
+    return [
+        Read(f"x_{index}", feature, feature.window)
+        for index, feature in enumerate(spec.features)
+        if feature.window is not None and table_id(feature.window) == table
+    ]
+
+
+def _state_of(number: int, key: str, reads: list[Read]) -> list[str]:
+    return [f"state = get_{number}({key})", *read_table(reads)]
 
 
 def _column(index: int, feature: Feature, fields: _Fields) -> tuple[list[str], str]:

@@ -13,7 +13,7 @@ Knows nothing about clocks, interfaces, models or files: who calls has checked t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,11 @@ class Engine:
     one of the two observes. What is kept allows questions up to `lateness_s` behind the newest.
     `packed(time_s, fields)` gives the feature values as little-endian float32, as of `time_s`, the
     event itself not counted; it may be kept: restoring and inheriting change tables in place.
+    `packed_many(time_s, many)` gives the same of each of many, and looks once at what they share.
     """
 
     packed: Callable[[float, Fields], bytes]
+    packed_many: Callable[[float, Sequence[Fields]], list[bytes]]
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class Engine:
         }
         self._program = program = compiled(spec)
         functions = program.bind(self.tables)
-        self.packed = functions["packed"]
+        self.packed, self.packed_many = functions["packed"], functions["packed_many"]
         self._observers = {kind: functions[name] for kind, name in program.observers.items()}
         self._observe_label = self._observers.pop(LABEL, None)
 

@@ -95,6 +95,12 @@ class Pipeline:
         packed = {id(engine): engine.packed(time_s, fields) for engine in self.engines.values()}
         return [packed[id(engine)] for engine in engines]
 
+    def rows_of_many(self, time_s: float, many: Sequence[Fields]) -> list[Rows]:
+        """The rows of each of many admitted events at one time, as `rows` gives them."""
+        packed = {id(each): each.packed_many(time_s, many) for each in self.engines.values()}
+        columns = [packed[id(engine)] for engine in self._of_arms]
+        return [list(rows) for rows in zip(*columns, strict=True)]
+
     def admit(self, kind: str, time_s: float, fields: Fields) -> Interface:
         """Say whether the windows may see an event. Raises: RequestError, as `admitted`."""
         interface = self._interface

@@ -96,7 +96,6 @@ class Head:
 
     __slots__ = (
         "_against",
-        "_bias",
         "_history",
         "_weights",
         "covariance",
@@ -110,7 +109,7 @@ class Head:
     def __init__(self, prior: Prior, columns: int = 0) -> None:
         self.prior = prior
         self.mean, self.covariance = prior.mean.copy(), prior.covariance.copy()
-        self._bias, self._weights = self.mean[:1], self.mean[1:]
+        self._weights = self.mean[1:]
         self._history = History(columns)
         self.labels = self.refused = self.falls = 0
         self._against = 0.0
@@ -124,7 +123,9 @@ class Head:
         """By how much the answer moves; the hot path."""
         if not self.labels:
             return 0.0
-        return self._within(float(np.vdot(self._weights, embedding)) + float(self._bias[0]))
+        shift = float(np.vdot(self._weights, embedding)) + self.mean.item(0)
+        region = self.prior.region
+        return shift if -region <= shift <= region else self._within(shift)
 
     def _within(self, shift: float) -> float:
         region = self.prior.region

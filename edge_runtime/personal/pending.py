@@ -11,9 +11,10 @@ Knows nothing about heads and models. Used by one thread at a time.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
 
-from edge_runtime.personal.prior import Prior, Vector
+import msgspec
+
+from edge_runtime.personal.prior import Prior
 
 ANSWER_BYTES = 640
 """What an answer takes beside its arrays: Python's objects, measured and rounded up."""
@@ -22,16 +23,17 @@ Number = tuple[int, int]
 """The epoch and number of a prediction."""
 
 
-class Answered(NamedTuple):
-    """An answer within the session `key`: the model's `base`, the `embedding` behind it, by the
-    release with this `prior` and the feature `row` in bytes, of the features `spec`.
+class Answered(msgspec.Struct, frozen=True, gc=False):
+    """An answer within the session `key`: the model's `base`, and the `embedding` behind it, by the
+    release with this `prior`; `embedding` and the feature `row`, of the features `spec`, are
+    float32, little-endian.
     """
 
     family: str
     key: str
     prior: Prior
     spec: str
-    embedding: Vector
+    embedding: bytes
     base: float
     row: bytes
 
@@ -72,4 +74,4 @@ class Pending:
 
 
 def _bytes(answer: Answered) -> int:
-    return ANSWER_BYTES + answer.embedding.nbytes + len(answer.row)
+    return ANSWER_BYTES + len(answer.embedding) + len(answer.row)

@@ -29,15 +29,20 @@ def shifts(head: Head, embeddings: Matrix) -> Vector:
     return _expected(head, embeddings, head.mean)
 
 
-def optimistic(head: Head, embeddings: Matrix, deviations: float) -> Vector:
-    """Each shift and so many standard deviations on top."""
-    if head.falls >= FALLS_MAX:
-        return shifts(head, embeddings)
-    covariance = head.covariance
-    crossed = 2 * (embeddings @ covariance[1:, 0]) + covariance[0, 0]
-    variances = crossed + np.einsum("ij,ij->i", embeddings @ covariance[1:, 1:], embeddings)
-    bonus = deviations * np.sqrt(np.maximum(variances, 0))
-    return _within(head.prior, shifts(head, embeddings) + bonus)
+def optimistic(head: Head, embeddings: Matrix, deviations: float) -> tuple[Vector, Vector]:
+    """The shift of each row, and with so many standard deviations on top."""
+    expected = shifts(head, embeddings)
+    if head.falls >= FALLS_MAX or not deviations:
+        return expected, expected
+    crossed = embeddings @ head.covariance[1:, 1:]
+    crossed += 2 * head.covariance[0, 1:]
+    crossed *= embeddings
+    variances = crossed.sum(axis=1)
+    variances += head.covariance[0, 0]
+    bonus = np.sqrt(np.maximum(variances, 0, out=variances), out=variances)
+    bonus *= deviations
+    bonus += expected
+    return expected, _within(head.prior, bonus)
 
 
 def drawn(head: Head, embeddings: Matrix, generator: np.random.Generator) -> Vector:
@@ -62,4 +67,6 @@ def _expected(head: Head, embeddings: Matrix, weights: Vector) -> Vector:
 
 
 def _within(prior: Prior, shift: Vector) -> Vector:
-    return np.nan_to_num(np.clip(shift, -prior.region, prior.region), copy=False, nan=0.0)
+    bounded = np.clip(shift, -prior.region, prior.region, out=shift)
+    bounded[np.isnan(bounded)] = 0.0
+    return bounded

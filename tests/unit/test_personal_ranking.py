@@ -43,7 +43,7 @@ def test_optimism_is_shift_and_deviation():
     head, rows = head_of(20, region=100.0), candidates()
 
     np.testing.assert_allclose(
-        ranking.optimistic(head, rows, 1.5),
+        ranking.optimistic(head, rows, 1.5)[1],
         [head.shift(row) + 1.5 * head.deviation(row) for row in rows],
         atol=1e-4,
     )
@@ -71,7 +71,7 @@ def test_exploring_stays_in_the_region():
     generator = np.random.default_rng(3)
 
     for shifts in (
-        ranking.optimistic(head, rows, 50.0),
+        ranking.optimistic(head, rows, 50.0)[1],
         ranking.drawn(head, rows, generator),
         ranking.shifts(head, rows),
     ):
@@ -83,6 +83,6 @@ def test_a_new_session_explores_and_a_fallen_one_does_not():
     fallen.falls = FALLS_MAX
 
     assert ranking.drawn(new, rows, np.random.default_rng(3)).any()
-    assert ranking.optimistic(new, rows, 1.0).any()
+    assert ranking.optimistic(new, rows, 1.0)[1].any()
     assert not ranking.drawn(fallen, rows, np.random.default_rng(3)).any()
-    assert not ranking.optimistic(fallen, rows, 1.0).any()
+    assert not ranking.optimistic(fallen, rows, 1.0)[1].any()
