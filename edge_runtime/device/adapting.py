@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class Adapting:
             count_max=config.count_max,
             on_end=on_end,
         )
-        self.counts = Counter(adapted=0, learned=0)
+        self.counts = {"adapted": 0, "learned": 0}
         self._standing: dict[str, Standing] = {}
         self._blank: Head | None = None
         self._stop, self._mover, self._moves = threading.Event(), threading.Thread(), False

@@ -11,7 +11,6 @@ Knows nothing about logs, and nothing of how releases come and go.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ class Visitor:
         standing: Mapping[str, Standing],
         sessions: Sessions,
         pending: Pending,
-        counts: Counter[str],
+        counts: dict[str, int],
     ) -> None:
         self.family, self.key = name
         self._standing, self._sessions, self._pending = standing, sessions, pending

@@ -135,7 +135,8 @@ class Head:
 
     def answer(self, embedding: Vector, base: float) -> float:
         """The model's output `base`, shifted: a probability, a value or a score."""
-        return shifted(self.prior.task, base, self.shift(embedding))
+        shift = self.shift(embedding)
+        return shifted(self.prior.task, base, shift) if shift else base
 
     def adapt(
         self, embedding: Vector, base: float, label: float, row: Vector | None = None

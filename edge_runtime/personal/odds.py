@@ -32,6 +32,8 @@ def loss_of(odds: float, label: float) -> float:
 
 def shifted(task: str, base: float, shift: float) -> float:
     """A model's output `base` moved by `shift`, a probability by its log odds."""
-    if not shift:
-        return base
-    return probability(odds_of(base) + shift) if task == "binary" else base + shift
+    if task != "binary":
+        return base + shift
+    if 0 < base < 1:
+        return 1 / (1 + (1 - base) / base * math.exp(-shift))
+    return probability(odds_of(base) + shift) if shift else base

@@ -48,7 +48,7 @@ class Pending:
     def remember(self, number: Number, answer: Answered) -> None:
         """Keep an answer, and forget the oldest if need be."""
         self._kept[number] = answer
-        self._bytes += _bytes(answer)
+        self._bytes += ANSWER_BYTES + len(answer.embedding) + len(answer.row)
         while self._bytes > self._bytes_max:
             self._bytes -= _bytes(self._kept.popitem(last=False)[1])
 

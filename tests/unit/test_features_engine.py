@@ -48,6 +48,46 @@ def declared(windows) -> Spec:
 
 SPEC = declared(ALL_WINDOWS)
 
+SPEC_OF_ALL_KINDS = """
+version = 1
+[[features]]
+name = "carrier"
+field = "carrier"
+vocabulary = ["UA", "AA"]
+one_hot = true
+[[features]]
+name = "delay"
+field = "delay"
+log1p = true
+[[features]]
+name = "day"
+cycle = { of = "day" }
+[[features]]
+name = "height"
+lookup = { table = "heights", key = "carrier", column = "height" }
+[[features]]
+name = "all"
+window = { over = "departed", statistic = "sum", value = "delay", span_s = 50.0 }
+bounds = [-100.0, 100.0]
+[[features]]
+name = "own"
+window = { over = "departed", key = "carrier", statistic = "mean", value = "delay", span_s = 1e3 }
+fill = -7.0
+standardise = { mean = 3.0, std = 2.0 }
+[[features]]
+name = "own_count"
+window = { over = "departed", key = "carrier", statistic = "count", span_s = 50.0 }
+bucket = [1.0, 2.0]
+one_hot = true
+[[features]]
+name = "labels"
+window = { over = "label", key = "carrier", statistic = "distinct", span_s = 1e3 }
+[tables.heights]
+version = "1"
+columns = ["height"]
+rows = { AA = [5.0] }
+"""
+
 # Steps of event time: back at most by the lateness, forward at most beyond every span.
 steps = st.lists(
     st.tuples(
@@ -131,6 +171,25 @@ def test_every_statistic_equals_the_reference(steps):
             expected = reference(past, time_s, fields["carrier"], window)
             if not math.isnan(expected):  # all weights have faded to nothing
                 assert value == pytest.approx(expected, rel=1e-6, abs=2e-5), window
+
+
+@given(steps)
+def test_many_at_one_time_have_the_bits_that_each_has_alone(steps):
+    spec = Spec.from_toml(SPEC_OF_ALL_KINDS)
+    engine, newest_s = Engine(spec, lateness_s=LATENESS_S), 1.4e9
+    for kind, time_s, fields in timed(steps):
+        observe(engine, kind, time_s, fields)
+        newest_s = max(newest_s, time_s)
+    many = [
+        {"carrier": carrier, "delay": delay}
+        for carrier in ("AA", "UA", "AA", "ZZ")
+        for delay in (-3.0, 1e9)
+    ]
+
+    together = engine.packed_many(newest_s, many)
+
+    assert together == [engine.packed(newest_s, fields) for fields in many]
+    assert engine.packed_many(newest_s, []) == []
 
 
 def test_every_statistic_equals_the_reference_after_thousands_were_forgotten():

@@ -94,7 +94,7 @@ def test_many_are_scored_as_each_alone_is(pipeline, load):
     pipeline.swap([load(0.0), load(1.0, "canary")])
     arms = pipeline.slot.arms
     many = [pipeline.rows(NOON, ASK | {"distance": miles}) for miles in range(7)]
-    together = [answers for answers, _ in score_many(arms, many)]
+    together = [answers for answers, _, _ in score_many(arms, many)]
     np.testing.assert_allclose(together, [score(arms, rows)[0] for rows in many], atol=1e-6)
     assert len({answer[0][0] for answer in together}) == len(many)
 
