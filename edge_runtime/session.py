@@ -53,7 +53,8 @@ class Session:
         """As `Runtime.predict`, shifted by what the session has learned. The log keeps what the
         model answered by itself. Raises: as `Runtime.predict`.
         """
-        return cast("SessionPrediction", self._asking.predict(self.family, event, self._visitor))
+        visitor = self._visitor
+        return cast("SessionPrediction", self._asking.predict(visitor.family, event, visitor))
 
     async def predict_async(
         self, event: Event, *, timeout_s: float | None = None
@@ -107,12 +108,12 @@ class Session:
 
     def explain(self) -> Explanation:
         """What the session has learned, and by how much it moves answers."""
-        return self._adapting.explain((self.family, self.key))
+        return self._adapting.explain(self._visitor.name)
 
     def reset(self) -> None:
         """Answer as the model does, and learn anew from now on."""
-        self._adapting.reset((self.family, self.key))
+        self._adapting.reset(self._visitor.name)
 
     def close(self) -> None:
         """The session is over, and forgotten; its key may be used again."""
-        self._adapting.end((self.family, self.key))
+        self._adapting.end(self._visitor.name)

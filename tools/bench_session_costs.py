@@ -1,4 +1,4 @@
-"""What sessions cost, and what hostile ones can do: microseconds, bytes, and the trust region.
+"""What sessions take, and what hostile ones can do: bytes, and the trust region.
 
 How: heads of an embedding of 64 numbers and feature rows of 16, with a full prior, through the
 store that holds them. Memory is what Python and numpy have allocated, not what the store believes.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from bench_rows import Row
 
-from edge_runtime.clock import ManualClock, SystemClock
+from edge_runtime.clock import ManualClock
 from edge_runtime.personal.prior import Prior
 from edge_runtime.personal.sessions import Ground, Sessions
 
@@ -39,51 +38,6 @@ def embeddings(count: int, seed: int) -> Any:
     return np.random.default_rng(seed).normal(0, 0.5, (count, WIDTH)).astype(np.float32)
 
 
-def latency(count: int) -> list[Row]:
-    """Hot: one session, one label after the other; then answers of it."""
-    sessions = Sessions(SystemClock(), ttl_s=3600, bytes_max=BYTES_MAX, count_max=OPENED)
-    ground = Ground(prior_of("binary"), columns=COLUMNS)
-    head = sessions.open(FAMILY, "hot", ground)
-    rows, chance = embeddings(count, 2), np.random.default_rng(3)
-    tastes = np.linalg.cholesky(head.prior.covariance)[1:] @ chance.normal(0, 1, WIDTH + 1)
-    labels = (chance.logistic(rows @ tastes) > 0).astype(float).tolist()
-    values = np.zeros(COLUMNS, np.float32)
-
-    def label(n: int) -> None:
-        sessions.open(FAMILY, "hot", ground).adapt(rows[n], 0.5, labels[n], values)
-
-    def answer(n: int) -> None:
-        found = sessions.find(FAMILY, "hot", ground)
-        if found is not None:
-            found.answer(rows[n], 0.5)
-
-    update, added = timed(label, count), timed(answer, count)
-    assert head.labels == count, "nothing was measured but refusals"
-    what = "session.label update, 64-dim embedding, hot: finding the session and its head's part"
-    return [
-        Row(f"{what}, p50", *_micro(update, 0.5), 20),
-        Row(f"{what}, p99", *_micro(update, 0.99), 60),
-        Row(
-            "added to predict, hot: finding the session and its shift, p50", *_micro(added, 0.5), 3
-        ),
-        Row("added to predict, hot: the same, p99", *_micro(added, 0.99)),
-    ]
-
-
-def timed(call: Callable[[int], None], count: int) -> list[int]:
-    """Nanoseconds of each call after the first tenth."""
-    took = []
-    for n in range(count):
-        began_ns = time.perf_counter_ns()
-        call(n)
-        took.append(time.perf_counter_ns() - began_ns)
-    return took[count // 10 :]
-
-
-def _micro(took: list[int], share: float) -> tuple[float, str]:
-    return float(np.quantile(took, share)) / 1000, "µs"
-
-
 def memory(opened: int) -> list[Row]:
     """Many sessions, each with a full history; then more of them than the bytes allow."""
     prior, rows = prior_of("binary"), embeddings(64, 4)
@@ -94,16 +48,16 @@ def memory(opened: int) -> list[Row]:
     prior.scratch.square.fill(0)  # all heads have it together
 
     def fill(into: Sessions, key: str) -> None:
-        head = into.open(FAMILY, key, ground)
+        head = into.open((FAMILY, key), ground)
         for n, row in enumerate(rows):
             head.adapt(row, 0.5, float(n % 2), values)
 
     each = allocated(lambda: [fill(sessions, f"user-{n}") for n in range(few)]) / few
     bounded = Sessions(ManualClock(), ttl_s=3600, bytes_max=BYTES_MAX, count_max=opened)
-    held = allocated(lambda: [bounded.open(FAMILY, f"user-{n}", ground) for n in range(opened)])
+    held = allocated(lambda: [bounded.open((FAMILY, f"user-{n}"), ground) for n in range(opened)])
     said = bounded.statistics()
     newest = all(
-        (bounded.find(FAMILY, f"user-{n}", ground) is not None) == (n >= opened - said["open"])
+        (bounded.find((FAMILY, f"user-{n}"), ground) is not None) == (n >= opened - said["open"])
         for n in range(opened)
     )
     what = f"memory per session, 64-dim: the byte bound of 32 MiB holds under {opened:,} opened"
@@ -136,11 +90,11 @@ def hostile(count: int) -> list[Row]:
     for task in ("binary", "regression", "ranking"):
         ground, rows, seen = Ground(prior_of(task)), embeddings(256, 5), embeddings(32, 6)
         sessions = Sessions(ManualClock(), ttl_s=3600, bytes_max=BYTES_MAX, count_max=100)
-        others = [sessions.open(FAMILY, f"other-{n}", ground) for n in range(10)]
+        others = [sessions.open((FAMILY, f"other-{n}"), ground) for n in range(10)]
         for n, head in enumerate(others):
             head.adapt(rows[n], 0.5, float(n % 2))
         before = [head.answer(row, 0.25) for head in others for row in seen]
-        enemy = sessions.open(FAMILY, "enemy", ground)
+        enemy = sessions.open((FAMILY, "enemy"), ground)
         for n in range(count):
             row = rows[n % 256] * (1.0, 1e3, math.nan, -1.0)[(n // 7) % 4]
             learned += enemy.adapt(row, 0.5, HOSTILE[n % len(HOSTILE)])

@@ -33,7 +33,6 @@ from edge_runtime.device.visitor import Standing, Visitor
 from edge_runtime.device.words import Labelled
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.files import write_atomic
-from edge_runtime.inference.history import Number
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import Arm
 from edge_runtime.personal.head import Explanation, Head
@@ -102,23 +101,19 @@ class Adapting:
         final: bool,
     ) -> Labelled:
         """See `Session.label`."""
-        asking, found = self._asking, list[tuple[Number, Answered]]()
-
-        def heed(number: Number) -> None:
-            answer = self.pending.find(number)
-            if answer is not None:
-                if (answer.family, answer.key) != name:
-                    raise _other_session(prediction_id)
-                found.append((number, answer))
-
+        asking = self._asking
         with asking.turn:
             family = asking.family(name[0])
-            seq = asking.labelled(family, prediction_id, value, time_s, final=final, heed=heed)
-            if not (found and final):
+            record = asking.label_of(family, prediction_id, value, time_s, final=final)
+            known = record.epoch == asking.next_number()[0]
+            answer = self.pending.find(record.seq) if known else None
+            if answer is not None and (answer.family, answer.key) != name:
+                raise _other_session(prediction_id)
+            seq = asking.log_label(family, record)
+            if answer is None or not final:
                 return Labelled(seq, adapted=False)
-            [(number, answer)] = found
-            self.pending.forget(number)
-            learned = self._learn(answer, float(value))
+            self.pending.forget(record.seq)
+            learned = self._learn(answer, record.value)
             self.counts["learned"] += learned
             return Labelled(seq, learned)
 
@@ -129,7 +124,7 @@ class Adapting:
         ground, base = standing.ground, answer.base
         row, embedding = np.frombuffer(answer.row, "<f4"), np.frombuffer(answer.embedding, "<f4")
         try:
-            head = self.sessions.open(answer.family, answer.key, ground)
+            head = self.sessions.open((answer.family, answer.key), ground)
             if answer.prior is not ground.prior:
                 embeddings, bases = ground.embed(row[None])
                 embedding, base = embeddings[0], float(bases[0])
@@ -154,13 +149,13 @@ class Adapting:
 
     def _head(self, name: Key) -> Head | None:
         standing = self._standing.get(name[0])
-        return None if standing is None else self.sessions.find(*name, standing.ground)
+        return None if standing is None else self.sessions.find(name, standing.ground)
 
     def end(self, name: Key) -> None:
         """See `Session.close`."""
         with self._asking.turn:
             self.pending.wipe(*name)
-            self.sessions.close(*name)
+            self.sessions.close(name)
 
     def forget(self, name: str | None) -> int:
         """See `Runtime.forget_sessions`."""

@@ -28,7 +28,7 @@ from edge_runtime.features.feature import LABEL
 from edge_runtime.inference.history import Number
 from edge_runtime.inference.scoring import Rows, Scores, score, score_many
 from edge_runtime.metrics import Histogram
-from edge_runtime.wire.messages import Fields, ObservationRecord, PredictionRecord
+from edge_runtime.wire.messages import Fields, LabelRecord, ObservationRecord, PredictionRecord
 
 
 class Asking:
@@ -149,12 +149,14 @@ class Asking:
         """See `Runtime.label`."""
         try:
             with self.turn:
-                return self.labelled(self.family(name), prediction_id, value, time_s, final=final)
+                family = self.family(name)
+                record = self.label_of(family, prediction_id, value, time_s, final=final)
+                return self.log_label(family, record)
         except HeadwaterError as error:
             self._refused(error)
             raise
 
-    def labelled(
+    def label_of(
         self,
         family: Family,
         prediction_id: str,
@@ -162,18 +164,17 @@ class Asking:
         time_s: float | None,
         *,
         final: bool,
-        heed: Callable[[Number], None] | None = None,
-    ) -> int:
-        """As `label`, in the caller's turn; `heed` may refuse the number before it is logged."""
+    ) -> LabelRecord:
+        """A label that can be logged. Raises: as `Runtime.label`."""
         time_s = self._clock.now_s() if time_s is None else time_s
         log = self._journal.log
-        record = label_record(log, family.name, prediction_id, value, time_s, final=final)
-        number = record.epoch, record.seq
-        if heed is not None:
-            heed(number)
+        return label_record(log, family.name, prediction_id, value, time_s, final=final)
+
+    def log_label(self, family: Family, record: LabelRecord) -> int:
+        """Log a label, and let windows see a final one; its own number."""
         seq = self._journal.label(record)
-        if final:
-            self._show_label(family, number, record.value, time_s)
+        if record.final:
+            self._show_label(family, (record.epoch, record.seq), record.value, record.time_s)
         self.counts["labels"] += 1
         return seq
 

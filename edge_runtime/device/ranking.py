@@ -15,6 +15,7 @@ Knows nothing about sessions' store, sockets and disks.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -126,7 +127,9 @@ class Ranking:
         first = self._asking.next_number()
         view = self._view(visitor, arms, table, _base(arms, table, candidates.salt, first))
         values = (_odds(view.base) if view.task == "binary" else view.base) + view.bonus
-        order = np.argsort(-values, kind="stable")[: np.isfinite(view.base).sum()].tolist()
+        order = np.argsort(-values, kind="stable").tolist()
+        if not math.isfinite(view.base.sum()):
+            order = [index for index in order if math.isfinite(view.base[index])]
         if not order:
             raise PackageError("run_failed", "the model has no answer to any candidate")
         places = enumerate(_places(order, k, view.explore, candidates.salt, first), 1)

@@ -37,7 +37,7 @@ class Standing:
 class Visitor:
     """The session of `key` with a family, whether it is open or not; `standing` is by family."""
 
-    __slots__ = ("_counts", "_pending", "_sessions", "_standing", "family", "key")
+    __slots__ = ("_counts", "_pending", "_sessions", "_standing", "family", "key", "name")
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Visitor:
         pending: Pending,
         counts: dict[str, int],
     ) -> None:
-        self.family, self.key = name
+        self.name, (self.family, self.key) = name, name
         self._standing, self._sessions, self._pending = standing, sessions, pending
         self._counts = counts
 
@@ -58,14 +58,14 @@ class Visitor:
         standing = self._standing.get(self.family)
         if standing is None or standing.runner is not stable.runner:
             return None
-        return self._sessions.find(self.family, self.key, standing.ground)
+        return self._sessions.find(self.name, standing.ground)
 
     def shift(self, scores: Scores) -> float:
         """By how much the session moves the answer to an event."""
-        embedding = scores.answers[2]
-        if embedding is None:
+        standing, embedding = self._standing.get(self.family), scores.answers[2]
+        if standing is None or embedding is None or standing.runner is not scores.arms[0].runner:
             return 0.0
-        head = self.head(scores.arms[0])
+        head = self._sessions.find(self.name, standing.ground)
         return 0.0 if head is None else head.shift(embedding)
 
     def told(
@@ -74,19 +74,25 @@ class Visitor:
         """The `answer` that was logged as `name`, moved by `shift`, as the application is told it;
         what a label of it will need is remembered.
         """
-        base, standing = answer.outputs, self._standing.get(self.family)
-        release, arm = answer.release, answer.arm
-        if standing is None or standing.runner is not scores.arms[0].runner:
-            return SessionPrediction(name, base, release, arm, base, adapted=False)
-        ground = standing.ground
-        answers, _, embedding = scores.answers
+        base, family = answer.outputs, self.family
+        standing, arm = self._standing.get(family), scores.arms[0]
+        if standing is None or standing.runner is not arm.runner:
+            return SessionPrediction(name, base, answer.release, answer.arm, base, adapted=False)
+        ground, (answers, _, embedding) = standing.ground, scores.answers
         stable = answers[0]
         if embedding is not None and type(stable) is list:
-            row = scores.rows[0]
-            kept = (self.family, self.key, ground.prior, ground.spec)
-            self._pending.remember(number, Answered(*kept, embedding.tobytes(), stable[0], row))
+            kept = Answered(
+                family,
+                self.key,
+                ground.prior,
+                ground.spec,
+                embedding.tobytes(),
+                stable[0],
+                scores.rows[0],
+            )
+            self._pending.remember(number[1], kept)
         if not shift:
-            return SessionPrediction(name, base, release, arm, base, adapted=False)
+            return SessionPrediction(name, base, answer.release, answer.arm, base, adapted=False)
         self._counts["adapted"] += 1
         moved = [shifted(ground.prior.task, base[0], shift)]
-        return SessionPrediction(name, moved, release, arm, base, adapted=True)
+        return SessionPrediction(name, moved, answer.release, answer.arm, base, adapted=True)

@@ -3,14 +3,15 @@
 Why: a label comes later and names an answer by its number; to learn from it, a head needs what the
 model made of the event then, which nobody wants to compute again, or to keep for ever.
 
-Invariants: what is kept takes at most `bytes_max`; the oldest answer goes first.
+Numbers are those of one epoch, and rise. Answers lie in blocks of consecutive numbers, and go by
+blocks, so that remembering one costs no more than putting it into a dict.
+
+Invariants: what is kept takes at most `bytes_max`; the oldest answers go first.
 
 Knows nothing about heads and models. Used by one thread at a time.
 """
 
 from __future__ import annotations
-
-from collections import OrderedDict
 
 import msgspec
 
@@ -19,8 +20,7 @@ from edge_runtime.personal.prior import Prior
 ANSWER_BYTES = 640
 """What an answer takes beside its arrays: Python's objects, measured and rounded up."""
 
-Number = tuple[int, int]
-"""The epoch and number of a prediction."""
+_BLOCK_BITS = 7  # 128 numbers
 
 
 class Answered(msgspec.Struct, frozen=True, gc=False):
@@ -42,35 +42,50 @@ class Pending:
     """Answers by number, the oldest first."""
 
     def __init__(self, bytes_max: int) -> None:
-        self._kept: OrderedDict[Number, Answered] = OrderedDict()
+        self._blocks: dict[int, dict[int, Answered]] = {}
+        self._block, self._newest = -1, dict[int, Answered]()
         self._bytes, self._bytes_max = 0, bytes_max
 
-    def remember(self, number: Number, answer: Answered) -> None:
+    def remember(self, number: int, answer: Answered) -> None:
         """Keep an answer, and forget the oldest if need be."""
-        self._kept[number] = answer
+        if number >> _BLOCK_BITS != self._block:
+            self._block = number >> _BLOCK_BITS
+            self._newest = self._blocks.setdefault(self._block, {})
+        self._newest[number] = answer
         self._bytes += ANSWER_BYTES + len(answer.embedding) + len(answer.row)
+        if self._bytes > self._bytes_max:
+            self._drop()
+
+    def _drop(self) -> None:
         while self._bytes > self._bytes_max:
-            self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+            block = next(iter(self._blocks))
+            self._bytes -= sum(map(_bytes, self._blocks.pop(block).values()))
+            if block == self._block:
+                self._block = -1
 
-    def find(self, number: Number) -> Answered | None:
+    def find(self, number: int) -> Answered | None:
         """The answer with that number, if it is still known."""
-        return self._kept.get(number)
+        return self._blocks.get(number >> _BLOCK_BITS, _NONE).get(number)
 
-    def forget(self, number: Number) -> None:
+    def forget(self, number: int) -> None:
         """An answer that has its label."""
-        answer = self._kept.pop(number, None)
+        answer = self._blocks.get(number >> _BLOCK_BITS, _NONE).pop(number, None)
         if answer is not None:
             self._bytes -= _bytes(answer)
 
     def wipe(self, family: str | None, key: str | None = None) -> None:
         """Forget what one session, those of a family, or all were answered."""
-        for number, answer in list(self._kept.items()):
-            if family in (None, answer.family) and key in (None, answer.key):
-                self.forget(number)
+        for block in self._blocks.values():
+            for number, answer in list(block.items()):
+                if family in (None, answer.family) and key in (None, answer.key):
+                    self.forget(number)
 
     def statistics(self) -> dict[str, int]:
         """What is kept, and its bytes."""
-        return {"pending": len(self._kept), "pending_bytes": self._bytes}
+        return {"pending": sum(map(len, self._blocks.values())), "pending_bytes": self._bytes}
+
+
+_NONE: dict[int, Answered] = {}
 
 
 def _bytes(answer: Answered) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -109,13 +110,12 @@ class Sessions:
         assert count_max > 0
         self._clock, self._ttl_s = clock, ttl_s
         self._bytes_max, self._count_max, self._on_end = bytes_max, count_max, on_end
-        self._open: dict[Key, _Open] = {}
+        self._open: OrderedDict[Key, _Open] = OrderedDict()
         self._bytes = 0
         self._counts = dict.fromkeys(_COUNTED, 0)
 
-    def find(self, family: str, key: str, ground: Ground) -> Head | None:
+    def find(self, name: Key, ground: Ground) -> Head | None:
         """The session's head, which is in use from now on; None where none is open."""
-        name = family, key
         found = self._open.get(name)
         if found is None:
             return None
@@ -126,20 +126,19 @@ class Sessions:
         if found.head.prior is not ground.prior and not self._move(name, found, ground):
             return None
         found.used_s = now_s
-        del self._open[name]  # to the end: it was used last
-        self._open[name] = found
+        self._open.move_to_end(name)
         return found.head
 
-    def open(self, family: str, key: str, ground: Ground) -> Head:
+    def open(self, name: Key, ground: Ground) -> Head:
         """The session's head, a new one where none is open.
 
         Raises: RequestError `bad_session_key`, CapacityError `session_too_large`.
         """
-        head = self.find(family, key, ground)
+        head = self.find(name, ground)
         if head is None:
-            checked_key(key)
+            checked_key(name[1])
             head = Head(ground.prior, ground.columns)
-            self._put((family, key), ground, head, self._clock.monotonic_s())
+            self._put(name, ground, head, self._clock.monotonic_s())
             self._counts["opened"] += 1
         return head
 
@@ -187,11 +186,11 @@ class Sessions:
         while self._open and next(iter(self._open.values())).used_s <= over_s:
             self._end(next(iter(self._open)), "expired")
 
-    def close(self, family: str, key: str) -> bool:
+    def close(self, name: Key) -> bool:
         """A session is over; False when there was none."""
-        if (family, key) not in self._open:
+        if name not in self._open:
             return False
-        self._end((family, key), "closed")
+        self._end(name, "closed")
         return True
 
     def wipe(self, family: str | None = None) -> int:

@@ -37,7 +37,7 @@ def embed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def taught(sessions: Sessions, key: str, ground: Ground, labels: int = 3) -> None:
-    head = sessions.open(FAMILY, key, ground)
+    head = sessions.open((FAMILY, key), ground)
     for number in range(labels):
         head.adapt(row(number), 0.5, float(number % 2), row(number))
 
@@ -45,25 +45,25 @@ def taught(sessions: Sessions, key: str, ground: Ground, labels: int = 3) -> Non
 def test_a_session_opens_by_itself_and_is_found_again():
     sessions, ground = store(), ground_of()
 
-    assert sessions.find(FAMILY, "ada", ground) is None
-    head = sessions.open(FAMILY, "ada", ground)
-    assert sessions.open(FAMILY, "ada", ground) is head
-    assert sessions.find(FAMILY, "ada", ground) is head
-    assert sessions.find("other", "ada", ground) is None
+    assert sessions.find((FAMILY, "ada"), ground) is None
+    head = sessions.open((FAMILY, "ada"), ground)
+    assert sessions.open((FAMILY, "ada"), ground) is head
+    assert sessions.find((FAMILY, "ada"), ground) is head
+    assert sessions.find(("other", "ada"), ground) is None
     assert sessions.statistics()["opened"] == 1
 
 
 def test_unused_it_ends_and_used_it_lasts():
     clock = ManualClock()
     sessions, ground = store(clock), ground_of()
-    sessions.open(FAMILY, "used", ground)
-    sessions.open(FAMILY, "unused", ground)
+    sessions.open((FAMILY, "used"), ground)
+    sessions.open((FAMILY, "unused"), ground)
     clock.advance(40)
-    assert sessions.find(FAMILY, "used", ground)
+    assert sessions.find((FAMILY, "used"), ground)
     clock.advance(20)
 
-    assert sessions.find(FAMILY, "unused", ground) is None
-    assert sessions.find(FAMILY, "used", ground)
+    assert sessions.find((FAMILY, "unused"), ground) is None
+    assert sessions.find((FAMILY, "used"), ground)
     clock.advance(60)
     sessions.expire()
     told = sessions.statistics()
@@ -73,17 +73,19 @@ def test_unused_it_ends_and_used_it_lasts():
 def test_the_byte_bound_wins_and_the_longest_unused_goes():
     ground = ground_of()
     one = store()
-    one.open(FAMILY, "0000", ground)
+    one.open((FAMILY, "0000"), ground)
     sessions = store(bytes_max=5 * one.statistics()["bytes"], count_max=10_000)
     for number in range(10_000):
-        sessions.open(FAMILY, f"{number:04}", ground)
-        sessions.find(FAMILY, "0000", ground)
+        sessions.open((FAMILY, f"{number:04}"), ground)
+        sessions.find((FAMILY, "0000"), ground)
         assert sessions.statistics()["bytes"] <= 5 * one.statistics()["bytes"]
 
     told = sessions.statistics()
     assert (told["open"], told["evicted"]) == (5, 9_995)
-    assert sessions.find(FAMILY, "0000", ground)
-    assert [key for key in range(9_990, 10_000) if sessions.find(FAMILY, f"{key:04}", ground)] == [
+    assert sessions.find((FAMILY, "0000"), ground)
+    assert [
+        key for key in range(9_990, 10_000) if sessions.find((FAMILY, f"{key:04}"), ground)
+    ] == [
         9_996,
         9_997,
         9_998,
@@ -94,9 +96,9 @@ def test_the_byte_bound_wins_and_the_longest_unused_goes():
 def test_the_number_is_bounded_too():
     sessions, ground = store(count_max=2), ground_of()
     for key in ("ada", "bob", "eve"):
-        sessions.open(FAMILY, key, ground)
+        sessions.open((FAMILY, key), ground)
 
-    assert sessions.find(FAMILY, "ada", ground) is None
+    assert sessions.find((FAMILY, "ada"), ground) is None
     assert sessions.statistics()["open"] == 2
 
 
@@ -104,7 +106,7 @@ def test_a_session_larger_than_all_bytes_is_refused():
     sessions = store(bytes_max=100)
 
     with pytest.raises(CapacityError) as caught:
-        sessions.open(FAMILY, "ada", ground_of())
+        sessions.open((FAMILY, "ada"), ground_of())
 
     assert caught.value.code == "session_too_large"
     assert sessions.statistics()["open"] == 0
@@ -113,7 +115,7 @@ def test_a_session_larger_than_all_bytes_is_refused():
 @pytest.mark.parametrize("key", ["", "x" * 257])
 def test_a_key_has_a_length(key):
     with pytest.raises(RequestError) as caught:
-        store().open(FAMILY, key, ground_of())
+        store().open((FAMILY, key), ground_of())
 
     assert caught.value.code == "bad_session_key"
 
@@ -126,11 +128,11 @@ def test_closing_ends_one_and_wiping_forgets_all_of_them():
     )
     for key in ("ada", "bob", "eve"):
         taught(sessions, key, ground)
-    sessions.open("elsewhere", "ada", ground)
+    sessions.open(("elsewhere", "ada"), ground)
 
-    assert sessions.close(FAMILY, "ada")
-    assert not sessions.close(FAMILY, "ada")
-    assert sessions.find(FAMILY, "ada", ground) is None
+    assert sessions.close((FAMILY, "ada"))
+    assert not sessions.close((FAMILY, "ada"))
+    assert sessions.find((FAMILY, "ada"), ground) is None
     assert sessions.wipe(FAMILY) == 2
     assert sessions.wipe() == 1
     told = sessions.statistics()
@@ -144,13 +146,13 @@ def test_sessions_survive_a_restart_as_old_as_they_are():
     taught(sessions, "old", ground)
     clock.advance(30)
     taught(sessions, "new", ground)
-    kept, before = sessions.snapshot(), sessions.find(FAMILY, "new", ground).encode()
+    kept, before = sessions.snapshot(), sessions.find((FAMILY, "new"), ground).encode()
 
     clock.advance(40)
     again = store(clock)
     again.restore(kept, {FAMILY: ground})
-    assert again.find(FAMILY, "old", ground) is None
-    assert again.find(FAMILY, "new", ground).encode() == before
+    assert again.find((FAMILY, "old"), ground) is None
+    assert again.find((FAMILY, "new"), ground).encode() == before
     assert again.statistics()["expired"] == 1
 
 
@@ -158,11 +160,11 @@ def test_a_restart_on_another_release_rebases_and_leaves_out_unknown_families():
     clock, ground = ManualClock(), ground_of()
     sessions = store(clock)
     taught(sessions, "ada", ground)
-    sessions.open("gone", "ada", ground)
+    sessions.open(("gone", "ada"), ground)
 
     again, other = store(clock), ground_of(region=1.0)
     again.restore(sessions.snapshot(), {FAMILY: other})
-    head = again.find(FAMILY, "ada", other)
+    head = again.find((FAMILY, "ada"), other)
     assert (head.prior, head.labels) == (other.prior, 3)
     assert again.statistics()["outgrown"] == 1
 
@@ -194,13 +196,13 @@ def test_rebasing_goes_by_portions_and_the_last_used_first():
     sessions, ground, other = store(), ground_of(), ground_of(region=1.0)
     for key in ("ada", "bob", "eve"):
         taught(sessions, key, ground)
-    sessions.open("elsewhere", "ada", ground)
+    sessions.open(("elsewhere", "ada"), ground)
 
     moved = [sessions.rebase(FAMILY, other, at_most=2) for _ in range(3)]
 
     assert moved == [2, 1, 0]
-    assert sessions.find("elsewhere", "ada", ground).prior is ground.prior
-    assert sessions.find(FAMILY, "bob", other).labels == 3
+    assert sessions.find(("elsewhere", "ada"), ground).prior is ground.prior
+    assert sessions.find((FAMILY, "bob"), other).labels == 3
     assert sessions.statistics()["rebased"] == 3
 
 
@@ -208,17 +210,17 @@ def test_who_comes_before_it_was_moved_is_moved_then():
     sessions, ground, other = store(), ground_of(), ground_of(region=1.0)
     taught(sessions, "ada", ground)
 
-    assert sessions.find(FAMILY, "ada", other).prior is other.prior
+    assert sessions.find((FAMILY, "ada"), other).prior is other.prior
     assert sessions.rebase(FAMILY, other, at_most=1) == 0
 
 
 def test_the_same_prior_again_changes_no_bit():
     sessions, ground = store(), ground_of()
     taught(sessions, "ada", ground, labels=300)
-    before = sessions.find(FAMILY, "ada", ground).encode()
+    before = sessions.find((FAMILY, "ada"), ground).encode()
 
     again = ground_of()
-    assert sessions.find(FAMILY, "ada", again).encode() == before
+    assert sessions.find((FAMILY, "ada"), again).encode() == before
     assert sessions.statistics()["rebased"] == 0
 
 
@@ -227,7 +229,7 @@ def test_on_other_features_a_session_begins_anew():
     taught(sessions, "ada", ground)
     other = Ground(prior_of(1.0), "other", WIDTH, embed)
 
-    assert sessions.find(FAMILY, "ada", other) is None
+    assert sessions.find((FAMILY, "ada"), other) is None
     assert sessions.statistics()["outgrown"] == 1
 
 
@@ -238,16 +240,16 @@ def test_a_model_that_cannot_be_run_on_what_was_costs_the_session_alone():
     sessions, ground = store(), ground_of()
     taught(sessions, "ada", ground)
 
-    assert sessions.find(FAMILY, "ada", Ground(prior_of(1.0), "spec", WIDTH, fails)) is None
+    assert sessions.find((FAMILY, "ada"), Ground(prior_of(1.0), "spec", WIDTH, fails)) is None
     assert sessions.statistics()["unreadable"] == 1
 
 
 def test_one_session_never_touches_another():
     sessions, ground = store(), ground_of()
     taught(sessions, "ada", ground)
-    before = sessions.find(FAMILY, "ada", ground).encode()
-    enemy = sessions.open(FAMILY, "eve", ground)
+    before = sessions.find((FAMILY, "ada"), ground).encode()
+    enemy = sessions.open((FAMILY, "eve"), ground)
     for number in range(2000):
         enemy.adapt(row(number % 50), 0.5, (1.0, 0.0, float("nan"), 1e30)[number % 4])
 
-    assert sessions.find(FAMILY, "ada", ground).encode() == before
+    assert sessions.find((FAMILY, "ada"), ground).encode() == before

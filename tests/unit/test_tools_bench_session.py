@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def test_costs_are_measured_and_the_bounds_hold(measured) -> None:
-    rows = measured("bench-session", "latency", "memory", "hostile")
+    rows = measured("bench-session", "memory", "hostile", "answers", "rankings", "swap")
 
     assert 0 < rows["memory per session, 64-dim"] <= 24
     for what, value in rows.items():
@@ -12,8 +12,10 @@ def test_costs_are_measured_and_the_bounds_hold(measured) -> None:
             assert 0 < value <= 1, what
         if "bit-equal" in what or "oldest out" in what:
             assert value == 1, what
-        if "p50" in what:
+        if "p50" in what and "added" not in what:
             assert value > 0, what
+        if "failed requests" in what:
+            assert value == 0, what
 
 
 def test_data_that_are_not_there_are_left_out(measured, tmp_path) -> None:
