@@ -164,9 +164,11 @@ def status(config_path: Path, socket_path: Path | None, as_json: bool) -> None:
 
     Example: edge-runtime status --json
     """
+    from edge_runtime.api.telling import told
+
     with _client(config_path, socket_path) as client:
         answer = client.status().status
-    click.echo(msgspec.json.encode(answer).decode() if as_json else _told(answer))
+    click.echo(msgspec.json.encode(answer).decode() if as_json else told(answer))
 
 
 @main.command()
@@ -213,6 +215,21 @@ def rollback(config_path: Path, socket_path: Path | None, family: str, reason: s
 
 @main.command()
 @_config_option
+@_socket_option
+@click.argument("family", required=False, default="")
+@_reported
+def forget_sessions(config_path: Path, socket_path: Path | None, family: str) -> None:
+    """Forget all personal sessions at once, of FAMILY or of every family; says how many.
+
+    Example: edge-runtime forget-sessions
+    """
+    with _client(config_path, socket_path) as client:
+        forgotten = client.forget_sessions(family).sessions
+    click.echo(forgotten)
+
+
+@main.command()
+@_config_option
 @_json_option
 def doctor(config_path: Path, as_json: bool) -> None:
     """Look at what the device stands on; exit code 1 when something will not work.
@@ -252,48 +269,6 @@ def _event(text: str) -> _Asked:
             f"EVENT is not valid: {error}",
             """write it as '{"kind": "...", "time_s": 0, "fields": {}}'""",
         ) from error
-
-
-def _told(answer: dict[str, Any]) -> str:
-    lines = [f"device    {answer['device']}, epoch {answer['epoch']}"]
-    for name, family in answer["families"].items():
-        arms = ", ".join(_arm(each) for each in family["arms"])
-        lines.append(f"family    {name}: {arms or 'no release yet'}, plan {family['plan_seq']}")
-        verdicts = answer.get("verdicts", {}).get(name, {})
-        lines += [_evidence(each, verdicts.get(each["release"], {})) for each in family["arms"]]
-    for name, wait in answer.get("waits", {}).items():
-        lines.append(f"waits     {name}: {wait['for']} {wait['until']}".rstrip())
-    counted = ", ".join(f"{n} {name}" for name, n in answer["counters"].items())
-    lines.append(f"counted   {counted}")
-    for asked in ("predict", "infer"):
-        took = answer[f"{asked}_us"]
-        lines.append(f"{asked:<9} p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
-    if "bus" in answer:
-        there = "connected" if answer["bus"]["connected"] else "not connected"
-        lines.append(f"broker    {there}, {answer['uplink']['unlearned']} numbers not learned")
-    if "health" in answer:  # of a daemon
-        lines.append(f"health    {', '.join(answer['health']['reasons']) or 'ok'}")
-    kept = answer["log"]
-    lines.append(f"log       {kept['bytes']} bytes, {kept['pending']} records not yet durable")
-    wear = kept["written_bytes"] / kept["payload_bytes"] if kept["payload_bytes"] else 0.0
-    flash = f"{kept['flash_bytes_today']} bytes written today, {kept['flash_bytes_yesterday']}"
-    lines.append(f"flash     {flash} yesterday, {wear:.2f} per byte logged")
-    return "\n".join(lines)
-
-
-def _evidence(arm: dict[str, Any], verdict: dict[str, Any]) -> str:
-    """Why this release is here: its counter, its gate's verdict, and what it came from."""
-    said = "verdict not read yet" if arm["counter"] else "of no signed plan"
-    if verdict:
-        said = f"{len(verdict['rules'])} rules {verdict['outcome']}"
-    came = arm["provenance"]
-    parent = f", after {came['parent']}" if came.get("parent") else ""
-    return f"release   {arm['release']}: counter {arm['counter']}, {said}{parent}"
-
-
-def _arm(arm: dict[str, Any]) -> str:
-    variant = f" {arm['variant']}" if arm["variant"] else ""
-    return f"{arm['arm']} {arm['release']}{variant} ({arm['run_us']:.0f} µs a run)"
 
 
 if __name__ == "__main__":

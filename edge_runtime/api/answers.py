@@ -11,10 +11,10 @@ Knows nothing about sockets. Implements the requests of proto/socket.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
-from edge_runtime.api import frames, raw
+from edge_runtime.api import frames, raw, session_answers
 from edge_runtime.api.frames import (
     Done,
     Failed,
@@ -34,98 +34,21 @@ from edge_runtime.api.frames import (
     Survived,
     Welcome,
 )
+from edge_runtime.api.session_frames import SessionPredict, SessionRank, SessionRequest
 from edge_runtime.errors import HeadwaterError, RequestError
-from edge_runtime.inference.tensors import Array, Tensor
-from edge_runtime.runtime import Event, Prediction
+from edge_runtime.inference.tensors import Array
+from edge_runtime.runtime import Event, ModelInfo, Prediction, Runtime
 
 Item = Request | Failed
 """A request, or what stands in the place of one that could not be read."""
+
+_OF_A_MODEL = frozenset((Predict, Infer, SessionPredict, SessionRank))
 
 GROUP_BYTES = 256 * 1024
 """What the answers to several requests in one run may take."""
 
 
-class Model(Protocol):
-    """What the socket asks about a family's model."""
-
-    @property
-    def release(self) -> str: ...
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]: ...
-
-    @property
-    def inline(self) -> bool: ...
-
-    @property
-    def quick_rows(self) -> int: ...
-
-    @property
-    def quick_bytes(self) -> int: ...
-
-
-class Service(Protocol):
-    """What the socket asks of a runtime, on the loop's thread; see `edge_runtime.runtime`."""
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def epoch(self) -> int: ...
-
-    def model(self, family: str) -> Model: ...
-
-    def predict(self, family: str, event: Event) -> Prediction: ...
-
-    def predict_many(
-        self, family: str, events: Sequence[Event]
-    ) -> Sequence[Prediction | HeadwaterError]: ...
-
-    async def predict_async(self, family: str, event: Event) -> Prediction: ...
-
-    def infer(
-        self,
-        family: str,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None = None,
-        *,
-        release: str | None = None,
-    ) -> dict[str, Array]: ...
-
-    def infer_many(
-        self, family: str, requests: Sequence[Mapping[str, Array]]
-    ) -> Sequence[dict[str, Array] | HeadwaterError]: ...
-
-    async def infer_async(
-        self,
-        family: str,
-        inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None = None,
-        *,
-        release: str | None = None,
-    ) -> dict[str, Array]: ...
-
-    def observe(self, family: str, event: Event) -> int: ...
-
-    def label(
-        self,
-        prediction_id: str,
-        value: float,
-        *,
-        time_s: float | None = None,
-        final: bool = True,
-        family: str | None = None,
-    ) -> int: ...
-
-    async def rollback_async(self, family: str, reason: str) -> str: ...
-
-    def survived(self) -> list[tuple[int, str, int]]: ...
-
-
-def group_end(items: Sequence[Item], start: int, model: Model | None) -> int:
+def group_end(items: Sequence[Item], start: int, model: ModelInfo | None) -> int:
     """Where the group ends that begins at `start` and asks `model`: the next item that needs a run
     of its own, or is more than the loop's thread may be kept with.
     """
@@ -149,7 +72,7 @@ def group_end(items: Sequence[Item], start: int, model: Model | None) -> int:
     return end
 
 
-def _together(request: Infer, model: Model) -> int:
+def _together(request: Infer, model: ModelInfo) -> int:
     """How many like `request` a run may answer: quickly, and in few bytes.
 
     Texts have no size that would tell in which of two requests a wrong one stands. Where rows do
@@ -163,30 +86,34 @@ def _together(request: Infer, model: Model) -> int:
     return max(1, min(model.quick_bytes // max(sent, 1), GROUP_BYTES // max(answer, 1)))
 
 
-def takes_long(item: Item, model: Model | None) -> bool:
+def takes_long(item: Item, model: ModelInfo | None) -> bool:
     """Whether `later` must answer: the loop's thread would be kept for too long."""
     if model is None:
         return type(item) is Rollback
-    return raw.size(item.inputs) > model.quick_bytes if type(item) is Infer else not model.inline
+    if type(item) is Infer:
+        return raw.size(item.inputs) > model.quick_bytes
+    if type(item) is SessionRank:
+        return len(item.candidates) > model.quick_rows
+    return not model.inline
 
 
 class Answers:
     """The answers of `service`; `status` is what a Status request is answered with."""
 
-    def __init__(self, service: Service, status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, service: Runtime, status: Callable[[], dict[str, Any]]) -> None:
         self._service = service
         self._status = status
 
-    def model(self, item: Item) -> Model | None:
+    def model(self, item: Item) -> ModelInfo | None:
         """The model that an item asks; None where it asks none, or one that is not there."""
-        if type(item) is not Predict and type(item) is not Infer:
+        if type(item) not in _OF_A_MODEL:
             return None
         try:
-            return self._service.model(item.family)
+            return self._service.model(cast("Predict", item).family)
         except RequestError:
             return None  # `now` says why
 
-    def now(self, group: Sequence[Item], model: Model | None) -> list[Reply]:
+    def now(self, group: Sequence[Item], model: ModelInfo | None) -> list[Reply]:
         """The replies to a group that asks `model`, in order; nothing is awaited."""
         first = group[0]
         try:
@@ -208,6 +135,8 @@ class Answers:
             if type(item) is Rollback:
                 release = await service.rollback_async(item.family, item.reason)
                 return RolledBack(item.request_id, release)
+            if type(item) is SessionPredict or type(item) is SessionRank:
+                return await session_answers.later(service, item)
             assert type(item) is Infer
             release = item.release or service.model(item.family).release
             arrays = await service.infer_async(
@@ -217,7 +146,7 @@ class Answers:
         except HeadwaterError as error:
             return frames.failed(item.request_id, error)
 
-    def _one(self, item: Item, model: Model | None) -> Reply:
+    def _one(self, item: Item, model: ModelInfo | None) -> Reply:
         if type(item) is Infer:
             return self._infer(item, model)
         if type(item) is Predict:
@@ -230,8 +159,9 @@ class Answers:
             return StatusReply(item.request_id, self._status())
         if type(item) is Hello:
             return self._welcome(item)
-        assert type(item) is Failed
-        return item
+        if type(item) is Failed:
+            return item
+        return session_answers.now(self._service, cast("SessionRequest", item))
 
     def _predict_many(self, group: Sequence[Predict]) -> list[Reply]:
         events = [_event(each) for each in group]
@@ -243,7 +173,7 @@ class Answers:
             for each, answer in zip(group, answers, strict=True)
         ]
 
-    def _infer(self, request: Infer, model: Model | None) -> Inferred:
+    def _infer(self, request: Infer, model: ModelInfo | None) -> Inferred:
         arrays = self._service.infer(
             request.family,
             _arrays(request),
@@ -253,7 +183,7 @@ class Answers:
         assert model is not None
         return Inferred(request.request_id, request.release or model.release, raw.raws_of(arrays))
 
-    def _infer_many(self, group: Sequence[Infer], model: Model | None) -> list[Reply]:
+    def _infer_many(self, group: Sequence[Infer], model: ModelInfo | None) -> list[Reply]:
         family, names = group[0].family, raw.names_of(group[0].inputs)
         columns = [
             raw.arrays_of(column) for column in zip(*[each.inputs for each in group], strict=True)

@@ -14,12 +14,13 @@ Knows nothing about connections. Implements proto/openapi.yaml.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import msgspec
 
-from edge_runtime.api import edge_v1, oip
+from edge_runtime.api import edge_v1, oip, sessions_v1
 from edge_runtime.api.exposition import CONTENT_TYPE, exposition
 from edge_runtime.device.serving import size_of
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError
@@ -86,12 +87,16 @@ class App:
             "predict": ("POST", self._predict),
             "observe": ("POST", self._observe),
         }
+        self._of_session: dict[str, tuple[str, Handler]] = {
+            word: ("POST", partial(self._ask, ask)) for word, ask in sessions_v1.WORDS.items()
+        }
         self._alone: dict[str, tuple[str, Handler]] = {
             "/v2": ("GET", self._server_metadata),
             "/v2/": ("GET", self._server_metadata),
             "/v2/health/live": ("GET", self._live),
             "/v2/health/ready": ("GET", self._ready),
             "/edge/v1/label": ("POST", self._label),
+            "/edge/v1/sessions/forget": ("POST", partial(self._ask, sessions_v1.forget)),
             "/edge/v1/status": ("GET", self._tell_status),
             "/metrics": ("GET", self._metrics),
         }
@@ -144,8 +149,10 @@ class App:
                 found = self._of_model.get("/".join(rest))
             case ["", "v2", "models", family, *rest]:
                 found = self._of_model.get("/".join(rest))
-            case ["", "edge", "v1", word, family]:
-                found = self._of_event.get(word)
+            case ["", "edge", "v1", word, family] if word in self._of_event:
+                found = self._of_event[word]
+            case ["", "edge", "v1", "session", family, word]:
+                found = self._of_session.get(word)
             case _:
                 found = self._alone.get(path)
         if found is None:
@@ -224,6 +231,12 @@ class App:
         )
         return _json({"seq": seq})
 
+    def _ask(
+        self, ask: sessions_v1.Ask, family: str, _release: str, _headers: Headers, body: bytes
+    ) -> Answer:
+        answer = ask(self._runtime, family, body)
+        return _later(answer) if isinstance(answer, Coroutine) else _json(answer)
+
     def _tell_status(self, *_nothing: object) -> Reply:
         return _json(self._status())
 
@@ -256,6 +269,10 @@ def _json_bytes(headers: Headers) -> int | None:
     return int(text)
 
 
+async def _later(answer: Coroutine[Any, Any, Any]) -> Reply:
+    return _json(await answer)
+
+
 def _status_of(error: HeadwaterError) -> int:
     if error.code in _STATUS:
         return _STATUS[error.code]
@@ -266,12 +283,6 @@ def _status_of(error: HeadwaterError) -> int:
 
 def _no_such(path: str) -> RequestError:
     """The error about a path that leads nowhere; what other servers have there is named."""
-    if path.startswith("/edge/v1/session"):
-        return RequestError(
-            "unsupported",
-            "sessions are not built yet; nothing was changed",
-            "predict and label are at /edge/v1/predict/FAMILY and /edge/v1/label",
-        )
     if path.startswith("/v2") and path.rsplit("/", 1)[-1] in oip.NOT_BUILT:
         return RequestError("unsupported", f"{path:.64} is an extension that is not built here")
     return RequestError(

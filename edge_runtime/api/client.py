@@ -42,13 +42,15 @@ from edge_runtime.api.pipelined import (
     lost,
     unreachable,
 )
+from edge_runtime.api.session_client import Session
+from edge_runtime.api.session_frames import ForgetSessions, Forgotten
 from edge_runtime.errors import TransportError
 
 __all__ = ["IN_FLIGHT_MAX", "AsyncClient", "Client"]
 
 _READ_BYTES = 1 << 18
 
-R = TypeVar("R", Welcome, Predicted, Done, StatusReply, Inferred, RolledBack)
+R = TypeVar("R", bound=Reply)
 
 
 class Client:
@@ -96,6 +98,14 @@ class Client:
     ) -> Inferred:
         """As AsyncClient.infer."""
         return self._ask(infer_request(self._next_id(), family, inputs, outputs, release), Inferred)
+
+    def session(self, family: str, key: str) -> Session:
+        """As AsyncClient.session."""
+        return Session(self._ask, self._next_id, family, key)
+
+    def forget_sessions(self, family: str = "") -> Forgotten:
+        """As AsyncClient.forget_sessions."""
+        return self._ask(ForgetSessions(self._next_id(), family), Forgotten)
 
     def rollback(self, family: str, reason: str) -> RolledBack:
         """As AsyncClient.rollback."""

@@ -48,20 +48,19 @@ _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 
 def event_in(body: bytes) -> Event:
     """The event in a body. Raises: RequestError (bad_request, body_too_large)."""
-    event = _read(_decode_event, body)
+    event = read(_decode_event, body)
     return Event(event.kind, event.time_s, event.fields)
 
 
 def label_in(body: bytes) -> LabelBody:
     """The label in a body. Raises: RequestError (bad_request, body_too_large)."""
-    return _read(_decode_label, body)
+    return read(_decode_label, body)
 
 
-def _read(decode: Callable[[bytes], Decoded], body: bytes) -> Decoded:
+def read(decode: Callable[[bytes], Decoded], body: bytes) -> Decoded:
+    """What `decode` makes of a body. Raises: RequestError (bad_request, body_too_large)."""
     if len(body) > BODY_BYTES_MAX:
-        raise RequestError(
-            "body_too_large", f"an event or a label has at most {BODY_BYTES_MAX} bytes"
-        )
+        raise RequestError("body_too_large", f"this takes at most {BODY_BYTES_MAX} bytes")
     try:
         return decode(body)
     except _UNREADABLE as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from edge_runtime.api.session_frames import Fields, SessionReply, SessionRequest
 from edge_runtime.errors import CapacityError, HeadwaterError, RequestError, TransportError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ FRAME_BYTES_MAX = 1 << 24
 """16 MiB: an image of 1024 x 1024 x 3 floats fits."""
 PLAIN_BYTES_MAX = 512 * 1024
 """Any request but Infer: a decoded one may take many times its bytes, and the log takes no more."""
-_Fields = dict[str, str | int | float | bool | None]  # the last two to be refused by name
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -46,7 +46,7 @@ class Predict(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     family: str
     kind: str
     time_s: float
-    fields: _Fields
+    fields: Fields
 
 
 class Observe(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
@@ -56,7 +56,7 @@ class Observe(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     family: str
     kind: str
     time_s: float
-    fields: _Fields
+    fields: Fields
 
 
 class Label(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
@@ -185,8 +185,8 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=255, gc=False):
     retry: bool = False
 
 
-Request = Hello | Predict | Observe | Label | Status | Infer | Rollback
-Reply = Welcome | Predicted | Done | StatusReply | Inferred | RolledBack | Failed
+Request = Hello | Predict | Observe | Label | Status | Infer | Rollback | SessionRequest
+Reply = Welcome | Predicted | Done | StatusReply | Inferred | RolledBack | Failed | SessionReply
 
 _LENGTH = struct.Struct("<I")
 

@@ -37,6 +37,8 @@ from edge_runtime.api.frames import (
     StatusReply,
     Welcome,
 )
+from edge_runtime.api.session_client import AsyncSession
+from edge_runtime.api.session_frames import ForgetSessions, Forgotten
 from edge_runtime.errors import CapacityError, HeadwaterError, TransportError
 
 IN_FLIGHT_MAX = 8192
@@ -106,6 +108,14 @@ class AsyncClient(asyncio.Protocol):
         `outputs` empty: all of them; `release` empty: the one that serves.
         """
         return self._ask(infer_request(self._next_id(), family, inputs, outputs, release))
+
+    def session(self, family: str, key: str) -> AsyncSession:
+        """A handle on the session of `key`, 1 to 256 characters that say whose it is."""
+        return AsyncSession(self._ask, self._next_id, family, key)
+
+    def forget_sessions(self, family: str = "") -> asyncio.Future[Forgotten]:
+        """Forget all sessions of `family`, empty: of every one; `.sessions` is how many."""
+        return self._ask(ForgetSessions(self._next_id(), family))
 
     def rollback(self, family: str, reason: str) -> asyncio.Future[RolledBack]:
         """Go back to the release that served before; `.release` is it, and serves now."""

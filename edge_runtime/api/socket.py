@@ -22,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.api.answers import Answers, Service
+from edge_runtime.api.answers import Answers
 from edge_runtime.api.bounds import Bounds, Member
 from edge_runtime.api.connection import Connection
 from edge_runtime.errors import ConfigError
+from edge_runtime.runtime import Runtime
 
 CONNECTIONS_MAX = 4096
 HALF_FRAME_S = 10.0
@@ -43,7 +44,7 @@ class SocketServer:
 
     def __init__(
         self,
-        service: Service,
+        service: Runtime,
         status: Callable[[], dict[str, Any]],
         *,
         connections_max: int = CONNECTIONS_MAX,

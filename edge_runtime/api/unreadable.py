@@ -12,34 +12,18 @@ Knows nothing about sockets. Implements the sections Garbage and Bounds of proto
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import msgspec
 
-from edge_runtime.api.frames import (
-    PLAIN_BYTES_MAX,
-    Failed,
-    Hello,
-    Infer,
-    Label,
-    Observe,
-    Predict,
-    RawTensor,
-    Rollback,
-    Status,
-)
+from edge_runtime.api.frames import PLAIN_BYTES_MAX, Failed, Infer, RawTensor, Request
 from edge_runtime.errors import RequestError
 
 UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 """What `frames.decode_request` raises for a body that is no request."""
 
 _REQUESTS: dict[int, type[msgspec.Struct]] = {
-    1: Hello,
-    2: Predict,
-    3: Observe,
-    4: Label,
-    5: Status,
-    6: Infer,
-    7: Rollback,
+    struct.__struct_config__.tag: struct for struct in get_args(Request)
 }
 _POSITION = re.compile(r"\$\[(\d+)\](?:\[(\d+)\]\[(\d+)\])?")
 

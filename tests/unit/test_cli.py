@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from edge_runtime import cli
 from edge_runtime import config as configuration
 from edge_runtime.bus import nkey
+from edge_runtime.api.telling import told
 from edge_runtime.cli import main
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.runtime import Runtime
@@ -198,11 +199,11 @@ def test_a_status_for_people_says_why_a_release_is_here(write_model: Callable[..
         status = runtime.statistics()
     [(name, family)] = status["families"].items()
     release = family["arms"][0]["release"]
-    assert f"release   {release}: counter 0, of no signed plan" in cli._told(status)
+    assert f"release   {release}: counter 0, of no signed plan" in told(status)
 
     family["arms"][0] |= {"counter": 3, "provenance": {"parent": "r00002-ab"}}
     verdict = {"outcome": "pass", "rules": ["static", "recent"], "sha256": "0" * 64}
-    told = cli._told(status | {"verdicts": {name: {release: verdict}}})
+    told = told(status | {"verdicts": {name: {release: verdict}}})
     assert f"release   {release}: counter 3, 2 rules pass, after r00002-ab" in told
 
 
@@ -211,12 +212,12 @@ def test_a_status_for_people_says_what_the_device_waits_for(
 ) -> None:
     with Runtime.open(package=write_model()) as runtime:
         status = runtime.statistics()
-    assert "waits" not in cli._told(status)
+    assert "waits" not in told(status)
     waits = {
         "toy": {"for": "window", "until": "2027-01-15T10:00:00Z"},
         "toys": {"for": "hold", "until": ""},
     }
-    lines = cli._told(status | {"waits": waits}).splitlines()
+    lines = told(status | {"waits": waits}).splitlines()
     assert [line for line in lines if line.startswith("waits")] == [
         "waits     toy: window 2027-01-15T10:00:00Z",
         "waits     toys: hold",
@@ -227,7 +228,7 @@ def test_a_status_for_people_says_what_flash_bears(
     write_model: Callable[..., Path],
 ) -> None:
     with Runtime.open(package=write_model()) as runtime:
-        lines = cli._told(runtime.statistics()).splitlines()
+        lines = told(runtime.statistics()).splitlines()
     [flash] = [line for line in lines if line.startswith("flash")]
     assert re.fullmatch(
         r"flash     \d+ bytes written today, 0 yesterday, \d+\.\d\d per byte logged", flash
