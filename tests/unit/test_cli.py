@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_runtime import cli
 from edge_runtime import config as configuration
-from edge_runtime.bus import nkey
 from edge_runtime.api.telling import told
+from edge_runtime.bus import nkey
 from edge_runtime.cli import main
 from edge_runtime.rollout.plan import Plan, PlanArm, model_path
 from edge_runtime.runtime import Runtime
@@ -203,8 +202,8 @@ def test_a_status_for_people_says_why_a_release_is_here(write_model: Callable[..
 
     family["arms"][0] |= {"counter": 3, "provenance": {"parent": "r00002-ab"}}
     verdict = {"outcome": "pass", "rules": ["static", "recent"], "sha256": "0" * 64}
-    told = told(status | {"verdicts": {name: {release: verdict}}})
-    assert f"release   {release}: counter 3, 2 rules pass, after r00002-ab" in told
+    text = told(status | {"verdicts": {name: {release: verdict}}})
+    assert f"release   {release}: counter 3, 2 rules pass, after r00002-ab" in text
 
 
 def test_a_status_for_people_says_what_the_device_waits_for(
