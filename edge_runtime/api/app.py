@@ -149,7 +149,7 @@ class App:
                 found = self._of_model.get("/".join(rest))
             case ["", "v2", "models", family, *rest]:
                 found = self._of_model.get("/".join(rest))
-            case ["", "edge", "v1", word, family] if word in self._of_event:
+            case ["", "edge", "v1", "predict" | "observe" as word, family]:
                 found = self._of_event[word]
             case ["", "edge", "v1", "session", family, word]:
                 found = self._of_session.get(word)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_runtime.api import app, edge_v1, oip
+from edge_runtime.api import app, edge_v1, oip, sessions_v1
 from edge_runtime.inference.tensors import DTYPES
+from edge_runtime.personal.head import Moved
 from edge_runtime.runtime import Prediction
+from edge_runtime.session import Explanation, Labelled, Ranked, SessionPrediction
 
 yaml = pytest.importorskip("yaml")
 PATH = Path(__file__).parents[2] / "proto" / "openapi.yaml"
@@ -31,9 +34,11 @@ def served() -> set[tuple[str, str]]:
         end = f"/{word}" if word else ""
         found.add((method, f"/v2/models/{{family}}{end}"))
         found.add((method, f"/v2/models/{{family}}/versions/{{release}}{end}"))
-    return found | {
-        (method, f"/edge/v1/{word}/{{family}}") for word, (method, _) in tables._of_event.items()
-    }
+    for word, (method, _) in tables._of_event.items():
+        found.add((method, f"/edge/v1/{word}/{{family}}"))
+    for word, (method, _) in tables._of_session.items():
+        found.add((method, f"/edge/v1/session/{{family}}/{word}"))
+    return found
 
 
 def test_each_path_that_is_served_is_described_and_the_other_way_round() -> None:
@@ -63,8 +68,24 @@ def test_types_fields_and_extensions_are_those_of_the_code() -> None:
         ("event", edge_v1.EventBody),
         ("label", edge_v1.LabelBody),
         ("prediction", Prediction),
+        ("session", sessions_v1.SessionBody),
+        ("session_event", sessions_v1.SessionEventBody),
+        ("ranking", sessions_v1.RankBody),
+        ("session_label", sessions_v1.SessionLabelBody),
+        ("forget", sessions_v1.ForgetBody),
+        ("session_prediction", SessionPrediction),
+        ("labelled", Labelled),
     ):
         assert list(SCHEMAS[schema]["properties"]) == list(struct.__struct_fields__), schema
+    for schema, fields in (
+        (SCHEMAS["places"]["properties"]["places"]["items"], Ranked.__struct_fields__),
+        (SCHEMAS["explanation"], [each.name for each in dataclasses.fields(Explanation)]),
+        (
+            SCHEMAS["explanation"]["properties"]["moved"]["items"],
+            [each.name for each in dataclasses.fields(Moved)],
+        ),
+    ):
+        assert list(schema["properties"]) == list(fields)
 
 
 def test_each_status_of_an_error_is_explained() -> None:

@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from edge_runtime.api.client import Client
 from edge_runtime.api.frames import FRAME_BYTES_MAX
 from edge_runtime.api.socket import SocketServer
+from edge_runtime.personal.policy import Policy
+from edge_runtime.personal.prior import Prior
 from edge_runtime.runtime import Runtime
 
 COUNT = pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-REPLIES = {129, 130, 131, 133, 134, 135, 255}
+REPLIES = {129, 130, 131, *range(133, 142), 255}
 SCHEDULED = {"carrier": "AA", "distance": 100.0}
 ROWS = np.linspace(0, 1, 10, dtype=np.float32).reshape(2, 5)
 RAW = ["features", "FP32", [2, 5], ROWS.tobytes()]
@@ -58,13 +60,21 @@ right = st.sampled_from(
         [5, 5],
         [6, 6, "toy", [RAW]],
         [7, 7, "toy", "fuzz"],
+        [8, 8, "toy", "ada", "scheduled", 10.0, SCHEDULED],
+        [9, 9, "toy", "ada", "scheduled", 10.0, SCHEDULED, [{}, {"distance": 5.0}], 1],
+        [9, 9, "toy", "ada", "scheduled", 10.0, SCHEDULED, [{}, {}], 2, ROWS.tobytes()],
+        [10, 10, "toy", "ada", "local.1.1", 1.0],
+        [11, 11, "toy", "ada"],
+        [12, 12, "toy", "ada"],
+        [13, 13, "toy", "ada"],
+        [14, 14, "toy"],
     ]
 )
 messages = (
     right
-    | st.lists(values, max_size=7)
+    | st.lists(values, max_size=10)
     | values
-    | st.tuples(right, st.integers(0, 5), values).map(
+    | st.tuples(right, st.integers(0, 9), values).map(
         lambda each: [*each[0][: each[1]], each[2], *each[0][each[1] + 1 :]]
     )
     | st.tuples(st.just(6), st.just(6), st.just("toy"), st.lists(raws, max_size=3), values)
@@ -153,8 +163,10 @@ def unframed(data: bytes) -> Iterator[Any]:
 
 @pytest.fixture
 def served(tmp_path: Path, write_package: Callable[..., tuple[Path, str]]) -> Iterator[Served]:
-    package, _ = write_package()
-    with Runtime.open(package=package) as runtime:
+    eye = np.eye(6, dtype=np.float32)
+    prior = Prior("binary", np.zeros(6, np.float32), eye, region=2.0, norm_max=10.0)
+    package, _ = write_package(policy=Policy(prior, explore=0.5, optimism=1.0))
+    with Runtime.open(package=package, step=lambda: 1) as runtime:
         served = Served(tmp_path / "edge.sock", runtime)
         try:
             yield served
