@@ -71,7 +71,7 @@ def test_an_event_is_observed_predicted_and_labelled(toy: Any) -> None:
         ("observe/toy", b"[" * 100_000, 400, "bad_request"),
         ("label", {"prediction_id": "x.1.1", "value": 1}, 400, "unknown_prediction"),
         ("label", {"prediction_id": "x.1.1"}, 400, "bad_request"),
-        ("session/toy/user-42/predict", SCHEDULED, 501, "unsupported"),
+        ("session/toy/user-42/predict", SCHEDULED, 404, "not_found"),
         ("nothing", {}, 404, "not_found"),
     ],
 )

@@ -265,7 +265,7 @@ def test_a_refused_request_fails_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "code", "text"),
     [
-        ([9, 7], "unknown_op", "tag 9"),
+        ([99, 7], "unknown_op", "tag 99"),
         ([2, 7, "delay", "k", "soon", {}], "bad_request", "field time_s"),
         ([2, 7, 3, "k", 1.0, {}], "bad_request", "field family"),
         ([2, 7, "delay", "k", 1.0, []], "bad_request", "field fields"),
