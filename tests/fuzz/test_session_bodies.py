@@ -21,7 +21,7 @@ from edge_runtime.personal.policy import Policy
 from edge_runtime.personal.prior import Prior
 from edge_runtime.runtime import Event, Runtime
 
-COUNT = pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+COUNT = pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
 EVENT = {"kind": "scheduled", "time_s": 10.0, "fields": {"carrier": "AA", "distance": 100.0}}
 LAST = "the last that was answered"
 RIGHT: dict[str, dict[str, Any]] = {
