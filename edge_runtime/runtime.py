@@ -71,7 +71,7 @@ class Runtime(Tensorial):
         self._asking = Asking(self._members, self.journal, self._serving, clock, self._refused)
         kept = config.state_dir / "sessions"
         self.adapting = Adapting(self._members, self._asking, clock, config.sessions, kept)
-        self.ranking = Ranking(self._asking, self.adapting, self._refused)
+        self.ranking = Ranking(self._asking, self.adapting, self._serving, self._refused)
         self._releases = Releases(self._members, self.journal, self.shelf, self._asking.turn)
         self.sketcher = Sketcher(self.log, self._members, clock)
         self.watch = Watch(self._members, self._releases, self._serving.worker)
@@ -252,11 +252,11 @@ class Runtime(Tensorial):
         self.watch.close()
         self._asking.shadowing.close()
         self.adapting.close()
+        self._serving.close()  # out of turn, for a ranking there may wait for one
         with self._ends, self._asking.turn:
             try:
                 self.journal.close()
             finally:
-                self._serving.close()
                 for family in self._members.values():
                     family.pipeline.swap(())
                     family.pipeline.slot.settle()

@@ -13,7 +13,6 @@ Knows nothing about how a session learns.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import cast
 
@@ -85,9 +84,17 @@ class Session:
         candidates: Sequence[Fields],
         k: int,
         features: Matrix | None = None,
+        *,
+        timeout_s: float | None = None,
     ) -> list[Ranked]:
-        """As `rank`, on another thread."""
-        return await asyncio.to_thread(self.rank, event, candidates, k, features)
+        """As `rank`, without stalling the event loop; what is asked is not to be changed meanwhile.
+
+        `timeout_s` None: the configured deadline.
+        Raises: as `rank`, and CapacityError (overloaded, deadline_exceeded), nothing logged.
+        """
+        return await self._ranking.rank_async(
+            self._visitor, event, candidates, k, features, timeout_s=timeout_s
+        )
 
     def label(
         self,

@@ -14,6 +14,7 @@ Knows nothing about sessions' store, sockets and disks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from edge_runtime.device.adapting import Adapting
 from edge_runtime.device.asking import Asking
 from edge_runtime.device.candidates import Candidates
+from edge_runtime.device.serving import Serving
 from edge_runtime.device.visitor import Visitor
 from edge_runtime.device.words import Event
 from edge_runtime.errors import HeadwaterError, PackageError, RequestError
@@ -90,9 +92,14 @@ class Ranking:
     """Rankings of the sessions of `adapting`; `latency` is of whole rankings."""
 
     def __init__(
-        self, asking: Asking, adapting: Adapting, refused: Callable[[HeadwaterError], None]
+        self,
+        asking: Asking,
+        adapting: Adapting,
+        serving: Serving,
+        refused: Callable[[HeadwaterError], None],
     ) -> None:
-        self._asking, self._adapting, self._refused = asking, adapting, refused
+        self._asking, self._adapting, self._serving = asking, adapting, serving
+        self._refused = refused
         self.latency = Histogram()
 
     def rank(
@@ -104,25 +111,60 @@ class Ranking:
         features: Matrix | None,
     ) -> list[Ranked]:
         """See `Session.rank`."""
+        with self._counted():
+            _check_counts(len(fields), k)
+            scored = self._scored(visitor.family, event, fields, features)
+            with self._asking.turn:
+                return self._ranked(visitor, k, *scored)
+
+    async def rank_async(
+        self,
+        visitor: Visitor,
+        event: Event,
+        fields: Sequence[Fields],
+        k: int,
+        features: Matrix | None,
+        *,
+        timeout_s: float | None,
+    ) -> list[Ranked]:
+        """See `Session.rank_async`."""
+        serving, count = self._serving, len(fields)
+        if count <= serving.model(visitor.family).quick_rows:
+            return self.rank(visitor, event, fields, k, features)
+        with self._counted():
+            _check_counts(count, k)
+            scored = await serving.worker.submit(
+                lambda _: [self._scored(visitor.family, event, fields, features)],
+                None,
+                rows=count,
+                timeout_s=serving.deadline_s if timeout_s is None else timeout_s,
+            )
+            with self._asking.turn:
+                return self._ranked(visitor, k, *scored)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
         started_ns = time.perf_counter_ns()
         try:
-            _check_counts(len(fields), k)
-            with self._asking.turn:
-                family = self._asking.family(visitor.family)
-                candidates = Candidates(family, event, fields, features)
-                lease = family.pipeline.slot.lease()
-            with lease as arms:
-                table = score_table(arms, candidates.tables)
-                with self._asking.turn:
-                    ranked = self._ranked(visitor, arms, candidates, table, k)
-            self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
+            yield
         except HeadwaterError as error:
             self._refused(error)
             raise
-        return ranked
+        self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
+
+    def _scored(
+        self, name: str, event: Event, fields: Sequence[Fields], features: Matrix | None
+    ) -> tuple[Sequence[Arm], Candidates, Table]:
+        """What the arms that serve now make of each candidate; others are answered meanwhile."""
+        with self._asking.turn:
+            family = self._asking.family(name)
+            candidates = Candidates(family, event, fields, features)
+            lease = family.pipeline.slot.lease()
+        with lease as arms:
+            return arms, candidates, score_table(arms, candidates.tables)
 
     def _ranked(
-        self, visitor: Visitor, arms: Sequence[Arm], candidates: Candidates, table: Table, k: int
+        self, visitor: Visitor, k: int, arms: Sequence[Arm], candidates: Candidates, table: Table
     ) -> list[Ranked]:
         first = self._asking.next_number()
         view = self._view(visitor, arms, table, _base(arms, table, candidates.salt, first))

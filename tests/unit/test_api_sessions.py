@@ -22,7 +22,7 @@ from edge_runtime.api.http import HttpServer
 from edge_runtime.api.socket import SocketServer
 from edge_runtime.api.telling import told
 from edge_runtime.cli import main
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import CapacityError, RequestError
 from edge_runtime.personal.policy import Policy
 from edge_runtime.personal.prior import Prior
 from edge_runtime.runtime import Event, Runtime
@@ -391,6 +391,26 @@ def test_sessions_of_a_heavy_model_stall_nobody(device: Callable[..., Served]) -
     assert (status, answer["adapted"]) == (200, True)
     status, answer = served.post("session/toy/rank", RANK)
     assert (status, len(answer["places"])) == (200, 3)
+
+
+def test_rankings_beyond_the_queue_are_refused_and_leave_no_trace(
+    device: Callable[..., Served],
+) -> None:
+    served = device(ballast=3000)
+
+    async def scene() -> list[Any]:
+        clients = [await AsyncClient.connect(served.path) for _ in range(3)]
+        sessions = [client.session("toy", KEY) for client in clients]
+        asked = [session.rank(*EVENT, [{}, {}], 1) for session in sessions for _ in range(128)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        for client in clients:
+            await client.close()
+        return found
+
+    found = asyncio.run(scene())
+    refused = [each for each in found if isinstance(each, CapacityError)]
+    assert {error.code for error in refused} == {"overloaded"}
+    assert served.runtime.log.handed_out("event") == len(found) - len(refused) > 0
 
 
 def test_metrics_status_and_command_tell_of_sessions(device: Callable[..., Served]) -> None:
