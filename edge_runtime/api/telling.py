@@ -25,7 +25,8 @@ def told(answer: dict[str, Any]) -> str:
     for asked in ("predict", "infer"):
         took = answer[f"{asked}_us"]
         lines.append(f"{asked:<9} p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
-    lines.append(f"sessions  {_sessions(answer['sessions'])}")
+    if "sessions" in answer:
+        lines.append(f"sessions  {_sessions(answer['sessions'])}")
     if "bus" in answer:
         there = "connected" if answer["bus"]["connected"] else "not connected"
         lines.append(f"broker    {there}, {answer['uplink']['unlearned']} numbers not learned")
