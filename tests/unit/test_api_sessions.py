@@ -362,6 +362,8 @@ def test_an_answer_within_another_session_is_not_labelled(device: Callable[..., 
         assert (status, said["code"]) == (400, "other_session")
         assert served.runtime.log.handed_out("label") == 0
         assert own.label(answer.id, 1.0).adapted
+        outside = client.predict("toy", *EVENT)
+        assert not own.label(outside.id, 1.0).adapted
 
 
 def test_sessions_of_a_heavy_model_stall_nobody(device: Callable[..., Served]) -> None:
