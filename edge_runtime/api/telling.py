@@ -42,7 +42,11 @@ def told(answer: dict[str, Any]) -> str:
 
 def _sessions(counts: dict[str, int]) -> str:
     """What is open now, and what else was counted."""
-    others = [f"{n} {name}" for name, n in counts.items() if n and name not in ("open", "bytes")]
+    others = [
+        f"{n} {name}"
+        for name, n in counts.items()
+        if n and name != "open" and not name.endswith("bytes")
+    ]
     return ", ".join([f"{counts['open']} open in {counts['bytes']} bytes", *others])
 
 
