@@ -17,6 +17,8 @@ import pytest
 from edge_runtime.api.client import Client
 from edge_runtime.errors import RequestError, TransportError
 from edge_runtime.events.log import EventLog
+from edge_runtime.personal.policy import Policy
+from edge_runtime.personal.prior import Prior
 from edge_runtime.wire import codec
 from edge_runtime.wire.messages import PredictionRecord
 
@@ -174,3 +176,48 @@ def test_after_sigkill_windows_are_bit_equal_no_id_comes_again_and_ctrl_c_leaves
     assert not daemon.socket.exists()
     features = features_in(device / "state")
     assert features[before.id] == features[after.id]
+
+
+def adapting_daemon(folder: Path, write_package: Callable[..., tuple[Path, str]]) -> None:
+    """A device whose package knows sessions, and that keeps them over a restart."""
+    prior = Prior("binary", np.zeros(3, "f4"), np.eye(3, dtype="f4"), region=2.0, norm_max=1e4)
+    package, _ = write_package(policy=Policy(prior))
+    done = edge_runtime("init", "--device", "EWR", "--package", str(package), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    config = folder / "edge.toml"
+    config.write_text(config.read_text() + "\n[sessions]\nkeep = true\n")
+
+
+def test_sessions_are_kept_when_it_ends_and_gone_when_it_is_killed(
+    tmp_path: Path, write_package: Callable[..., tuple[Path, str]]
+) -> None:
+    adapting_daemon(tmp_path, write_package)
+    kept, key = tmp_path / "state" / "sessions", "a-person-0815"
+    asked = ("scheduled", NOW_S, FIELDS)
+    told = []
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        daemon = Daemon(tmp_path)
+        try:
+            assert not kept.exists()
+            with Client(daemon.socket) as client:
+                session = client.session("toy", key)
+                told.append(session.predict(*asked))
+                for _ in range(3):
+                    session.label(session.predict(*asked).id, 1.0)
+                told.append(session.predict(*asked))
+        finally:
+            daemon.end(end)
+        assert key not in "".join(daemon.narration)
+
+    before, after, again, more, anew, _ = told
+    assert [each.adapted for each in told] == [False, True, True, True, False, True]
+    assert again.outputs == after.outputs
+    assert more.outputs[0] > after.outputs[0] > before.outputs[0]
+    assert anew.outputs == before.outputs
+    assert {tuple(each.base) for each in told} == {tuple(before.outputs)}
+    holding = {path.name for path in tmp_path.rglob("*") if path.is_file() and holds(path, key)}
+    assert holding == {"sessions"}
+
+
+def holds(path: Path, key: str) -> bool:
+    return key.encode() in path.read_bytes()
