@@ -129,16 +129,17 @@ class Ranking:
     ) -> list[Ranked]:
         """See `Session.rank_async`."""
         serving, count = self._serving, len(fields)
-        if count <= serving.model(visitor.family).quick_rows:
-            return self.rank(visitor, event, fields, k, features)
         with self._counted():
             _check_counts(count, k)
-            scored = await serving.worker.submit(
-                lambda _: [self._scored(visitor.family, event, fields, features)],
-                None,
-                rows=count,
-                timeout_s=serving.deadline_s if timeout_s is None else timeout_s,
-            )
+            if count <= serving.model(visitor.family).quick_rows:
+                scored = self._scored(visitor.family, event, fields, features)
+            else:
+                scored = await serving.worker.submit(
+                    lambda _: [self._scored(visitor.family, event, fields, features)],
+                    None,
+                    rows=count,
+                    timeout_s=serving.deadline_s if timeout_s is None else timeout_s,
+                )
             with self._asking.turn:
                 return self._ranked(visitor, k, *scored)
 
