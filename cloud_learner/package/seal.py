@@ -23,6 +23,7 @@ from edge_runtime.errors import PackageError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.package import Interface, metadata_of
 from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.signature import EMBEDDING, INPUT
 from edge_runtime.personal.policy import Policy
 
 TOLERANCE = 0.03  # int8 kernels of other processors round differently
@@ -99,8 +100,8 @@ def _answers(runner: Runner, rows: Matrix) -> Matrix:
 
 
 def _given(runner: Runner, rows: Matrix) -> list[Matrix]:
-    """All that a device reads of the rows: answers, and embeddings where there are any."""
-    if not runner.width:
-        return [runner.run(rows)]
-    embeddings, answers = runner.embed(rows)
-    return [answers, embeddings]
+    """All that a device reads of the rows, in one run: answers, and embeddings if there are any."""
+    found = [runner.run(rows)]
+    if runner.width:
+        found.append(runner.infer({INPUT: rows}, [EMBEDDING])[EMBEDDING])
+    return found
