@@ -72,10 +72,16 @@ class PolicyLearner:
         start = self._prior and carried(self._prior, self._known, known)
         if not told:
             return known, start
-        sessions = [PastSession(*each) for each in zip(seen, said, (t.labels for t in told), strict=True)]
-        rounds = ROUNDS if start is None else 1
-        region = self._personal.region
-        return known, learn_prior(self._task, sessions, region, rounds=rounds, start=start)
+        labels = (each.labels for each in told)
+        sessions = [PastSession(*each) for each in zip(seen, said, labels, strict=True)]
+        return known, learn_prior(
+            self._task,
+            sessions,
+            self._personal.region,
+            forgetting=self._personal.forgetting,
+            rounds=ROUNDS if start is None else 1,
+            start=start,
+        )
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""

@@ -57,14 +57,16 @@ def learn_prior(
     *,
     forgetting: float = 0.0,
     rounds: int = ROUNDS,
+    start: Prior | None = None,
 ) -> Prior:
     """The prior that makes `sessions` likely; a family declares `region` and `forgetting`.
 
-    Sessions without labels say nothing; there must be one with some.
+    Sessions without labels say nothing; there must be one with some. `start` is a prior of the same
+    embedding to go on from, where one is known.
     """
     told = [session for session in sessions if len(session.labels)]
     first = replace(_first(task, told, region), patience=math.inf, forgetting=forgetting)
-    prior = first
+    prior = first if start is None else _from(start, first)
     for _ in range(rounds):
         moments, noise = _believed(prior, told)
         prior = replace(_next(moments, first, STRENGTH), noise=noise)
@@ -88,6 +90,11 @@ def next_prior(
         else:
             moments.merge(own, min(1.0, cap / own.sessions))
     return _next(moments, prior, strength), refused
+
+
+def _from(start: Prior, first: Prior) -> Prior:
+    """`first` with what `start` knows already."""
+    return replace(first, mean=start.mean, covariance=start.covariance, noise=start.noise)
 
 
 def _first(task: Task, sessions: Sequence[PastSession], region: float) -> Prior:
@@ -152,11 +159,11 @@ def _next(moments: Moments, anchor: Prior, strength: float) -> Prior:
     return replace(
         moments.prior,
         mean=(mean + moved).astype(np.float32),
-        covariance=_positive(covariance).astype(np.float32),
+        covariance=positive(covariance).astype(np.float32),
     )
 
 
-def _positive(covariance: Floats) -> Floats:
+def positive(covariance: Floats) -> Floats:
     """The nearest matrix in which no direction is taken for certain."""
     values, vectors = np.linalg.eigh(covariance)
     floored = np.maximum(values, _CERTAIN * values[-1])
