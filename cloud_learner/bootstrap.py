@@ -87,6 +87,7 @@ def _bootstrapped(
     learned, static = rows.set_aside(STATIC_SHARE, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
+    cycle.remember(learned)
     candidate = cycle.candidate()
     own = home.of(family.name)
     own.root.mkdir(parents=True, exist_ok=True)
@@ -129,6 +130,7 @@ def labelled_rows(family: Family, data: Path) -> tuple[EvaluationSet, float]:
 
 def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> EvaluationSet:
     group, slices = family.config.task.group, family.config.gates.slices
+    told = family.config.session_field
     times_s = np.array([row.time_s for row in rows], np.float64)
     known_s = np.array([row.label_time_s for row in rows], np.float64)
     return EvaluationSet(
@@ -139,6 +141,7 @@ def _as_set(family: Family, rows: list[DataRow], features: Matrix) -> Evaluation
         known_s - times_s,
         devices=Words.of(row.device for row in rows),
         fields={name: Words.of(f"{row.fields.get(name, '')}" for row in rows) for name in slices},
+        sessions=Words.of(f"{row.fields.get(told, '')}" for row in rows if told),
     )
 
 

@@ -26,12 +26,10 @@ import msgspec
 import numpy as np
 
 from cloud_learner.evaluate.alarms import Alarm
-from cloud_learner.evaluate.offline import is_held_out
+from cloud_learner.evaluate.offline import EvaluationSet, is_held_out
 from cloud_learner.evaluate.watch import Watch
-from cloud_learner.package.build import Graph
+from cloud_learner.package.forms import Forms
 from cloud_learner.package.provenance import NOTHING_S, origin, widened
-from cloud_learner.package.quantize import quantized
-from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.train import checkpoint
 from cloud_learner.train.concepts import Concepts
@@ -39,15 +37,15 @@ from cloud_learner.train.dataset import Matrix, Rows, rows_of
 from cloud_learner.train.distill import Student
 from cloud_learner.train.ensemble import Replicas
 from cloud_learner.train.family import Family
-from cloud_learner.train.hidden import embeddings_of
+from cloud_learner.train.hidden import embeddings_of, looked_into
 from cloud_learner.train.ledger import Entered, Ledger
+from cloud_learner.train.policy import PolicyLearner
 from cloud_learner.train.replica import answers_of
 from cloud_learner.train.teaching import Lesson, Teaching, TrainingError
 from cloud_learner.train.trust import HeldOut, Trust
 from edge_runtime.errors import ConfigError
 from edge_runtime.features.spec import Spec
 
-GOLDEN_ROWS = 8
 CALIBRATION_ROWS = 1000
 STUDENT_PASSES = 4
 HELD_OUT_ROWS = 500
@@ -94,8 +92,7 @@ class Cycle:
         self._random = np.random.default_rng(learning.seed)
         with self._torch_random.used():
             teacher, student = family.build_teacher(reference), family.build_student(reference)
-        held_out = partial(is_held_out, group=family.config.task.group)
-        self.ledger = Ledger(self._logged.hash, held_out)
+        self.ledger = Ledger(self._logged.hash, partial(is_held_out, group=task.group))
         self.teaching = Teaching(
             Replicas(teacher, task, learning, family.spec.size),
             Student(student, task, learning),
@@ -105,7 +102,9 @@ class Cycle:
         )
         self.watch = Watch(drift, task, family.spec.columns, reference, learning.seed)
         self.alarms: list[Alarm] = []
-        self._graph: Graph | None = None
+        self.personal = PolicyLearner(family.config.personal, task, reference)
+        look = looked_into if family.config.personal else None
+        self._forms = Forms(family.interface, family.spec, task, reference, look)
         self.number = self.failed = 0
         self.whole, self.is_taught = True, False
         self._cpu_s = self._arrived_s = 0.0
@@ -145,6 +144,13 @@ class Cycle:
             student_passes = max(STUDENT_PASSES, passes)
             self.student.pretrain(self.replicas, rows, student_passes, self._random)
 
+    def remember(self, known: EvaluationSet) -> None:
+        """Take in the past sessions among the rows that were learned before the stream."""
+        told, whose = Rows(known.features, known.labels), known.sessions.words
+        with self._working():
+            self.personal.remember(told, known.devices.words, whose, known.times_s.tolist())
+            self.personal.follow(self.student.look)
+
     def learn(self, batch: Batch) -> None:
         """Learn one micro-batch; if it raises anything else, `whole` is false: this state is not
         to be kept.
@@ -162,6 +168,7 @@ class Cycle:
                 with self._working():
                     lesson = self._watched(self._lesson(entered))
                     self.teaching.learn(lesson, self.family.config.learning, self._random)
+                    self._remember(entered, lesson)
             elif entered.held_out:
                 devices = [example.device for example in entered.held_out]
                 self.teaching.held_out.add(self._rows_of(entered.held_out), devices)
@@ -177,16 +184,14 @@ class Cycle:
 
         Raises: PackageError.
         """
-        plain = self._exported().package(self.student.network, {})
-        int8 = quantized(plain, self._calibration_rows())
         weights = self.replicas.weights
-        family, golden = self.family, self._reference[:GOLDEN_ROWS]
-        made_of = origin(self.parent, self._learned_s, family.spec)
+        made_of = origin(self.parent, self._learned_s, self.family.spec)
         facts = {"batch": self.number, "weights": weights, **made_of}
         return Candidate(
             self.number,
-            sealed(int8, family.interface, family.spec, golden, {**facts, "form": "int8"}),
-            sealed(plain, family.interface, family.spec, golden, {**facts, "form": "float32"}),
+            *self._forms.of(
+                self.student.network, self._calibration_rows(), facts, self.personal.policy
+            ),
             self._learned_s[1],
             self._arrived_s,
             weights,
@@ -195,11 +200,11 @@ class Cycle:
 
     def keep_graph(self, path: Path) -> None:
         """Write the exported graph beside the checkpoint, once for an architecture."""
-        self._exported().save(path)
+        self._forms.keep(self.student.network, path)
 
     def take_graph(self, path: Path) -> None:
         """Use the graph that `keep_graph` wrote. Raises: OSError, PackageError."""
-        self._graph = Graph.load(path)
+        self._forms.take(path)
 
     def save(self, path: Path) -> None:
         """Write the checkpoint. Raises: OSError."""
@@ -209,7 +214,7 @@ class Cycle:
         """An independent cycle that stands where this one does, graph and random state included."""
         other = Cycle(self.family, self._reference, self._logged)
         other._take(checkpoint.copied(self._state()))
-        other._graph = self._graph
+        other._forms = self._forms
         return other
 
     def restore(self, path: Path) -> None:
@@ -227,6 +232,7 @@ class Cycle:
         self.teaching.restore(state["teaching"])
         self.ledger.restore(state["ledger"])
         self.watch.restore(state["watch"])
+        self.personal.restore(state.get("personal"))
         self._random.bit_generator.state = state["random"]
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
@@ -238,6 +244,7 @@ class Cycle:
             "teaching": self.teaching.state(),
             "ledger": self.ledger.state(),
             "watch": self.watch.state(),
+            "personal": self.personal.state(),
             "random": self._random.bit_generator.state,
             "torch_random": self._torch_random.state,
             "number": self.number,
@@ -276,6 +283,11 @@ class Cycle:
             self.alarms += self.watch.recalled()
         return msgspec.structs.replace(lesson, alarmed=self.watch.hurts, alarm_is_new=is_new)
 
+    def _remember(self, entered: Entered, lesson: Lesson) -> None:
+        at = np.flatnonzero(lesson.remember & self.teaching.trust.heard(lesson.devices))
+        examples = [entered.examples[each] for each in at.tolist()]
+        self.personal.learn(self.number, examples, lesson.rows.take(at), self.student.look)
+
     def _rows_of(self, examples: Sequence[Example]) -> Rows:
         if not examples:
             return Rows.none(self.family.spec.size)
@@ -288,12 +300,6 @@ class Cycle:
         with self._torch_random.used():
             yield
         self._cpu_s += time.thread_time() - started_s
-
-    def _exported(self) -> Graph:
-        if self._graph is None:
-            task = self.family.config.task
-            self._graph = Graph(self.student.network, self._reference[:64], task)
-        return self._graph
 
     def _calibration_rows(self) -> Matrix:
         kept = self.replicas.reservoir.spread(CALIBRATION_ROWS)

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -45,6 +46,11 @@ class Words(msgspec.Struct, frozen=True):
     codes: Codes
     names: list[str]
 
+    @property
+    def words(self) -> list[str]:
+        """The word of each row."""
+        return [self.names[code] for code in self.codes.tolist()]
+
     @classmethod
     def of(cls, words: Iterable[str]) -> Words:
         """The words of the rows, in order."""
@@ -59,6 +65,7 @@ class EvaluationSet(msgspec.Struct, frozen=True):
     `groups` says which rows compete in a ranking, `times_s` when a row was predicted and `ages_s`
     how much later its label came, both float64; `before` is the label that was known last at that
     time. NaN where unknown. `devices` and `fields` may be empty: such a set has no such slices.
+    `sessions` say whose row it is; they may be empty, too, and are not saved.
     """
 
     features: Matrix
@@ -69,6 +76,7 @@ class EvaluationSet(msgspec.Struct, frozen=True):
     before: Matrix = np.empty(0, np.float32)
     devices: Words = Words.of(())
     fields: dict[str, Words] = {}
+    sessions: Words = Words.of(())
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -85,12 +93,15 @@ class EvaluationSet(msgspec.Struct, frozen=True):
         """The rows at these positions."""
 
         def taken(words: Words) -> Words:
+            if not words.names:
+                return words
             return Words.of([words.names[code] for code in words.codes[index].tolist()])
 
         return EvaluationSet(
             **{name: getattr(self, name)[index] for name in _ARRAYS},
-            devices=taken(self.devices) if self.devices.names else self.devices,
+            devices=taken(self.devices),
             fields={name: taken(words) for name, words in self.fields.items()},
+            sessions=taken(self.sessions),
         )
 
     def set_aside(self, share: int, seed: int) -> tuple[EvaluationSet, EvaluationSet]:
@@ -220,9 +231,9 @@ def load_set(path: Path) -> EvaluationSet:
             f"{path} is of version {saved.version}; this reads {SET_VERSION} and before",
             "serve with what wrote it",
         )
-    arrays = {name: np.frombuffer(data, _ARRAYS[name]) for name, data in saved.arrays.items()}
-    arrays = {
-        name: values.astype(values.dtype.newbyteorder("=")) for name, values in arrays.items()
+    found = {name: np.frombuffer(data, _ARRAYS[name]) for name, data in saved.arrays.items()}
+    arrays: dict[str, Any] = {
+        name: values.astype(values.dtype.newbyteorder("=")) for name, values in found.items()
     }
     arrays["features"] = arrays["features"].reshape(-1, saved.width)
     words = {

@@ -100,6 +100,7 @@ def release(home: Home, family: Family, db: IngestDb, tell: Tell) -> Released:
     tell(f"{len(learned):,} examples to learn, {past.held_out:,} held out, {len(static):,} static")
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
+    cycle.remember(learned)
     cycle.learn(Batch(db.meta().families[family.name].batch, []))  # the next one comes after it
     indices = [at for at, column in enumerate(family.spec.columns) if column.indices]
     known = Keys.of(indices, learned)
@@ -143,6 +144,7 @@ def _history(home: Home, family: Family, names: list[str]) -> _History:
 
 def _as_set(family: Family, examples: list[Example]) -> EvaluationSet:
     group, slices = family.config.task.group, family.config.gates.slices
+    told = family.config.session_field
     features = np.frombuffer(b"".join(each.features for each in examples), "<f4")
     times_s = np.array([each.time_s for each in examples], np.float64)
     return EvaluationSet(
@@ -155,6 +157,7 @@ def _as_set(family: Family, examples: list[Example]) -> EvaluationSet:
         fields={
             name: Words.of(f"{each.fields.get(name, '')}" for each in examples) for name in slices
         },
+        sessions=Words.of(f"{each.fields.get(told, '')}" for each in examples if told),
     )
 
 

@@ -20,8 +20,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from edge_runtime.inference.signature import INPUT, OUTPUT
 from edge_runtime.errors import PackageError
+from edge_runtime.inference.signature import INPUT, OUTPUT
 
 OPSETS = range(9, 24)
 QUANTIZED_FROM = 13

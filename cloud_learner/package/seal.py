@@ -39,6 +39,7 @@ def sealed(
     spec: Spec,
     golden_inputs: Matrix,
     provenance: Mapping[str, Any],
+    *,
     policy: Policy | None = None,
 ) -> bytes:
     """The package's bytes; `policy` is for its sessions.

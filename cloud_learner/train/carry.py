@@ -4,10 +4,10 @@ Why: every student has an embedding of its own, in which the weights of the one 
 Learning the prior anew takes dozens of rounds; what was known goes along instead, and few rounds
 mend what the way has cost.
 
-How: on the same rows each old feature is written as a combination of new ones (ridge regression), so
-that a head on the old embedding shifts an answer as one on the new does; mean and covariance go the
-same way. The ridge pulls towards each feature being itself: of what the rows do not show, the prior
-stays as it was.
+How: on the same rows each old feature is written as a combination of new ones (ridge regression),
+so that a head on the old embedding shifts an answer as one on the new does; mean and covariance go
+the same way. The ridge pulls towards each feature being itself: of what the rows do not show, the
+prior stays as it was.
 
 Invariants: an embedding that stands still leaves the prior as it is, bit for bit.
 

@@ -271,3 +271,8 @@ class FamilyConfig(Section, frozen=True):
     def __post_init__(self) -> None:
         if self.rollout.outcome == "reward" and self.task.kind == "multiclass":
             raise ValueError("rollout.outcome = 'reward': the number of a class is no reward")
+
+    @property
+    def session_field(self) -> str:
+        """The field that tells past sessions apart; empty where there is none."""
+        return self.personal.group if self.personal is not None else ""

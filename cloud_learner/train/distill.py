@@ -20,6 +20,7 @@ from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows
 from cloud_learner.train.declaration import Learning
 from cloud_learner.train.ensemble import Replicas
+from cloud_learner.train.hidden import embeddings_of
 from cloud_learner.train.replica import Replica
 
 
@@ -44,6 +45,12 @@ class Student:
     def answers(self, features: Matrix) -> Matrix:
         """Answers of shape (rows, outputs), in floating point."""
         return self.replica.answers(features)
+
+    def look(self, features: Matrix) -> tuple[Matrix, Matrix]:
+        """Embeddings (rows, width) and answers, as a device's `Runner.embed` gives them."""
+        embeddings = embeddings_of(self.network, features)
+        assert embeddings is not None
+        return embeddings, self.answers(features)
 
     def follow(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
         """Passes over the rows, each with as many of the window, and a replay."""

@@ -41,12 +41,10 @@ class _Session:
 
     def add(self, time_s: float, features: Matrix, label: float) -> None:
         at = bisect_right(self.times_s, time_s)
-        for values, value in (
-            (self.times_s, time_s),
-            (self.features, features),
-            (self.labels, label),
-        ):
-            values.insert(at, value)  # type: ignore[attr-defined] # a list of each type
+        self.times_s.insert(at, time_s)
+        self.features.insert(at, features)
+        self.labels.insert(at, label)
+        for values in (self.times_s, self.features, self.labels):
             del values[:-ROWS_MAX]
 
     def is_near(self, time_s: float, pause_s: float) -> bool:
@@ -71,8 +69,9 @@ class PastSessions:
 
         Of a family without a group `names` are not looked at.
         """
-        for at, (device, name, time_s) in enumerate(zip(devices, names, times_s, strict=True)):
-            key = (device, name if self._is_named else self._named(device, time_s))
+        for at in np.argsort(times_s, kind="stable").tolist():
+            device, time_s = devices[at], times_s[at]
+            key = (device, names[at] if self._is_named else self._named(device, time_s))
             session = self._sessions.pop(key, None) or _Session()
             session.add(time_s, rows.features[at].copy(), float(rows.labels[at]))
             self._sessions[key] = session

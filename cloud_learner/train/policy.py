@@ -1,95 +1,139 @@
 """The policy of a family's sessions, kept up with a student that never stands still.
 
 Why: what people have in common is learned from past sessions, as the student sees them now. One
-round of expectation maximisation takes tens of milliseconds and dozens are needed, but students
-that follow each other are alike: the prior is carried from one to the next, and gains a round.
+round of expectation maximisation takes tens of milliseconds and dozens are needed; but students
+that follow each other are alike, so the prior is carried from one to the next and gains a round.
 
-The bases of past sessions are what the student says of them now, though it has learned from them.
-So people seem a little more alike to it than strangers will be. What it said when they came would be
-fairer to strangers, and wrong after each drift, for as long as the memory lasts.
+The bases of past sessions are what the student says of them now, though it has learned from them:
+people look a little more alike to it than strangers will. What it said when they came would be fair
+to strangers, and wrong after each drift for as long as the memory lasts.
 
-Invariants: a policy follows from the state and the embedding that is asked for; asking changes
-nothing. Without past sessions and without a prior there is none, and sessions sleep.
+Invariants: a policy follows from the state and the package that it is for; asking changes nothing.
+A family that declares no `[personal]` has none, nor has one that knows no session yet: a device's
+sessions sleep. Rows of which the network makes no usable numbers say nothing.
 
-Knows nothing about packages, nor where embeddings come from.
+Knows nothing about the gate, nor whose sessions may be heard.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from cloud_learner.stats.tasks import Task
+from cloud_learner.store.examples import Example
 from cloud_learner.train.carry import carried
-from cloud_learner.train.dataset import Matrix
+from cloud_learner.train.dataset import Matrix, Rows
 from cloud_learner.train.declaration import Personal
 from cloud_learner.train.past import PastSessions
 from cloud_learner.train.prior import ROUNDS, PastSession, learn_prior
-from edge_runtime.personal.head import Embed
+from edge_runtime.inference.runner import Runner
 from edge_runtime.personal.policy import Policy
-from edge_runtime.personal.prior import Prior, Task
+from edge_runtime.personal.prior import NORM_MAX, Prior
+
+Look = Callable[[Matrix], tuple[Matrix, Matrix]]
+"""Rows (count, features) to embeddings (count, width) and answers (count, 1): `Runner.embed`."""
 
 REFERENCE_ROWS = 512  # on which a prior is carried
-LABELS_MAX = 9600
-"""So many labels are looked at in a round: 200 sessions of 48."""
-
-FOLLOWED_BATCHES: Final = 8
-"""A prior follows the student after so many micro-batches."""
+LABELS_MAX = 9600  # that a round looks at: 200 sessions of 48
+FOLLOW_BATCHES = 8  # from one round to the next
 
 
 class PolicyLearner:
-    """What is known of a family's sessions; `past` is to be filled as the family learns.
+    """What is known of a family's sessions; `reference` (rows, features) never changes."""
 
-    `reference` (rows, features) are usual rows, always the same.
-    """
-
-    def __init__(self, personal: Personal, task: Task, reference: Matrix) -> None:
-        self.past = PastSessions(personal)
+    def __init__(self, personal: Personal | None, task: Task, reference: Matrix) -> None:
         self._personal, self._task = personal, task
+        self._past = PastSessions(personal) if personal is not None else None
         self._reference = reference[:REFERENCE_ROWS]
         self._prior: Prior | None = None
         self._known = np.empty((0, 0), np.float32)
 
-    def follow(self, embed: Embed) -> None:
-        """Learn the prior of the student as it stands, from the one before."""
-        known, prior = self._learned(embed)
-        self._known, self._prior = known, prior
+    def __len__(self) -> int:
+        """How many past sessions are kept."""
+        return len(self._past) if self._past is not None else 0
 
-    def policy(self, embed: Embed) -> Policy | None:
-        """The policy of a package with this embedding."""
-        _, prior = self._learned(embed)
-        personal = self._personal
-        return prior and Policy(prior, personal.explore, personal.optimism)
+    def remember(
+        self, rows: Rows, devices: Sequence[str], names: Sequence[str], times_s: Sequence[float]
+    ) -> None:
+        """Take in rows of past sessions; see `PastSessions.add`."""
+        if self._past is not None:
+            self._past.add(rows, devices, names, times_s)
 
-    def _learned(self, embed: Embed) -> tuple[Matrix, Prior | None]:
-        """What the embedding is on the reference, and its prior."""
-        told = self.past.newest(LABELS_MAX)
-        rows = [self._reference, *(each.features for each in told)]
-        ends = np.cumsum([len(each) for each in rows])[:-1]
-        embeddings, bases = embed(np.concatenate(rows))
-        known, *seen = np.split(embeddings, ends)
-        _, *said = np.split(bases, ends)
+    def learn(self, batch: int, examples: Sequence[Example], rows: Rows, look: Look) -> None:
+        """Take in what a micro-batch taught, as examples and as rows; `look` is the student's."""
+        if self._personal is not None:
+            group = self._personal.group
+            names = [f"{each.fields.get(group, '')}" for each in examples]
+            devices, times_s = [e.device for e in examples], [e.time_s for e in examples]
+            self.remember(rows, devices, names, times_s)
+            if batch % FOLLOW_BATCHES == 0:
+                self.follow(look)
+
+    def follow(self, look: Look) -> None:
+        """Learn the prior of the student as it stands, from that of the one before."""
+        if self._personal is not None:
+            self._known, self._prior = self._learned(self._personal, look)
+
+    def policy(self, runner: Runner) -> Policy | None:
+        """The policy of the package in `runner`. Raises: PackageError."""
+        if self._personal is None:
+            return None
+        _, prior = self._learned(self._personal, runner.embed)
+        if prior is None:
+            return None
+        return Policy(prior, self._personal.explore, self._personal.optimism)
+
+    def _learned(self, personal: Personal, look: Look) -> tuple[Matrix, Prior | None]:
+        """The embeddings of the reference, and the prior of such embeddings."""
+        told = self._past.newest(LABELS_MAX) if self._past is not None else []
+        known, sessions = self._seen(told, look)
         start = self._prior and carried(self._prior, self._known, known)
-        if not told:
+        if not sessions:
             return known, start
-        labels = (each.labels for each in told)
-        sessions = [PastSession(*each) for each in zip(seen, said, labels, strict=True)]
+        assert self._task.kind != "multiclass", "such a family is refused"
         return known, learn_prior(
-            self._task,
+            self._task.kind,
             sessions,
-            self._personal.region,
-            forgetting=self._personal.forgetting,
+            personal.region,
+            forgetting=personal.forgetting,
             rounds=ROUNDS if start is None else 1,
             start=start,
         )
 
-    def state(self) -> dict[str, Any]:
-        """All that is needed to go on from here."""
-        prior = self._prior and self._prior.encode()
-        return {"past": self.past.state(), "prior": prior, "known": self._known}
+    def _seen(self, told: Sequence[Rows], look: Look) -> tuple[Matrix, list[PastSession]]:
+        """The reference and past sessions, all looked at at once."""
+        rows = [self._reference, *(each.features for each in told)]
+        embeddings, answers = look(np.concatenate(rows))
+        ends = np.cumsum([len(each) for each in rows])[:-1]
+        parts = zip(np.split(embeddings, ends), np.split(answers[:, 0], ends), strict=True)
+        (known, _), *seen = parts
+        usable = [(_usable(*part), part) for part in seen]
+        sessions = [
+            PastSession(embedded[where], bases[where], each.labels[where])
+            for (where, (embedded, bases)), each in zip(usable, told, strict=True)
+        ]
+        return known, [session for session in sessions if len(session.labels)]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self.past.restore(state["past"])
-        self._prior = state["prior"] and Prior.decode(state["prior"])
-        self._known = state["known"]
+    def state(self) -> dict[str, Any] | None:
+        """All that is needed to go on from here."""
+        if self._past is None:
+            return None
+        prior = self._prior and self._prior.encode()
+        return {"past": self._past.state(), "prior": prior, "known": self._known}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from `state`; None is that of a family which declared nothing then."""
+        if self._past is not None and state is not None:
+            self._past.restore(state["past"])
+            self._prior = state["prior"] and Prior.decode(state["prior"])
+            self._known = state["known"]
+
+
+def _usable(embeddings: Matrix, bases: Matrix) -> npt.NDArray[np.bool_]:
+    """Which rows a head can learn from: finite, and no longer than any prior may allow."""
+    lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    return np.asarray(np.isfinite(bases) & (lengths < NORM_MAX / 4))
