@@ -66,18 +66,11 @@ class Candidate(msgspec.Struct, frozen=True):
     alarmed: bool = False
 
 
-class Cost(msgspec.Struct, frozen=True):
-    """What learning has cost: micro-batches, rows of all training steps, seconds of processor."""
-
-    updates: int
-    sample_passes: int
-    cpu_s: float
-
-
 class Cycle:
     """The trainable state of one family; single-threaded, torch with one thread.
 
-    `is_taught` says whether the last batch held anything to learn.
+    `is_taught` says whether the last batch held anything to learn, `cpu_s` what all learning has
+    cost so far in seconds of the processor.
     """
 
     def __init__(self, family: Family, reference: Matrix, logged: Spec | None = None) -> None:
@@ -107,7 +100,7 @@ class Cycle:
         self._forms = Forms(family.interface, family.spec, task, reference, look)
         self.number = self.failed = 0
         self.whole, self.is_taught = True, False
-        self._cpu_s = self._arrived_s = 0.0
+        self.cpu_s = self._arrived_s = 0.0
         self.parent = ""  # the release that serves
         self._learned_s = NOTHING_S  # from the first event time to the last
 
@@ -127,10 +120,9 @@ class Cycle:
         return len(self.ledger)
 
     @property
-    def cost(self) -> Cost:
-        """What all learning has cost so far, the bootstrap's included."""
-        passes = self.replicas.sample_passes + self.student.replica.sample_passes
-        return Cost(self.number, passes, self._cpu_s)
+    def sample_passes(self) -> int:
+        """Rows of all training steps so far, the bootstrap's included."""
+        return self.replicas.sample_passes + self.student.replica.sample_passes
 
     def answers(self, features: Matrix) -> Matrix:
         """The student's answers (rows, outputs), in floating point."""
@@ -184,14 +176,12 @@ class Cycle:
 
         Raises: PackageError.
         """
-        weights = self.replicas.weights
+        weights, rows = self.replicas.weights, self._calibration_rows()
         made_of = origin(self.parent, self._learned_s, self.family.spec)
         facts = {"batch": self.number, "weights": weights, **made_of}
         return Candidate(
             self.number,
-            *self._forms.of(
-                self.student.network, self._calibration_rows(), facts, self.personal.policy
-            ),
+            *self._forms.of(self.student.network, rows, facts, self.personal.policy),
             self._learned_s[1],
             self._arrived_s,
             weights,
@@ -237,7 +227,7 @@ class Cycle:
         self._torch_random.state = state["torch_random"]
         self.number, self.failed = state["number"], state["failed"]
         self._learned_s = state.get("learned_from_s", NOTHING_S[0]), state["learned_through_s"]
-        self._arrived_s, self._cpu_s = state["arrived_s"], state["cpu_s"]
+        self._arrived_s, self.cpu_s = state["arrived_s"], state["cpu_s"]
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -252,7 +242,7 @@ class Cycle:
             "learned_from_s": self._learned_s[0],
             "learned_through_s": self._learned_s[1],
             "arrived_s": self._arrived_s,
-            "cpu_s": self._cpu_s,
+            "cpu_s": self.cpu_s,
         }
 
     def _lesson(self, entered: Entered) -> Lesson:
@@ -299,7 +289,7 @@ class Cycle:
         started_s = time.thread_time()
         with self._torch_random.used():
             yield
-        self._cpu_s += time.thread_time() - started_s
+        self.cpu_s += time.thread_time() - started_s
 
     def _calibration_rows(self) -> Matrix:
         kept = self.replicas.reservoir.spread(CALIBRATION_ROWS)

@@ -141,7 +141,7 @@ class Incremental:
 
     @property
     def spent(self) -> Spent:
-        return Spent(self.cycle.cost.sample_passes, self.cycle.cost.cpu_s)
+        return Spent(self.cycle.sample_passes, self.cycle.cpu_s)
 
     def _seen(self, features: Matrix) -> Matrix:
         return np.ascontiguousarray(features[:, self._columns])

@@ -52,6 +52,9 @@ def _broken_rules(config: FamilyConfig) -> Iterator[tuple[str, str]]:
         yield f"label.early_s: {label.early_s} is not between 0 and label.window_s", hint
     if config.gates.calibration_min > config.gates.calibration_max:
         yield "gates.calibration_min is larger than gates.calibration_max", EXAMPLE
+    if config.personal is not None and config.task.outputs > 1:
+        what = f"personal: a session shifts one number, {config.task.kind} answers with more"
+        yield what, "leave [personal] out; sessions are for binary, regression and ranking"
     yield from _unknown_fields(config)
 
 
@@ -65,10 +68,10 @@ def _unknown_fields(config: FamilyConfig) -> Iterator[tuple[str, str]]:
                 f"gates.slices: {field!r} is no field of {', '.join(asking)}",
                 nearest(field, fields),
             )
-    group = config.task.group
-    for kind, declared in asking.items():
-        if group and group not in declared:
-            yield f"task.group: {group!r} is no field of {kind}", nearest(group, declared)
+    for key, group in (("task", config.task.group), ("personal", config.session_field)):
+        for kind, declared in asking.items():
+            if group and group not in declared:
+                yield f"{key}.group: {group!r} is no field of {kind}", nearest(group, declared)
     ahead = config.label.window_field
     if ahead and ahead not in fields:
         what = f"label.window_field: {ahead!r} is no field of {', '.join(asking)}"

@@ -26,10 +26,12 @@ from torch import nn
 
 from cloud_learner.train.checks import check_fields, check_rules, read_specs
 from cloud_learner.train.declaration import FamilyConfig, Learning
+from cloud_learner.train.hidden import looked_into
 from cloud_learner.train.problems import Problems, bad, read_toml
 from edge_runtime.errors import ConfigError
 from edge_runtime.features.spec import Spec
 from edge_runtime.inference.package import Interface, Kind
+from edge_runtime.personal.prior import WIDTH_MAX
 
 Rows = npt.NDArray[np.float32]
 
@@ -80,7 +82,10 @@ class Family:
 
     def build_student(self, rows: Rows) -> nn.Module:
         """The device's network, its scaling taken from the rows. Raises: ConfigError."""
-        return self._built("build_student", rows)
+        network = self._built("build_student", rows)
+        if self.config.personal is not None:
+            self._check_embedding(network, rows)
+        return network
 
     def constants(self, rows: Rows) -> list[str]:
         """The columns that are the same in all rows: nothing can be learned from them."""
@@ -117,6 +122,28 @@ class Family:
             hint = "take scales from rows, and let no constant column divide by 0"
             raise bad(path, f"{name}: answers to rows of the data are not all finite", hint)
         return network
+
+    def _check_embedding(self, network: nn.Module, rows: Rows) -> None:
+        path = self.folder / "network.py"
+        try:
+            with torch.no_grad():
+                _, embedding = looked_into(network, torch.tensor(rows))
+        except Exception as error:
+            raise bad(path, f"build_student: embed fails{_line(path, error)}: {error!r}") from error
+        shape = None if embedding is None else tuple(embedding.shape)
+        if (
+            shape is None
+            or len(shape) != 2
+            or shape[0] != len(rows)
+            or not 0 < shape[1] <= WIDTH_MAX
+        ):
+            raise bad(
+                path,
+                f"build_student: embeddings of {len(rows)} rows have shape {shape}, not"
+                f" ({len(rows)}, 1 to {WIDTH_MAX})",
+                "sessions ([personal]) stand on what goes into the last linear layer, or on what"
+                " a method embed(features) gives",
+            )
 
     @property
     def name(self) -> str:

@@ -23,9 +23,8 @@ def looked_into(network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor | 
 
     It can be exported as it stands.
     """
-    embed = getattr(network, "embed", None)
-    if embed is not None:
-        return network(features), embed(features)
+    if hasattr(type(network), "embed"):  # a method: many a network calls a layer so
+        return network(features), network.embed(features)  # type: ignore[operator]
     seen: list[Tensor] = []
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     hooks = [

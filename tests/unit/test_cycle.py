@@ -286,9 +286,8 @@ def test_what_learning_costs_is_counted_row_by_row(bench):
     cycle.learn(batch)
 
     fast, stable, student = 2 * rows, rows, rows  # passes; the reservoir is still empty
-    assert cycle.cost.sample_passes == fast + stable + student
-    assert cycle.cost.updates == 1
-    assert cycle.cost.cpu_s > 0
+    assert cycle.sample_passes == fast + stable + student
+    assert cycle.cpu_s > 0
 
 
 def test_a_cycle_that_failed_in_the_middle_is_not_whole(bench):

@@ -95,7 +95,7 @@ def test_a_cycle_that_is_restarted_at_every_batch_gives_the_same_bytes(
     again, same, bytes_again = played(family, coin_graph, tmp_path / "checkpoint.pt")
 
     assert (same, bytes_again) == (story, candidate)
-    assert again.cost.sample_passes == straight.cost.sample_passes
+    assert again.sample_passes == straight.sample_passes
     teaching = straight.teaching  # and all of it was at work
     assert story.count("not_finite") == 1
     assert {a.source for each in story if each != "not_finite" for a in each[0]} >= {"loss"}
