@@ -10,8 +10,9 @@ import hashlib
 import os
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,18 +256,23 @@ def coin() -> types.SimpleNamespace:
         "network.py": COIN_NETWORK,
     }
 
-    def write_family(
-        folder: Path, changes: dict[str, tuple[str, str | None]] | None = None
-    ) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            old, new = (changes or {}).get(name, ("", ""))
-            assert old in text, old
-            if new is not None:
-                (folder / name).write_text(text.replace(old, new, 1))
-        return folder
+    return types.SimpleNamespace(
+        write_family=partial(_write_folder, files), stream=_coins, write_csv=_write_csv
+    )
 
-    return types.SimpleNamespace(write_family=write_family, stream=_coins, write_csv=_write_csv)
+
+def _write_folder(
+    files: dict[str, str],
+    folder: Path,
+    changes: dict[str, tuple[str, str | None]] | None = None,
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        old, new = (changes or {}).get(name, ("", ""))
+        assert old in text, old
+        if new is not None:
+            (folder / name).write_text(text.replace(old, new, 1))
+    return folder
 
 
 def _coins(rows: int, seed: int = 1, start_s: float = 1000.0) -> list[tuple[Any, ...]]:
@@ -283,8 +289,9 @@ def _coins(rows: int, seed: int = 1, start_s: float = 1000.0) -> list[tuple[Any,
     return events
 
 
-def _write_csv(path: Path, events: list[tuple[Any, ...]]) -> Path:
-    columns = ("side", "x", "y")
+def _write_csv(
+    path: Path, events: list[tuple[Any, ...]], columns: Sequence[str] = ("side", "x", "y")
+) -> Path:
     lines = [",".join(("event_time", "kind", "device", *columns, "label", "label_time"))]
     for time_s, kind, device, fields, label, label_time_s in events:
         cells = [_utc(time_s), kind, device, *(fields.get(name) for name in columns)]
@@ -309,6 +316,92 @@ def coin_graph(coin: types.SimpleNamespace, tmp_path_factory: pytest.TempPathFac
     family = Family.load(coin.write_family(folder))
     Graph(family.build_student(rows), rows).save(folder / "graph.onnx")
     return folder / "graph.onnx"
+
+
+TASTE_FAMILY = """
+name = "taste"
+output = "liked"
+
+[events.shown]
+predicts = true
+fields = { visit = "str", a = "float", b = "float", c = "float" }
+
+[label]
+window_s = 60.0
+
+[learning]
+batch_size = 60
+device_cap = 60
+seed = 7
+bootstrap_passes = 12
+reservoir_rows = 2000
+
+[gates]
+static_drop_max = 0.3
+recent_drop_max = 0.5
+quality_min = 0.55
+int8_gap_max = 0.05
+calibration_min = 0.2
+calibration_max = 5.0
+recent_rows_min = 2
+
+[personal]
+region = 4.0
+group = "visit"
+memory = 60
+
+[rollout]
+selector = { site = "a" }
+"""
+TASTE_FEATURES = "version = 1\n" + "".join(
+    f'[[features]]\nname = "{name}"\nfield = "{name}"\nbounds = [-10.0, 10.0]\n' for name in "abc"
+)
+TASTE_NETWORK = """
+from cloud_learner.train.blocks import Network
+
+
+def build_teacher(spec, rows):
+    return Network(spec, rows, hidden=(32, 16))
+
+
+def build_student(spec, rows):
+    return Network(spec, rows, hidden=(16, 8))
+"""
+
+
+@pytest.fixture(scope="session")
+def taste() -> types.SimpleNamespace:
+    """A family whose visitors differ: what is liked depends on a, b, c and on whose visit it is.
+
+    `write_family(folder, changes)` writes its folder as that of `coin`. `visits(count, seed,
+    start_s)` are events in time order, as `coin.stream` has them, of so many visits to the devices
+    a to d in turns: 8 to 20 events each, 10 seconds apart, labels known five seconds later.
+    `write_csv(path, events)` makes a data file of them.
+    """
+    files = {
+        "family.toml": TASTE_FAMILY,
+        "features.toml": TASTE_FEATURES,
+        "network.py": TASTE_NETWORK,
+    }
+    return types.SimpleNamespace(
+        write_family=partial(_write_folder, files),
+        visits=_visits,
+        write_csv=partial(_write_csv, columns=("visit", "a", "b", "c")),
+    )
+
+
+def _visits(count: int, seed: int = 1, start_s: float = 1000.0) -> list[tuple[Any, ...]]:
+    random, events = np.random.default_rng(seed), list[tuple[Any, ...]]()
+    for number in range(count):
+        bias, (likes, shuns) = random.normal(0, 1), random.normal(0, 1.5, 2)
+        begin_s = start_s + 50.0 * number
+        for place in range(int(random.integers(8, 21))):
+            a, b, c = (float(x) for x in random.normal(size=3))
+            odds = a - np.tanh(b) + bias + likes * np.tanh(c) + shuns * np.tanh(a + b)
+            time_s, liked = begin_s + 10.0 * place, float(random.logistic(odds) > 0)
+            fields = {"visit": f"v{seed}-{number}", "a": a, "b": b, "c": c}
+            events.append((time_s, "shown", "abcd"[number % 4], fields, liked, time_s + 5))
+    return sorted(events, key=lambda event: event[0])
 
 
 class BadDisk(OsFiles):

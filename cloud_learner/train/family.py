@@ -130,17 +130,12 @@ class Family:
                 _, embedding = looked_into(network, torch.tensor(rows))
         except Exception as error:
             raise bad(path, f"build_student: embed fails{_line(path, error)}: {error!r}") from error
-        shape = None if embedding is None else tuple(embedding.shape)
-        if (
-            shape is None
-            or len(shape) != 2
-            or shape[0] != len(rows)
-            or not 0 < shape[1] <= WIDTH_MAX
-        ):
+        if embedding is None or not _can_carry_heads(embedding, len(rows)):
+            shape = None if embedding is None else tuple(embedding.shape)
             raise bad(
                 path,
-                f"build_student: embeddings of {len(rows)} rows have shape {shape}, not"
-                f" ({len(rows)}, 1 to {WIDTH_MAX})",
+                f"build_student: embeddings of {len(rows)} rows are of shape {shape}, or not all"
+                f" finite float32; wanted ({len(rows)}, 1 to {WIDTH_MAX})",
                 "sessions ([personal]) stand on what goes into the last linear layer, or on what"
                 " a method embed(features) gives",
             )
@@ -168,6 +163,12 @@ def _interface(config: FamilyConfig) -> Interface:
         lateness_s_max=config.lateness_s_max,
         output=config.output,
     )
+
+
+def _can_carry_heads(embedding: torch.Tensor, rows: int) -> bool:
+    shape = tuple(embedding.shape)
+    fits = len(shape) == 2 and shape[0] == rows and 0 < shape[1] <= WIDTH_MAX
+    return fits and embedding.dtype == torch.float32 and bool(torch.isfinite(embedding).all())
 
 
 def load_module(path: Path) -> ModuleType:
