@@ -38,7 +38,7 @@ Look = Callable[[Matrix], tuple[Matrix, Matrix]]
 """Rows (count, features) to embeddings (count, width) and answers (count, 1): `Runner.embed`."""
 
 REFERENCE_ROWS = 512  # on which a prior is carried
-LABELS_MAX = 9600  # that a round looks at: 200 sessions of 48
+LABELS_MAX = 4800  # that a round looks at: 200 sessions of 24
 FOLLOW_BATCHES = 8  # from one round to the next
 
 

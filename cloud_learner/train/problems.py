@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,8 +122,9 @@ def _unfit_whole(value: Any, kind: Any, key: str) -> Unfit:
 
 
 def _bare(kind: Any) -> Any:
-    """The type without its bounds."""
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+    """The type without its bounds, and without the None that it may be instead."""
+    wrapped = typing.get_origin(kind) in (typing.Annotated, types.UnionType)
+    return typing.get_args(kind)[0] if wrapped else kind
 
 
 def _line(error: ConfigError) -> str:

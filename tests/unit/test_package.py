@@ -14,13 +14,16 @@ from torch import nn
 
 from cloud_learner.package.build import Graph
 from cloud_learner.package.quantize import quantized
-from cloud_learner.package.seal import sealed
+from cloud_learner.package.seal import runner_of, sealed
 from cloud_learner.train.family import Family
+from cloud_learner.train.hidden import embeddings_of, looked_into
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.pipeline import score_batch
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import load_arm
+from edge_runtime.personal.policy import Policy
+from edge_runtime.personal.prior import Prior
 
 FLIGHTS = Path(__file__).parents[2] / "models" / "flight_delay"
 
@@ -46,6 +49,12 @@ def rows(family):
 @pytest.fixture(scope="module")
 def graph(family, rows):
     return Graph(student(family, rows, 0), rows[:64])
+
+
+@pytest.fixture(scope="module")
+def telling(family, rows):
+    """A graph that gives the embedding, too."""
+    return Graph(student(family, rows, 0), rows[:64], look=looked_into)
 
 
 def student(family, rows, seed):
@@ -109,6 +118,67 @@ def test_garbage_is_no_graph(tmp_path):
         Graph.load(tmp_path / "graph.onnx")
 
 
+def test_a_package_without_sessions_is_one_with_them_but_for_what_is_added(
+    graph, telling, family, rows
+):
+    network = student(family, rows, 3)
+    without, added = graph.package(network, {}), telling.package(network, {})
+
+    assert [each.name for each in without.graph.output] == ["probability"]
+    assert [each.name for each in added.graph.output] == ["probability", "embedding"]
+    assert (graph.embeds, telling.embeds) == (False, True)
+    del added.graph.output[1]
+    assert [n.op_type for n in without.graph.node] == [n.op_type for n in added.graph.node]
+    assert list(without.graph.initializer) == list(added.graph.initializer)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_embedding_is_what_torch_gives_after_a_swap(telling, family, rows, runner, seed):
+    network = student(family, rows, seed)
+    found, answered = runner(telling.package(network, {})).embed(rows)
+
+    assert np.allclose(embeddings_of(network, rows), found, atol=1e-4)
+    assert np.allclose(answers(network, rows), answered, atol=1e-5)
+
+
+def test_a_kept_graph_knows_whether_it_gives_an_embedding(graph, telling, tmp_path):
+    for each in (graph, telling):
+        each.save(tmp_path / "graph.onnx")
+        assert Graph.load(tmp_path / "graph.onnx").embeds == each.embeds
+
+
+class _Telling(nn.Module):
+    """Its embedding is what its method says: half of what goes into the last layer, and scaled by
+    a number that no export knows as a weight where `folds`.
+    """
+
+    def __init__(self, *, folds: bool) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.scale, self.folds = nn.Parameter(torch.ones(1)), folds
+
+    def forward(self, x):
+        return self.out(torch.relu(self.body(x))) * self.scale
+
+    def embed(self, x):
+        return torch.relu(self.body(x))[:, :4] * (float(self.scale) if self.folds else self.scale)
+
+
+def test_a_network_may_say_itself_what_its_embedding_is(runner):
+    network, some = _Telling(folds=False), np.random.default_rng(1).normal(size=(9, 3))
+    some = some.astype(np.float32)
+    found, _ = runner(Graph(network, some, look=looked_into).package(network, {})).embed(some)
+
+    assert np.allclose(embeddings_of(network, some), found, atol=1e-6)
+    assert found.shape == (9, 4)
+
+
+def test_an_embedding_whose_weights_the_export_folds_away_is_refused():
+    with pytest.raises(PackageError, match="differ") as caught:
+        Graph(_Telling(folds=True), np.ones((4, 3), np.float32), look=looked_into)
+    assert caught.value.code == "parity"
+
+
 def test_a_network_whose_weights_the_export_folds_away_is_refused():
     class Folded(nn.Module):
         def __init__(self) -> None:
@@ -157,6 +227,21 @@ def test_an_int8_answer_does_not_depend_on_its_batch(graph, family, rows, runner
     assert np.array_equal(together, np.concatenate([int8.run(rows[:7]), int8.run(rows[7:])]))
 
 
+def test_an_int8_embedding_stays_near_the_float_one_and_does_not_depend_on_its_batch(
+    telling, family, rows, runner
+):
+    model = telling.package(student(family, rows, 4), {})
+    int8 = quantized(model, rows[:500])
+    assert [each.name for each in int8.graph.output] == ["probability", "embedding"]
+    plain, quant = runner(model).embed(rows)[0], runner(int8).embed(rows)[0]
+
+    assert quant.dtype == np.float32
+    gap = np.sqrt(np.square(plain - quant).mean() / np.square(plain).mean())
+    assert gap < 0.04  # measured: 0.028
+    alone = np.concatenate([runner(int8).embed(row[None])[0] for row in rows[:40]])
+    assert np.array_equal(alone, quant[:40])
+
+
 def test_quantizing_is_repeatable_and_keeps_metadata(graph, family, rows):
     model = graph.package(student(family, rows, 4), {"headwater.family": "flight_delay"})
 
@@ -177,6 +262,20 @@ def test_a_sealed_package_carries_all_that_a_device_needs(graph, family, rows, t
     assert (arm.info.spec, arm.info.provenance) == (family.spec, {"batch": 3})
     assert np.array_equal(rows[:8], arm.info.golden_inputs)
     assert np.allclose(arm.runner.run(rows[:8]), arm.info.golden_outputs)
+
+
+def test_a_sealed_package_carries_the_policy_of_its_sessions(telling, family, rows, tmp_path):
+    int8 = quantized(telling.package(student(family, rows, 5), {}), rows[:200])
+    width = runner_of(int8).width
+    eye = np.eye(width + 1, dtype=np.float32)
+    policy = Policy(Prior("binary", eye[0] * 0, eye, 3.0, 50.0), 0.1, 0.5)
+
+    data = sealed(int8, family.interface, family.spec, rows[:8], {}, policy=policy)
+    (tmp_path / "p.onnx").write_bytes(data)
+    arm = load_arm(tmp_path / "p.onnx", None, "stable", "r1", 1.0)
+
+    assert arm.info.policy.to_json() == policy.to_json()
+    assert arm.runner.width == width == 32
 
 
 @pytest.mark.parametrize("tiny", [1e-39, -1e-44, 1.1754942e-38])
@@ -219,6 +318,22 @@ def test_a_model_whose_answers_depend_on_their_batch_cannot_be_sealed(
 
     with pytest.raises(PackageError) as caught:
         sealed(dynamic, family.interface, family.spec, rows[:8], {})
+    assert caught.value.code == "batch_dependent"
+
+
+def test_a_model_whose_embedding_depends_on_its_batch_cannot_be_sealed(telling, family, rows):
+    model = telling.package(student(family, rows, 5), {})
+    model.graph.output[1].name = "own"
+    for node in model.graph.node:
+        node.input[:] = ["own" if name == "embedding" else name for name in node.input]
+        node.output[:] = ["own" if name == "embedding" else name for name in node.output]
+    mean = onnx.helper.make_node("ReduceMean", ["own"], ["mean"], axes=[0], keepdims=1)
+    model.graph.node.extend([mean, onnx.helper.make_node("Sub", ["own", "mean"], ["embedding"])])
+    model.graph.output[1].name = "embedding"
+    model.opset_import[0].version = 17
+
+    with pytest.raises(PackageError) as caught:
+        sealed(model, family.interface, family.spec, rows[:8], {})
     assert caught.value.code == "batch_dependent"
 
 

@@ -93,6 +93,18 @@ def test_a_restricted_family_builds_networks_for_its_own_features(coin, tmp_path
         ("[gates]", "[gates]\nslices = ['y']", "gates.slices: 'y' is no field of asked"),
         ("[gates]", "[gates]\nslices = ['x', 3]", "gates.slices[1]"),
         ("calibration_min = 0.2", "calibration_min = 5.5", "gates.calibration_min"),
+        ("[gates]", "[personal]\n[gates]", "personal.region: is needed"),
+        ("[gates]", "[personal]\nregion = 0\n[gates]", "personal.region"),
+        (
+            "[gates]",
+            "[personal]\nregion = 1\ngroup = 'y'\n[gates]",
+            "personal.group: 'y' is no field of asked",
+        ),
+        (
+            "[gates]",
+            "[personal]\nregion = 1\n[task]\nkind = 'multiclass'\nclasses = 3\n[gates]",
+            "personal: a session shifts one number, multiclass answers with more",
+        ),
         (
             "window_rows = 100\n\n[learning.stable]",
             "on = false\n\n[learning.stable]\non = false",
@@ -265,6 +277,35 @@ def test_a_network_that_cannot_be_built_or_run_is_named(coin, tmp_path, old, new
     with pytest.raises(ConfigError, match=r"network\.py: build_student") as caught:
         family.build_student(ROWS)
     assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("return features[:, 0]", "of shape (4,)"),
+        ("return features[:2]", "of shape (2, 3)"),
+        ("return features.repeat(1, 200)", "of shape (4, 600)"),
+        ("return features[:, :0]", "of shape (4, 0)"),
+        ("return features.double()", "float32"),
+        ("return features / 0.0", "finite"),
+        ("return features @ features", "embed fails, line 22: RuntimeError"),
+    ],
+)
+def test_an_embedding_on_which_no_session_can_stand_is_refused(coin, tmp_path, method, words):
+    changes = {
+        "family.toml": ("[gates]", "[personal]\nregion = 2.0\n[gates]"),
+        "network.py": (
+            "def build_teacher",
+            f"Network.embed = lambda self, features: embed(features)\n\n"
+            f"def embed(features):\n    {method}\n\ndef build_teacher",
+        ),
+    }
+    family = Family.load(coin.write_family(tmp_path, changes))
+
+    with pytest.raises(ConfigError, match=r"network\.py: build_student: embed") as caught:
+        family.build_student(ROWS)
+    assert words in caught.value.message
+    assert family.build_teacher(ROWS) is not None
 
 
 def test_a_network_file_may_define_dataclasses_with_late_annotations(tmp_path):

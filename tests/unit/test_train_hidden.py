@@ -30,6 +30,38 @@ def test_they_are_what_the_layer_that_runs_last_is_given():
     assert np.array_equal(embeddings_of(network, ROWS), expected)
 
 
+class Telling(Crossed):
+    """It says itself what its embedding is."""
+
+    def embed(self, x):
+        return torch.tanh(self.body(x))[:, :3]
+
+
+class Calling(nn.Module):
+    """A layer of it is called `embed`, as in many a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.embed(x)))
+
+
+def test_a_network_may_say_itself_what_they_are():
+    network = Telling()
+    expected = torch.tanh(network.body(torch.from_numpy(ROWS))).detach().numpy()[:, :3]
+
+    assert np.array_equal(embeddings_of(network, ROWS), expected)
+
+
+def test_a_layer_that_is_called_so_says_nothing():
+    network = Calling()
+    expected = torch.relu(network.embed(torch.from_numpy(ROWS))).detach().numpy()
+
+    assert np.array_equal(embeddings_of(network, ROWS), expected)
+
+
 def test_looking_leaves_the_network_as_it_was_and_drops_nothing_out():
     network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     drawn = torch.get_rng_state()
