@@ -17,6 +17,7 @@ from cloud_learner.package.foreign import fitted, read_foreign
 from edge_runtime.errors import PackageError
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.slot import load_arm
 
 CONVERTED = Path(__file__).parents[1] / "fixtures" / "foreign-1"
 ROWS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
@@ -70,6 +71,30 @@ def test_of_two_columns_for_one_answer_the_second_is_the_positive_class(tmp_path
     model = read_foreign(linear(tmp_path / "m.onnx", width=2))
 
     assert np.allclose(answers(tmp_path, fitted(model, NAMES, 1, {})), ROWS @ WEIGHTS, atol=1e-6)
+
+
+def test_an_embedding_beside_the_answer_is_no_second_answer(tmp_path, toy_spec, toy_interface):
+    """Without a policy no session stands on it, so a package does not compute it."""
+    weights = {"w": np.ones((5, 4)), "v": np.full((4, 1), 0.01)}
+    path = saved(
+        tmp_path / "m.onnx",
+        [
+            helper.make_node("MatMul", ["features", "w"], ["embedding"]),
+            helper.make_node("MatMul", ["embedding", "v"], ["logit"]),
+            helper.make_node("Sigmoid", ["logit"], ["probability"]),
+        ],
+        [value("features", [None, 5])],
+        [value("embedding", [None, 4]), value("probability", [None, 1])],
+        [numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()],
+    )
+    about = {"outputs": 1, "names": {}, "rows": None, "facts": {}, "quantize": False}
+    (tmp_path / "p.onnx").write_bytes(
+        prepared(read_foreign(path), toy_interface, toy_spec, **about)[0]
+    )
+    arm = load_arm(tmp_path / "p.onnx", None, "stable", "r1", 1.0)
+
+    assert [each.name for each in arm.runner.outputs] == ["probability"]
+    assert arm.info.policy is None
 
 
 def test_an_input_for_each_feature_is_one_column_each_in_the_spec_s_order(tmp_path):

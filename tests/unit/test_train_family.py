@@ -279,6 +279,15 @@ def test_a_network_that_cannot_be_built_or_run_is_named(coin, tmp_path, old, new
     assert word in caught.value.message
 
 
+EMBED = """
+def embed(self, features):
+    METHOD
+
+Network.embed = embed
+
+def build_teacher"""
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -288,7 +297,7 @@ def test_a_network_that_cannot_be_built_or_run_is_named(coin, tmp_path, old, new
         ("return features[:, :0]", "of shape (4, 0)"),
         ("return features.double()", "float32"),
         ("return features / 0.0", "finite"),
-        ("return features @ features", "embed fails, line 22: RuntimeError"),
+        ("return features @ features", "embed fails, line 21: RuntimeError"),
     ],
 )
 def test_an_embedding_on_which_no_session_can_stand_is_refused(coin, tmp_path, method, words):
@@ -296,8 +305,7 @@ def test_an_embedding_on_which_no_session_can_stand_is_refused(coin, tmp_path, m
         "family.toml": ("[gates]", "[personal]\nregion = 2.0\n[gates]"),
         "network.py": (
             "def build_teacher",
-            f"Network.embed = lambda self, features: embed(features)\n\n"
-            f"def embed(features):\n    {method}\n\ndef build_teacher",
+            EMBED.replace("METHOD", method),
         ),
     }
     family = Family.load(coin.write_family(tmp_path, changes))

@@ -1,4 +1,4 @@
-"""The policy follows the student: what is known of people goes along from embedding to embedding."""
+"""The policy follows the student: what is known of people goes from embedding to embedding."""
 
 from __future__ import annotations
 
