@@ -66,7 +66,8 @@ class Asked(msgspec.Struct, frozen=True):
 def read_asked(family: Family, data: Path) -> Asked:
     """All predictions of the file with their features. Raises: ConfigError, RequestError."""
     config, interface = family.config, family.interface
-    wanted = [name for name in (config.task.group, config.label.window_field) if name]
+    named = config.task.group, config.label.window_field, config.session_field
+    wanted = [name for name in named if name]
     found, fields, vectors = [], [], []
     start_s = end_s = math.nan
     for row, vector in featured(

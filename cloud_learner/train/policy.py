@@ -18,6 +18,7 @@ Knows nothing about the gate, nor whose sessions may be heard.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ Look = Callable[[Matrix], tuple[Matrix, Matrix]]
 REFERENCE_ROWS = 512  # on which a prior is carried
 LABELS_MAX = 4800  # that a round looks at: 200 sessions of 24
 FOLLOW_BATCHES = 8  # from one round to the next
+BITS = 8  # of a number in a prior that ships
 
 
 class PolicyLearner:
@@ -85,7 +87,7 @@ class PolicyLearner:
         _, prior = self._learned(self._personal, runner.embed)
         if prior is None:
             return None
-        return Policy(prior, self._personal.explore, self._personal.optimism)
+        return Policy(shortened(prior), self._personal.explore, self._personal.optimism)
 
     def _learned(self, personal: Personal, look: Look) -> tuple[Matrix, Prior | None]:
         """The embeddings of the reference, and the prior of such embeddings."""
@@ -131,6 +133,24 @@ class PolicyLearner:
             self._past.restore(state["past"])
             self._prior = state["prior"] and Prior.decode(state["prior"])
             self._known = state["known"]
+
+
+def shortened(prior: Prior) -> Prior:
+    """The prior in numbers of eight bits, in no direction surer than before.
+
+    More bits say nothing of people, and would double a patch from release to release. What rounding
+    can take from the variance of any direction is given to all of them first.
+    """
+    covariance = prior.covariance.astype(np.float64)
+    taken = np.linalg.norm(np.abs(covariance), 2) / (2**BITS - 1)
+    wider = covariance + taken * np.eye(len(covariance))
+    return replace(prior, mean=_rounded(prior.mean), covariance=_rounded(wider))
+
+
+def _rounded(values: npt.NDArray[np.floating[Any]]) -> Matrix:
+    significand, exponent = np.frexp(values)
+    short = np.ldexp(np.round(significand * 2**BITS) / 2**BITS, exponent)
+    return np.asarray(short, np.float32)
 
 
 def _usable(embeddings: Matrix, bases: Matrix) -> npt.NDArray[np.bool_]:

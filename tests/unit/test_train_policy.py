@@ -10,8 +10,9 @@ from cloud_learner.stats.tasks import Task
 from cloud_learner.store.examples import Example
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.declaration import Personal
-from cloud_learner.train.policy import FOLLOW_BATCHES, PolicyLearner
+from cloud_learner.train.policy import FOLLOW_BATCHES, PolicyLearner, shortened
 from edge_runtime.personal.head import Head
+from edge_runtime.personal.prior import Prior
 
 COLUMNS, WIDTH = 4, 5
 PERSONAL = Personal(region=3.0, group="visit", memory=50, explore=0.2, optimism=1.5)
@@ -89,6 +90,30 @@ def test_a_policy_says_what_the_family_declares_and_what_people_are_like():
     taste = Student().embed(np.eye(COLUMNS, dtype=np.float32)[1:2])[0][0]
     other = Student().embed(np.eye(COLUMNS, dtype=np.float32)[2:3])[0][0]
     assert spread(policy.prior, taste) > 1.2 * spread(policy.prior, other)
+
+
+def test_what_ships_has_short_numbers():
+    prior = taught().policy(Student()).prior
+
+    for values in (prior.mean, prior.covariance):
+        assert not (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_short_numbers_make_no_direction_surer_than_it_was(seed):
+    """Though some directions are all but certain."""
+    chance = np.random.default_rng(seed)
+    axes = np.linalg.qr(chance.normal(size=(WIDTH + 1, WIDTH + 1)))[0]
+    whole = (axes * np.geomspace(1e-5, 1, WIDTH + 1)) @ axes.T
+    covariance = ((whole + whole.T) / 2).astype(np.float32)
+    prior = Prior("binary", chance.normal(size=WIDTH + 1).astype(np.float32), covariance, 3.0, 9.0)
+    short = shortened(prior)
+
+    more = short.covariance.astype(float) - covariance
+    assert np.linalg.eigvalsh(more)[0] >= 0
+    assert np.abs(more).max() < 0.02
+    np.testing.assert_allclose(short.mean, prior.mean, rtol=2**-8)
+    assert shortened(short).mean.tobytes() == short.mean.tobytes()
 
 
 def spread(prior, embedding) -> float:
