@@ -1,0 +1,151 @@
+"""From what devices tell of their sessions to where the next candidate's prior begins.
+
+Why: reports come by wall time, on the loop; a candidate is made on the trainer's thread, with an
+embedding of its own. Between the two each device has one word that waits, and a look, twice a
+minute, takes them all.
+
+Invariants: hearing costs the loop nothing, however much is told: a device that says more than one
+word between two looks has replaced its own. Words of a release that serves no longer, and what is
+no moments, are left out and counted, of each device the last reason. Nothing is on disk: after a
+restart devices tell of newer sessions, and of those before, the release that serves knows what was
+learned of them.
+
+Knows nothing about candidates. `hear` belongs to the loop, all else to the trainer's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from cloud_learner.train.dataset import Matrix
+from cloud_learner.train.pooled import BYTES_MAX, Pooled
+from edge_runtime.clock import Clock
+from edge_runtime.errors import PackageError, RequestError
+from edge_runtime.inference.package import read_package
+from edge_runtime.inference.runner import Runner
+from edge_runtime.personal.prior import Prior
+from edge_runtime.wire.messages import SessionMoments
+
+log = logging.getLogger("cloud_learner")
+
+LOOK_EVERY_S = 30.0
+REASONS_MAX = 100
+
+
+@dataclass(frozen=True)
+class Served:
+    """The release that serves, and its package; both empty where none does."""
+
+    release: str = ""
+    package: Path | None = None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the next prior begins: `prior`, which stands for `sessions` that devices told of.
+
+    It is of the embedding that gives `embeddings`, (rows, width), of the family's reference rows.
+    """
+
+    prior: Prior
+    sessions: float
+    embeddings: Matrix
+
+
+class Pooling:
+    """The moments of one family; `reference` are its rows, (rows, columns).
+
+    `refused` holds the last reason by device.
+    """
+
+    def __init__(self, family: str, reference: Matrix, clock: Clock) -> None:
+        self._family, self._reference, self._clock = family, reference, clock
+        self._lock = Lock()
+        self._waiting: dict[str, SessionMoments] = {}
+        self._bytes = 0
+        self._served, self._looked_s = Served(), -math.inf
+        self._pooled: Pooled | None = None
+        self._anchor: Anchor | None = None
+        self.refused: dict[str, str] = {}
+        self._counts = Counter(moments_heard=0, moments_refused=0, moments_left_out=0)
+
+    def hear(self, device: str, told: Sequence[SessionMoments]) -> None:
+        """Take what a device says; what it said before, and nobody has looked at, is replaced."""
+        with self._lock:
+            for each in told:
+                if each.family == self._family:
+                    self._drop(device)
+                    self._waiting[device] = each
+                    self._bytes += len(each.moments)
+            while self._bytes > BYTES_MAX:
+                self._drop(next(iter(self._waiting)))
+
+    def anchor(self, served: Served, left_out: Collection[str] = ()) -> Anchor | None:
+        """Where the next prior begins while `served` does; None where that has no policy.
+
+        What devices of `left_out` tell does not count.
+        """
+        if served != self._served:
+            self._begin(served)
+        now_s = self._clock.monotonic_s()
+        if self._pooled is not None and now_s >= self._looked_s + LOOK_EVERY_S:
+            self._looked_s = now_s
+            self._look(served.release, self._pooled, left_out)
+        return self._anchor
+
+    def statistics(self) -> dict[str, int]:
+        """Words that were heard, refused, and left out; devices and sessions that count."""
+        pooled = self._pooled.statistics() if self._pooled is not None else {}
+        return dict(self._counts) | pooled
+
+    def _drop(self, device: str) -> None:
+        dropped = self._waiting.pop(device, None)
+        if dropped is not None:
+            self._bytes -= len(dropped.moments)
+            self._counts["moments_left_out"] += 1
+
+    def _begin(self, served: Served) -> None:
+        """With another release: its prior, of which nobody has told yet."""
+        self._served, self._looked_s = served, -math.inf
+        self._pooled = self._anchor = None
+        if served.package is None:
+            return
+        try:
+            runner = Runner(served.package)
+            policy = read_package(runner.metadata).policy
+            if policy is not None:
+                embeddings, _ = runner.embed(self._reference)
+                self._pooled = Pooled(policy.prior)
+                self._anchor = Anchor(policy.prior, 0.0, embeddings)
+        except PackageError as error:  # the next prior is learned from nothing
+            log.warning("%s: sessions of %s: %s", self._family, served.release, error)
+
+    def _look(self, release: str, pooled: Pooled, left_out: Collection[str]) -> None:
+        with self._lock:
+            waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        for device, told in waiting.items():
+            if told.release == release:
+                self._take(device, told.moments, pooled)
+            else:
+                self._counts["moments_left_out"] += 1
+        if waiting and self._anchor is not None:
+            prior, sessions = pooled.next(left_out)
+            self._anchor = Anchor(prior, sessions, self._anchor.embeddings)
+
+    def _take(self, device: str, data: bytes, pooled: Pooled) -> None:
+        try:
+            pooled.take(device, data)
+        except RequestError as error:
+            self._counts["moments_refused"] += 1
+            self.refused.pop(device, None)
+            self.refused[device] = error.message
+            if len(self.refused) > REASONS_MAX:
+                del self.refused[next(iter(self.refused))]
+        else:
+            self._counts["moments_heard"] += 1

@@ -1,0 +1,286 @@
+"""What devices tell of their sessions moves the next prior, each device by a bounded amount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cloud_learner.pooling import LOOK_EVERY_S, REASONS_MAX, Pooling, Served
+from cloud_learner.train.pooled import CAP, Pooled
+from cloud_learner.train.prior import STRENGTH
+from edge_runtime.clock import ManualClock
+from edge_runtime.inference.package import metadata_of
+from edge_runtime.personal.head import Head
+from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
+from edge_runtime.personal.policy import Policy
+from edge_runtime.personal.prior import Prior
+from edge_runtime.wire.messages import SessionMoments
+
+WIDTH = 3
+TASTES = np.array([0.6, -0.4, 0.0, 0.3])
+
+
+def prior_of(mean: float = 0.0) -> Prior:
+    eye = np.eye(WIDTH + 1, dtype=np.float32)
+    return Prior("binary", np.full(WIDTH + 1, mean, np.float32), eye / 2, 3.0, norm_max=10.0)
+
+
+def told_by(prior: Prior, seed: int, sessions: int = 20, labels: int = 15) -> bytes:
+    """What a device's people say who are likely to share `TASTES`."""
+    chance, moments = np.random.default_rng(seed), Moments.none(prior)
+    for _ in range(sessions):
+        head, weights = Head(prior), chance.normal(TASTES, 0.3)
+        for row in chance.normal(0, 1, (labels, WIDTH)).astype(np.float32):
+            likely = chance.logistic(weights[0] + row @ weights[1:]) > 0
+            head.adapt(row, 0.5, float(likely))
+        moments.add(head)
+    return moments.encode()
+
+
+def loud(prior: Prior, sessions: float = SESSIONS_MAX) -> bytes:
+    """The most that a device can say without being refused."""
+    moments, most = Moments.none(prior), DEVIATIONS_MAX * np.sqrt(np.diagonal(prior.covariance))
+    moments.sessions, moments.first = sessions, sessions * most.astype(np.float64)
+    moments.second = np.outer(moments.first, moments.first) / sessions
+    moments.second += sessions * prior.covariance
+    return moments.encode()
+
+
+def claiming(prior: Prior, sessions: float) -> bytes:
+    """The loudest word of a hundred sessions, with another number of them written on it."""
+    version, digest, _, first, second = msgspec.msgpack.decode(loud(prior, 100.0))
+    return msgspec.msgpack.encode([version, digest, sessions, first, second])
+
+
+def test_the_prior_moves_towards_what_people_of_many_devices_have_in_common():
+    pooled = Pooled(prior_of())
+    for seed in range(10):
+        pooled.take(f"device-{seed}", told_by(pooled.prior, seed))
+    prior, sessions = pooled.next()
+
+    assert sessions == 200
+    assert np.linalg.norm(prior.mean - TASTES) < 0.5 * np.linalg.norm(TASTES)
+
+
+def test_what_a_device_tells_later_is_added_and_its_newest_count():
+    pooled = Pooled(prior_of())
+    for seed in range(3):
+        pooled.take("a", told_by(pooled.prior, seed))
+    assert pooled.statistics() == {"moments_devices": 1, "moments_sessions": 60}
+    pooled.take("a", loud(pooled.prior))
+
+    assert pooled.statistics()["moments_sessions"] == SESSIONS_MAX
+    assert pooled.next()[1] == CAP
+
+
+@pytest.mark.parametrize("honest", [1, 2, 10])
+def test_a_hostile_device_moves_the_prior_by_a_bounded_amount(honest):
+    """As one device among them, however much it tells and however often."""
+    prior = prior_of()
+    alone, beside = Pooled(prior), Pooled(prior)
+    for seed in range(honest):
+        for pooled in (alone, beside):
+            pooled.take(f"device-{seed}", told_by(prior, seed))
+    for _ in range(10):
+        beside.take("hostile", loud(prior))
+    before, (after, sessions) = alone.next()[0], beside.next()
+
+    assert sessions == 20 * (honest + 1)
+    share = 20 / (20 * (honest + 1) + STRENGTH)
+    most = DEVIATIONS_MAX * np.sqrt(np.diagonal(prior.covariance)) + np.abs(before.mean)
+    moved = np.abs(after.mean - before.mean)
+    print(f"beside {honest}: moved {moved.max():.3f} of at most {(share * most).max():.3f}")
+    assert (moved <= share * most * 1.01).all()
+
+
+def test_a_device_that_is_left_out_counts_for_nothing():
+    pooled, alone = Pooled(prior_of()), Pooled(prior_of())
+    for each in (pooled, alone):
+        each.take("honest", told_by(pooled.prior, 1))
+    pooled.take("quarantined", loud(pooled.prior))
+
+    assert pooled.next(["quarantined"])[0].encode() == alone.next()[0].encode()
+    assert pooled.next(["quarantined", "honest"]) == (pooled.prior, 0.0)
+
+
+def test_the_device_heard_longest_ago_makes_room():
+    word = told_by(prior_of(), 1)
+    pooled = Pooled(prior_of(), bytes_max=3 * len(word) + 10)
+    for device in "abcad":
+        pooled.take(device, word)
+
+    assert pooled.statistics()["moments_devices"] == 3
+    assert pooled.next("cad")[1] == 0
+
+
+def test_a_variance_beyond_all_numbers_leaves_the_prior_as_it_was():
+    prior = Prior("binary", prior_of().mean, 9e5 * prior_of().covariance, 3.0, norm_max=10.0)
+    pooled = Pooled(prior)
+    pooled.take("hostile", loud(prior))
+
+    assert pooled.next() == (prior, 0.0)
+
+
+@pytest.fixture
+def package(tmp_path, toy_spec, toy_interface) -> Callable[..., Served]:
+    """`package(release, prior)` writes a package whose embedding is its first features."""
+
+    def write(release: str, prior: Prior | None, width: int = WIDTH) -> Served:
+        inputs = np.linspace(-3, 100, 4 * toy_spec.size, dtype=np.float32).reshape(4, -1)
+        pick = np.eye(toy_spec.size, width, dtype=np.float32)
+        metadata = metadata_of(
+            toy_interface,
+            toy_spec,
+            golden_inputs=inputs,
+            golden_outputs=np.full((4, 1), 0.5, np.float32),
+            tolerance=1e-5,
+            provenance={},
+            policy=None if prior is None else Policy(prior),
+        )
+        sides = [("features", toy_spec.size)], [("probability", 1), ("embedding", width)]
+        given, got = (
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", w]) for n, w in side]
+            for side in sides
+        )
+        nodes = [
+            helper.make_node("MatMul", ["features", "pick"], ["embedding"]),
+            helper.make_node("MatMul", ["features", "nothing"], ["odds"]),
+            helper.make_node("Sigmoid", ["odds"], ["probability"]),
+        ]
+        weights = [
+            numpy_helper.from_array(pick, "pick"),
+            numpy_helper.from_array(np.zeros((toy_spec.size, 1), np.float32), "nothing"),
+        ]
+        graph = helper.make_graph(nodes, "toy", given, got, weights)
+        opset = [helper.make_opsetid("", 17)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=9)
+        helper.set_model_props(model, metadata)
+        path = tmp_path / f"{release}.onnx"
+        path.write_bytes(model.SerializeToString())
+        return Served(release, path)
+
+    return write
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def pooling(toy_spec, clock) -> Pooling:
+    rows = np.random.default_rng(1).normal(size=(50, toy_spec.size)).astype(np.float32)
+    return Pooling("toy", rows, clock)
+
+
+def said(data: bytes, release: str = "r1", family: str = "toy") -> list[SessionMoments]:
+    return [SessionMoments(family, release, data)]
+
+
+def test_an_anchor_begins_with_the_prior_that_serves_and_follows_what_is_told(
+    pooling, package, clock
+):
+    prior, served = prior_of(), package("r1", prior_of())
+    bare = pooling.anchor(served)
+    assert (bare.prior.digest, bare.sessions) == (prior.digest, 0)
+    assert bare.embeddings.shape == (50, WIDTH)
+    for seed in range(5):
+        pooling.hear(f"device-{seed}", said(told_by(prior, seed)))
+    assert pooling.anchor(served) is bare  # a look was a moment ago
+    clock.advance(LOOK_EVERY_S)
+    anchor = pooling.anchor(served)
+
+    assert anchor.sessions == 100
+    assert np.abs(anchor.prior.mean - TASTES).max() < 0.3
+    clock.advance(LOOK_EVERY_S)
+    assert pooling.anchor(served) is anchor  # nobody told more
+
+
+def test_a_device_that_floods_replaces_its_own_words_alone(pooling, package, clock):
+    prior, served = prior_of(), package("r1", prior_of())
+    pooling.hear("honest", said(told_by(prior, 1)))
+    for _ in range(1000):
+        pooling.hear("loud", said(loud(prior, 50)))
+
+    assert pooling.anchor(served).sessions == 40
+    assert pooling.statistics() == {
+        "moments_heard": 2,
+        "moments_refused": 0,
+        "moments_left_out": 999,
+        "moments_devices": 2,
+        "moments_sessions": 70,
+    }
+
+
+def test_words_of_another_release_or_family_are_left_out(pooling, package, clock):
+    prior, served = prior_of(), package("r2", prior_of())
+    pooling.hear("late", said(told_by(prior, 1), release="r1"))
+    pooling.hear("other", said(told_by(prior, 1), release="r2", family="flights"))
+
+    assert pooling.anchor(served).sessions == 0
+    assert pooling.statistics()["moments_left_out"] == 1
+
+
+def test_another_release_begins_with_its_own_prior(pooling, package, clock):
+    first, second = package("r1", prior_of()), package("r2", prior_of(0.25))
+    pooling.hear("a", said(told_by(prior_of(), 1)))
+    assert pooling.anchor(first).sessions == 20
+    anchor = pooling.anchor(second)
+
+    assert (anchor.sessions, anchor.prior.mean[0]) == (0, 0.25)
+    pooling.hear("a", said(told_by(prior_of(0.25), 1), release="r2"))
+    clock.advance(LOOK_EVERY_S)
+    assert pooling.anchor(second).sessions == 20
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda prior: b"",
+        lambda prior: b"\x95",
+        lambda prior: told_by(prior, 1)[:-1],
+        lambda prior: told_by(prior_of(0.5), 1),
+        lambda prior: claiming(prior, 1e9),
+        lambda prior: claiming(prior, float("nan")),
+        lambda prior: claiming(prior, 2.0),
+    ],
+    ids=["nothing", "no moments", "cut", "another prior", "too many", "NaN", "too heavy"],
+)
+def test_what_is_no_moments_is_counted_with_its_reason_and_changes_nothing(
+    pooling, package, clock, spoil
+):
+    prior, served = prior_of(), package("r1", prior_of())
+    pooling.hear("honest", said(told_by(prior, 2)))
+    pooling.hear("hostile", said(spoil(prior)))
+    anchor = pooling.anchor(served)
+    alone = Pooled(prior)
+    alone.take("honest", told_by(prior, 2))
+
+    assert anchor.prior.encode() == alone.next()[0].encode()
+    assert "nothing of them was counted" in pooling.refused["hostile"]
+    assert pooling.statistics()["moments_refused"] == 1
+
+
+def test_reasons_are_kept_of_so_many_devices_and_no_more(pooling, package):
+    for number in range(2 * REASONS_MAX):
+        pooling.hear(f"device-{number}", said(b"?"))
+    pooling.anchor(package("r1", prior_of()))
+
+    assert list(pooling.refused) == [f"device-{n}" for n in range(REASONS_MAX, 2 * REASONS_MAX)]
+
+
+@pytest.mark.parametrize("served", ["nothing", "no policy", "no package"])
+def test_where_no_policy_serves_there_is_no_anchor(pooling, package, tmp_path, served):
+    (tmp_path / "garbage.onnx").write_bytes(b"garbage")
+    release = {
+        "nothing": Served(),
+        "no policy": package("r1", None),
+        "no package": Served("r1", tmp_path / "garbage.onnx"),
+    }[served]
+    pooling.hear("a", said(told_by(prior_of(), 1)))
+
+    assert pooling.anchor(release) is None

@@ -1,0 +1,148 @@
+"""What a prior is worth that was learned of what devices export, and what a hostile one can do to it.
+
+Why: where events do not say whose they are, the cloud has nothing else to learn a prior from.
+
+How: simulated people differ in a few directions of an embedding of 16 numbers together, and share
+some taste; each of 20 devices meets 20 of them a release, of 12 labels each. The first release's
+prior knows nothing: all directions alike. Each release's moments, as bytes, make the next one's, as
+the learner's `Pooled` does it. New people are answered before each label is told. Beside it the
+prior that the cloud would learn if it saw all these sessions itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from bench_rows import Row
+
+from cloud_learner.train.pooled import Pooled
+from cloud_learner.train.prior import STRENGTH, PastSession, learn_prior
+from edge_runtime.personal.head import Head
+from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
+from edge_runtime.personal.odds import loss_of, odds_of
+from edge_runtime.personal.prior import Matrix, Prior
+
+Floats = npt.NDArray[np.float64]
+
+WIDTH, DIRECTIONS, REGION = 16, 3, 4.0
+DEVICES, SESSIONS, LABELS = 20, 20, 12
+RELEASES = 4
+SPANS = {"1-2": (1, 2), "5-9": (5, 9)}
+WHAT = "export: new sessions' log loss against the frozen model"
+
+
+@dataclass
+class People:
+    """Whose weights are `mean` and, in a few directions together, something of their own."""
+
+    mean: Floats
+    root: Floats
+
+    @classmethod
+    def drawn(cls, chance: np.random.Generator) -> People:
+        root = chance.normal(0, 1.2 / np.sqrt(DIRECTIONS), (WIDTH + 1, DIRECTIONS))
+        return cls(chance.normal(0, 0.25, WIDTH + 1), root)
+
+    def session(self, chance: np.random.Generator, labels: int = LABELS) -> PastSession:
+        weights = self.mean + self.root @ chance.normal(size=DIRECTIONS)
+        rows = chance.normal(0, 0.5, (labels, WIDTH)).astype(np.float32)
+        odds = chance.normal(-0.5, 1, labels)
+        told = chance.logistic(odds + weights[0] + rows @ weights[1:]) > 0
+        bases = 1 / (1 + np.exp(-odds))
+        return PastSession(rows, bases.astype(np.float32), told.astype(np.float32))
+
+
+def measure(seed: int, releases: int = RELEASES, new: int = 2000) -> list[Row]:
+    """The rows of the part `export`."""
+    chance = np.random.default_rng(seed)
+    people, prior, seen = People.drawn(chance), nothing(), list[PastSession]()
+    tests = [people.session(chance) for _ in range(new)]
+    rows = worth("prior that knows nothing", prior, tests)
+    for release in range(1, releases + 1):
+        pooled = Pooled(prior)
+        for device in range(DEVICES):
+            own = [people.session(chance) for _ in range(SESSIONS)]
+            pooled.take(f"device-{device}", told(prior, own))
+            seen += own
+        attacked = hostile(pooled) if release == 1 else []
+        prior, _ = pooled.next(["hostile"])
+        if release in (1, releases):
+            rows += worth(f"prior of moments, release {release}", prior, tests) + attacked
+    return rows + worth("prior of the same sessions, seen whole", _whole(seen), tests)
+
+
+def nothing() -> Prior:
+    """All directions alike, as wide as people may be."""
+    eye = np.eye(WIDTH + 1, dtype=np.float32)
+    return Prior("binary", eye[0] * 0, eye, REGION, norm_max=20.0)
+
+
+def _whole(sessions: list[PastSession]) -> Prior:
+    return learn_prior("binary", sessions, REGION)
+
+
+def told(prior: Prior, sessions: list[PastSession]) -> bytes:
+    moments = Moments.none(prior)
+    for session in sessions:
+        head = Head(prior)
+        for each in _labels(session):
+            head.adapt(*each)
+        moments.add(head)
+    return moments.encode()
+
+
+def _labels(session: PastSession) -> list[tuple[Matrix, float, float]]:
+    told = session.embeddings, session.bases.tolist(), session.labels.tolist()
+    return list(zip(*told, strict=True))
+
+
+def worth(name: str, prior: Prior, sessions: list[PastSession]) -> list[Row]:
+    losses = np.mean([_losses(prior, session) for session in sessions], axis=0)
+    return [
+        Row(
+            f"{WHAT}: {name}, after {span} labels",
+            100 * float(losses[1, first : last + 1].mean() / losses[0, first : last + 1].mean() - 1),
+            "%",
+        )
+        for span, (first, last) in SPANS.items()
+    ]
+
+
+def _losses(prior: Prior, session: PastSession) -> Floats:
+    """Log loss (frozen and adapted, labels), each before the label was told."""
+    head, losses = Head(prior), []
+    for embedding, base, label in _labels(session):
+        answers = base, head.answer(embedding, base)
+        losses.append([loss_of(odds_of(answer), label) for answer in answers])
+        head.adapt(embedding, base, label)
+    return np.array(losses).T
+
+
+def hostile(pooled: Pooled) -> list[Row]:
+    """How far the prior's mean goes, in its deviations, for one more device that is hostile."""
+    prior = pooled.prior
+    before, honest = pooled.next()
+    rows = []
+    for name, times in {"extreme moments": 1, "the same ten times": 10}.items():
+        for _ in range(times):
+            pooled.take("hostile", loudest(prior))
+        after, sessions = pooled.next()
+        deviations = np.sqrt(np.diagonal(prior.covariance).astype(np.float64))
+        moved = np.abs(after.mean.astype(np.float64) - before.mean) / deviations
+        share = (sessions - honest) / (sessions + STRENGTH)
+        at = int(moved.argmax())
+        most = share * (DEVIATIONS_MAX + abs(float(before.mean[at])) / deviations[at])
+        what = f"export: a hostile device of {DEVICES + 1}, {name}: the prior's mean moves by"
+        rows.append(Row(what, float(moved.max()), "deviations", round(most, 3)))
+    return rows
+
+
+def loudest(prior: Prior) -> bytes:
+    """All that a device can say without being refused: each weight as far out as is clipped."""
+    loud, most = Moments.none(prior), DEVIATIONS_MAX * np.sqrt(np.diagonal(prior.covariance))
+    loud.sessions, loud.first = float(SESSIONS_MAX), SESSIONS_MAX * most.astype(np.float64)
+    loud.second = np.outer(loud.first, loud.first) / SESSIONS_MAX
+    loud.second += SESSIONS_MAX * prior.covariance
+    return loud.encode()
