@@ -25,6 +25,7 @@ from cloud_learner.config import FamilyHome
 from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.alarms import WATCHED
 from cloud_learner.evaluate.offline import load_set
+from cloud_learner.pooling import NOTHING, Pooling, Served
 from cloud_learner.rules import label_rules
 from cloud_learner.store.examples import Batch, Certificate
 from cloud_learner.store.lineage import Lineage
@@ -46,7 +47,8 @@ class Course:
 
     def __init__(self, family: Family, home: FamilyHome, lineage: Lineage) -> None:
         self.family, self._home, self._lineage = family, home, lineage
-        self.cycle = Cycle(family, load_set(home.reference).features)
+        reference = load_set(home.reference).features
+        self.cycle, self.pooling = Cycle(family, reference), Pooling(family.name, reference)
         self.cycle.restore(home.checkpoint)
         self.cycle.take_graph(home.graph)
         self.number = self.saved = self.cycle.number
@@ -115,11 +117,14 @@ class Course:
         self.skipped += not is_due
         return is_due
 
-    def candidate(self, parent: str = "") -> Candidate | None:
-        """The student as it stands, while `parent` serves; None where it cannot be made."""
+    def candidate(self, served: Served = NOTHING, now_s: float = 0.0) -> Candidate | None:
+        """The student as it stands, while `served` serves; None where it cannot be made."""
         self.is_fresh, self._fresh_s = False, math.inf
-        self.cycle.parent = parent
+        self.cycle.parent = served.release
         try:
+            if self.family.config.personal is not None:
+                left_out = self.cycle.teaching.trust.quarantined
+                self.cycle.anchor = self.pooling.anchor(served, now_s, left_out)
             candidate = self.cycle.candidate()
         except Exception as error:  # exporting runs the family's network, too
             self.note(error)
@@ -171,6 +176,7 @@ class Course:
             "quarantined_rows": self.cycle.teaching.trust.counters["quarantined_rows"],
             "trimmed_rows": self.cycle.teaching.trimmed_rows,
             **self.cycle.teaching.concepts.statistics(),
+            **self.pooling.statistics(),
             "batches_waiting": len(self.waiting),
             "resting": int(self.rests),
         }

@@ -94,7 +94,7 @@ class Host:
             clock,
             submit=self._hand_in,
             on_released=self._on_released,
-            serving=self._serving,
+            serving=lambda name: self.releasing[name].served,
         )
         self._timekeeper = Timekeeper(home.root, bus, clock)
         self._floors = Floors(home.root / "floors.json")
@@ -195,10 +195,6 @@ class Host:
     def _verdict(self, family: str, sha256: str) -> Mapping[str, Any] | None:
         return self.releasing[family].door.verdict(sha256) if family in self.releasing else None
 
-    def _serving(self, family: str) -> str:
-        stable = self.releasing[family].controller.stable
-        return stable.release if stable else ""
-
     def _family(self, name: str) -> dict[str, Any]:
         """What is going on with one family."""
         course, releasing = self.learner.courses[name], self.releasing[name]
@@ -226,7 +222,7 @@ class Host:
         report = self._believed.believed(message)
         if report is None:
             return
-        self.learner.ingest.hear(report)
+        self.learner.hear(report)
         self._floors.hear(report, self._clock.now_s())
         signature = codec.signature_in(message.headers)
         signed = None if signature is None else Signed(message.data, signature)

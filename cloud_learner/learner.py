@@ -26,6 +26,7 @@ from cloud_learner.course import Course
 from cloud_learner.cycle import Candidate
 from cloud_learner.ingest.consumer import Ingest
 from cloud_learner.ingest.intake import Commit, Intake, Released, Strand
+from cloud_learner.pooling import NOTHING, Served
 from cloud_learner.rules import batcher, label_rules
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.ingest_db import IngestDb
@@ -35,13 +36,14 @@ from cloud_learner.train.family import Family
 from edge_runtime.bus.base import Bus
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConfigError, HeadwaterError
+from edge_runtime.wire.messages import Report
 
 IDLE_S = 5.0  # wall time after which a silent device no longer holds event time
 WAITING_BATCHES_MAX = 400  # that ingest may be ahead of the trainer; they are in memory
 
 Submit = Callable[[str, Candidate], Awaitable[object]]
 OnReleased = Callable[[str, Released], Awaitable[None]]
-Serving = Callable[[str], str]
+Serving = Callable[[str], Served]
 
 
 class Learner:
@@ -59,7 +61,7 @@ class Learner:
         *,
         submit: Submit,
         on_released: OnReleased,
-        serving: Serving = lambda _family: "",
+        serving: Serving = lambda _family: NOTHING,
     ) -> None:
         self._submit, self._on_released, self._clock = submit, on_released, clock
         self._serving = serving
@@ -89,6 +91,12 @@ class Learner:
             self.thread.shutdown()
             for course in self.courses.values():
                 course.save()
+
+    def hear(self, report: Report) -> None:
+        """Take what a device says of its log, and of its sessions."""
+        self.ingest.hear(report)
+        for course in self.courses.values():
+            course.pooling.hear(report.device, report.moments)
 
     @property
     def archived(self) -> int:
@@ -136,8 +144,8 @@ class Learner:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.thread, course.learn)
         if course.done(self._clock.monotonic_s()):
-            parent = self._serving(course.family.name)
-            candidate = await loop.run_in_executor(self.thread, course.candidate, parent)
+            said = self._serving(course.family.name), self._clock.monotonic_s()
+            candidate = await loop.run_in_executor(self.thread, course.candidate, *said)
             if candidate is not None:
                 try:
                     await self._submit(course.family.name, candidate)

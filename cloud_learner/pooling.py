@@ -6,9 +6,9 @@ minute, takes them all.
 
 Invariants: hearing costs the loop nothing, however much is told: a device that says more than one
 word between two looks has replaced its own. Words of a release that serves no longer, and what is
-no moments, are left out and counted, of each device the last reason. Nothing is on disk: after a
-restart devices tell of newer sessions, and of those before, the release that serves knows what was
-learned of them.
+no moments, are left out and counted, of each device the last reason. What was told of a release
+ends with it, or with the process: a release's package says for how many told sessions its prior
+stands, so that what came of them goes on.
 
 Knows nothing about candidates. `hear` belongs to the loop, all else to the trainer's thread.
 """
@@ -18,18 +18,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from cloud_learner.train.dataset import Matrix
-from cloud_learner.train.pooled import BYTES_MAX, Pooled
-from edge_runtime.clock import Clock
+from cloud_learner.train.pooled import BYTES_MAX, SESSIONS_TOLD, Anchor, Pooled
 from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.runner import Runner
-from edge_runtime.personal.prior import Prior
 from edge_runtime.wire.messages import SessionMoments
 
 log = logging.getLogger("cloud_learner")
@@ -46,16 +45,13 @@ class Served:
     package: Path | None = None
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """Where the next prior begins: `prior`, which stands for `sessions` that devices told of.
+NOTHING = Served()
 
-    It is of the embedding that gives `embeddings`, (rows, width), of the family's reference rows.
-    """
 
-    prior: Prior
-    sessions: float
-    embeddings: Matrix
+def told_of(provenance: Mapping[str, Any]) -> float:
+    """For how many sessions that devices told of a package's prior stands."""
+    said = provenance.get(SESSIONS_TOLD)
+    return said if isinstance(said, int | float) else 0.0
 
 
 class Pooling:
@@ -64,12 +60,12 @@ class Pooling:
     `refused` holds the last reason by device.
     """
 
-    def __init__(self, family: str, reference: Matrix, clock: Clock) -> None:
-        self._family, self._reference, self._clock = family, reference, clock
+    def __init__(self, family: str, reference: Matrix) -> None:
+        self._family, self._reference = family, reference
         self._lock = Lock()
         self._waiting: dict[str, SessionMoments] = {}
         self._bytes = 0
-        self._served, self._looked_s = Served(), -math.inf
+        self._served, self._looked_s = NOTHING, -math.inf
         self._pooled: Pooled | None = None
         self._anchor: Anchor | None = None
         self.refused: dict[str, str] = {}
@@ -86,14 +82,13 @@ class Pooling:
             while self._bytes > BYTES_MAX:
                 self._drop(next(iter(self._waiting)))
 
-    def anchor(self, served: Served, left_out: Collection[str] = ()) -> Anchor | None:
-        """Where the next prior begins while `served` does; None where that has no policy.
+    def anchor(self, served: Served, now_s: float, left_out: Collection[str] = ()) -> Anchor | None:
+        """Where the next prior begins while `served` serves; None where that has no policy.
 
-        What devices of `left_out` tell does not count.
+        `now_s` is monotonic. What devices of `left_out` tell does not count.
         """
         if served != self._served:
             self._begin(served)
-        now_s = self._clock.monotonic_s()
         if self._pooled is not None and now_s >= self._looked_s + LOOK_EVERY_S:
             self._looked_s = now_s
             self._look(served.release, self._pooled, left_out)
@@ -118,11 +113,11 @@ class Pooling:
             return
         try:
             runner = Runner(served.package)
-            policy = read_package(runner.metadata).policy
-            if policy is not None:
+            info = read_package(runner.metadata)
+            if info.policy is not None:
                 embeddings, _ = runner.embed(self._reference)
-                self._pooled = Pooled(policy.prior)
-                self._anchor = Anchor(policy.prior, 0.0, embeddings)
+                self._pooled = Pooled(info.policy.prior, told_of(info.provenance))
+                self._anchor = Anchor(*self._pooled.next(), embeddings)
         except PackageError as error:  # the next prior is learned from nothing
             log.warning("%s: sessions of %s: %s", self._family, served.release, error)
 

@@ -34,6 +34,7 @@ from cloud_learner.gate_signing import JudgedSigner, VerdictOf
 from cloud_learner.ingest.intake import Released
 from cloud_learner.judging import Case, GateDoor
 from cloud_learner.orders import Wish, selector_of
+from cloud_learner.pooling import NOTHING, Served
 from cloud_learner.publisher import Publisher
 from cloud_learner.release import keys
 from cloud_learner.release.collecting import Asks
@@ -210,16 +211,16 @@ class Releasing:
         self.door.close()
 
     @property
-    def serving(self) -> Path | None:
-        """The package that serves."""
+    def served(self) -> Served:
+        """What serves."""
         stable = self.controller.stable
-        return Path(stable.file) if stable else None
+        return Served(stable.release, Path(stable.file)) if stable else NOTHING
 
     async def submit(self, candidate: Candidate, thread: Executor) -> Judgement:
         """Let the gate judge a candidate, here in `thread`, and offer it if it passed."""
         await self.look(candidate.number)
         alarmed = candidate.alarmed or bool(self.standing(candidate.number))
-        case = Case(candidate.package, candidate.float_package, self.serving, alarmed)
+        case = Case(candidate.package, candidate.float_package, self.served.package, alarmed)
         judgement = await self.door.judge(case, thread)
         if judgement.outcome == "pass":
             await self.controller.offer(self.releases.register(candidate, judgement))

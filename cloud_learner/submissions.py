@@ -52,7 +52,10 @@ class Submissions:
         selector_of(wish)  # before anything is judged
         candidate = await self._candidate(submission)
         case = Case(
-            candidate.package, candidate.float_package, releasing.serving, order=submission.order
+            candidate.package,
+            candidate.float_package,
+            releasing.served.package,
+            order=submission.order,
         )
         judgement = await releasing.door.judge(case, self.thread)
         release = ""

@@ -1,4 +1,4 @@
-"""What a prior is worth that was learned of what devices export, and what a hostile one can do to it.
+"""What a prior is worth that comes of what devices export, and what a hostile one does to it.
 
 Why: where events do not say whose they are, the cloud has nothing else to learn a prior from.
 
@@ -99,15 +99,12 @@ def _labels(session: PastSession) -> list[tuple[Matrix, float, float]]:
 
 
 def worth(name: str, prior: Prior, sessions: list[PastSession]) -> list[Row]:
-    losses = np.mean([_losses(prior, session) for session in sessions], axis=0)
-    return [
-        Row(
-            f"{WHAT}: {name}, after {span} labels",
-            100 * float(losses[1, first : last + 1].mean() / losses[0, first : last + 1].mean() - 1),
-            "%",
-        )
-        for span, (first, last) in SPANS.items()
-    ]
+    losses, rows = np.mean([_losses(prior, session) for session in sessions], axis=0), []
+    for span, (first, last) in SPANS.items():
+        frozen, adapted = losses[:, first : last + 1].mean(axis=1)
+        what = f"{WHAT}: {name}, after {span} labels"
+        rows.append(Row(what, 100 * float(adapted / frozen - 1), "%"))
+    return rows
 
 
 def _losses(prior: Prior, session: PastSession) -> Floats:

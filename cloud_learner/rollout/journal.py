@@ -62,10 +62,13 @@ class Fed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def of_report(cls, now_s: float, members: int, report: Report, signed: Signed | None) -> Fed:
-        """A report, in the form in which its signature can be checked where it has one."""
-        if signed is not None:
+        """A report, in the form in which its signature can be checked where it has one.
+
+        One that tells of sessions is kept without what it tells of them, and so without signature.
+        """
+        if signed is not None and not report.moments:
             return cls(now_s=now_s, members=members, signed=signed)
-        bare = msgspec.structs.replace(report, sketches=[])
+        bare = msgspec.structs.replace(report, sketches=[], moments=[])
         return cls(now_s=now_s, members=members, report=bare)
 
     def told(self) -> Report | None:

@@ -8,27 +8,49 @@ middle, whatever it tells and however often. What is no moments, or of another p
 nothing. At most `bytes_max` are kept; the device heard longest ago goes first. The same words in
 the same order give the same prior.
 
+What was told of the releases before is in the prior already, which stands for so many sessions;
+more than `KNOWN_MAX` of them do not count, so that what is old fades.
+
 Knows nothing about reports and releases, and not whether a device is who it says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
-from cloud_learner.train.prior import next_prior
+from cloud_learner.train.dataset import Matrix
+from cloud_learner.train.prior import STRENGTH, next_prior
 from edge_runtime.errors import PackageError
 from edge_runtime.personal.moments import SESSIONS_MAX, Moments
 from edge_runtime.personal.prior import Prior
 
 CAP = 50.0
+KNOWN_MAX = 200.0
 BYTES_MAX = 32 << 20
+SESSIONS_TOLD = "sessions_told"
+"""Under which a package's provenance says for how many told sessions its prior stands."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the next prior begins: `prior`, which stands for `sessions` that devices told of.
+
+    It is of the embedding that gives `embeddings`, (rows, width), of the family's reference.
+    """
+
+    prior: Prior
+    sessions: float
+    embeddings: Matrix
 
 
 class Pooled:
     """Moments by device, all of `prior`."""
 
-    def __init__(self, prior: Prior, bytes_max: int = BYTES_MAX) -> None:
-        self.prior, self._bytes_max = prior, bytes_max
+    def __init__(self, prior: Prior, known: float = 0.0, *, bytes_max: int = BYTES_MAX) -> None:
+        """`known` is for how many sessions that devices told of `prior` stands."""
+        self.prior, self._known = prior, float(max(0, min(known, KNOWN_MAX)))
+        self._bytes_max = bytes_max
         self._told: dict[str, bytes] = {}
         self._sessions: dict[str, float] = {}
 
@@ -45,19 +67,19 @@ class Pooled:
             del self._told[oldest], self._sessions[oldest]
 
     def next(self, left_out: Collection[str] = ()) -> tuple[Prior, float]:
-        """The prior that follows, and for how many sessions it stands; the old one for as many as
-        `STRENGTH`. `left_out` are devices that do not count.
+        """The prior that follows, and for how many told sessions it stands, beside those that any
+        prior has of its own (`prior.STRENGTH`). `left_out` are devices that do not count.
         """
         told = {name: data for name, data in self._told.items() if name not in left_out}
         if not told:
-            return self.prior, 0.0
+            return self.prior, self._known
         counts = sorted(self._sessions[name] for name in told)
         cap = min(CAP, counts[(len(counts) - 1) // 2])
         try:
-            prior, _ = next_prior(self.prior, told, cap)
+            prior, _ = next_prior(self.prior, told, cap, STRENGTH + self._known)
         except PackageError:  # beyond the numbers that any prior may have
-            return self.prior, 0.0
-        return prior, sum(min(each, cap) for each in counts)
+            return self.prior, self._known
+        return prior, self._known + sum(min(each, cap) for each in counts)
 
     def statistics(self) -> dict[str, int]:
         """Devices that are heard, and the sessions that they tell of."""

@@ -47,6 +47,7 @@ CLOUD_ORDER = (
     ("store",),
     STEPS,
     ("rules",),
+    ("pooling",),
     ("cycle",),
     ("course", "gate", "publisher", "controller", "floors", "reports", "timekeeper"),
     ("judging", "gate_signing", "pushing", "steering", "auditing", "estimating"),

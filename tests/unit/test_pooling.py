@@ -10,9 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cloud_learner.pooling import LOOK_EVERY_S, REASONS_MAX, Pooling, Served
-from cloud_learner.train.pooled import CAP, Pooled
+from cloud_learner.train.pooled import CAP, KNOWN_MAX, SESSIONS_TOLD, Pooled
 from cloud_learner.train.prior import STRENGTH
-from edge_runtime.clock import ManualClock
 from edge_runtime.inference.package import metadata_of
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
@@ -97,6 +96,20 @@ def test_a_hostile_device_moves_the_prior_by_a_bounded_amount(honest):
     assert (moved <= share * most * 1.01).all()
 
 
+def test_what_is_known_already_weighs_against_what_is_told_and_fades():
+    prior = prior_of()
+    moved = []
+    for known in (0.0, 100.0, 1e9, -5.0, float("nan")):
+        pooled = Pooled(prior, known)
+        pooled.take("a", told_by(prior, 1))
+        after, sessions = pooled.next()
+        moved.append(float(np.abs(after.mean).max()))
+        assert sessions == 20 + (min(known, KNOWN_MAX) if known > 0 else 0)
+
+    assert moved[0] > 3 * moved[1] > 3 * moved[2] > 0
+    assert moved[0] == moved[3] == moved[4]
+
+
 def test_a_device_that_is_left_out_counts_for_nothing():
     pooled, alone = Pooled(prior_of()), Pooled(prior_of())
     for each in (pooled, alone):
@@ -129,19 +142,19 @@ def test_a_variance_beyond_all_numbers_leaves_the_prior_as_it_was():
 def package(tmp_path, toy_spec, toy_interface) -> Callable[..., Served]:
     """`package(release, prior)` writes a package whose embedding is its first features."""
 
-    def write(release: str, prior: Prior | None, width: int = WIDTH) -> Served:
+    def write(release: str, prior: Prior | None, told: object = None) -> Served:
         inputs = np.linspace(-3, 100, 4 * toy_spec.size, dtype=np.float32).reshape(4, -1)
-        pick = np.eye(toy_spec.size, width, dtype=np.float32)
+        pick = np.eye(toy_spec.size, WIDTH, dtype=np.float32)
         metadata = metadata_of(
             toy_interface,
             toy_spec,
             golden_inputs=inputs,
             golden_outputs=np.full((4, 1), 0.5, np.float32),
             tolerance=1e-5,
-            provenance={},
+            provenance={} if told is None else {SESSIONS_TOLD: told},
             policy=None if prior is None else Policy(prior),
         )
-        sides = [("features", toy_spec.size)], [("probability", 1), ("embedding", width)]
+        sides = [("features", toy_spec.size)], [("probability", 1), ("embedding", WIDTH)]
         given, got = (
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", w]) for n, w in side]
             for side in sides
@@ -167,46 +180,46 @@ def package(tmp_path, toy_spec, toy_interface) -> Callable[..., Served]:
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-def pooling(toy_spec, clock) -> Pooling:
+def pooling(toy_spec) -> Pooling:
     rows = np.random.default_rng(1).normal(size=(50, toy_spec.size)).astype(np.float32)
-    return Pooling("toy", rows, clock)
+    return Pooling("toy", rows)
 
 
 def said(data: bytes, release: str = "r1", family: str = "toy") -> list[SessionMoments]:
     return [SessionMoments(family, release, data)]
 
 
-def test_an_anchor_begins_with_the_prior_that_serves_and_follows_what_is_told(
-    pooling, package, clock
-):
+def test_an_anchor_begins_with_the_prior_that_serves_and_follows_what_is_told(pooling, package):
     prior, served = prior_of(), package("r1", prior_of())
-    bare = pooling.anchor(served)
+    bare = pooling.anchor(served, 0.0)
     assert (bare.prior.digest, bare.sessions) == (prior.digest, 0)
     assert bare.embeddings.shape == (50, WIDTH)
     for seed in range(5):
         pooling.hear(f"device-{seed}", said(told_by(prior, seed)))
-    assert pooling.anchor(served) is bare  # a look was a moment ago
-    clock.advance(LOOK_EVERY_S)
-    anchor = pooling.anchor(served)
+    assert pooling.anchor(served, 0.0) is bare  # a look was a moment ago
+    anchor = pooling.anchor(served, LOOK_EVERY_S)
 
     assert anchor.sessions == 100
     assert np.abs(anchor.prior.mean - TASTES).max() < 0.3
-    clock.advance(LOOK_EVERY_S)
-    assert pooling.anchor(served) is anchor  # nobody told more
+    assert pooling.anchor(served, 2 * LOOK_EVERY_S) is anchor  # nobody told more
 
 
-def test_a_device_that_floods_replaces_its_own_words_alone(pooling, package, clock):
+@pytest.mark.parametrize(("told", "known"), [(70.5, 70.5), (-3, 0), ("many", 0), (10**400, 200)])
+def test_a_package_says_how_much_was_told_of_before_it(pooling, package, told, known):
+    served = package("r1", prior_of(), told=told)
+
+    assert pooling.anchor(served, 0.0).sessions == known
+    pooling.hear("a", said(told_by(prior_of(), 1)))
+    assert pooling.anchor(served, LOOK_EVERY_S).sessions == known + 20
+
+
+def test_a_device_that_floods_replaces_its_own_words_alone(pooling, package):
     prior, served = prior_of(), package("r1", prior_of())
     pooling.hear("honest", said(told_by(prior, 1)))
     for _ in range(1000):
         pooling.hear("loud", said(loud(prior, 50)))
 
-    assert pooling.anchor(served).sessions == 40
+    assert pooling.anchor(served, 0.0).sessions == 40
     assert pooling.statistics() == {
         "moments_heard": 2,
         "moments_refused": 0,
@@ -216,25 +229,24 @@ def test_a_device_that_floods_replaces_its_own_words_alone(pooling, package, clo
     }
 
 
-def test_words_of_another_release_or_family_are_left_out(pooling, package, clock):
+def test_words_of_another_release_or_family_are_left_out(pooling, package):
     prior, served = prior_of(), package("r2", prior_of())
     pooling.hear("late", said(told_by(prior, 1), release="r1"))
     pooling.hear("other", said(told_by(prior, 1), release="r2", family="flights"))
 
-    assert pooling.anchor(served).sessions == 0
+    assert pooling.anchor(served, 0.0).sessions == 0
     assert pooling.statistics()["moments_left_out"] == 1
 
 
-def test_another_release_begins_with_its_own_prior(pooling, package, clock):
+def test_another_release_begins_with_its_own_prior(pooling, package):
     first, second = package("r1", prior_of()), package("r2", prior_of(0.25))
     pooling.hear("a", said(told_by(prior_of(), 1)))
-    assert pooling.anchor(first).sessions == 20
-    anchor = pooling.anchor(second)
+    assert pooling.anchor(first, 0.0).sessions == 20
+    anchor = pooling.anchor(second, 0.0)
 
     assert (anchor.sessions, anchor.prior.mean[0]) == (0, 0.25)
     pooling.hear("a", said(told_by(prior_of(0.25), 1), release="r2"))
-    clock.advance(LOOK_EVERY_S)
-    assert pooling.anchor(second).sessions == 20
+    assert pooling.anchor(second, LOOK_EVERY_S).sessions == 20
 
 
 @pytest.mark.parametrize(
@@ -250,13 +262,11 @@ def test_another_release_begins_with_its_own_prior(pooling, package, clock):
     ],
     ids=["nothing", "no moments", "cut", "another prior", "too many", "NaN", "too heavy"],
 )
-def test_what_is_no_moments_is_counted_with_its_reason_and_changes_nothing(
-    pooling, package, clock, spoil
-):
+def test_what_is_no_moments_is_counted_with_its_reason_and_changes_nothing(pooling, package, spoil):
     prior, served = prior_of(), package("r1", prior_of())
     pooling.hear("honest", said(told_by(prior, 2)))
     pooling.hear("hostile", said(spoil(prior)))
-    anchor = pooling.anchor(served)
+    anchor = pooling.anchor(served, 0.0)
     alone = Pooled(prior)
     alone.take("honest", told_by(prior, 2))
 
@@ -268,7 +278,7 @@ def test_what_is_no_moments_is_counted_with_its_reason_and_changes_nothing(
 def test_reasons_are_kept_of_so_many_devices_and_no_more(pooling, package):
     for number in range(2 * REASONS_MAX):
         pooling.hear(f"device-{number}", said(b"?"))
-    pooling.anchor(package("r1", prior_of()))
+    pooling.anchor(package("r1", prior_of()), 0.0)
 
     assert list(pooling.refused) == [f"device-{n}" for n in range(REASONS_MAX, 2 * REASONS_MAX)]
 
@@ -283,4 +293,4 @@ def test_where_no_policy_serves_there_is_no_anchor(pooling, package, tmp_path, s
     }[served]
     pooling.hear("a", said(told_by(prior_of(), 1)))
 
-    assert pooling.anchor(release) is None
+    assert pooling.anchor(release, 0.0) is None
