@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ def write_package(
     follow `bias`; `drop` leaves a metadata key out, `columns` changes the model's width alone,
     `ballast` adds 4 * ballast**2 bytes of weights that change no answer. With a `policy` the model
     also gives an embedding: the features times `turn` / 1000, cut or filled to the prior's width.
+    Its provenance has `facts` beside the bias.
     """
 
     def write(
@@ -95,6 +96,7 @@ def write_package(
         ballast: int = 0,
         policy: Policy | None = None,
         turn: float = 1.0,
+        facts: Mapping[str, object] = {},
     ) -> tuple[Path, str]:
         inputs = np.linspace(-3, 100, 4 * spec.size, dtype=np.float32).reshape(4, -1)
         logits = inputs.sum(1, keepdims=True) / 1000 + bias
@@ -105,7 +107,7 @@ def write_package(
             golden_inputs=inputs,
             golden_outputs=outputs,
             tolerance=1e-5,
-            provenance={"bias": bias},
+            provenance={"bias": bias, **facts},
             policy=policy,
         )
         metadata.pop(drop, None)

@@ -28,6 +28,7 @@ import numpy as np
 from edge_runtime.clock import Clock
 from edge_runtime.config import SessionsConfig
 from edge_runtime.device.asking import Asking
+from edge_runtime.device.exporting import Exporting
 from edge_runtime.device.family import Family
 from edge_runtime.device.visitor import Standing, Visitor
 from edge_runtime.device.words import Labelled
@@ -45,8 +46,6 @@ _PAUSE_S = 0.0002  # between two sessions that are moved: whoever waits for the 
 
 log = logging.getLogger("edge_runtime")
 
-OnEnd = Callable[[str, Head], None]
-
 
 class Adapting:
     """The sessions of `families`; `path` is where they lie between two processes."""
@@ -58,8 +57,6 @@ class Adapting:
         clock: Clock,
         config: SessionsConfig,
         path: Path,
-        *,
-        on_end: OnEnd | None = None,
     ) -> None:
         self._families, self._asking, self._config, self._path = families, asking, config, path
         bytes_max = config.bytes_max_mb << 20
@@ -69,8 +66,9 @@ class Adapting:
             ttl_s=config.ttl_s,
             bytes_max=bytes_max - bytes_max // PENDING_SHARE,
             count_max=config.count_max,
-            on_end=on_end,
+            on_end=self._over if config.export else None,
         )
+        self.exporting = Exporting(clock)
         self.counts = {"adapted": 0, "learned": 0}
         self._standing: dict[str, Standing] = {}
         self._blank: Head | None = None
@@ -163,7 +161,14 @@ class Adapting:
             if name is not None:
                 self._asking.family(name)
             self.pending.wipe(name)
+            self.exporting.forget(name)
             return self.sessions.wipe(name)
+
+    def _over(self, name: str, head: Head) -> None:
+        """Sum up a session that has ended; not one that was late to move to what serves now."""
+        standing = self._standing.get(name)
+        if standing is not None and head.prior is standing.ground.prior:
+            self.exporting.ended(name, standing.ground.release, head)
 
     def _followed(self, family: Family) -> None:
         """Other arms serve, in this turn: from now on sessions stand on the stable one of them."""
@@ -223,7 +228,8 @@ class Adapting:
 
     def statistics(self) -> dict[str, Any]:
         """What is open, what waits for labels, and what became of others."""
-        return self.sessions.statistics() | self.pending.statistics() | self.counts
+        told = self.pending.statistics() | self.exporting.statistics()
+        return self.sessions.statistics() | told | self.counts
 
 
 NOTHING = Explanation(0, 0, 0, 0.0, with_model=True, moved=())
@@ -233,8 +239,8 @@ def _ground_of(arm: Arm) -> Ground:
     """What sessions stand on while `arm`, which has a policy, is the stable one."""
     assert arm.info is not None
     assert arm.info.policy is not None
-    spec = arm.info.spec
-    return Ground(arm.info.policy.prior, spec.hash, spec.size, _embed_of(arm.runner))
+    spec, embed = arm.info.spec, _embed_of(arm.runner)
+    return Ground(arm.info.policy.prior, spec.hash, spec.size, embed, arm.release)
 
 
 def _embed_of(runner: Runner) -> Callable[[Matrix], tuple[Matrix, Vector]]:

@@ -39,7 +39,7 @@ class Exporting:
         self._clock, self._lock = clock, Lock()
         self._sums: dict[str, tuple[str, Moments]] = {}
         self._due_s = clock.monotonic_s() + EVERY_S
-        self._counts = Counter(sessions_counted=0, sessions_told=0, sessions_untold=0)
+        self._counts = Counter(export_counted=0, export_told=0, export_lost=0)
 
     def ended(self, family: str, release: str, head: Head) -> None:
         """A session of `release` is over; one without labels says nothing."""
@@ -51,7 +51,7 @@ class Exporting:
                 self._drop(family)
                 known = self._sums[family] = release, Moments.none(head.prior)
             known[1].add(head)
-            self._counts["sessions_counted"] += 1
+            self._counts["export_counted"] += 1
 
     def forget(self, family: str | None = None) -> None:
         """What is counted and not yet told goes, of one family or of all."""
@@ -81,10 +81,10 @@ class Exporting:
             if len(data) <= room:
                 room -= len(data)
                 del self._sums[family]
-                self._counts["sessions_told"] += int(moments.sessions)
+                self._counts["export_told"] += int(moments.sessions)
                 yield SessionMoments(family, release, data)
 
     def _drop(self, family: str) -> None:
         known = self._sums.pop(family, None)
         if known is not None:
-            self._counts["sessions_untold"] += int(known[1].sessions)
+            self._counts["export_lost"] += int(known[1].sessions)

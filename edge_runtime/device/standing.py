@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from edge_runtime.clock import Clock
 from edge_runtime.config import EdgeConfig
+from edge_runtime.device.adapting import Adapting
 from edge_runtime.device.family import Family
 from edge_runtime.events.log import CLASSES, EventLog
 from edge_runtime.metrics import Histogram
@@ -27,6 +28,7 @@ class Device(Protocol):
     device: str
     epoch: int
     log: EventLog
+    adapting: Adapting
 
     def counters(self) -> dict[str, int]: ...
 
@@ -58,6 +60,7 @@ def report(
         [Mark(epoch, name, last) for name in CLASSES for epoch, last in device.log.owed(name)],
         number=number,
         shadows=[shadow for family in families for shadow in family.shadow_reports()],
+        moments=device.adapting.exporting.told(),
     )
 
 

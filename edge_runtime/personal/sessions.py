@@ -54,7 +54,7 @@ def _no_rows(rows: Matrix) -> tuple[Matrix, Vector]:
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """What the sessions of a family stand on: a release's prior, and its features.
+    """What the sessions of a family stand on: a `release`, its prior, and its features.
 
     `spec` names the features, `columns` is how many there are (0: no history is kept), and `embed`
     is the release's model.
@@ -64,6 +64,7 @@ class Ground:
     spec: str = ""
     columns: int = 0
     embed: Embed = _no_rows
+    release: str = ""
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):

@@ -7,12 +7,10 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from cloud_learner.pooling import LOOK_EVERY_S, REASONS_MAX, Pooling, Served
 from cloud_learner.train.pooled import CAP, KNOWN_MAX, SESSIONS_TOLD, Pooled
 from cloud_learner.train.prior import STRENGTH
-from edge_runtime.inference.package import metadata_of
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
 from edge_runtime.personal.policy import Policy
@@ -139,42 +137,12 @@ def test_a_variance_beyond_all_numbers_leaves_the_prior_as_it_was():
 
 
 @pytest.fixture
-def package(tmp_path, toy_spec, toy_interface) -> Callable[..., Served]:
-    """`package(release, prior)` writes a package whose embedding is its first features."""
+def package(write_package) -> Callable[..., Served]:
+    """`package(release, prior)` writes a package whose sessions begin with `prior`."""
 
-    def write(release: str, prior: Prior | None, told: object = None) -> Served:
-        inputs = np.linspace(-3, 100, 4 * toy_spec.size, dtype=np.float32).reshape(4, -1)
-        pick = np.eye(toy_spec.size, WIDTH, dtype=np.float32)
-        metadata = metadata_of(
-            toy_interface,
-            toy_spec,
-            golden_inputs=inputs,
-            golden_outputs=np.full((4, 1), 0.5, np.float32),
-            tolerance=1e-5,
-            provenance={} if told is None else {SESSIONS_TOLD: told},
-            policy=None if prior is None else Policy(prior),
-        )
-        sides = [("features", toy_spec.size)], [("probability", 1), ("embedding", WIDTH)]
-        given, got = (
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", w]) for n, w in side]
-            for side in sides
-        )
-        nodes = [
-            helper.make_node("MatMul", ["features", "pick"], ["embedding"]),
-            helper.make_node("MatMul", ["features", "nothing"], ["odds"]),
-            helper.make_node("Sigmoid", ["odds"], ["probability"]),
-        ]
-        weights = [
-            numpy_helper.from_array(pick, "pick"),
-            numpy_helper.from_array(np.zeros((toy_spec.size, 1), np.float32), "nothing"),
-        ]
-        graph = helper.make_graph(nodes, "toy", given, got, weights)
-        opset = [helper.make_opsetid("", 17)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=9)
-        helper.set_model_props(model, metadata)
-        path = tmp_path / f"{release}.onnx"
-        path.write_bytes(model.SerializeToString())
-        return Served(release, path)
+    def write(release: str, prior: Prior | None, **facts: object) -> Served:
+        policy = None if prior is None else Policy(prior)
+        return Served(release, write_package(policy=policy, facts=facts)[0])
 
     return write
 
@@ -206,7 +174,7 @@ def test_an_anchor_begins_with_the_prior_that_serves_and_follows_what_is_told(po
 
 @pytest.mark.parametrize(("told", "known"), [(70.5, 70.5), (-3, 0), ("many", 0), (10**400, 200)])
 def test_a_package_says_how_much_was_told_of_before_it(pooling, package, told, known):
-    served = package("r1", prior_of(), told=told)
+    served = package("r1", prior_of(), **{SESSIONS_TOLD: told})
 
     assert pooling.anchor(served, 0.0).sessions == known
     pooling.hear("a", said(told_by(prior_of(), 1)))
