@@ -103,16 +103,19 @@ class Moments:
 
     @classmethod
     def _fit(cls, stored: _Stored, prior: Prior) -> Moments:
-        first = np.frombuffer(stored.first, "<f4").astype(np.float64)
-        second = unpacked(stored.second, len(prior.mean)).astype(np.float64)
-        moments = cls(prior, stored.sessions, first, second)
+        first = np.frombuffer(stored.first, "<f4")
+        second = unpacked(stored.second, len(prior.mean))
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise ValueError("numbers that are not finite")
+        sums = first.astype(np.float64), second.astype(np.float64)
+        moments = cls(prior, stored.sessions, *sums)
         why = moments._why_unfit() if stored.prior == prior.digest else "they are of another prior"
         if why:
             raise ValueError(why)
         return moments
 
     def _why_unfit(self) -> str:
-        """Why no clipped sessions have these; NaN compares false, hence the form of the tests."""
+        """Why no clipped sessions have these."""
         if self.first.shape != self.prior.mean.shape:
             return f"{len(self.first)} weights"
         if not 0 < self.sessions <= SESSIONS_MAX:
@@ -123,8 +126,6 @@ class Moments:
         highest = np.diagonal(self.prior.covariance) * _ROUNDING + most**2
         if not (np.diagonal(self.second) <= self.sessions * highest).all():
             return "their square is beyond what is clipped"
-        if not np.isfinite(self.second).all():
-            return "numbers that are not finite"
         around = self.second - np.outer(self.first, self.first) / self.sessions
         if np.linalg.eigvalsh(around)[0] < -1e-3 * math.fsum(np.diagonal(self.second)):
             return "their covariance has a negative eigenvalue"

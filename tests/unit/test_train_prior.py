@@ -161,7 +161,7 @@ def test_a_device_counts_for_no_more_than_its_cap():
     ("why", "change"),
     [
         ("beyond what is clipped", {"first": np.full(WIDTH + 1, 1e9)}),
-        ("beyond what is clipped", {"first": np.full(WIDTH + 1, np.nan)}),
+        ("not finite", {"first": np.full(WIDTH + 1, np.nan)}),
         ("beyond what is clipped", {"second": 1e9 * np.eye(WIDTH + 1)}),
         ("negative eigenvalue", {"second": -np.eye(WIDTH + 1)}),
         ("sessions", {"sessions": -1.0}),
