@@ -40,6 +40,7 @@ from cloud_learner.train.family import Family
 from cloud_learner.train.hidden import embeddings_of, looked_into
 from cloud_learner.train.ledger import Entered, Ledger
 from cloud_learner.train.policy import PolicyLearner
+from cloud_learner.train.pooled import Anchor, facts_of
 from cloud_learner.train.replica import answers_of
 from cloud_learner.train.teaching import Lesson, Teaching, TrainingError
 from cloud_learner.train.trust import HeldOut, Trust
@@ -102,6 +103,7 @@ class Cycle:
         self.whole, self.is_taught = True, False
         self.cpu_s = self._arrived_s = 0.0
         self.parent = ""  # the release that serves
+        self.anchor: Anchor | None = None  # what devices told of their sessions on it
         self._learned_s = NOTHING_S  # from the first event time to the last
 
     @property
@@ -178,10 +180,11 @@ class Cycle:
         """
         weights, rows = self.replicas.weights, self._calibration_rows()
         made_of = origin(self.parent, self._learned_s, self.family.spec)
-        facts = {"batch": self.number, "weights": weights, **made_of}
+        facts = {"batch": self.number, "weights": weights, **made_of, **facts_of(self.anchor)}
+        policy = partial(self.personal.policy, anchor=self.anchor)
         return Candidate(
             self.number,
-            *self._forms.of(self.student.network, rows, facts, self.personal.policy),
+            *self._forms.of(self.student.network, rows, facts, policy),
             self._learned_s[1],
             self._arrived_s,
             weights,

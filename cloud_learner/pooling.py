@@ -18,14 +18,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from cloud_learner.train.dataset import Matrix
-from cloud_learner.train.pooled import BYTES_MAX, SESSIONS_TOLD, Anchor, Pooled
+from cloud_learner.train.policy import REFERENCE_ROWS
+from cloud_learner.train.pooled import BYTES_MAX, Anchor, Pooled, told_of
 from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.runner import Runner
@@ -48,12 +48,6 @@ class Served:
 NOTHING = Served()
 
 
-def told_of(provenance: Mapping[str, Any]) -> float:
-    """For how many sessions that devices told of a package's prior stands."""
-    said = provenance.get(SESSIONS_TOLD)
-    return said if isinstance(said, int | float) else 0.0
-
-
 class Pooling:
     """The moments of one family; `reference` are its rows, (rows, columns).
 
@@ -61,7 +55,7 @@ class Pooling:
     """
 
     def __init__(self, family: str, reference: Matrix) -> None:
-        self._family, self._reference = family, reference
+        self._family, self._reference = family, reference[:REFERENCE_ROWS]
         self._lock = Lock()
         self._waiting: dict[str, SessionMoments] = {}
         self._bytes = 0

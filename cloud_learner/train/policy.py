@@ -8,9 +8,10 @@ The bases of past sessions are what the student says of them now, though it has 
 people look a little more alike to it than strangers will. What it said when they came would be fair
 to strangers, and wrong after each drift for as long as the memory lasts.
 
-Invariants: a policy follows from the state and the package that it is for; asking changes nothing.
-A family that declares no `[personal]` has none, nor has one that knows no session yet: a device's
-sessions sleep. Rows of which the network makes no usable numbers say nothing.
+Invariants: a policy follows from the state, the package that it is for, and what devices told of
+other sessions, which weigh as many as they are; asking changes nothing. A family that declares no
+`[personal]` has none, nor has one that knows no session yet: a device's sessions sleep. Rows of
+which the network makes no usable numbers say nothing.
 
 Knows nothing about the gate, nor whose sessions may be heard.
 """
@@ -30,6 +31,7 @@ from cloud_learner.train.carry import carried
 from cloud_learner.train.dataset import Matrix, Rows
 from cloud_learner.train.declaration import Personal
 from cloud_learner.train.past import PastSessions
+from cloud_learner.train.pooled import Anchor
 from cloud_learner.train.prior import ROUNDS, PastSession, learn_prior
 from edge_runtime.inference.runner import Runner
 from edge_runtime.personal.policy import Policy
@@ -80,22 +82,27 @@ class PolicyLearner:
         if self._personal is not None:
             self._known, self._prior = self._learned(self._personal, look)
 
-    def policy(self, runner: Runner) -> Policy | None:
-        """The policy of the package in `runner`. Raises: PackageError."""
+    def policy(self, runner: Runner, anchor: Anchor | None = None) -> Policy | None:
+        """The policy of the package in `runner`; `anchor` is what devices told of other sessions.
+        Raises: PackageError.
+        """
         if self._personal is None:
             return None
-        _, prior = self._learned(self._personal, runner.embed)
+        _, prior = self._learned(self._personal, runner.embed, anchor)
         if prior is None:
             return None
         return Policy(shortened(prior), self._personal.explore, self._personal.optimism)
 
-    def _learned(self, personal: Personal, look: Look) -> tuple[Matrix, Prior | None]:
+    def _learned(
+        self, personal: Personal, look: Look, anchor: Anchor | None = None
+    ) -> tuple[Matrix, Prior | None]:
         """The embeddings of the reference, and the prior of such embeddings."""
         told = self._past.newest(LABELS_MAX) if self._past is not None else []
         known, sessions = self._seen(told, look)
         start = self._prior and carried(self._prior, self._known, known)
+        begun = anchor and anchor.moved(known)
         if not sessions:
-            return known, start
+            return known, begun.prior if begun else start
         assert self._task.kind != "multiclass", "such a family is refused"
         return known, learn_prior(
             self._task.kind,
@@ -104,6 +111,7 @@ class PolicyLearner:
             forgetting=personal.forgetting,
             rounds=ROUNDS if start is None else 1,
             start=start,
+            others=(begun.prior, begun.sessions) if begun and begun.sessions else None,
         )
 
     def _seen(self, told: Sequence[Rows], look: Look) -> tuple[Matrix, list[PastSession]]:

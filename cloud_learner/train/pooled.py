@@ -16,9 +16,11 @@ Knows nothing about reports and releases, and not whether a device is who it say
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from cloud_learner.train.carry import carried
 from cloud_learner.train.dataset import Matrix
 from cloud_learner.train.prior import STRENGTH, next_prior
 from edge_runtime.errors import PackageError
@@ -28,8 +30,7 @@ from edge_runtime.personal.prior import Prior
 CAP = 50.0
 KNOWN_MAX = 200.0
 BYTES_MAX = 32 << 20
-SESSIONS_TOLD = "sessions_told"
-"""Under which a package's provenance says for how many told sessions its prior stands."""
+_TOLD = "sessions_told"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,23 @@ class Anchor:
     prior: Prior
     sessions: float
     embeddings: Matrix
+
+    def moved(self, embeddings: Matrix) -> Anchor | None:
+        """The same where the reference has these embeddings; None if they are of another width."""
+        if embeddings.shape != self.embeddings.shape:
+            return None
+        return Anchor(carried(self.prior, self.embeddings, embeddings), self.sessions, embeddings)
+
+
+def facts_of(anchor: Anchor | None) -> dict[str, float]:
+    """What the package's provenance says of it; `told_of` reads it."""
+    return {_TOLD: anchor.sessions} if anchor is not None and anchor.sessions else {}
+
+
+def told_of(provenance: Mapping[str, Any]) -> float:
+    """For how many sessions that devices told of a package's prior stands."""
+    said = provenance.get(_TOLD)
+    return said if isinstance(said, int | float) else 0.0
 
 
 class Pooled:

@@ -58,18 +58,21 @@ def learn_prior(
     forgetting: float = 0.0,
     rounds: int = ROUNDS,
     start: Prior | None = None,
+    others: tuple[Prior, float] | None = None,
 ) -> Prior:
     """The prior that makes `sessions` likely; a family declares `region` and `forgetting`.
 
     Sessions without labels say nothing; there must be one with some. `start` is a prior of the same
-    embedding to go on from, where one is known.
+    embedding to go on from, where one is known. `others` is a prior of sessions that are not here,
+    and how many they are.
     """
     told = [session for session in sessions if len(session.labels)]
     first = replace(_first(task, told, region), patience=math.inf, forgetting=forgetting)
     prior = first if start is None else _from(start, first)
+    anchor = (first, STRENGTH) if others is None else (others[0], STRENGTH + others[1])
     for _ in range(rounds):
         moments, noise = _believed(prior, told)
-        prior = replace(_next(moments, first, STRENGTH), noise=noise)
+        prior = replace(_next(moments, *anchor), noise=noise)
     return replace(prior, patience=PATIENCE)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cloud_learner.pooling import LOOK_EVERY_S, REASONS_MAX, Pooling, Served
-from cloud_learner.train.pooled import CAP, KNOWN_MAX, SESSIONS_TOLD, Pooled
+from cloud_learner.train.pooled import CAP, KNOWN_MAX, Anchor, Pooled, facts_of
 from cloud_learner.train.prior import STRENGTH
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
@@ -172,9 +172,16 @@ def test_an_anchor_begins_with_the_prior_that_serves_and_follows_what_is_told(po
     assert pooling.anchor(served, 2 * LOOK_EVERY_S) is anchor  # nobody told more
 
 
+def test_what_a_package_says_of_its_anchor_is_read_again(pooling, package):
+    anchor = Anchor(prior_of(), 70.5, np.zeros((1, WIDTH), np.float32))
+
+    assert pooling.anchor(package("r1", prior_of(), **facts_of(anchor)), 0.0).sessions == 70.5
+    assert facts_of(None) == {}
+
+
 @pytest.mark.parametrize(("told", "known"), [(70.5, 70.5), (-3, 0), ("many", 0), (10**400, 200)])
 def test_a_package_says_how_much_was_told_of_before_it(pooling, package, told, known):
-    served = package("r1", prior_of(), **{SESSIONS_TOLD: told})
+    served = package("r1", prior_of(), sessions_told=told)
 
     assert pooling.anchor(served, 0.0).sessions == known
     pooling.hear("a", said(told_by(prior_of(), 1)))
