@@ -89,9 +89,9 @@ class Pooling:
         return self._anchor
 
     def statistics(self) -> dict[str, int]:
-        """Words that were heard, refused, and left out; devices and sessions that count."""
+        """Words that were heard, refused, left out, and wait; devices and sessions that count."""
         pooled = self._pooled.statistics() if self._pooled is not None else {}
-        return dict(self._counts) | pooled
+        return dict(self._counts) | {"moments_waiting": len(self._waiting)} | pooled
 
     def _drop(self, device: str) -> None:
         dropped = self._waiting.pop(device, None)

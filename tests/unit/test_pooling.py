@@ -199,6 +199,7 @@ def test_a_device_that_floods_replaces_its_own_words_alone(pooling, package):
         "moments_heard": 2,
         "moments_refused": 0,
         "moments_left_out": 999,
+        "moments_waiting": 0,
         "moments_devices": 2,
         "moments_sessions": 70,
     }
