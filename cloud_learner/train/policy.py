@@ -102,7 +102,7 @@ class PolicyLearner:
         start = self._prior and carried(self._prior, self._known, known)
         begun = anchor and anchor.moved(known)
         if not sessions:
-            return known, begun.prior if begun else start
+            return known, begun.declared(personal) if begun else start
         assert self._task.kind != "multiclass", "such a family is refused"
         return known, learn_prior(
             self._task.kind,

@@ -17,12 +17,13 @@ Knows nothing about reports and releases, and not whether a device is who it say
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cloud_learner.train.carry import carried
 from cloud_learner.train.dataset import Matrix
-from cloud_learner.train.prior import STRENGTH, next_prior
+from cloud_learner.train.declaration import Personal
+from cloud_learner.train.prior import STRENGTH, next_prior, room_of
 from edge_runtime.errors import PackageError
 from edge_runtime.personal.moments import SESSIONS_MAX, Moments
 from edge_runtime.personal.prior import Prior
@@ -48,7 +49,12 @@ class Anchor:
         """The same where the reference has these embeddings; None if they are of another width."""
         if embeddings.shape != self.embeddings.shape:
             return None
-        return Anchor(carried(self.prior, self.embeddings, embeddings), self.sessions, embeddings)
+        prior = carried(self.prior, self.embeddings, embeddings)
+        return Anchor(replace(prior, norm_max=room_of(embeddings)), self.sessions, embeddings)
+
+    def declared(self, personal: Personal) -> Prior:
+        """Its prior, with what a family declares of sessions."""
+        return replace(self.prior, region=personal.region, forgetting=personal.forgetting)
 
 
 def facts_of(anchor: Anchor | None) -> dict[str, float]:

@@ -29,7 +29,7 @@ from edge_runtime.errors import RequestError
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import Moments
 from edge_runtime.personal.odds import odds_of, probability
-from edge_runtime.personal.prior import PATIENCE, Matrix, Prior, Task, Vector
+from edge_runtime.personal.prior import NORM_MAX, PATIENCE, Matrix, Prior, Task, Vector
 
 Floats = npt.NDArray[np.float64]
 
@@ -116,9 +116,15 @@ def _first(task: Task, sessions: Sequence[PastSession], region: float) -> Prior:
         np.zeros(size, np.float32),
         np.diag(variances).astype(np.float32),
         region,
-        norm_max=_NORM_ROOM * math.sqrt(float(lengths.max())) or 1.0,
+        norm_max=room_of(embeddings),
         noise=noise,
     )
+
+
+def room_of(embeddings: Matrix) -> float:
+    """How long an embedding may be, where these (rows, width) are usual."""
+    longest = float(np.linalg.norm(embeddings.astype(np.float64), axis=1).max())
+    return min(_NORM_ROOM * longest, NORM_MAX) or 1.0
 
 
 def _residuals(task: Task, session: PastSession, region: float) -> Floats:

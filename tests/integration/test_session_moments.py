@@ -164,8 +164,8 @@ def test_people_whose_events_never_leave_the_device_move_the_next_prior(coin, si
             here.clock.advance(EVERY_S)
             if export:
                 await here.until(lambda: here.count("moments_waiting") == 1)
-            for name in ("a", "b"):
-                play(await here.device(name), [event for event in events if event[2] == name])
+            for one in "ab":
+                play(await here.device(one), [each for each in events if each[2] == one])
             await here.until(lambda: here.on_trial() is not None)
             assert here.count("moments_heard") == export
             assert here.host.learner.ingest.totals["archived"] <= EVENTS * 7 // 4

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from cloud_learner.pooling import LOOK_EVERY_S, REASONS_MAX, Pooling, Served
+from cloud_learner.stats.tasks import Task
+from cloud_learner.train.dataset import Rows
+from cloud_learner.train.declaration import Personal
+from cloud_learner.train.policy import PolicyLearner
 from cloud_learner.train.pooled import CAP, KNOWN_MAX, Anchor, Pooled, facts_of
 from cloud_learner.train.prior import STRENGTH
+from edge_runtime.inference.runner import Runner
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
 from edge_runtime.personal.policy import Policy
@@ -270,3 +275,56 @@ def test_where_no_policy_serves_there_is_no_anchor(pooling, package, tmp_path, s
     pooling.hear("a", said(told_by(prior_of(), 1)))
 
     assert pooling.anchor(release, 0.0) is None
+
+
+@pytest.fixture
+def runner(write_package) -> Runner:
+    """The next candidate: its embedding is four times that of `package`."""
+    return Runner(write_package(policy=Policy(prior_of()), turn=4.0)[0])
+
+
+def policies(pooling: Pooling) -> PolicyLearner:
+    personal = Personal(region=2.0, group="visitor", forgetting=0.125)
+    return PolicyLearner(personal, Task(kind="binary"), pooling._reference)
+
+
+def test_without_sessions_of_its_own_the_cloud_goes_on_from_what_devices_told(
+    pooling, package, runner
+):
+    assert policies(pooling).policy(runner) is None
+    for seed in range(5):
+        pooling.hear(f"device-{seed}", said(told_by(prior_of(), seed)))
+    anchor = pooling.anchor(package("r1", prior_of()), 0.0)
+    prior = policies(pooling).policy(runner, anchor).prior
+
+    rows = pooling._reference
+    before = anchor.embeddings @ anchor.prior.mean[1:] + anchor.prior.mean[0]
+    after = runner.embed(rows)[0] @ prior.mean[1:] + prior.mean[0]
+    np.testing.assert_allclose(after, before, atol=1e-2)
+    assert anchor.prior.mean[0] > 0.3
+    assert (prior.region, prior.forgetting) == (2.0, 0.125)
+    assert np.linalg.norm(runner.embed(rows)[0], axis=1).max() < prior.norm_max
+
+
+def test_what_devices_told_weighs_beside_the_clouds_own_sessions_as_many_as_they_are(
+    pooling, package, runner
+):
+    learner, rows = policies(pooling), pooling._reference
+    half = Rows(rows, np.tile([0.0, 1.0], 25).astype(np.float32))
+    learner.remember(half, ["till"] * 50, [f"{n // 5}" for n in range(50)], range(50))
+    served = package("r1", prior_of())
+    alone = learner.policy(runner).prior.mean[0]
+    assert learner.policy(runner, pooling.anchor(served, 0.0)).prior.mean[0] == alone
+    found = []
+    for seed in range(10):
+        pooling.hear(f"device-{seed}", said(told_by(prior_of(), seed)))
+        anchor = pooling.anchor(served, (seed + 1) * LOOK_EVERY_S)
+        found.append(learner.policy(runner, anchor).prior.mean[0])
+
+    assert alone + 0.1 < found[0] < found[-1] < anchor.prior.mean[0]
+
+
+def test_an_embedding_of_another_width_begins_from_nothing(pooling, package, write_package):
+    anchor = pooling.anchor(package("r1", prior_of()), 0.0)
+
+    assert anchor.moved(np.zeros((50, WIDTH + 1), np.float32)) is None
