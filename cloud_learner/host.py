@@ -208,6 +208,7 @@ class Host:
             "alarms": msgspec.to_builtins(alarms),
             "expected": releasing.expectation.facts(),
             "certificate": msgspec.to_builtins(course.certificate),
+            "moments_refused": course.pooling.refused,
             "counters": {
                 **self.learner.statistics_of(name),
                 **releasing.counts(),

@@ -51,7 +51,7 @@ NOTHING = Served()
 class Pooling:
     """The moments of one family; `reference` are its rows, (rows, columns).
 
-    `refused` holds the last reason by device.
+    `refused` holds the last reason by device, of those that were refused last; any thread may look.
     """
 
     def __init__(self, family: str, reference: Matrix) -> None:
@@ -132,9 +132,12 @@ class Pooling:
             pooled.take(device, data)
         except RequestError as error:
             self._counts["moments_refused"] += 1
-            self.refused.pop(device, None)
-            self.refused[device] = error.message
-            if len(self.refused) > REASONS_MAX:
-                del self.refused[next(iter(self.refused))]
+            self._refuse(device, error.message)
         else:
             self._counts["moments_heard"] += 1
+
+    def _refuse(self, device: str, why: str) -> None:
+        if self.refused.get(device) != why:
+            log.warning("%s: %s: %s", self._family, device, why)
+        others = {name: said for name, said in self.refused.items() if name != device}
+        self.refused = dict([*others.items(), (device, why)][-REASONS_MAX:])

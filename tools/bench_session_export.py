@@ -66,7 +66,7 @@ def measure(seed: int, releases: int = RELEASES, new: int = 2000) -> list[Row]:
             own = [people.session(chance) for _ in range(SESSIONS)]
             pooled.take(f"device-{device}", told(prior, own))
             seen += own
-        attacked = hostile(pooled) if release == 1 else []
+        attacked = hostile(pooled, tests) if release == 1 else []
         prior, _ = pooled.next(["hostile"])
         if release in (1, releases):
             rows += worth(f"prior of moments, release {release}", prior, tests) + attacked
@@ -117,9 +117,9 @@ def _losses(prior: Prior, session: PastSession) -> Floats:
     return np.array(losses).T
 
 
-def hostile(pooled: Pooled) -> list[Row]:
+def hostile(pooled: Pooled, tests: list[PastSession]) -> list[Row]:
     """How far the prior's mean goes, in its deviations, for one more device that is hostile."""
-    prior = pooled.prior
+    prior = after = pooled.prior
     before, honest = pooled.next()
     rows = []
     for name, times in {"extreme moments": 1, "the same ten times": 10}.items():
@@ -133,7 +133,8 @@ def hostile(pooled: Pooled) -> list[Row]:
         most = share * (DEVIATIONS_MAX + abs(float(before.mean[at])) / deviations[at])
         what = f"export: a hostile device of {DEVICES + 1}, {name}: the prior's mean moves by"
         rows.append(Row(what, float(moved.max()), "deviations", round(most, 3)))
-    return rows
+    what = f"prior of moments, release 1, with a hostile device of {DEVICES + 1}"
+    return rows + worth(what, after, tests)
 
 
 def loudest(prior: Prior) -> bytes:
