@@ -126,21 +126,19 @@ def hostile(pooled: Pooled, tests: list[PastSession]) -> list[Row]:
         for _ in range(times):
             pooled.take("hostile", loudest(prior))
         after, sessions = pooled.next()
-        deviations = np.sqrt(np.diagonal(prior.covariance).astype(np.float64))
-        moved = np.abs(after.mean.astype(np.float64) - before.mean) / deviations
         share = (sessions - honest) / (sessions + STRENGTH)
-        at = int(moved.argmax())
-        most = share * (DEVIATIONS_MAX + abs(float(before.mean[at])) / deviations[at])
+        moved = np.linalg.norm(prior.whitener @ (after.mean - before.mean))
+        most = share * (DEVIATIONS_MAX + np.linalg.norm(prior.whitener @ before.mean))
         what = f"export: a hostile device of {DEVICES + 1}, {name}: the prior's mean moves by"
-        rows.append(Row(what, float(moved.max()), "deviations", round(most, 3)))
+        rows.append(Row(what, float(moved), "deviations", round(float(most), 3)))
     what = f"prior of moments, release 1, with a hostile device of {DEVICES + 1}"
     return rows + worth(what, after, tests)
 
 
 def loudest(prior: Prior) -> bytes:
-    """All that a device can say without being refused: each weight as far out as is clipped."""
-    loud, most = Moments.none(prior), DEVIATIONS_MAX * np.sqrt(np.diagonal(prior.covariance))
-    loud.sessions, loud.first = float(SESSIONS_MAX), SESSIONS_MAX * most.astype(np.float64)
-    loud.second = np.outer(loud.first, loud.first) / SESSIONS_MAX
-    loud.second += SESSIONS_MAX * prior.covariance
+    """All that a device can say without being refused: each weight out as far as is clipped."""
+    loud, covariance = Moments.none(prior), prior.covariance.astype(np.float64)
+    most = DEVIATIONS_MAX * covariance.sum(axis=0) / np.sqrt(covariance.sum())
+    loud.sessions, loud.first = float(SESSIONS_MAX), SESSIONS_MAX * most
+    loud.second = np.outer(loud.first, loud.first) / SESSIONS_MAX + SESSIONS_MAX * covariance
     return loud.encode()

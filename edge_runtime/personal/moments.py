@@ -5,7 +5,8 @@ people differ. What the next prior needs are the moments of their weights: one s
 maximisation is the mean of what each session believes, and the mean of its square.
 
 Counted are differences from the prior's mean, each clipped to `DEVIATIONS_MAX` of the prior's own
-deviations, so that one session moves the next prior by a bounded amount.
+deviations in whichever direction, so that one session moves the next prior by a bounded amount.
+Were each weight clipped by itself, directions in which people hardly differ would stand open.
 
 Invariants: moments of one prior add up; bytes count at most `SESSIONS_MAX` sessions; moments
 that no clipped sessions can have are refused with `bad_moments`.
@@ -15,7 +16,6 @@ Knows nothing about who may export them, or how. Formats: `MOMENTS_VERSION`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float64]
 MOMENTS_VERSION: Final = 1
 SESSIONS_MAX = 1000
 DEVIATIONS_MAX = 3.0
-_ROUNDING = 1.001  # what float32 on the wire may add
+_ROUNDING = 1.01  # what float32 may add, where a direction is narrow
 
 
 class _Stored(msgspec.Struct, array_like=True, frozen=True):
@@ -66,8 +66,9 @@ class Moments:
         assert head.prior is self.prior
         if not head.labels:
             return
-        most = DEVIATIONS_MAX * _deviations(self.prior)
-        moved = np.clip(head.mean.astype(np.float64) - self.prior.mean, -most, most)
+        moved = head.mean.astype(np.float64) - self.prior.mean
+        far = float(np.linalg.norm(self.prior.whitener @ moved))
+        moved *= min(1.0, DEVIATIONS_MAX / max(far, 1.0))
         self.sessions += 1
         self.first += moved
         self.second += head.covariance + np.outer(moved, moved)
@@ -120,17 +121,16 @@ class Moments:
             return f"{len(self.first)} weights"
         if not 0 < self.sessions <= SESSIONS_MAX:
             return f"{self.sessions} sessions"
-        most = DEVIATIONS_MAX * _deviations(self.prior) * _ROUNDING
-        if not (np.abs(self.first) <= self.sessions * most).all():
+        whitener, most = self.prior.whitener, self.sessions * _ROUNDING
+        first, second = whitener @ self.first, whitener @ self.second @ whitener.T
+        if not np.linalg.norm(first) <= most * DEVIATIONS_MAX:
             return "their mean is beyond what is clipped"
-        highest = np.diagonal(self.prior.covariance) * _ROUNDING + most**2
-        if not (np.diagonal(self.second) <= self.sessions * highest).all():
+        total, farthest = np.trace(second), DEVIATIONS_MAX**2
+        if not total <= most * (len(first) + farthest):
             return "their square is beyond what is clipped"
-        around = self.second - np.outer(self.first, self.first) / self.sessions
-        if np.linalg.eigvalsh(around)[0] < -1e-3 * math.fsum(np.diagonal(self.second)):
+        around = np.linalg.eigvalsh(second - np.outer(first, first) / self.sessions)
+        if around[0] < -1e-3 * total:
             return "their covariance has a negative eigenvalue"
+        if not np.linalg.eigvalsh(second)[-1] <= most * (1 + farthest):
+            return "their square is beyond what is clipped in one direction"
         return ""
-
-
-def _deviations(prior: Prior) -> Floats:
-    return np.sqrt(np.diagonal(prior.covariance).astype(np.float64))

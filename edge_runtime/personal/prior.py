@@ -41,6 +41,8 @@ NORM_MAX, WEIGHT_MAX = 1e6, 1e6
 """The longest embedding that a prior may allow, and the largest number in it: what a head makes of
 both is a float32."""
 
+_DEVIATION_MIN = 1e-3  # of the largest one: smaller ones are float32's own
+
 PATIENCE = math.log(100.0)
 """An honest session is taken for nonsense with a probability of at most 1 in 100."""
 
@@ -135,6 +137,15 @@ class Prior:
         kept = 1 - self.forgetting
         mean, covariance = (1 - kept) * self.mean, (1 - kept**2) * self.covariance
         return mean.astype(np.float32), covariance.astype(np.float32)
+
+    @cached_property
+    def whitener(self) -> npt.NDArray[np.float64]:
+        """(1 + width, 1 + width): makes of a difference from the mean as many deviations, of which
+        there is one in each direction.
+        """
+        values, vectors = np.linalg.eigh(self.covariance.astype(np.float64))
+        deviations = np.sqrt(np.maximum(values, _DEVIATION_MIN**2 * values[-1]))
+        return np.asarray((vectors / deviations) @ vectors.T)
 
     @cached_property
     def scratch(self) -> Scratch:

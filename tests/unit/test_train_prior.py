@@ -146,7 +146,7 @@ def test_a_device_counts_for_no_more_than_its_cap():
     honest = {f"device-{n}": moments_of(prior, range(10 * n, 10 * n + 10)) for n in range(10)}
     loud = Moments.none(prior)
     loud.sessions = 900.0
-    loud.first = 900.0 * DEVIATIONS_MAX * np.sqrt(np.diagonal(prior.covariance).astype(float))
+    loud.first = 900.0 * DEVIATIONS_MAX / 2 * np.sqrt(np.diagonal(prior.covariance).astype(float))
     loud.second = np.outer(loud.first, loud.first) / 900.0
     told = {device: moments.encode() for device, moments in honest.items()}
     before, _ = next_prior(prior, told, cap=10)
