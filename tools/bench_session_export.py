@@ -57,20 +57,21 @@ class People:
 def measure(seed: int, releases: int = RELEASES, new: int = 2000) -> list[Row]:
     """The rows of the part `export`."""
     chance = np.random.default_rng(seed)
-    people, prior, seen = People.drawn(chance), nothing(), list[PastSession]()
+    people, seen = People.drawn(chance), list[PastSession]()
     tests = [people.session(chance) for _ in range(new)]
-    rows = worth("prior that knows nothing", prior, tests)
+    rows = worth("prior that knows nothing", nothing(), tests)
+    honest = attacked = nothing(), 0.0
     for release in range(1, releases + 1):
-        pooled = Pooled(prior)
-        for device in range(DEVICES):
-            own = [people.session(chance) for _ in range(SESSIONS)]
-            pooled.take(f"device-{device}", told(prior, own))
-            seen += own
-        attacked = hostile(pooled, tests) if release == 1 else []
-        prior, _ = pooled.next(["hostile"])
+        met = [[people.session(chance) for _ in range(SESSIONS)] for _ in range(DEVICES)]
+        seen += [session for own in met for session in own]
+        rows += moved(met) if release == 1 else []
+        honest, attacked = pooled(*honest, met).next(), beside_one(*attacked, met).next()
         if release in (1, releases):
-            rows += worth(f"prior of moments, release {release}", prior, tests) + attacked
-    return rows + worth("prior of the same sessions, seen whole", _whole(seen), tests)
+            what = f"prior of moments, release {release}"
+            rows += worth(what, honest[0], tests)
+            rows += worth(f"{what}, a hostile device among {DEVICES + 1}", attacked[0], tests)
+    whole = learn_prior("binary", seen, REGION)
+    return rows + worth("prior of the same sessions, seen whole", whole, tests)
 
 
 def nothing() -> Prior:
@@ -79,8 +80,20 @@ def nothing() -> Prior:
     return Prior("binary", eye[0] * 0, eye, REGION, norm_max=20.0)
 
 
-def _whole(sessions: list[PastSession]) -> Prior:
-    return learn_prior("binary", sessions, REGION)
+def pooled(prior: Prior, known: float, met: list[list[PastSession]]) -> Pooled:
+    """What the learner makes of the devices' words; each has met people of its own."""
+    found = Pooled(prior, known)
+    for device, own in enumerate(met):
+        found.take(f"device-{device}", told(prior, own))
+    return found
+
+
+def beside_one(prior: Prior, known: float, met: list[list[PastSession]], times: int = 1) -> Pooled:
+    """The same, with one more device, which says the most that it can, so many times."""
+    found = pooled(prior, known, met)
+    for _ in range(times):
+        found.take("hostile", loudest(prior))
+    return found
 
 
 def told(prior: Prior, sessions: list[PastSession]) -> bytes:
@@ -117,22 +130,18 @@ def _losses(prior: Prior, session: PastSession) -> Floats:
     return np.array(losses).T
 
 
-def hostile(pooled: Pooled, tests: list[PastSession]) -> list[Row]:
-    """How far the prior's mean goes, in its deviations, for one more device that is hostile."""
-    prior = after = pooled.prior
-    before, honest = pooled.next()
-    rows = []
+def moved(met: list[list[PastSession]]) -> list[Row]:
+    """How far a hostile device takes the prior's mean, in deviations, and how far it could."""
+    prior, rows = nothing(), []
+    before, honest = pooled(prior, 0.0, met).next()
     for name, times in {"extreme moments": 1, "the same ten times": 10}.items():
-        for _ in range(times):
-            pooled.take("hostile", loudest(prior))
-        after, sessions = pooled.next()
+        after, sessions = beside_one(prior, 0.0, met, times).next()
         share = (sessions - honest) / (sessions + STRENGTH)
-        moved = np.linalg.norm(prior.whitener @ (after.mean - before.mean))
+        far = np.linalg.norm(prior.whitener @ (after.mean - before.mean))
         most = share * (DEVIATIONS_MAX + np.linalg.norm(prior.whitener @ before.mean))
         what = f"export: a hostile device of {DEVICES + 1}, {name}: the prior's mean moves by"
-        rows.append(Row(what, float(moved), "deviations", round(float(most), 3)))
-    what = f"prior of moments, release 1, with a hostile device of {DEVICES + 1}"
-    return rows + worth(what, after, tests)
+        rows.append(Row(what, float(far), "deviations", round(float(most), 3)))
+    return rows
 
 
 def loudest(prior: Prior) -> bytes:

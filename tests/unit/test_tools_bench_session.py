@@ -20,3 +20,15 @@ def test_costs_are_measured_and_the_bounds_hold(measured) -> None:
 
 def test_data_that_are_not_there_are_left_out(measured, tmp_path) -> None:
     assert measured("bench-session", "movielens", HEADWATER_DATA=str(tmp_path)) == {}
+
+
+def test_a_prior_of_what_devices_export_helps_and_a_hostile_device_is_bounded(measured) -> None:
+    rows = measured("bench-session", "export")
+    worth = {what.split(": ", 2)[-1]: value for what, value in rows.items() if "log loss" in what}
+
+    assert worth["prior of moments, release 1, after 5-9 labels"] < min(
+        worth["prior that knows nothing, after 5-9 labels"], -2
+    )
+    moved = [value for what, value in rows.items() if "mean moves by" in what]
+    assert len(moved) == 2
+    assert all(0 < each < 0.15 for each in moved)
