@@ -25,7 +25,7 @@ from threading import Lock
 
 from cloud_learner.train.dataset import Matrix
 from cloud_learner.train.policy import REFERENCE_ROWS
-from cloud_learner.train.pooled import BYTES_MAX, Anchor, Pooled, told_of
+from cloud_learner.train.pooled import Anchor, Pooled, told_of
 from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.inference.package import read_package
 from edge_runtime.inference.runner import Runner
@@ -34,6 +34,7 @@ from edge_runtime.wire.messages import SessionMoments
 log = logging.getLogger("cloud_learner")
 
 LOOK_EVERY_S = 30.0
+WAITING_BYTES_MAX = 32 << 20
 REASONS_MAX = 100
 
 
@@ -73,7 +74,7 @@ class Pooling:
                     self._drop(device)
                     self._waiting[device] = each
                     self._bytes += len(each.moments)
-            while self._bytes > BYTES_MAX:
+            while self._bytes > WAITING_BYTES_MAX:
                 self._drop(next(iter(self._waiting)))
 
     def anchor(self, served: Served, now_s: float, left_out: Collection[str] = ()) -> Anchor | None:

@@ -25,12 +25,12 @@ from cloud_learner.train.dataset import Matrix
 from cloud_learner.train.declaration import Personal
 from cloud_learner.train.prior import STRENGTH, next_prior, room_of
 from edge_runtime.errors import PackageError
-from edge_runtime.personal.moments import SESSIONS_MAX, Moments
+from edge_runtime.personal.moments import Moments
 from edge_runtime.personal.prior import Prior
 
 CAP = 50.0
 KNOWN_MAX = 200.0
-BYTES_MAX = 32 << 20
+BYTES_MAX = 64 << 20
 _TOLD = "sessions_told"
 
 
@@ -75,32 +75,30 @@ class Pooled:
         """`known` is for how many sessions that devices told of `prior` stands."""
         self.prior, self._known = prior, float(max(0, min(known, KNOWN_MAX)))
         self._bytes_max = bytes_max
-        self._told: dict[str, bytes] = {}
-        self._sessions: dict[str, float] = {}
+        self._told: dict[str, Moments] = {}
 
     def take(self, device: str, data: bytes) -> None:
         """Add what a device tells to what it told before. Raises: RequestError `bad_moments`."""
         moments = Moments.decode(data, self.prior)
         before = self._told.pop(device, None)
         if before is not None:
-            moments.merge(Moments.decode(before, self.prior))
-        self._told[device] = moments.encode()
-        self._sessions[device] = min(moments.sessions, SESSIONS_MAX)
-        while len(self._told) * len(self._told[device]) > self._bytes_max:
-            oldest = next(iter(self._told))
-            del self._told[oldest], self._sessions[oldest]
+            moments.merge(before)
+        moments.fade()
+        self._told[device] = moments
+        while len(self._told) * moments.nbytes > self._bytes_max:
+            del self._told[next(iter(self._told))]
 
     def next(self, left_out: Collection[str] = ()) -> tuple[Prior, float]:
         """The prior that follows, and for how many told sessions it stands, beside those that any
         prior has of its own (`prior.STRENGTH`). `left_out` are devices that do not count.
         """
-        told = {name: data for name, data in self._told.items() if name not in left_out}
+        told = [self._told[name] for name in sorted(self._told.keys() - set(left_out))]
         if not told:
             return self.prior, self._known
-        counts = sorted(self._sessions[name] for name in told)
+        counts = sorted(each.sessions for each in told)
         cap = min(CAP, counts[(len(counts) - 1) // 2])
         try:
-            prior, _ = next_prior(self.prior, told, cap, STRENGTH + self._known)
+            prior = next_prior(self.prior, told, cap, STRENGTH + self._known)
         except PackageError:  # beyond the numbers that any prior may have
             return self.prior, self._known
         return prior, self._known + sum(min(each, cap) for each in counts)
@@ -109,5 +107,5 @@ class Pooled:
         """Devices that are heard, and the sessions that they tell of."""
         return {
             "moments_devices": len(self._told),
-            "moments_sessions": int(sum(self._sessions.values())),
+            "moments_sessions": int(sum(each.sessions for each in self._told.values())),
         }

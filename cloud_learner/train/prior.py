@@ -19,13 +19,12 @@ Knows nothing about packages or files, and needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.errors import RequestError
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import Moments
 from edge_runtime.personal.odds import odds_of, probability
@@ -77,22 +76,17 @@ def learn_prior(
 
 
 def next_prior(
-    prior: Prior, told: Mapping[str, bytes], cap: float, strength: float = STRENGTH
-) -> tuple[Prior, dict[str, str]]:
-    """The prior after what devices say of their sessions, and why some were not listened to.
+    prior: Prior, told: Iterable[Moments], cap: float, strength: float = STRENGTH
+) -> Prior:
+    """The prior after what devices say of their sessions, a device's moments each.
 
-    `told` are encoded moments by device. A device of more than `cap` sessions counts for `cap`; the
-    prior itself counts for `strength` sessions.
+    A device of more than `cap` sessions counts for `cap`; the prior itself counts for `strength`
+    sessions.
     """
-    moments, refused = Moments.none(prior), dict[str, str]()
-    for device in sorted(told):
-        try:
-            own = Moments.decode(told[device], prior)
-        except RequestError as error:
-            refused[device] = error.message
-        else:
-            moments.merge(own, min(1.0, cap / own.sessions))
-    return _next(moments, prior, strength), refused
+    moments = Moments.none(prior)
+    for own in told:
+        moments.merge(own, min(1.0, cap / own.sessions))
+    return _next(moments, prior, strength)
 
 
 def _from(start: Prior, first: Prior) -> Prior:

@@ -80,14 +80,25 @@ class Moments:
         self.first += weight * other.first
         self.second += weight * other.second
 
-    def encode(self) -> bytes:
-        """The moments as bytes; more than `SESSIONS_MAX` sessions weigh as much as so many."""
+    def fade(self) -> None:
+        """More than `SESSIONS_MAX` sessions weigh as much as so many, from now on."""
         share = min(1.0, SESSIONS_MAX / max(self.sessions, 1.0))
-        first = (share * self.first).astype("<f4").tobytes()
-        second = packed((share * self.second).astype(np.float32))
-        sessions = share * self.sessions
+        self.sessions *= share
+        self.first *= share
+        self.second *= share
+
+    @property
+    def nbytes(self) -> int:
+        """What its arrays take."""
+        return self.first.nbytes + self.second.nbytes
+
+    def encode(self) -> bytes:
+        """The moments, faded, as bytes."""
+        self.fade()
+        first = self.first.astype("<f4").tobytes()
+        second = packed(self.second.astype(np.float32))
         return msgspec.msgpack.encode(
-            _Stored(MOMENTS_VERSION, self.prior.digest, sessions, first, second)
+            _Stored(MOMENTS_VERSION, self.prior.digest, self.sessions, first, second)
         )
 
     @classmethod
@@ -128,9 +139,17 @@ class Moments:
         total, farthest = np.trace(second), DEVIATIONS_MAX**2
         if not total <= most * (len(first) + farthest):
             return "their square is beyond what is clipped"
-        around = np.linalg.eigvalsh(second - np.outer(first, first) / self.sessions)
-        if around[0] < -1e-3 * total:
+        unit = np.eye(len(first))
+        if not _is_positive(second - np.outer(first, first) / self.sessions + 1e-3 * total * unit):
             return "their covariance has a negative eigenvalue"
-        if not np.linalg.eigvalsh(second)[-1] <= most * (1 + farthest):
+        if not _is_positive(most * (1 + farthest) * unit - second):
             return "their square is beyond what is clipped in one direction"
         return ""
+
+
+def _is_positive(matrix: Floats) -> bool:
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    return True

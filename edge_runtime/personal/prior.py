@@ -41,7 +41,7 @@ NORM_MAX, WEIGHT_MAX = 1e6, 1e6
 """The longest embedding that a prior may allow, and the largest number in it: what a head makes of
 both is a float32."""
 
-_DEVIATION_MIN = 1e-3  # of the largest one: smaller ones are float32's own
+_VARIANCE_MIN = 1e-6  # of the largest one: less is float32's own
 
 PATIENCE = math.log(100.0)
 """An honest session is taken for nonsense with a probability of at most 1 in 100."""
@@ -143,9 +143,9 @@ class Prior:
         """(1 + width, 1 + width): makes of a difference from the mean as many deviations, of which
         there is one in each direction.
         """
-        values, vectors = np.linalg.eigh(self.covariance.astype(np.float64))
-        deviations = np.sqrt(np.maximum(values, _DEVIATION_MIN**2 * values[-1]))
-        return np.asarray((vectors / deviations) @ vectors.T)
+        covariance = self.covariance.astype(np.float64)
+        floor = _VARIANCE_MIN * np.diagonal(covariance).max() * np.eye(len(covariance))
+        return np.asarray(np.linalg.inv(np.linalg.cholesky(covariance + floor)))
 
     @cached_property
     def scratch(self) -> Scratch:

@@ -128,8 +128,8 @@ def test_a_device_that_is_left_out_counts_for_nothing():
 
 
 def test_the_device_heard_longest_ago_makes_room():
-    word = told_by(prior_of(), 1)
-    pooled = Pooled(prior_of(), bytes_max=3 * len(word) + 10)
+    word, size = told_by(prior_of(), 1), Moments.none(prior_of()).nbytes
+    pooled = Pooled(prior_of(), bytes_max=3 * size + 10)
     for device in "abcad":
         pooled.take(device, word)
 
