@@ -32,6 +32,7 @@ from cloud_learner.store.lineage import Lineage
 from cloud_learner.train.family import Family
 from cloud_learner.train.teaching import TrainingError
 from edge_runtime.errors import CapacityError, HeadwaterError
+from edge_runtime.wire.messages import Report
 
 CHECKPOINT_CYCLES = 10
 CANDIDATE_S = 0.5  # how long what was learned may wait for its candidate
@@ -77,6 +78,11 @@ class Course:
         last = self.waiting[-1].number if self.waiting else self.number
         self._commits.append((last, clock_s))
         self._settle_clock()
+
+    def hear(self, report: Report) -> None:
+        """Take what a device tells of the family's sessions, where it has any."""
+        if self.family.config.personal is not None:
+            self.pooling.hear(report.device, report.moments)
 
     def learn(self) -> None:
         """Learn the first batch that waits; whatever it raises ends here."""

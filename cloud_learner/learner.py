@@ -93,10 +93,10 @@ class Learner:
                 course.save()
 
     def hear(self, report: Report) -> None:
-        """Take what a device says of its log, and of its sessions."""
+        """Take what a device says of its log and of its sessions."""
         self.ingest.hear(report)
         for course in self.courses.values():
-            course.pooling.hear(report.device, report.moments)
+            course.hear(report)
 
     @property
     def archived(self) -> int:

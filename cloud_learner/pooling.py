@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+
+import numpy as np
 
 from cloud_learner.train.dataset import Matrix
 from cloud_learner.train.policy import REFERENCE_ROWS
@@ -47,6 +48,7 @@ class Served:
 
 
 NOTHING = Served()
+NOBODY = {"moments_devices": 0, "moments_sessions": 0}
 
 
 class Pooling:
@@ -64,7 +66,9 @@ class Pooling:
         self._pooled: Pooled | None = None
         self._anchor: Anchor | None = None
         self.refused: dict[str, str] = {}
-        self._counts = Counter(moments_heard=0, moments_refused=0, moments_left_out=0)
+        self._replaced = 0  # counted on the loop, all else on the trainer's thread
+        self._counts = {"moments_heard": 0, "moments_refused": 0, "moments_left_out": 0}
+        self._pool_counts = NOBODY
 
     def hear(self, device: str, told: Sequence[SessionMoments]) -> None:
         """Take what a device says; what it said before, and nobody has looked at, is replaced."""
@@ -90,27 +94,34 @@ class Pooling:
         return self._anchor
 
     def statistics(self) -> dict[str, int]:
-        """Words that were heard, refused, left out, and wait; devices and sessions that count."""
-        pooled = self._pooled.statistics() if self._pooled is not None else {}
-        return dict(self._counts) | {"moments_waiting": len(self._waiting)} | pooled
+        """Words that were heard, refused, left out, and wait; devices and sessions that count.
+
+        Any thread may ask.
+        """
+        left_out = self._counts["moments_left_out"] + self._replaced
+        waiting = {"moments_left_out": left_out, "moments_waiting": len(self._waiting)}
+        return self._counts | waiting | self._pool_counts
 
     def _drop(self, device: str) -> None:
         dropped = self._waiting.pop(device, None)
         if dropped is not None:
             self._bytes -= len(dropped.moments)
-            self._counts["moments_left_out"] += 1
+            self._replaced += 1
 
     def _begin(self, served: Served) -> None:
         """With another release: its prior, of which nobody has told yet."""
         self._served, self._looked_s = served, -math.inf
         self._pooled = self._anchor = None
+        self._pool_counts = NOBODY
         if served.package is None:
             return
         try:
             runner = Runner(served.package)
             info = read_package(runner.metadata)
-            if info.policy is not None:
-                embeddings, _ = runner.embed(self._reference)
+            if info.policy is None:
+                return
+            embeddings, _ = runner.embed(self._reference)
+            if np.isfinite(embeddings).all():
                 self._pooled = Pooled(info.policy.prior, told_of(info.provenance))
                 self._anchor = Anchor(*self._pooled.next(), embeddings)
         except PackageError as error:  # the next prior is learned from nothing
@@ -124,9 +135,10 @@ class Pooling:
                 self._take(device, told.moments, pooled)
             else:
                 self._counts["moments_left_out"] += 1
-        if waiting and self._anchor is not None:
+        if self._anchor is not None:
             prior, sessions = pooled.next(left_out)
             self._anchor = Anchor(prior, sessions, self._anchor.embeddings)
+            self._pool_counts = pooled.statistics()
 
     def _take(self, device: str, data: bytes, pooled: Pooled) -> None:
         try:

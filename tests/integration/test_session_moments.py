@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Self
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -31,7 +33,8 @@ from edge_runtime.inference.onnxfile import metadata_in
 from edge_runtime.inference.package import PackageInfo, read_package
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.uplinked import cloud_side
-from edge_runtime.wire import subjects
+from edge_runtime.wire import codec, subjects
+from edge_runtime.wire.messages import WIRE_VERSION, Report, SessionMoments
 
 WAIT_S = 20.0
 LABELS = 8
@@ -67,7 +70,8 @@ class Site:
         self._url, self._access = broker.url, admissions.access()
         family = Family.load(Path(self.home.of("coin").origin().folder))
         self.host = Host(self.home, [family], await self._connected("learner"), SystemClock())
-        await (await self._connected("test")).subscribe(subjects.LEARNER_STATUS, self._hear)
+        self._bus = await self._connected("test")
+        await self._bus.subscribe(subjects.LEARNER_STATUS, self._hear)
         self._run(self.host.run())
         return self
 
@@ -103,6 +107,17 @@ class Site:
 
     def count(self, name: str) -> int:
         return self.host.learner.statistics_of("coin").get(name, 0)
+
+    async def say(self, name: str, moments: bytes) -> None:
+        """A report in the name of a device that nobody has admitted, so that it needs no key."""
+        told = [SessionMoments("coin", self.host.releasing["coin"].served.release, moments)]
+        bare = Report(WIRE_VERSION, name, 1, 0.0, {}, [], 0, {}, {}, [], 0, 0, number=1)
+        report = msgspec.structs.replace(bare, moments=told)
+        await self._bus.publish(subjects.report(name), codec.encode(report))
+
+    def refused(self) -> dict[str, str]:
+        detail = json.loads(self.host.status().detail)
+        return detail["families"]["coin"]["moments_refused"]
 
     def on_trial(self) -> PackageInfo | None:
         """What the newest package that the gate passed says of itself."""
@@ -148,7 +163,9 @@ def play(device: Runtime, events: list) -> None:
         device.label(answer.id, heads, time_s=label_time_s)
 
 
-def test_people_whose_events_never_leave_the_device_move_the_next_prior(coin, site, tmp_path):
+def test_people_whose_events_never_leave_the_device_move_the_next_prior_and_garbage_does_not(
+    coin, site, tmp_path
+):
     events = coin.stream(EVENTS, seed=3, start_s=2000.0)
 
     async def story(name: str, *, export: bool) -> PackageInfo:
@@ -162,12 +179,13 @@ def test_people_whose_events_never_leave_the_device_move_the_next_prior(coin, si
             )
             meet_people(kiosk)
             here.clock.advance(EVERY_S)
-            if export:
-                await here.until(lambda: here.count("moments_waiting") == 1)
+            await here.say("hostile", b"garbage")
+            await here.until(lambda: here.count("moments_waiting") == 1 + export)
             for one in "ab":
                 play(await here.device(one), [each for each in events if each[2] == one])
             await here.until(lambda: here.on_trial() is not None)
             assert here.count("moments_heard") == export
+            assert list(here.refused()) == ["hostile"]
             assert here.host.learner.ingest.totals["archived"] <= EVENTS * 7 // 4
             return here.on_trial()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cloud_learner.pooling import LOOK_EVERY_S, REASONS_MAX, Pooling, Served
+from cloud_learner.rollout.journal import Fed, Signed
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows
 from cloud_learner.train.declaration import Personal
@@ -20,7 +21,8 @@ from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MAX, Moments
 from edge_runtime.personal.policy import Policy
 from edge_runtime.personal.prior import Prior
-from edge_runtime.wire.messages import SessionMoments
+from edge_runtime.wire import codec
+from edge_runtime.wire.messages import WIRE_VERSION, Report, SessionMoments
 
 WIDTH = 3
 TASTES = np.array([0.6, -0.4, 0.0, 0.3])
@@ -178,7 +180,18 @@ def test_an_anchor_begins_with_the_prior_that_serves_and_follows_what_is_told(po
 
     assert anchor.sessions == 100
     assert np.abs(anchor.prior.mean - TASTES).max() < 0.3
-    assert pooling.anchor(served, 2 * LOOK_EVERY_S) is anchor  # nobody told more
+    again = pooling.anchor(served, 2 * LOOK_EVERY_S)  # nobody told more
+    assert again.prior.encode() == anchor.prior.encode()
+
+
+def test_a_device_that_is_quarantined_later_counts_no_more(pooling, package):
+    served = package("r1", prior_of())
+    for device in ("a", "b"):
+        pooling.hear(device, said(told_by(prior_of(), 1)))
+
+    assert pooling.anchor(served, 0.0).sessions == 40
+    assert pooling.anchor(served, LOOK_EVERY_S, ["b"]).sessions == 20
+    assert pooling.anchor(served, 2 * LOOK_EVERY_S).sessions == 40
 
 
 def test_what_a_package_says_of_its_anchor_is_read_again(pooling, package):
@@ -332,3 +345,12 @@ def test_an_embedding_of_another_width_begins_from_nothing(pooling, package, wri
     anchor = pooling.anchor(package("r1", prior_of()), 0.0)
 
     assert anchor.moved(np.zeros((50, WIDTH + 1), np.float32)) is None
+
+
+def test_a_trials_journal_keeps_nothing_of_what_a_report_tells_of_sessions():
+    bare = Report(WIRE_VERSION, "a", 1, 0.0, {}, [], 0, {}, {}, [], 0, 0)
+    telling = msgspec.structs.replace(bare, moments=said(told_by(prior_of(), 1)))
+    signed = Signed(codec.encode(telling), b"a signature")
+
+    assert Fed.of_report(0.0, 1, bare, signed).signed is signed
+    assert Fed.of_report(0.0, 1, telling, signed).told() == bare
