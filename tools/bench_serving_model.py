@@ -110,7 +110,7 @@ def write_package(path: Path, lean: float = 0.0, policy: Policy | None = None) -
         [numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    path.write_bytes(sealed(model, INTERFACE, SPEC, rows(8), {"lean": lean}, policy))
+    path.write_bytes(sealed(model, INTERFACE, SPEC, rows(8), {"lean": lean}, policy=policy))
     return path
 
 

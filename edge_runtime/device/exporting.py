@@ -22,11 +22,8 @@ from threading import Lock
 from edge_runtime.clock import Clock
 from edge_runtime.device.sketching import EVERY_S
 from edge_runtime.personal.head import Head
-from edge_runtime.personal.moments import Moments
+from edge_runtime.personal.moments import SESSIONS_MIN, Moments
 from edge_runtime.wire.messages import SessionMoments
-
-SESSIONS_MIN = 10
-"""The strict end of the 3 to 10 that statistical offices ask of a cell before they publish it."""
 
 BYTES_MAX = 600_000
 """Of a report; a broker takes a megabyte. The widest embedding's moments are 526 kB."""

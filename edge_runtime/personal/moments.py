@@ -8,8 +8,8 @@ Counted are differences from the prior's mean, each clipped to `DEVIATIONS_MAX` 
 deviations in whichever direction, so that one session moves the next prior by a bounded amount.
 Were each weight clipped by itself, directions in which people hardly differ would stand open.
 
-Invariants: moments of one prior add up; bytes count at most `SESSIONS_MAX` sessions; moments
-that no clipped sessions can have are refused with `bad_moments`.
+Invariants: moments of one prior add up; bytes that are read count `SESSIONS_MIN` sessions or more,
+and `SESSIONS_MAX` at most; what no clipped sessions can have is refused with `bad_moments`.
 
 Knows nothing about who may export them, or how. Formats: `MOMENTS_VERSION`.
 """
@@ -30,7 +30,9 @@ from edge_runtime.personal.prior import Prior, packed, unpacked
 Floats = npt.NDArray[np.float64]
 
 MOMENTS_VERSION: Final = 1
-SESSIONS_MAX = 1000
+SESSIONS_MIN, SESSIONS_MAX = 10, 1000
+"""Ten is the strict end of what statistical offices ask of a cell before they publish it."""
+
 DEVIATIONS_MAX = 3.0
 _ROUNDING = 1.01  # what float32 may add, where a direction is narrow
 
@@ -130,7 +132,7 @@ class Moments:
         """Why no clipped sessions have these."""
         if self.first.shape != self.prior.mean.shape:
             return f"{len(self.first)} weights"
-        if not 0 < self.sessions <= SESSIONS_MAX:
+        if not SESSIONS_MIN <= self.sessions <= SESSIONS_MAX:
             return f"{self.sessions} sessions"
         whitener, most = self.prior.whitener, self.sessions * _ROUNDING
         first, second = whitener @ self.first, whitener @ self.second @ whitener.T

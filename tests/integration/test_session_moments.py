@@ -28,9 +28,10 @@ from edge_runtime.bus.base import Bus, Message
 from edge_runtime.bus.nats import connect
 from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.config import EdgeConfig, SessionsConfig, UplinkConfig
-from edge_runtime.device.exporting import EVERY_S, SESSIONS_MIN
+from edge_runtime.device.exporting import EVERY_S
 from edge_runtime.inference.onnxfile import metadata_in
 from edge_runtime.inference.package import PackageInfo, read_package
+from edge_runtime.personal.moments import SESSIONS_MIN
 from edge_runtime.runtime import Event, Runtime
 from edge_runtime.uplinked import cloud_side
 from edge_runtime.wire import codec, subjects

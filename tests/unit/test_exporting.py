@@ -11,11 +11,11 @@ import pytest
 
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, SessionsConfig
-from edge_runtime.device.exporting import BYTES_MAX, SESSIONS_MIN, Exporting
+from edge_runtime.device.exporting import BYTES_MAX, Exporting
 from edge_runtime.device.sketching import EVERY_S
 from edge_runtime.inference.slot import load_arm
 from edge_runtime.personal.head import Head
-from edge_runtime.personal.moments import SESSIONS_MAX, Moments
+from edge_runtime.personal.moments import SESSIONS_MAX, SESSIONS_MIN, Moments
 from edge_runtime.personal.policy import Policy
 from edge_runtime.personal.prior import WIDTH_MAX, Prior
 from edge_runtime.runtime import Event, Runtime

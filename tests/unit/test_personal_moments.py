@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.errors import RequestError
 from edge_runtime.personal.head import Head
-from edge_runtime.personal.moments import DEVIATIONS_MAX, Moments
+from edge_runtime.personal.moments import DEVIATIONS_MAX, SESSIONS_MIN, Moments
 from edge_runtime.personal.prior import Prior
 
 FROZEN = json.loads((Path(__file__).parents[1] / "fixtures" / "moments-v1.json").read_text())
@@ -70,6 +70,7 @@ def test_a_session_counts_as_no_farther_than_is_clipped_in_any_direction():
         moments = Moments.none(prior)
         moments.add(head)
         far = np.linalg.norm(prior.whitener @ moments.first)
+        moments.merge(moments, SESSIONS_MIN - 1)
 
         assert far <= 1.0001 * DEVIATIONS_MAX
         Moments.decode(moments.encode(), prior)
@@ -78,9 +79,10 @@ def test_a_session_counts_as_no_farther_than_is_clipped_in_any_direction():
 def test_what_is_small_in_each_weight_and_far_in_a_narrow_direction_is_refused():
     prior = narrow()
     moments = Moments.none(prior)
-    moments.add(session_of(prior, 1, labels=3))
+    for seed in range(SESSIONS_MIN):
+        moments.add(session_of(prior, seed, labels=3))
     narrowest = np.linalg.eigh(prior.covariance.astype(np.float64))[1][:, 0]
-    moments.first += 0.1 * narrowest
+    moments.first = 2.0 * narrowest
     assert (np.abs(moments.first) < np.sqrt(np.diagonal(prior.covariance))).all()
 
     with pytest.raises(RequestError, match="their mean is beyond"):

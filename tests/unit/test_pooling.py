@@ -256,9 +256,19 @@ def test_another_release_begins_with_its_own_prior(pooling, package):
         lambda prior: told_by(prior_of(0.5), 1),
         lambda prior: claiming(prior, 1e9),
         lambda prior: claiming(prior, float("nan")),
-        lambda prior: claiming(prior, 2.0),
+        lambda prior: claiming(prior, 20.0),
+        lambda prior: claiming(prior, 1e-3),
     ],
-    ids=["nothing", "no moments", "cut", "another prior", "too many", "NaN", "too heavy"],
+    ids=[
+        "nothing",
+        "no moments",
+        "cut",
+        "another prior",
+        "too many",
+        "NaN",
+        "too heavy",
+        "too few",
+    ],
 )
 def test_what_is_no_moments_is_counted_with_its_reason_and_changes_nothing(pooling, package, spoil):
     prior, served = prior_of(), package("r1", prior_of())

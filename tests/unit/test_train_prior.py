@@ -161,12 +161,13 @@ def test_a_device_counts_for_no_more_than_its_cap():
         ("beyond what is clipped", {"second": 1e9 * np.eye(WIDTH + 1)}),
         ("negative eigenvalue", {"second": -np.eye(WIDTH + 1)}),
         ("sessions", {"sessions": -1.0}),
+        ("sessions", {"sessions": 9.0}),
         ("sessions", {"sessions": float("nan")}),
     ],
 )
 def test_moments_that_nobody_can_have_are_refused(why, change):
     prior = start()
-    moments = moments_of(prior, range(5))
+    moments = moments_of(prior, range(10))
     for name, value in change.items():
         setattr(moments, name, value)
 
@@ -179,13 +180,13 @@ def test_bytes_that_are_no_moments_are_refused(spoil):
     prior = start()
 
     with pytest.raises(RequestError) as caught:
-        Moments.decode(spoil(moments_of(prior, range(3)).encode()), prior)
+        Moments.decode(spoil(moments_of(prior, range(10)).encode()), prior)
 
     assert caught.value.code == "bad_moments"
 
 
 def test_moments_of_another_prior_are_refused():
-    told = moments_of(start(), range(3)).encode()
+    told = moments_of(start(), range(10)).encode()
     other = learn_prior("regression", [session_of(1)], region=5.0)
 
     with pytest.raises(RequestError, match="another prior"):
