@@ -171,7 +171,8 @@ class Sessions:
         if needs > self._bytes_max:
             raise CapacityError(
                 "session_too_large",
-                f"a session of {name[0]!r} takes {needs} of {self._bytes_max} bytes, and is not open",
+                f"a session of {name[0]!r} takes {needs} bytes, all may take "
+                f"{self._bytes_max}; none was opened",
                 "allow sessions more bytes",
             )
         self.expire()

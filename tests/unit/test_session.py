@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import math
 from collections import Counter
 
 import msgspec
@@ -11,8 +13,9 @@ import pytest
 
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, SessionsConfig, local_config
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.inference.slot import load_arm
+from edge_runtime.personal.odds import shifted
 from edge_runtime.personal.policy import Policy
 from edge_runtime.personal.prior import Prior
 from edge_runtime.runtime import Event, Runtime
@@ -546,3 +549,35 @@ def test_labels_that_are_refused_are_counted(open_runtime, load):
             session.label(prediction_id, value)
 
     assert runtime.counters()["request_errors"] == 3
+
+
+def test_a_policy_needs_a_model_of_one_number(load, tmp_path):
+    import onnx
+
+    arm_path = tmp_path / "two.onnx"
+    load(policy=policy_of())
+    model = onnx.load(next(tmp_path.glob("*.onnx")))
+    model.graph.node.append(
+        onnx.helper.make_node("Concat", ["probability1"] * 2, ["probability"], axis=1)
+    )
+    next(n for n in model.graph.node if n.op_type == "Sigmoid").output[0] = "probability1"
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+    golden = next(each for each in model.metadata_props if each.key == "headwater.golden")
+    told = msgspec.json.decode(golden.value)
+    answers = np.frombuffer(base64.b64decode(told["outputs_b64"]), "<f4").repeat(2)
+    told["outputs_b64"] = base64.b64encode(answers.tobytes()).decode()
+    golden.value = msgspec.json.encode(told).decode()
+    onnx.save(model, arm_path)
+
+    with pytest.raises(PackageError) as caught:
+        load_arm(arm_path, None, "stable", "r", 1.0)
+
+    assert caught.value.code == "wrong_signature"
+    assert "sessions" in str(caught.value)
+
+
+@pytest.mark.parametrize("base", [float("nan"), 0.0, 1.0])
+def test_a_shifted_answer_is_a_probability_or_none_at_all(base):
+    moved = shifted("binary", base, 2.0)
+
+    assert math.isnan(moved) if math.isnan(base) else abs(moved - base) < 1e-11
