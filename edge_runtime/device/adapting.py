@@ -99,21 +99,30 @@ class Adapting:
         final: bool,
     ) -> Labelled:
         """See `Session.label`."""
+        try:
+            with self._asking.turn:
+                return self._labelled(name, prediction_id, value, time_s, final=final)
+        except HeadwaterError as error:
+            self._asking.refused(error)
+            raise
+
+    def _labelled(
+        self, name: Key, prediction_id: str, value: float, time_s: float | None, *, final: bool
+    ) -> Labelled:
         asking = self._asking
-        with asking.turn:
-            family = asking.family(name[0])
-            record = asking.label_of(family, prediction_id, value, time_s, final=final)
-            known = record.epoch == asking.next_number()[0]
-            answer = self.pending.find(record.seq) if known else None
-            if answer is not None and (answer.family, answer.key) != name:
-                raise _other_session(prediction_id)
-            seq = asking.log_label(family, record)
-            if answer is None or not final:
-                return Labelled(seq, adapted=False)
-            self.pending.forget(record.seq)
-            learned = self._learn(answer, record.value)
-            self.counts["learned"] += learned
-            return Labelled(seq, learned)
+        family = asking.family(name[0])
+        record = asking.label_of(family, prediction_id, value, time_s, final=final)
+        known = record.epoch == asking.next_number()[0]
+        answer = self.pending.find(record.seq) if known else None
+        if answer is not None and (answer.family, answer.key) != name:
+            raise _other_session(prediction_id)
+        seq = asking.log_label(family, record)
+        if answer is None or not final:
+            return Labelled(seq, adapted=False)
+        self.pending.forget(record.seq)
+        learned = self._learn(answer, record.value)
+        self.counts["learned"] += learned
+        return Labelled(seq, learned)
 
     def _learn(self, answer: Answered, label: float) -> bool:
         standing = self._standing.get(answer.family)
@@ -134,20 +143,15 @@ class Adapting:
     def explain(self, name: Key) -> Explanation:
         """See `Session.explain`."""
         with self._asking.turn:
-            head = self._head(name)
+            standing = self._standing.get(name[0])
+            head = None if standing is None else self.sessions.find(name, standing.ground)
             return NOTHING if head is None else head.explain()
 
     def reset(self, name: Key) -> None:
         """See `Session.reset`."""
         with self._asking.turn:
             self.pending.wipe(*name)
-            head = self._head(name)
-            if head is not None:
-                head.reset()
-
-    def _head(self, name: Key) -> Head | None:
-        standing = self._standing.get(name[0])
-        return None if standing is None else self.sessions.find(name, standing.ground)
+            self.sessions.reset(name)
 
     def end(self, name: Key) -> None:
         """See `Session.close`."""
@@ -188,12 +192,24 @@ class Adapting:
 
     def _move(self) -> None:
         """Move sessions to what serves now, one in each turn, those first that were used last."""
-        while self._moves and not self._stop.wait(_PAUSE_S):
-            with self._asking.turn:
-                self._moves = any(
-                    self.sessions.rebase(name, standing.ground, at_most=1)
-                    for name, standing in self._standing.items()
-                )
+        while late := self._late():
+            for name in late:
+                if self._stop.wait(_PAUSE_S):
+                    return
+                with self._asking.turn:
+                    standing = self._standing.get(name[0])
+                    if standing is not None:
+                        self.sessions.rebase(name, standing.ground)
+
+    def _late(self) -> list[Key]:
+        with self._asking.turn:
+            late = [
+                name
+                for family, standing in self._standing.items()
+                for name in self.sessions.late(family, standing.ground)
+            ]
+            self._moves = bool(late)
+            return late
 
     def expire(self) -> None:
         """End what nobody has used for too long."""
@@ -202,14 +218,14 @@ class Adapting:
 
     def restore(self) -> None:
         """Take what the process before kept; it lies on the disk no more."""
-        if not self._path.exists():
-            return
-        data = self._path.read_bytes()
-        self._path.unlink()
+        grounds = {name: each.ground for name, each in self._standing.items()}
         try:
-            grounds = {name: each.ground for name, each in self._standing.items()}
-            self.sessions.restore(data, grounds)
-        except RequestError as error:
+            with self._path.open("rb") as file:
+                self._path.unlink()
+                self.sessions.restore(file.read(self._config.bytes_max_mb << 20), grounds)
+        except FileNotFoundError:
+            return
+        except (OSError, RequestError) as error:
             log.warning("sessions begin anew: %s", error)
 
     def close(self) -> None:

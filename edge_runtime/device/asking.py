@@ -44,7 +44,7 @@ class Asking:
     ) -> None:
         self._families, self._journal, self._serving = families, journal, serving
         self._clock = clock
-        self._refused = refused
+        self.refused = refused
         self.turn = threading.Lock()
         self.latency = Histogram()
         self.counts = {"predictions": 0, "observations": 0, "labels": 0}
@@ -66,7 +66,7 @@ class Asking:
                 self.counts["predictions"] += 1
                 self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
-            self._refused(error)
+            self.refused(error)
             raise
         return prediction
 
@@ -98,7 +98,7 @@ class Asking:
                     self.counts["predictions"] += 1
                     self.latency.record((time.perf_counter_ns() - started_ns) / 1000)
         except HeadwaterError as error:
-            self._refused(error)
+            self.refused(error)
             raise
         return prediction
 
@@ -119,7 +119,7 @@ class Asking:
             return [self._tried(family, event) for event in events]
         for each in found:
             if isinstance(each, HeadwaterError):
-                self._refused(each)
+                self.refused(each)
         return found
 
     def observe(self, name: str | None, event: Event) -> int:
@@ -133,7 +133,7 @@ class Asking:
                 self.moved(family, (kind, time_s, fields))
                 self.counts["observations"] += 1
         except HeadwaterError as error:
-            self._refused(error)
+            self.refused(error)
             raise
         return seq
 
@@ -153,7 +153,7 @@ class Asking:
                 record = self.label_of(family, prediction_id, value, time_s, final=final)
                 return self.log_label(family, record)
         except HeadwaterError as error:
-            self._refused(error)
+            self.refused(error)
             raise
 
     def label_of(
@@ -203,7 +203,7 @@ class Asking:
         try:
             return self.family(name)
         except RequestError as error:
-            self._refused(error)
+            self.refused(error)
             raise
 
     def _log_and_move(

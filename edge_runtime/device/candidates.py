@@ -31,7 +31,7 @@ class Candidates:
     each, (candidates, F), by arm.
 
     With `features`, of the stable arm's spec, the windows are asked only for arms of another spec.
-    Raises: RequestError, as `Pipeline.admitted`, and `wrong_shape`.
+    Raises: RequestError, as `Pipeline.admitted`, and (wrong_shape, not_finite).
     """
 
     def __init__(
@@ -95,6 +95,12 @@ def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
             f"the features of {count} candidates have shape {found.shape}, not {wanted}; nothing "
             "was logged",
             "give a row for each candidate, in the order of the feature spec",
+        )
+    if not np.isfinite(found).all():
+        raise RequestError(
+            "not_finite",
+            "the features of the candidates hold numbers that are not finite; nothing was logged",
+            "leave the candidate out, or give what stands for a missing value in the feature spec",
         )
     return found
 

@@ -64,10 +64,10 @@ class Runner:
     tensors, such as lists of maps, are left out.
 
     `run_us` is the usual time of one row; None where no sample row would run. `features` and
-    `scores` are the widths of a model that maps a row of features to probabilities, else 0, and
-    `width` that of its embedding, 0 without. `embedding` is that of the row that `answer` was last
-    given, of shape (width,): who keeps it, copies it. Who
-    runs a release on trial says in `running` since when, and of how many rows, by its thread.
+    `scores` are the widths of a model that maps a row of features to probabilities, else 0, `width`
+    that of its embedding, 0 without. `embedding`, (width,), is that of the row that `answer` had
+    last: who keeps it, copies it. `running` says since when the rows of a release on trial run, and
+    how many, by thread.
 
     Loading takes milliseconds to seconds: call it in a thread of its own.
     Raises: PackageError (unreadable_package, wrong_signature), naming the file.
@@ -154,8 +154,7 @@ class Runner:
         """
         answer: Matrix = self._run([OUTPUT], {INPUT: x})[0]
         if answer.shape != (len(x), self.scores):
-            what = f"the model's answer is of shape {answer.shape}, not {(len(x), self.scores)}"
-            raise PackageError("run_failed", what)
+            raise PackageError("run_failed", f"the model's answer has shape {answer.shape}")
         return answer
 
     def answer(self, packed: bytes) -> list[float]:
@@ -184,11 +183,12 @@ class Runner:
 
         Only where there is a `width`. Raises: PackageError `run_failed`.
         """
-        if not self.batchable:
-            runs = [self._run([EMBEDDING, OUTPUT], {INPUT: row[None]}) for row in x]
-            return np.concatenate([each for each, _ in runs]), np.concatenate([e for _, e in runs])
-        embeddings, answers = self._run([EMBEDDING, OUTPUT], {INPUT: padded(x)})
-        return embeddings[: len(x)], answers[: len(x)]
+        tables = [padded(x)] if self.batchable else [row[None] for row in x]
+        runs = [self._run([EMBEDDING, OUTPUT], {INPUT: each}) for each in tables]
+        embeddings, answers = (np.concatenate(each)[: len(x)] for each in zip(*runs, strict=True))
+        if embeddings.shape + answers.shape != (len(x), self.width, len(x), self.scores):
+            raise PackageError("run_failed", f"the model's embedding has shape {embeddings.shape}")
+        return embeddings, answers
 
     def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
         try:

@@ -107,12 +107,19 @@ def score_table(arms: Sequence[Arm], tables: Sequence[Matrix]) -> Table:
                 embeddings, outputs = arm.runner.embed(x)
                 answers.append(outputs[:, 0])
             else:
-                answers.append(arm.runner.run(x)[:, 0])
+                answers.append(_alone(arm, x)[:, 0])
         except PackageError as error:
             answers.append(error)
         finally:
             took_ns.append(_ended(arm, started_ns) // len(x))
     return Table(answers, took_ns, embeddings)
+
+
+def _alone(arm: Arm, x: Matrix) -> Matrix:
+    """What an arm answers to each row of `x` whatever stands beside it."""
+    if arm.runner.batchable:
+        return arm.runner.run(x)
+    return np.concatenate([arm.runner.run(row[None]) for row in x])
 
 
 def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
@@ -126,7 +133,7 @@ def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
             answers.append(error)
         finally:  # also of a run that Ctrl-C ended: it does not hang
             took_ns.append(_ended(arm, started_ns))
-    return answers, took_ns, arms[0].runner.embedding
+    return answers, took_ns, arms[0].runner.embedding if type(answers[0]) is list else None
 
 
 def _embedded(arm: Arm, rows: list[bytes]) -> tuple[Sequence[Vector | None], list[Answer]]:

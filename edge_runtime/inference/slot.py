@@ -238,11 +238,10 @@ def _check_widths(runner: Runner, info: PackageInfo, path: str) -> None:
             f"{path} takes {runner.features} features and gives {runner.scores} outputs; "
             f"its metadata says {widths[0]} and {widths[1]}",
         )
-    if info.policy is not None and runner.width != info.policy.prior.width:
-        raise PackageError(
-            "wrong_signature",
-            f"{path} gives no {EMBEDDING!r} FP32 [-1, {info.policy.prior.width}] for its sessions",
-        )
+    width = runner.width if info.policy is None else info.policy.prior.width
+    if runner.width != width or (info.policy is not None and runner.scores > 1):
+        what = f"{path} gives not one number and {EMBEDDING!r} FP32 [-1, {width}] for its sessions"
+        raise PackageError("wrong_signature", what)
 
 
 def _described(tensors: Iterable[Tensor]) -> str:
@@ -283,10 +282,11 @@ def _stamp(path: Path, sha256: str) -> tuple[int, ...]:
 
 
 def _check_golden(runner: Runner, info: PackageInfo, path: str) -> None:
-    """Row by row, as requests come, which also warms the runner; then all rows at once."""
+    """Row by row, as requests come, which also warms the runner; all at once; with embeddings."""
     inputs = info.golden_inputs
     single = np.concatenate([runner.run(row) for row in np.split(inputs, len(inputs))])
-    for answers in (single, runner.run(inputs)):
+    embedded = [runner.embed(inputs)[1]] if runner.width else []
+    for answers in (single, runner.run(inputs), *embedded):
         gap = _gap(answers, info.golden_outputs)
         if not gap <= info.tolerance:  # a NaN is no agreement either
             raise PackageError(

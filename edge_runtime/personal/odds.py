@@ -36,4 +36,4 @@ def shifted(task: str, base: float, shift: float) -> float:
         return base + shift
     if 0 < base < 1:
         return 1 / (1 + (1 - base) / base * math.exp(-shift))
-    return probability(odds_of(base) + shift) if shift else base
+    return base if not shift or math.isnan(base) else probability(odds_of(base) + shift)

@@ -6,19 +6,22 @@ model made of the event then, which nobody wants to compute again, or to keep fo
 Numbers are those of one epoch, and rise. Answers lie in blocks of consecutive numbers, and go by
 blocks, so that remembering one costs no more than putting it into a dict.
 
-Invariants: what is kept takes at most `bytes_max`; the oldest answers go first.
+Invariants: what is kept takes at most `bytes_max`, blocks that are half empty included; the oldest
+answers go first.
 
 Knows nothing about heads and models. Used by one thread at a time.
 """
 
 from __future__ import annotations
 
+from sys import getsizeof
+
 import msgspec
 
 from edge_runtime.personal.prior import Prior
 
 ANSWER_BYTES = 640
-"""What an answer takes beside its arrays: Python's objects, measured and rounded up."""
+"""What an answer takes beside its arrays and key: Python's objects, measured and rounded up."""
 
 _BLOCK_BITS = 7  # 128 numbers
 
@@ -49,19 +52,28 @@ class Pending:
     def remember(self, number: int, answer: Answered) -> None:
         """Keep an answer, and forget the oldest if need be."""
         if number >> _BLOCK_BITS != self._block:
-            self._block = number >> _BLOCK_BITS
-            self._newest = self._blocks.setdefault(self._block, {})
+            self._begin(number >> _BLOCK_BITS)
         self._newest[number] = answer
-        self._bytes += ANSWER_BYTES + len(answer.embedding) + len(answer.row)
-        if self._bytes > self._bytes_max:
-            self._drop()
-
-    def _drop(self) -> None:
+        data = len(answer.embedding) + len(answer.row)
+        self._bytes += ANSWER_BYTES + getsizeof(answer.key) + data  # `_bytes`, without its call
         while self._bytes > self._bytes_max:
-            block = next(iter(self._blocks))
-            self._bytes -= sum(map(_bytes, self._blocks.pop(block).values()))
-            if block == self._block:
-                self._block = -1
+            self._drop(next(iter(self._blocks)))
+
+    def _begin(self, block: int) -> None:
+        before, self._block = self._block, block
+        if before in self._blocks:
+            self._bytes += getsizeof(self._newest)  # as large when its answers are gone
+            if not self._newest:
+                self._drop(before)
+        self._newest = self._blocks[block] = {}
+
+    def _drop(self, block: int) -> None:
+        gone = self._blocks.pop(block)
+        self._bytes -= sum(map(_bytes, gone.values()))
+        if block == self._block:
+            self._block = -1
+        else:
+            self._bytes -= getsizeof(gone)
 
     def find(self, number: int) -> Answered | None:
         """The answer with that number, if it is still known."""
@@ -69,13 +81,17 @@ class Pending:
 
     def forget(self, number: int) -> None:
         """An answer that has its label."""
-        answer = self._blocks.get(number >> _BLOCK_BITS, _NONE).pop(number, None)
+        block = number >> _BLOCK_BITS
+        answers = self._blocks.get(block, _NONE)
+        answer = answers.pop(number, None)
         if answer is not None:
             self._bytes -= _bytes(answer)
+            if not answers and block != self._block:
+                self._drop(block)
 
     def wipe(self, family: str | None, key: str | None = None) -> None:
         """Forget what one session, those of a family, or all were answered."""
-        for block in self._blocks.values():
+        for block in list(self._blocks.values()):
             for number, answer in list(block.items()):
                 if family in (None, answer.family) and key in (None, answer.key):
                     self.forget(number)
@@ -89,4 +105,4 @@ _NONE: dict[int, Answered] = {}
 
 
 def _bytes(answer: Answered) -> int:
-    return ANSWER_BYTES + len(answer.embedding) + len(answer.row)
+    return ANSWER_BYTES + getsizeof(answer.key) + len(answer.embedding) + len(answer.row)

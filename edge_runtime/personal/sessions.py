@@ -39,10 +39,7 @@ OVERHEAD_BYTES = 1536
 
 _MAGIC = b"HWSE"
 
-_COUNTED = (
-    *("opened", "closed", "expired", "evicted", "wiped"),
-    *("rebased", "outgrown", "unreadable"),
-)
+_COUNTED = ("opened", "closed", "expired", "evicted", "wiped", "rebased", "outgrown", "unreadable")
 
 Key = tuple[str, str]
 """Family, and whom the session is of."""
@@ -73,6 +70,7 @@ class _Entry(msgspec.Struct, array_like=True, frozen=True):
     spec: str
     unused_s: float
     state: bytes
+    release: str
 
 
 class _Snapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -87,6 +85,7 @@ _decoder = msgspec.msgpack.Decoder(_Snapshot)
 @dataclass(slots=True)
 class _Open:
     spec: str
+    release: str
     head: Head
     bytes: int
     used_s: float
@@ -124,10 +123,10 @@ class Sessions:
         if now_s - found.used_s >= self._ttl_s:
             self._end(name, "expired")
             return None
-        if found.head.prior is not ground.prior and not self._move(name, found, ground):
-            return None
         found.used_s = now_s
         self._open.move_to_end(name)
+        if found.head.prior is not ground.prior and not self._move(name, found, ground):
+            return None
         return found.head
 
     def open(self, name: Key, ground: Ground) -> Head:
@@ -148,7 +147,7 @@ class Sessions:
         if found.spec != ground.spec:
             self._end(name, "outgrown")
             return False
-        if found.head.prior.digest == ground.prior.digest:
+        if (found.release, found.head.prior.digest) == (ground.release, ground.prior.digest):
             found.head.prior = ground.prior
         else:
             try:
@@ -157,21 +156,28 @@ class Sessions:
                 self._end(name, "unreadable")
                 return False
             self._counts["rebased"] += 1
-        return True
+            found.release, needs = ground.release, _needs(name, found.head)
+            self._bytes += needs - found.bytes
+            found.bytes = needs
+            self._make_room(0, 0)
+        return name in self._open
+
+    def _make_room(self, needs: int, count: int) -> None:
+        while self._bytes + needs > self._bytes_max or len(self._open) + count > self._count_max:
+            self._end(next(iter(self._open)), "evicted")
 
     def _put(self, name: Key, ground: Ground, head: Head, used_s: float) -> None:
-        needs = head.nbytes + OVERHEAD_BYTES + sum(map(sys.getsizeof, name))
+        needs = _needs(name, head)
         if needs > self._bytes_max:
             raise CapacityError(
                 "session_too_large",
-                f"a session of {name[0]!r} takes {needs} bytes, all together may take "
-                f"{self._bytes_max}; no session was opened",
+                f"a session of {name[0]!r} takes {needs} bytes, all may take "
+                f"{self._bytes_max}; none was opened",
                 "allow sessions more bytes",
             )
         self.expire()
-        while self._bytes + needs > self._bytes_max or len(self._open) >= self._count_max:
-            self._end(next(iter(self._open)), "evicted")
-        self._open[name] = _Open(ground.spec, head, needs, used_s)
+        self._make_room(needs, 1)
+        self._open[name] = _Open(ground.spec, ground.release, head, needs, used_s)
         self._bytes += needs
 
     def _end(self, name: Key, why: str) -> None:
@@ -194,6 +200,11 @@ class Sessions:
         self._end(name, "closed")
         return True
 
+    def reset(self, name: Key) -> None:
+        """Let a session begin anew, on whatever it stands."""
+        if name in self._open:
+            self._open[name].head.reset()
+
     def wipe(self, family: str | None = None) -> int:
         """Forget the sessions of a family, or of all, at once; how many there were."""
         names = [name for name in self._open if family is None or name[0] == family]
@@ -201,26 +212,26 @@ class Sessions:
             self._end(name, "wiped")
         return len(names)
 
-    def rebase(self, family: str, ground: Ground, at_most: int) -> int:
-        """Move up to `at_most` sessions of a family to `ground`, the last used first.
-
-        Call it until it returns 0: between two calls others have their turn.
-        """
-        late = [
-            (name, found)
+    def late(self, family: str, ground: Ground) -> list[Key]:
+        """The sessions of a family that do not stand on `ground` yet, the last used first."""
+        return [
+            name
             for name, found in reversed(self._open.items())
             if name[0] == family and found.head.prior is not ground.prior
-        ][:at_most]
-        for name, found in late:
+        ]
+
+    def rebase(self, name: Key, ground: Ground) -> None:
+        """Let a session stand on `ground`, if it is open and does not yet."""
+        found = self._open.get(name)
+        if found is not None and found.head.prior is not ground.prior:
             self._move(name, found, ground)
-        return len(late)
 
     def snapshot(self) -> bytes:
         """All open sessions as bytes, which hold what is known of people: keep them as such."""
         self.expire()
         now_s = self._clock.monotonic_s()
         entries = [
-            _Entry(*name, found.spec, now_s - found.used_s, found.head.encode())
+            _Entry(*name, found.spec, now_s - found.used_s, found.head.encode(), found.release)
             for name, found in self._open.items()
         ]
         body = msgspec.msgpack.encode(_Snapshot(SESSIONS_VERSION, self._clock.now_s(), entries))
@@ -247,6 +258,8 @@ class Sessions:
                 continue
             try:
                 head = Head.decode(entry.state, ground.prior, ground.embed)
+                if entry.release != ground.release:
+                    head = head.rebased(ground.prior, ground.embed)
                 self._put((entry.family, entry.key), ground, head, now_s - unused_s)
             except HeadwaterError:
                 self._counts["unreadable"] += 1
@@ -258,13 +271,18 @@ class Sessions:
 
 def checked_key(key: str) -> str:
     """`key`, if it can be one of a session. Raises: RequestError `bad_session_key`."""
-    if not 0 < len(key) <= KEY_LENGTH_MAX:
+    fits = isinstance(key, str) and 0 < len(key) <= KEY_LENGTH_MAX
+    if not fits or key.encode(errors="replace").decode() != key:  # half a surrogate pair
         raise RequestError(
             "bad_session_key",
-            f"a session's key has {len(key)} characters; no session was opened",
-            f"use 1 to {KEY_LENGTH_MAX}, such as a hash of what you have",
+            f"a session's key is no text of 1 to {KEY_LENGTH_MAX} characters; none was opened",
+            "use such as a hash of what you have, in hexadecimal digits",
         )
     return key
+
+
+def _needs(name: Key, head: Head) -> int:
+    return head.nbytes + OVERHEAD_BYTES + sum(map(sys.getsizeof, name))
 
 
 def _opened(data: bytes) -> _Snapshot:

@@ -192,15 +192,18 @@ def test_a_flipped_bit_is_seen():
         store().restore(bytes(kept), {})
 
 
-def test_rebasing_goes_by_portions_and_the_last_used_first():
+def test_sessions_that_are_late_are_moved_one_by_one_and_the_last_used_first():
     sessions, ground, other = store(), ground_of(), ground_of(region=1.0)
     for key in ("ada", "bob", "eve"):
         taught(sessions, key, ground)
     sessions.open(("elsewhere", "ada"), ground)
 
-    moved = [sessions.rebase(FAMILY, other, at_most=2) for _ in range(3)]
+    late = sessions.late(FAMILY, other)
+    assert late == [(FAMILY, key) for key in ("eve", "bob", "ada")]
+    for name in [*late, (FAMILY, "gone")]:
+        sessions.rebase(name, other)
 
-    assert moved == [2, 1, 0]
+    assert sessions.late(FAMILY, other) == []
     assert sessions.find(("elsewhere", "ada"), ground).prior is ground.prior
     assert sessions.find((FAMILY, "bob"), other).labels == 3
     assert sessions.statistics()["rebased"] == 3
@@ -211,7 +214,7 @@ def test_who_comes_before_it_was_moved_is_moved_then():
     taught(sessions, "ada", ground)
 
     assert sessions.find((FAMILY, "ada"), other).prior is other.prior
-    assert sessions.rebase(FAMILY, other, at_most=1) == 0
+    assert sessions.late(FAMILY, other) == []
 
 
 def test_the_same_prior_again_changes_no_bit():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import math
 from collections import Counter
 
 import msgspec
@@ -11,8 +13,9 @@ import pytest
 
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, SessionsConfig, local_config
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.inference.slot import load_arm
+from edge_runtime.personal.odds import shifted
 from edge_runtime.personal.policy import Policy
 from edge_runtime.personal.prior import Prior
 from edge_runtime.runtime import Event, Runtime
@@ -433,3 +436,148 @@ def test_a_heavy_model_is_asked_on_its_own_thread(open_runtime, load):
     assert answer.adapted
     assert len(ranked) == 3
     assert msgspec.json.encode(ranked)
+
+
+@pytest.mark.parametrize("key", ["\ud800", "a\udfffz", b"bytes", 7])
+def test_a_key_that_is_no_text_is_refused(open_runtime, load, key):
+    runtime = open_runtime(load(policy=policy_of()))
+
+    with pytest.raises(RequestError) as caught:
+        runtime.session("toy", key)
+
+    assert caught.value.code == "bad_session_key"
+
+
+def test_any_text_is_a_key_that_survives_a_restart(tmp_path, write_package):
+    path, _ = write_package(policy=policy_of())
+    config = msgspec.structs.replace(
+        local_config(path, "toy", tmp_path / "state"), sessions=SessionsConfig(keep=True)
+    )
+    keys = ["\0", "\U0001f9a9" * 256, "a\nb", "\u202e"]
+    with Runtime.open(config) as runtime:
+        for key in keys:
+            taught(runtime.session("toy", key))
+
+    with Runtime.open(config) as again:
+        assert all(again.session("toy", key).predict(scheduled()).adapted for key in keys)
+
+
+def test_a_reset_counts_where_sessions_sleep(open_runtime, load, plan_of):
+    arms = load(policy=policy_of()), load(0.1)
+    runtime = open_runtime(arms[0])
+    session = runtime.session("toy", KEY)
+    taught(session)
+
+    runtime.swap("toy", arms[1:], plan_of(arms[1]))
+    session.reset()
+    runtime.swap("toy", arms[:1], plan_of(arms[0]))
+
+    assert not session.predict(scheduled()).adapted
+
+
+def test_a_new_model_with_the_same_prior_takes_the_sessions_over(open_runtime, load, plan_of):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+    taught(session)
+    before = session.predict(scheduled())
+    arm = load(0.1, policy=policy_of(), turn=-1.0)
+
+    runtime.swap("toy", [arm], plan_of(arm))
+    after = session.predict(scheduled())
+
+    assert runtime.statistics()["sessions"]["rebased"] == 1
+    assert after.outputs[0] - after.base[0] == pytest.approx(
+        before.outputs[0] - before.base[0], abs=0.02
+    )
+
+
+def test_sessions_of_a_wider_release_keep_within_their_bytes(open_runtime, load, plan_of):
+    runtime = open_runtime(load(policy=policy_of()), bytes_max_mb=1)
+    for number in range(100):
+        taught(runtime.session("toy", f"user-{number}"), times=1)
+    arm = load(0.1, policy=policy_of(width=200))
+
+    runtime.swap("toy", [arm], plan_of(arm))
+    runtime.adapting._mover.join()
+
+    told = runtime.statistics()["sessions"]
+    assert told["open"] * 201 * 201 * 4 < told["bytes"] <= 1 << 20
+
+
+def test_what_cannot_be_read_of_kept_sessions_costs_only_them(tmp_path, write_package):
+    path, _ = write_package(policy=policy_of())
+    config = local_config(path, "toy", tmp_path / "state")
+    (tmp_path / "state" / "sessions").mkdir(parents=True)
+
+    with Runtime.open(config) as runtime:
+        assert not runtime.session("toy", KEY).predict(scheduled()).adapted
+
+
+def test_kept_sessions_beyond_what_may_be_open_are_not_read_in_full(tmp_path, write_package):
+    path, _ = write_package(policy=policy_of())
+    config = local_config(path, "toy", tmp_path / "state")
+    (tmp_path / "state").mkdir()
+    with (tmp_path / "state" / "sessions").open("wb") as file:
+        file.truncate(1 << 36)
+
+    with Runtime.open(config) as runtime:
+        assert not runtime.session("toy", KEY).predict(scheduled()).adapted
+    assert not (tmp_path / "state" / "sessions").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_candidates_rows_that_are_not_finite_are_refused(open_runtime, load, value):
+    runtime = open_runtime(load(policy=policy_of()))
+    session, event = runtime.session("toy", KEY), Event("scheduled", NOW_S, {"carrier": "UA"})
+    features = np.zeros((20, runtime.resident("toy")[0].runner.features), np.float32)
+    features[7, 1] = value
+
+    with pytest.raises(RequestError) as caught:
+        session.rank(event, CANDIDATES, 3, features)
+
+    assert caught.value.code == "not_finite"
+    assert runtime.log.handed_out("event") == 0
+
+
+def test_labels_that_are_refused_are_counted(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of()))
+    session = runtime.session("toy", KEY)
+    answer = runtime.session("toy", "grace").predict(scheduled())
+
+    for prediction_id, value in ((answer.id, 1), ("EWR.1.99", 1), (answer.id, float("nan"))):
+        with pytest.raises(RequestError):
+            session.label(prediction_id, value)
+
+    assert runtime.counters()["request_errors"] == 3
+
+
+def test_a_policy_needs_a_model_of_one_number(load, tmp_path):
+    import onnx
+
+    arm_path = tmp_path / "two.onnx"
+    load(policy=policy_of())
+    model = onnx.load(next(tmp_path.glob("*.onnx")))
+    model.graph.node.append(
+        onnx.helper.make_node("Concat", ["probability1"] * 2, ["probability"], axis=1)
+    )
+    next(n for n in model.graph.node if n.op_type == "Sigmoid").output[0] = "probability1"
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+    golden = next(each for each in model.metadata_props if each.key == "headwater.golden")
+    told = msgspec.json.decode(golden.value)
+    answers = np.frombuffer(base64.b64decode(told["outputs_b64"]), "<f4").repeat(2)
+    told["outputs_b64"] = base64.b64encode(answers.tobytes()).decode()
+    golden.value = msgspec.json.encode(told).decode()
+    onnx.save(model, arm_path)
+
+    with pytest.raises(PackageError) as caught:
+        load_arm(arm_path, None, "stable", "r", 1.0)
+
+    assert caught.value.code == "wrong_signature"
+    assert "sessions" in str(caught.value)
+
+
+@pytest.mark.parametrize("base", [float("nan"), 0.0, 1.0])
+def test_a_shifted_answer_is_a_probability_or_none_at_all(base):
+    moved = shifted("binary", base, 2.0)
+
+    assert math.isnan(moved) if math.isnan(base) else abs(moved - base) < 1e-11
