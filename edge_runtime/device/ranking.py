@@ -37,7 +37,6 @@ from edge_runtime.inference.package import Matrix
 from edge_runtime.inference.scoring import Scores, Table, score_table
 from edge_runtime.inference.slot import Arm
 from edge_runtime.metrics import Histogram
-from edge_runtime.personal.odds import ODDS_MAX
 from edge_runtime.personal.ranking import optimistic
 from edge_runtime.rollout.plan import choose
 from edge_runtime.wire import codec
@@ -251,9 +250,9 @@ def _base(arms: Sequence[Arm], table: Table, salt: str, first: Number) -> Floats
 
 
 def _odds(chances: Floats) -> Floats:
-    """Log odds, within `ODDS_MAX`; NaN stays what it is."""
+    """Log odds to be ordered by: infinite at 0 and 1; NaN stays what it is."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.clip(np.log(chances / (1 - chances)), -ODDS_MAX, ODDS_MAX)
+        return np.log(chances / (1 - chances))
 
 
 def _places(

@@ -34,11 +34,12 @@ def optimistic(head: Head, embeddings: Matrix, deviations: float) -> tuple[Vecto
     expected = shifts(head, embeddings)
     if head.falls >= FALLS_MAX or not deviations:
         return expected, expected
-    crossed = embeddings @ head.covariance[1:, 1:]
-    crossed += 2 * head.covariance[0, 1:]
+    covariance = head.covariance
+    crossed = embeddings @ covariance[1:, 1:]
     crossed *= embeddings
-    variances = crossed.sum(axis=1)
-    variances += head.covariance[0, 0]
+    variances = crossed @ np.ones(len(covariance) - 1, np.float32)
+    variances += embeddings @ (2 * covariance[1:, 0])
+    variances += covariance[0, 0]
     bonus = np.sqrt(np.maximum(variances, 0, out=variances), out=variances)
     bonus *= deviations
     bonus += expected
@@ -67,6 +68,6 @@ def _expected(head: Head, embeddings: Matrix, weights: Vector) -> Vector:
 
 
 def _within(prior: Prior, shift: Vector) -> Vector:
-    bounded = np.clip(shift, -prior.region, prior.region, out=shift)
+    bounded = np.minimum(np.maximum(shift, -prior.region, out=shift), prior.region, out=shift)
     bounded[np.isnan(bounded)] = 0.0
     return bounded

@@ -111,6 +111,7 @@ class Sessions:
         self._clock, self._ttl_s = clock, ttl_s
         self._bytes_max, self._count_max, self._on_end = bytes_max, count_max, on_end
         self._open: OrderedDict[Key, _Open] = OrderedDict()
+        self._newest: _Open | None = None
         self._bytes = 0
         self._counts = dict.fromkeys(_COUNTED, 0)
 
@@ -124,7 +125,9 @@ class Sessions:
             self._end(name, "expired")
             return None
         found.used_s = now_s
-        self._open.move_to_end(name)
+        if found is not self._newest:
+            self._open.move_to_end(name)
+            self._newest = found
         if found.head.prior is not ground.prior and not self._move(name, found, ground):
             return None
         return found.head
@@ -177,7 +180,8 @@ class Sessions:
             )
         self.expire()
         self._make_room(needs, 1)
-        self._open[name] = _Open(ground.spec, ground.release, head, needs, used_s)
+        self._newest = _Open(ground.spec, ground.release, head, needs, used_s)
+        self._open[name] = self._newest
         self._bytes += needs
 
     def _end(self, name: Key, why: str) -> None:
