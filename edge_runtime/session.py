@@ -73,8 +73,9 @@ class Session:
 
         A candidate completes the fields of `event`. With `features`, float32 (candidates, F) in
         the order of the feature spec, the windows are not asked. Fewer than `k`: all of them.
-        Raises: RequestError (no_candidates, too_many_candidates, wrong_shape, and those of
-        `predict`, for any candidate), PackageError `run_failed`; nothing was then logged.
+        Raises: RequestError (no_candidates, too_many_candidates, wrong_shape, not_finite, and those
+        of `predict`, for any candidate that is looked at: with `features` only those shown),
+        PackageError `run_failed`; nothing was then logged.
         """
         return self._ranking.rank(self._visitor, event, candidates, k, features)
 

@@ -87,7 +87,8 @@ class _Given:
 
 
 def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
-    found = np.ascontiguousarray(features, "<f4")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+        found = np.ascontiguousarray(features, "<f4")
     wanted = count, stable.runner.features
     if found.shape != wanted:
         raise RequestError(

@@ -525,11 +525,11 @@ def test_kept_sessions_beyond_what_may_be_open_are_not_read_in_full(tmp_path, wr
     assert not (tmp_path / "state" / "sessions").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_candidates_rows_that_are_not_finite_are_refused(open_runtime, load, value):
     runtime = open_runtime(load(policy=policy_of()))
     session, event = runtime.session("toy", KEY), Event("scheduled", NOW_S, {"carrier": "UA"})
-    features = np.zeros((20, runtime.resident("toy")[0].runner.features), np.float32)
+    features = np.zeros((20, runtime.resident("toy")[0].runner.features))
     features[7, 1] = value
 
     with pytest.raises(RequestError) as caught:
