@@ -170,7 +170,7 @@ class Ranking:
         view = self._view(visitor, arms, table, _base(arms, table, candidates.salt, first))
         values = (_odds(view.base) if view.task == "binary" else view.base) + view.bonus
         order = np.argsort(-values, kind="stable").tolist()
-        if not math.isfinite(view.base.sum()):
+        if not np.isfinite(view.base).all():
             order = [index for index in order if math.isfinite(view.base[index])]
         if not order:
             raise PackageError("run_failed", "the model has no answer to any candidate")
@@ -186,7 +186,8 @@ class Ranking:
             return _View(arms, table, base, "", nothing, nothing, 0.0)
         head = visitor.head(arms[0])
         believed = head or self._adapting.blank(policy.prior)
-        moved, bonus = optimistic(believed, table.embeddings, policy.optimism)
+        with np.errstate(over="ignore", invalid="ignore"):  # embeddings may be of any size
+            moved, bonus = optimistic(believed, table.embeddings, policy.optimism)
         return _View(arms, table, base, policy.prior.task, moved, bonus, policy.explore)
 
     def _show(self, visitor: Visitor, candidates: Candidates, shown: _Shown) -> Ranked:

@@ -581,3 +581,16 @@ def test_a_shifted_answer_is_a_probability_or_none_at_all(base):
     moved = shifted("binary", base, 2.0)
 
     assert math.isnan(moved) if math.isnan(base) else abs(moved - base) < 1e-11
+
+
+def test_embeddings_beyond_float32_leave_a_ranking_whole(open_runtime, load):
+    runtime = open_runtime(load(policy=policy_of(optimism=1.0), turn=1e6))
+    session, event = runtime.session("toy", KEY), Event("scheduled", NOW_S, {"carrier": "UA"})
+    session.label(session.predict(scheduled()).id, 1)
+    features = np.zeros((20, runtime.resident("toy")[0].runner.features), np.float32)
+    features[3, :2] = 3e38, -3e38
+
+    ranked = session.rank(event, CANDIDATES, 20, features)
+
+    assert sorted(each.index for each in ranked) == list(range(20))
+    assert all(0 <= each.score <= 1 for each in ranked)
