@@ -71,6 +71,7 @@ class Adapting:
         self.exporting = Exporting(clock)
         self.counts = {"adapted": 0, "learned": 0}
         self._standing: dict[str, Standing] = {}
+        self._warned: set[str] = set()
         self._blank: Head | None = None
         self._stop, self._mover, self._moves = threading.Event(), threading.Thread(), False
         for family in families.values():
@@ -136,7 +137,9 @@ class Adapting:
                 embeddings, bases = ground.embed(row[None])
                 embedding, base = embeddings[0], float(bases[0])
         except HeadwaterError as error:  # the label is logged all the same
-            log.warning("%s: a session could not learn: %s", answer.family, error)
+            if answer.family not in self._warned:  # once, for it is so with each label
+                log.warning("%s: a session could not learn: %s", answer.family, error)
+            self._warned.add(answer.family)
             return False
         return head.adapt(embedding, base, label, row)
 
@@ -176,6 +179,7 @@ class Adapting:
 
     def _followed(self, family: Family) -> None:
         """Other arms serve, in this turn: from now on sessions stand on the stable one of them."""
+        self._warned.discard(family.name)
         arms = family.pipeline.slot.arms
         policy = arms[0].info.policy if arms and arms[0].info is not None else None
         if policy is None:

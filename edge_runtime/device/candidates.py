@@ -3,8 +3,8 @@
 Why: two hundred candidates are two hundred events of which ten are logged; what they share is
 looked at once.
 
-Invariants: candidates that exist were admitted, and moved no window. A candidate's rows are those
-that its record will hold.
+Invariants: candidates move no window. Without rows of the caller's all were admitted, with them the
+first and, by `admit`, each that is shown. A candidate's rows are those that its record will hold.
 
 Knows nothing about sessions and logs. Made in the turn of who asks.
 """

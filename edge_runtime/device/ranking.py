@@ -6,8 +6,8 @@ is (LinUCB, Li et al. 2010), and a share of the places is filled at random.
 
 Invariants: only what is shown is logged, each with its place and the probability with which it
 stood there, given those above it. That is exact: it, and what was drawn, follow from the log. One
-arm answers a whole ranking: the one that the number of its first prediction draws. All candidates
-are looked at before any moves a window; a ranking that is refused left no trace.
+arm answers a whole ranking: the one that the number of its first prediction draws. What is shown
+was admitted before any of it moves a window; a ranking that is refused left no trace.
 
 Knows nothing about sessions' store, sockets and disks.
 """

@@ -594,3 +594,15 @@ def test_embeddings_beyond_float32_leave_a_ranking_whole(open_runtime, load):
 
     assert sorted(each.index for each in ranked) == list(range(20))
     assert all(0 <= each.score <= 1 for each in ranked)
+
+
+def test_sessions_that_are_too_large_are_warned_of_once(open_runtime, load, caplog):
+    runtime = open_runtime(load(policy=policy_of(width=500)), bytes_max_mb=1)
+    session = runtime.session("toy", KEY)
+
+    taught(session, times=3)
+
+    warned = [each for each in caplog.messages if "could not learn" in each]
+    assert len(warned) == 1
+    assert KEY not in warned[0]
+    assert runtime.log.handed_out("label") == 3
