@@ -515,7 +515,9 @@ def test_what_cannot_be_read_of_kept_sessions_costs_only_them(tmp_path, write_pa
 
 def test_kept_sessions_beyond_what_may_be_open_are_not_read_in_full(tmp_path, write_package):
     path, _ = write_package(policy=policy_of())
-    config = local_config(path, "toy", tmp_path / "state")
+    config = msgspec.structs.replace(
+        local_config(path, "toy", tmp_path / "state"), sessions=SessionsConfig(bytes_max_mb=1)
+    )
     (tmp_path / "state").mkdir()
     with (tmp_path / "state" / "sessions").open("wb") as file:
         file.truncate(1 << 36)
