@@ -6,9 +6,11 @@ them comes; a device that starts from it needs two labels where it would need tw
 The method is empirical Bayes by expectation maximisation: the device's own head learns each past
 session, and the next prior has the mean and the covariance of what the heads believe (Dempster,
 Laird and Rubin 1977, for random effects). The first prior comes of moments: how much of the
-residuals' variance lies between sessions, shared out evenly over the embedding's directions. It
-stays in the sum as `STRENGTH` sessions of its own, so that few sessions still give a covariance
-with positive eigenvalues.
+residuals' variance lies between sessions, shared out evenly over the embedding's directions. That
+is far too little where tastes point in many directions and cancel out over a session, and each
+round mends little of it; so it is widened for as long as heads that start from it foresee labels
+better. It stays in the sum as `STRENGTH` sessions of its own, so that few sessions still give a
+covariance with positive eigenvalues.
 
 Invariants: learning uses the code that serves; the same sessions in the same order give the same
 prior. No device counts for more than `cap` sessions, and what a device says is checked before.
@@ -27,13 +29,14 @@ import numpy.typing as npt
 
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.moments import Moments
-from edge_runtime.personal.odds import odds_of, probability
+from edge_runtime.personal.odds import loss_of, odds_of, probability
 from edge_runtime.personal.prior import NORM_MAX, PATIENCE, Matrix, Prior, Task, Vector
 
 Floats = npt.NDArray[np.float64]
 
 ROUNDS = 12
 STRENGTH = 10.0
+WIDENINGS_MAX, WIDER = 6, 4.0
 _VARIANCE_MIN = 1e-4  # of the noise: a direction in which no two sessions ever differed
 _CERTAIN = 1e-5  # of the largest eigenvalue; float32 keeps it apart from 0
 _NOISE_MIN = 1e-6
@@ -67,11 +70,12 @@ def learn_prior(
     """
     told = [session for session in sessions if len(session.labels)]
     first = replace(_first(task, told, region), patience=math.inf, forgetting=forgetting)
+    first = _widened(first, told) if start is None else _as_wide(first, start)
     prior = first if start is None else _from(start, first)
     anchor = (first, STRENGTH) if others is None else (others[0], STRENGTH + others[1])
     for _ in range(rounds):
-        moments, noise = _believed(prior, told)
-        prior = replace(_next(moments, *anchor), noise=noise)
+        learned = _learned(prior, told)
+        prior = replace(_next(learned.moments, *anchor), noise=learned.noise)
     return replace(prior, patience=PATIENCE)
 
 
@@ -132,23 +136,70 @@ def _residuals(task: Task, session: PastSession, region: float) -> Floats:
     return np.asarray(np.clip((labels - chances) / slope, -region, region))
 
 
-def _believed(prior: Prior, sessions: Sequence[PastSession]) -> tuple[Moments, float]:
-    """What the sessions' heads believe at their ends, and the noise of values.
+def _widened(prior: Prior, sessions: Sequence[PastSession]) -> Prior:
+    """The prior with the variances of all weights but the bias raised as long as that helps."""
+    surprise = _learned(prior, sessions).surprise
+    for _ in range(WIDENINGS_MAX):
+        wider = _wider(prior, WIDER)
+        if (found := _learned(wider, sessions).surprise) >= surprise:
+            break
+        prior, surprise = wider, found
+    return prior
 
-    What a head does not explain of a label that it has just learned, and what it is unsure of
-    there, are the noise on average, also where it has forgotten that label at its end.
+
+def _as_wide(prior: Prior, other: Prior) -> Prior:
+    """The prior with weights that vary as much, all together, as those of the other."""
+    own, others = (np.trace(each.covariance[1:, 1:]) for each in (prior, other))
+    return _wider(prior, float(others / own))
+
+
+def _wider(prior: Prior, times: float) -> Prior:
+    covariance = prior.covariance.copy()
+    covariance[1:, 1:] *= times
+    return replace(prior, covariance=covariance)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What past sessions' heads believe at their ends, and how badly they foresaw their labels.
+
+    `noise` is what is left of a value right after it was learned, with what its head is unsure of
+    there: on average the noise of labels, also where a head has forgotten that one at its end.
     """
-    moments, left = Moments.none(prior), list[float]()
+
+    moments: Moments
+    surprise: float
+    noise: float
+
+
+def _learned(prior: Prior, sessions: Sequence[PastSession]) -> _Learned:
+    moments, surprise, left = Moments.none(prior), 0.0, [prior.noise]
     for session in sessions:
         head = Head(prior)
         told = zip(session.bases.tolist(), session.labels.tolist(), strict=True)
         for embedding, (base, label) in zip(session.embeddings, told, strict=True):
+            surprise += _surprise(head, embedding, base, label)
             head.adapt(embedding, base, label)
             if prior.task == "regression":
-                residual = max(-prior.region, min(prior.region, label - base))
-                left += [(residual - head.shift(embedding)) ** 2 + head.deviation(embedding) ** 2]
+                unsure = head.deviation(embedding) ** 2
+                left.append(_left(head, embedding, base, label) ** 2 + unsure)
         moments.add(head)
-    return moments, max(float(np.mean(left)), _NOISE_MIN) if left else prior.noise
+    return _Learned(moments, surprise, max(float(np.mean(left)), _NOISE_MIN))
+
+
+def _surprise(head: Head, embedding: Vector, base: float, label: float) -> float:
+    """How little the head foresees the label: minus the log of its density or probability."""
+    if head.prior.task == "regression":
+        variance = head.deviation(embedding) ** 2 + head.prior.noise
+        return (math.log(variance) + _left(head, embedding, base, label) ** 2 / variance) / 2
+    odds = odds_of(base) if head.prior.task == "binary" else base
+    return loss_of(odds + head.shift(embedding), label)
+
+
+def _left(head: Head, embedding: Vector, base: float, label: float) -> float:
+    """What the head does not explain of a value."""
+    region = head.prior.region
+    return max(-region, min(region, label - base)) - head.shift(embedding)
 
 
 def _next(moments: Moments, anchor: Prior, strength: float) -> Prior:
