@@ -65,7 +65,10 @@ LEARNER_MAY_IMPORT = (
     *("personal.prior", "personal.policy", "personal.odds", "personal.head", "personal.moments"),
     *("update.trust", "update.patch", "update.approval", "rollout.plan"),
 )
-MODELS_MAY_IMPORT = ("cloud_learner.train.blocks", "cloud_learner.experiment.outside")
+MODELS_MAY_IMPORT = (
+    *("cloud_learner.train.blocks", "cloud_learner.experiment.outside"),
+    "cloud_learner.train.family",  # which loads one file of a folder for another
+)
 # library -> the path prefixes that may import it
 HOMES = {
     "torch": ("cloud_learner/train/", "cloud_learner/package/build.py", "models/"),

@@ -18,6 +18,15 @@ def test_costs_are_measured_and_the_bounds_hold(measured) -> None:
             assert value == 0, what
 
 
+def test_visitors_click_more_of_what_sessions_show(measured) -> None:
+    rows = measured("bench-session", "clicks")
+    what = "simulator with drifting tastes: clicks per session"
+
+    assert rows[f"{what} against frozen, 1 seeds"] > 0
+    assert 0 < rows[f"{what}, with session.rank"] < rows[f"{what}, tastes known beforehand"]
+    assert rows[f"{what}, popularity list"] > 0
+
+
 def test_data_that_are_not_there_are_left_out(measured, tmp_path) -> None:
     assert measured("bench-session", "movielens", HEADWATER_DATA=str(tmp_path)) == {}
 
