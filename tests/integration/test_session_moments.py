@@ -195,6 +195,7 @@ def test_people_whose_events_never_leave_the_device_move_the_next_prior_and_garb
     assert told_of(told.provenance) == SESSIONS_MIN
     assert told_of(untold.provenance) == 0
     after, before = told.policy.prior, untold.policy.prior
-    moved = (after.mean - before.mean)[0] / np.sqrt(before.covariance[0, 0])
-    print(f"the kiosk's people move the bias by {moved:.2f} of the prior's deviations")
+    apart = (after.mean - before.mean).astype(float)
+    moved = np.sqrt(apart @ np.linalg.solve(before.covariance.astype(float), apart))
+    print(f"the kiosk's people move the prior by {moved:.2f} of its deviations")
     assert moved > 0.3
