@@ -29,7 +29,7 @@ from edge_runtime.runtime import Event, Runtime
 
 FOLDER = Path(__file__).parents[1] / "models" / "session_ranker"
 FAMILY, POLICY = "session_ranker", "headwater.personal"
-FIRST_SEED = 100  # of visits; the past has others
+FIRST_SEED = 1000  # of visits that nothing was tuned on; the past has others
 VISIT_S, PAGE_S = 600.0, 30.0
 SEEDS, VISITS = 5, 400
 REACH = 12.0
