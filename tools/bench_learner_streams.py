@@ -24,7 +24,8 @@ from cloud_learner.experiment.arms import seeded
 from cloud_learner.experiment.asked import Asked, read_asked
 from cloud_learner.experiment.prequential import Course, course
 from cloud_learner.experiment.stream import Stream, streamed
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2

@@ -24,7 +24,7 @@ from bench_rows import Row
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.config import Home
 from cloud_learner.store.registry import Registry
-from cloud_learner.train.family import load_module
+from cloud_learner.train.modules import load_module
 from edge_runtime.runtime import Event, Runtime
 
 FOLDER = Path(__file__).parents[1] / "models" / "session_ranker"

@@ -32,7 +32,8 @@ from cloud_learner.cycle import Cycle
 from cloud_learner.evaluate.offline import EvaluationSet, Words
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 from edge_runtime.features.spec import Spec
 from edge_runtime.runtime import Event, Runtime
 

@@ -20,7 +20,8 @@ from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.package.seal import sealed
 from cloud_learner.store.examples import Batch, Example
 from cloud_learner.train.dataset import Rows
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 
 FOLDER = Path(__file__).resolve().parents[1] / "models" / "flight_delay"
 FAMILY = "flight_delay"

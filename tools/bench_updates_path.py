@@ -44,7 +44,8 @@ from cloud_learner.simulate.fleet import DeviceProcess
 from cloud_learner.simulate.player import Player
 from cloud_learner.simulate.watch import Watch
 from cloud_learner.store.lineage import Lineage
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 from edge_runtime.bus import nats
 
 P50_S, P99_S = 0.8, 2.4

@@ -42,7 +42,8 @@ from cloud_learner.stats.scores import auc
 from cloud_learner.store.archive import Archive
 from cloud_learner.store.lineage import Lineage
 from cloud_learner.store.raw import RawLog
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.runner import Runner
 

@@ -12,9 +12,6 @@ Knows nothing about data, training or releases. Implements the family folder of 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +24,7 @@ from torch import nn
 from cloud_learner.train.checks import check_fields, check_rules, read_specs
 from cloud_learner.train.declaration import FamilyConfig, Learning
 from cloud_learner.train.hidden import looked_into
+from cloud_learner.train.modules import line_of, load_module
 from cloud_learner.train.problems import Problems, bad, read_toml
 from edge_runtime.errors import ConfigError
 from edge_runtime.features.spec import Spec
@@ -108,7 +106,7 @@ class Family:
                 answers = network.eval()(torch.tensor(rows))
                 shape, finite = tuple(answers.shape), bool(torch.isfinite(answers).all())
         except Exception as error:
-            raise bad(path, f"{name} fails{_line(path, error)}: {error!r}") from error
+            raise bad(path, f"{name} fails{line_of(path, error)}: {error!r}") from error
         if shape != (len(rows), outputs):
             wanted = f"({len(rows)}, {outputs})"
             raise bad(
@@ -129,7 +127,8 @@ class Family:
             with torch.no_grad():
                 _, embedding = looked_into(network, torch.tensor(rows))
         except Exception as error:
-            raise bad(path, f"build_student: embed fails{_line(path, error)}: {error!r}") from error
+            where = line_of(path, error)
+            raise bad(path, f"build_student: embed fails{where}: {error!r}") from error
         if embedding is None or not _can_carry_heads(embedding, len(rows)):
             shape = None if embedding is None else tuple(embedding.shape)
             raise bad(
@@ -171,21 +170,6 @@ def _can_carry_heads(embedding: torch.Tensor, rows: int) -> bool:
     return fits and embedding.dtype == torch.float32 and bool(torch.isfinite(embedding).all())
 
 
-def load_module(path: Path) -> ModuleType:
-    """A Python file of a family folder, imported by its path. Raises: ConfigError with its line."""
-    name = f"family_{path.parent.name}_{path.stem}"
-    specification = importlib.util.spec_from_file_location(name, path)
-    if specification is None or specification.loader is None or not path.is_file():
-        raise bad(path, "does not exist")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # where dataclasses look their module up
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise bad(path, f"cannot be imported{_line(path, error)}: {error!r}") from error
-    return module
-
-
 def _network(path: Path, problems: Problems) -> ModuleType | None:
     try:
         module = load_module(path)
@@ -197,12 +181,3 @@ def _network(path: Path, problems: Problems) -> ModuleType | None:
             hint = f"def {name}(spec, rows): ..., a torch module"
             problems.add(bad(path, f"defines no function {name}", hint))
     return module
-
-
-def _line(path: Path, error: Exception) -> str:
-    """Where in the file the error arose, as `, line 7`; empty where it did not arise there."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f", line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    return f", line {lines[-1]}" if lines else ""

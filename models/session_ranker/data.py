@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cloud_learner.train.family import load_module
+from cloud_learner.train.modules import load_module
 
 FOLDER = Path(__file__).parent
 simulator, items = (load_module(FOLDER / f"{name}.py") for name in ("simulator", "items"))

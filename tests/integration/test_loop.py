@@ -17,7 +17,8 @@ from cloud_learner.experiment.replay import read_rows
 from cloud_learner.simulate.live import Live
 from cloud_learner.simulate.recount import recount
 from cloud_learner.store.raw import RawLog
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 
 FAMILY = Path(__file__).parents[2] / "models" / "flight_delay"
 DEVICES = ["EWR", "JFK", "LGA"]

@@ -17,7 +17,8 @@ from cloud_learner.bootstrap import RefusedError, bootstrap
 from cloud_learner.config import Home
 from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import read_rows
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 
 MODELS = Path(__file__).parents[2] / "models"
 HEAD = 3000

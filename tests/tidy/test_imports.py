@@ -67,7 +67,7 @@ LEARNER_MAY_IMPORT = (
 )
 MODELS_MAY_IMPORT = (
     *("cloud_learner.train.blocks", "cloud_learner.experiment.outside"),
-    "cloud_learner.train.family",  # which loads one file of a folder for another
+    "cloud_learner.train.modules",  # which loads one file of a folder for another
 )
 # library -> the path prefixes that may import it
 HOMES = {

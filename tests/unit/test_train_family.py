@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_learner.train.family import Family, load_module
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
 from edge_runtime.errors import ConfigError
 
 FLIGHTS = Path(__file__).parents[2] / "models" / "flight_delay"
