@@ -18,7 +18,7 @@ import click
 from cloud_learner.access import HOME as _HOME
 from cloud_learner.access import access as _access
 from cloud_learner.access import by_key as _by_key
-from cloud_learner.commands import backfill, gate
+from cloud_learner.commands import backfill, demo_session, gate
 from cloud_learner.exits import guarded as _guarded
 from cloud_learner.exits import tell as _tell
 from cloud_learner.rollouts import rollout
@@ -54,6 +54,7 @@ def bootstrap(family: Path, data: Path, home: Path) -> None:
 
 
 main.add_command(backfill)
+main.add_command(demo_session)
 main.add_command(gate)
 main.add_command(rollout)
 

@@ -1,5 +1,5 @@
-"""Commands of `cloud-learner` that stand apart: looking back at what a home has kept, and the gate
-as a process of its own; `cli` has all of them.
+"""Commands of `cloud-learner` that stand apart: looking back at what a home has kept, the demo of
+sessions, and the gate as a process of its own; `cli` has all of them.
 
 Results go to stdout, narration to stderr.
 """
@@ -34,6 +34,26 @@ def backfill(family: Path, home: Path, *, as_json: bool) -> None:
 
     found = guarded(lambda: facts(run(family, Home(home), tell)))
     click.echo(json.dumps(found) if as_json else table(found))
+
+
+@click.command()
+@click.option(
+    "--var",
+    type=click.Path(path_type=Path),
+    default=Path("var/demo-session"),
+    help="Where the model lies that the first start learns.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8620, show_default=True, help="0: any."
+)
+def demo_session(var: Path, port: int) -> None:
+    """Serve a page on this machine that shows a session adapt while you click. Ctrl-C ends it.
+
+    Example: cloud-learner demo-session --port 8620
+    """
+    from cloud_learner.simulate.session_demo import run
+
+    guarded(lambda: run(var, port, tell=tell, say=click.echo))
 
 
 @click.group(invoke_without_command=True)
