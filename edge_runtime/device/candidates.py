@@ -87,16 +87,14 @@ class _Given:
 
 
 def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
-    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
-        found = np.ascontiguousarray(features, "<f4")
     wanted = count, stable.runner.features
+    try:
+        with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+            found = np.ascontiguousarray(features, "<f4")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _wrong_shape(count, f"are no table of numbers, {wanted}: {error}") from None
     if found.shape != wanted:
-        raise RequestError(
-            "wrong_shape",
-            f"the features of {count} candidates have shape {found.shape}, not {wanted}; nothing "
-            "was logged",
-            "give a row for each candidate, in the order of the feature spec",
-        )
+        raise _wrong_shape(count, f"have shape {found.shape}, not {wanted}")
     if not np.isfinite(found).all():
         raise RequestError(
             "not_finite",
@@ -104,6 +102,14 @@ def _fitting(features: Matrix, count: int, stable: Arm) -> Matrix:
             "leave the candidate out, or give what stands for a missing value in the feature spec",
         )
     return found
+
+
+def _wrong_shape(count: int, why: str) -> RequestError:
+    return RequestError(
+        "wrong_shape",
+        f"the features of {count} candidates {why}; nothing was logged",
+        "give a row for each candidate, in the order of the feature spec",
+    )
 
 
 def _replace(many: Sequence[Rows], features: Matrix, resident: Sequence[Arm]) -> None:

@@ -311,6 +311,10 @@ def test_given_features_answer_as_those_of_the_windows_do(open_runtime, load):
         (([*CANDIDATES, {"distance": "far"}], 1), "wrong_type"),
         (([*CANDIDATES, {"distance": float("nan")}], 1), "not_finite"),
         ((CANDIDATES, 1, np.zeros((3, 2), np.float32)), "wrong_shape"),
+        ((CANDIDATES[:2], 1, [[1.0, 2.0], [1.0]]), "wrong_shape"),
+        ((CANDIDATES[:1], 1, [["far"]]), "wrong_shape"),
+        ((CANDIDATES[:1], 1, [[{}]]), "wrong_shape"),
+        ((CANDIDATES[:1], 1, [[10**400]]), "wrong_shape"),
         (([{"distanec": 1.0}], 1, np.zeros((1, 5), np.float32)), "unknown_field"),
     ],
 )
