@@ -12,7 +12,8 @@ Knows nothing about weights and plans, nor which answer is taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from threading import get_ident
 from time import perf_counter_ns
 
@@ -44,8 +45,9 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class Table(msgspec.Struct, frozen=True):
-    """What arms made of a table of rows: the first number of each answer, of shape (rows,), or the
-    error in its place; the nanoseconds that a row took; the stable arm's embeddings, if any.
+    """What arms made of a table of rows: the first number of each answer, of shape (rows,), NaN for
+    a row on which the model fails, or the error where it fails on all; the nanoseconds that a row
+    took; the stable arm's embeddings, if any.
     """
 
     answers: list[Vector | PackageError]
@@ -104,10 +106,10 @@ def score_table(arms: Sequence[Arm], tables: Sequence[Matrix]) -> Table:
             if arm.runner.given_up:
                 answers.append(GIVEN_UP)
             elif not index and arm.runner.width:
-                embeddings, outputs = arm.runner.embed(x)
-                answers.append(outputs[:, 0])
+                embeddings, column = _every(arm.runner.embed, x)
+                answers.append(column[:, 0])
             else:
-                answers.append(_alone(arm, x)[:, 0])
+                answers.append(_every(partial(_alone, arm), x)[0][:, 0])
         except PackageError as error:
             answers.append(error)
         finally:
@@ -115,11 +117,30 @@ def score_table(arms: Sequence[Arm], tables: Sequence[Matrix]) -> Table:
     return Table(answers, took_ns, embeddings)
 
 
-def _alone(arm: Arm, x: Matrix) -> Matrix:
+def _every(run: Callable[[Matrix], tuple[Matrix, ...]], x: Matrix) -> tuple[Matrix, ...]:
+    """What `run` makes of each row; NaN of one on which it fails. Raises: PackageError, of all."""
+    try:
+        return run(x)
+    except PackageError as error:
+        failed = error
+    found: list[tuple[Matrix, ...] | None] = []
+    for at in range(len(x) if len(x) > 1 else 0):
+        try:
+            found.append(run(x[at : at + 1]))
+        except PackageError:
+            found.append(None)
+    made = next((each for each in found if each is not None), None)
+    if made is None:
+        raise failed
+    missing = tuple(np.full_like(each, np.nan) for each in made)
+    return tuple(np.concatenate(each) for each in zip(*(e or missing for e in found), strict=True))
+
+
+def _alone(arm: Arm, x: Matrix) -> tuple[Matrix]:
     """What an arm answers to each row of `x` whatever stands beside it."""
     if arm.runner.batchable:
-        return arm.runner.run(x)
-    return np.concatenate([arm.runner.run(row[None]) for row in x])
+        return (arm.runner.run(x),)
+    return (np.concatenate([arm.runner.run(row[None]) for row in x]),)
 
 
 def _each(arms: Sequence[Arm], rows: Rows) -> Answers:

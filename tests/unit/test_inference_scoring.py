@@ -109,3 +109,22 @@ def test_an_embedding_of_another_shape_than_declared_is_no_answer(runner_of):
         odd.embed(FITS[None])
 
     assert caught.value.code == "run_failed"
+
+
+def test_a_row_on_which_a_model_fails_costs_a_table_that_row_alone(picky, mixing):
+    table = np.stack([FITS, FAILS, FITS])
+
+    scored = score_table(arms_of(picky, picky), [table] * 2)
+
+    for answers in scored.answers:
+        np.testing.assert_array_equal(answers, np.float32([0.5, np.nan, 0.5]))
+    np.testing.assert_array_equal(scored.embeddings, np.stack([FITS, [np.nan] * 2, FITS]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_model_that_fails_on_all_rows_of_a_table_has_one_error(picky, mixing, rows):
+    scored = score_table(arms_of(picky, mixing), [np.stack([FAILS] * rows)] * 2)
+
+    assert isinstance(scored.answers[0], PackageError)
+    assert scored.embeddings is None
+    assert len(scored.answers[1]) == rows
