@@ -245,15 +245,21 @@ class Runtime(Tensorial):
         return told | beside | {"worker": worker}
 
     def close(self) -> None:
-        """Make everything durable and stop, once. Raises: CapacityError `log_not_durable`."""
+        """Make everything durable and stop, once, whatever fails meanwhile.
+        Raises: CapacityError `log_not_durable`.
+        """
         if self._closed:
             return
         self._closed = True
-        self.watch.close()
-        self._asking.shadowing.close()
-        self.adapting.close()
-        self._serving.close()  # out of turn, for a ranking there may wait for one
-        with self._ends, self._asking.turn:
+        with self._ends, contextlib.ExitStack() as last_first:
+            last_first.callback(self._close_log)
+            last_first.callback(self._serving.close)  # no turn: a ranking there may wait for one
+            last_first.callback(self.adapting.close)
+            last_first.callback(self._asking.shadowing.close)
+            last_first.callback(self.watch.close)
+
+    def _close_log(self) -> None:
+        with self._asking.turn:
             try:
                 self.journal.close()
             finally:
