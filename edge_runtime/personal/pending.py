@@ -7,13 +7,16 @@ Numbers are those of one epoch, and rise. Answers lie in blocks of consecutive n
 blocks, so that remembering one costs no more than putting it into a dict.
 
 Invariants: what is kept takes at most `bytes_max`, blocks that are half empty included; the oldest
-answers go first.
+answers go first. No clock is read where answers are remembered: what is too old is known by marks,
+the last number at a time.
 
 Knows nothing about heads and models. Used by one thread at a time.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from sys import getsizeof
 
 import msgspec
@@ -42,9 +45,11 @@ class Answered(msgspec.Struct, frozen=True, gc=False):
 
 
 class Pending:
-    """Answers by number, the oldest first."""
+    """Answers by number, the oldest first; `begun` is called when there is one where none was."""
 
     def __init__(self, bytes_max: int) -> None:
+        self.begun: Callable[[], None] = lambda: None
+        self._marks = deque[tuple[float, int]]()
         self._blocks: dict[int, dict[int, Answered]] = {}
         self._block, self._newest = -1, dict[int, Answered]()
         self._bytes, self._bytes_max = 0, bytes_max
@@ -65,6 +70,8 @@ class Pending:
             self._bytes += getsizeof(self._newest)  # as large when its answers are gone
             if not self._newest:
                 self._drop(before)
+        if not self._blocks:
+            self.begun()
         self._newest = self._blocks[block] = {}
 
     def _drop(self, block: int) -> None:
@@ -96,9 +103,32 @@ class Pending:
                 if family in (None, answer.family) and key in (None, answer.key):
                     self.forget(number)
 
+    def expire(self, now_s: float, ttl_s: float) -> None:
+        """Forget what was answered `ttl_s` before `now_s`, as far as earlier calls have marked it;
+        marks are an eighth of that apart, or as calls are.
+        """
+        while self._marks and self._marks[0][0] <= now_s - ttl_s:
+            self._forget_until(self._marks.popleft()[1])
+        if self._block in self._blocks and not self._newest:
+            self._drop(self._block)
+        last = next((next(reversed(each)) for each in reversed(self._blocks.values()) if each), -1)
+        if last >= 0 and (not self._marks or now_s - self._marks[-1][0] >= ttl_s / 8):
+            self._marks.append((now_s, last))
+
+    def _forget_until(self, last: int) -> None:
+        for block in [each for each in self._blocks if each <= last >> _BLOCK_BITS]:
+            if block < last >> _BLOCK_BITS:
+                self._drop(block)
+            else:
+                for number in [each for each in self._blocks[block] if each <= last]:
+                    self.forget(number)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks.values()))
+
     def statistics(self) -> dict[str, int]:
         """What is kept, and its bytes."""
-        return {"pending": sum(map(len, self._blocks.values())), "pending_bytes": self._bytes}
+        return {"pending": len(self), "pending_bytes": self._bytes}
 
 
 _NONE: dict[int, Answered] = {}

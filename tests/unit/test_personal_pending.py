@@ -72,3 +72,35 @@ def test_forgetting_is_of_one_session_or_all():
     assert pending.statistics() == {"pending": 0, "pending_bytes": 0}
     pending.remember(1000, answer_of())
     assert pending.find(1000) is not None
+
+
+def test_what_is_too_old_goes_by_marks_and_nothing_younger():
+    pending, ttl_s = Pending(BYTES_MAX), 80.0
+    for second in range(1, 401):  # two answers in a second, in blocks of 64 seconds
+        pending.remember(2 * second, answer_of())
+        pending.remember(2 * second + 1, answer_of())
+        if not second % 5:
+            pending.expire(float(second), ttl_s)
+
+    oldest_s = next(n for n in range(900) if pending.find(n) is not None) // 2
+    assert 400 - ttl_s * 9 / 8 - 5 <= oldest_s <= 400 - ttl_s + 1
+    assert all(pending.find(number) is not None for number in range(2 * oldest_s, 802))
+    assert len(pending._marks) <= 9
+    for now_s in (400.0, 500.0, 600.0):
+        pending.expire(now_s, ttl_s)
+    assert pending.statistics() == {"pending": 0, "pending_bytes": 0}
+
+
+def test_it_is_told_of_the_first_answer_where_none_was():
+    told, pending = [], Pending(BYTES_MAX)
+    pending.begun = lambda: told.append(len(pending))
+
+    for number in range(300):
+        pending.remember(number, answer_of())
+    for number in range(300):
+        pending.forget(number)
+    pending.expire(0.0, 1.0)
+    pending.remember(300, answer_of())
+
+    assert told == [0, 0]
+    assert pending.find(300) is not None
