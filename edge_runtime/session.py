@@ -21,7 +21,7 @@ from edge_runtime.device.asking import Asking
 from edge_runtime.device.ranking import Ranked, Ranking
 from edge_runtime.device.words import Event, Labelled, SessionPrediction
 from edge_runtime.inference.package import Matrix
-from edge_runtime.personal.head import Explanation
+from edge_runtime.personal.explanation import Explanation
 from edge_runtime.wire.messages import Fields
 
 __all__ = ["Explanation", "Labelled", "Ranked", "Session", "SessionPrediction"]

@@ -16,8 +16,9 @@ import numpy as np
 from bench_rows import Row
 
 from edge_runtime.clock import ManualClock
+from edge_runtime.personal.ground import Ground
 from edge_runtime.personal.prior import Prior
-from edge_runtime.personal.sessions import Ground, Sessions
+from edge_runtime.personal.sessions import Sessions
 
 WIDTH, COLUMNS = 64, 16
 REGION = 2.0

@@ -8,9 +8,11 @@ so the shift that the stable embedding gives is added to the answer of the arm t
 the log keeps are the models' own answers, so evidence about releases is none about sessions.
 
 Invariants: all sessions are used in the turn of `Asking`. Neither a session's key nor anything that
-it has learned is logged. On a release without a policy sessions sleep. What sessions take, answers
-that wait for their labels included, is bounded by the configuration's bytes. Sessions that are kept
-lie on the disk only between two processes.
+it has learned is logged. On a release without a policy sessions sleep. Where the model is not quick
+none is run in a turn: who is late is answered as the model does, and learns nothing, until the
+keeper has moved the session. What sessions take, answers that wait for their labels included, is
+bounded by the configuration's bytes and ends with its time. Sessions that are kept lie on the disk
+only between two processes.
 
 Knows nothing about sockets, candidates or reports.
 """
@@ -18,7 +20,6 @@ Knows nothing about sockets, candidates or reports.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,21 @@ from edge_runtime.config import SessionsConfig
 from edge_runtime.device.asking import Asking
 from edge_runtime.device.exporting import Exporting
 from edge_runtime.device.family import Family
+from edge_runtime.device.keeper import Keeper
 from edge_runtime.device.visitor import Standing, Visitor
 from edge_runtime.device.words import Labelled
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import Arm
-from edge_runtime.personal.head import Explanation, Head
+from edge_runtime.personal.explanation import NOTHING, Explanation
+from edge_runtime.personal.ground import Ground, Key, checked_key
+from edge_runtime.personal.head import Head
 from edge_runtime.personal.pending import Answered, Pending
 from edge_runtime.personal.prior import Matrix, Prior, Vector
-from edge_runtime.personal.sessions import Ground, Key, Sessions, checked_key
+from edge_runtime.personal.sessions import Sessions
 
 PENDING_SHARE = 8  # one byte in so many is for answers that wait for their labels
-_PAUSE_S = 0.0002  # between two sessions that are moved: whoever waits for the turn gets it
 
 log = logging.getLogger("edge_runtime")
 
@@ -58,7 +61,7 @@ class Adapting:
         config: SessionsConfig,
         path: Path,
     ) -> None:
-        self._families, self._asking, self._config, self._path = families, asking, config, path
+        self._asking, self._config, self._path = asking, config, path
         bytes_max = config.bytes_max_mb << 20
         self.pending = Pending(bytes_max // PENDING_SHARE)
         self.sessions = Sessions(
@@ -73,7 +76,9 @@ class Adapting:
         self._standing: dict[str, Standing] = {}
         self._warned: set[str] = set()
         self._blank: Head | None = None
-        self._stop, self._mover, self._moves = threading.Event(), threading.Thread(), False
+        kept = self.sessions, self.pending, self._standing
+        self.keeper = Keeper(asking.turn, *kept, clock=clock, ttl_s=config.ttl_s)
+        self.pending.begun = self.keeper.begin
         for family in families.values():
             family.followed = self._followed
 
@@ -126,22 +131,25 @@ class Adapting:
         return Labelled(seq, learned)
 
     def _learn(self, answer: Answered, label: float) -> bool:
-        standing = self._standing.get(answer.family)
+        name, standing = (answer.family, answer.key), self._standing.get(answer.family)
         if standing is None or standing.ground.spec != answer.spec:
             return False
         ground, base = standing.ground, answer.base
         row, embedding = np.frombuffer(answer.row, "<f4"), np.frombuffer(answer.embedding, "<f4")
         try:
-            head = self.sessions.open((answer.family, answer.key), ground)
             if answer.prior is not ground.prior:
+                if not ground.quick:
+                    return False
                 embeddings, bases = ground.embed(row[None])
                 embedding, base = embeddings[0], float(bases[0])
+            teaches = self.blank(ground.prior).usable(embedding, base, label)
+            head = (self.sessions.open if teaches else self.sessions.find)(name, ground)
         except HeadwaterError as error:  # the label is logged all the same
             if answer.family not in self._warned:  # once, for it is so with each label
                 log.warning("%s: a session could not learn: %s", answer.family, error)
             self._warned.add(answer.family)
             return False
-        return head.adapt(embedding, base, label, row)
+        return head is not None and head.adapt(embedding, base, label, row)
 
     def explain(self, name: Key) -> Explanation:
         """See `Session.explain`."""
@@ -189,36 +197,11 @@ class Adapting:
         if before is not None and before.runner is arms[0].runner:
             return
         self._standing[family.name] = Standing(arms[0].runner, _ground_of(arms[0]))
-        if self.sessions.statistics()["open"] and not self._moves:
-            self._moves = True
-            self._mover = threading.Thread(target=self._move, name="sessions", daemon=True)
-            self._mover.start()
-
-    def _move(self) -> None:
-        """Move sessions to what serves now, one in each turn, those first that were used last."""
-        while late := self._late():
-            for name in late:
-                if self._stop.wait(_PAUSE_S):
-                    return
-                with self._asking.turn:
-                    standing = self._standing.get(name[0])
-                    if standing is not None:
-                        self.sessions.rebase(name, standing.ground)
-
-    def _late(self) -> list[Key]:
-        with self._asking.turn:
-            late = [
-                name
-                for family, standing in self._standing.items()
-                for name in self.sessions.late(family, standing.ground)
-            ]
-            self._moves = bool(late)
-            return late
+        self.keeper.hasten()
 
     def expire(self) -> None:
         """End what nobody has used for too long."""
-        with self._asking.turn:
-            self.sessions.expire()
+        self.keeper.expire()
 
     def restore(self) -> None:
         """Take what the process before kept; it lies on the disk no more."""
@@ -226,7 +209,12 @@ class Adapting:
         try:
             with self._path.open("rb") as file:
                 self._path.unlink()
-                self.sessions.restore(file.read(self._config.bytes_max_mb << 20), grounds)
+                data = file.read(self._config.bytes_max_mb << 20)
+            with self._asking.turn:
+                self.sessions.restore(data, grounds)
+                if self.sessions:
+                    self.keeper.begin()
+                    self.keeper.hasten()
         except FileNotFoundError:
             return
         except (OSError, RequestError) as error:
@@ -234,9 +222,7 @@ class Adapting:
 
     def close(self) -> None:
         """End with the process; sessions are kept where the configuration says so."""
-        self._stop.set()
-        if self._mover.is_alive():
-            self._mover.join()
+        self.keeper.close()
         if not self._config.keep:
             return
         with self._asking.turn:
@@ -252,15 +238,13 @@ class Adapting:
         return self.sessions.statistics() | told | self.counts
 
 
-NOTHING = Explanation(0, 0, 0, 0.0, with_model=True, moved=())
-
-
 def _ground_of(arm: Arm) -> Ground:
     """What sessions stand on while `arm`, which has a policy, is the stable one."""
     assert arm.info is not None
     assert arm.info.policy is not None
-    spec, embed = arm.info.spec, _embed_of(arm.runner)
-    return Ground(arm.info.policy.prior, spec.hash, spec.size, embed, arm.release)
+    prior, spec, runner = arm.info.policy.prior, arm.info.spec, arm.runner
+    columns, embed = spec.size, _embed_of(runner)
+    return Ground(prior, spec.hash, columns, embed, arm.release, quick=runner.inline)
 
 
 def _embed_of(runner: Runner) -> Callable[[Matrix], tuple[Matrix, Vector]]:

@@ -19,10 +19,11 @@ from edge_runtime.inference.history import Number
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.scoring import Scores
 from edge_runtime.inference.slot import Arm
+from edge_runtime.personal.ground import Ground
 from edge_runtime.personal.head import Head
 from edge_runtime.personal.odds import shifted
 from edge_runtime.personal.pending import Answered, Pending
-from edge_runtime.personal.sessions import Ground, Sessions
+from edge_runtime.personal.sessions import Sessions
 from edge_runtime.wire.messages import Scored
 
 
@@ -55,17 +56,21 @@ class Visitor:
         """The session's head as it stands on the arm; None where there is none, where the arm's
         release knows no sessions, or where another serves by now.
         """
+        ground = self._ground(stable)
+        return None if ground is None else self._sessions.find(self.name, ground)
+
+    def _ground(self, stable: Arm) -> Ground | None:
         standing = self._standing.get(self.family)
         if standing is None or standing.runner is not stable.runner:
             return None
-        return self._sessions.find(self.name, standing.ground)
+        return standing.ground
 
     def shift(self, scores: Scores) -> float:
         """By how much the session moves the answer to an event."""
-        standing, embedding = self._standing.get(self.family), scores.answers[2]
-        if standing is None or embedding is None or standing.runner is not scores.arms[0].runner:
+        embedding, ground = scores.answers[2], self._ground(scores.arms[0])
+        if embedding is None or ground is None:
             return 0.0
-        head = self._sessions.find(self.name, standing.ground)
+        head = self._sessions.find(self.name, ground)
         return 0.0 if head is None else head.shift(embedding)
 
     def told(
@@ -74,15 +79,14 @@ class Visitor:
         """The `answer` that was logged as `name`, moved by `shift`, as the application is told it;
         what a label of it will need is remembered.
         """
-        base, family = answer.outputs, self.family
-        standing, arm = self._standing.get(family), scores.arms[0]
-        if standing is None or standing.runner is not arm.runner:
+        base, ground = answer.outputs, self._ground(scores.arms[0])
+        if ground is None:
             return SessionPrediction(name, base, answer.release, answer.arm, base, adapted=False)
-        ground, (answers, _, embedding) = standing.ground, scores.answers
+        answers, _, embedding = scores.answers
         stable = answers[0]
         if embedding is not None and type(stable) is list:
             kept = Answered(
-                family,
+                self.family,
                 self.key,
                 ground.prior,
                 ground.spec,

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
 from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
 
 from edge_runtime.errors import RequestError
+from edge_runtime.personal.explanation import Explanation, Moved
 from edge_runtime.personal.history import History, Kept
 from edge_runtime.personal.odds import ODDS_MAX, loss_of, odds_of, probability, shifted
 from edge_runtime.personal.prior import WEIGHT_MAX, Matrix, Prior, Vector, packed, unpacked
@@ -59,32 +60,6 @@ class _State(msgspec.Struct, array_like=True, frozen=True):
 
 
 _decoder = msgspec.msgpack.Decoder(_State)
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What became of one weight; number 0 is the bias. `sure` is the deviation that is left."""
-
-    weight: int
-    before: float
-    now: float
-    sure: float
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a session has learned: the weights that moved, against what was expected.
-
-    `against` is the log of the likelihood ratio of the model to the head; negative: the head helps.
-    `with_model`: it answers as the model does.
-    """
-
-    labels: int
-    refused: int
-    falls: int
-    against: float
-    with_model: bool
-    moved: tuple[Moved, ...]
 
 
 class Head:
@@ -146,7 +121,7 @@ class Head:
         A label of `binary` and of `ranking` lies in [0, 1]. `row`, the feature values that the
         embedding came from, is kept for the next release.
         """
-        if self.falls >= FALLS_MAX or not self._usable(embedding, base, label):
+        if self.falls >= FALLS_MAX or not self.usable(embedding, base, label):
             self.refused += 1
             return False
         self.prior.relax(self.mean, self.covariance)
@@ -162,7 +137,8 @@ class Head:
             self._fall()
         return True
 
-    def _usable(self, embedding: Vector, base: float, label: float) -> bool:
+    def usable(self, embedding: Vector, base: float, label: float) -> bool:
+        """Whether a head of this prior could learn from such a label."""
         if not (math.isfinite(base) and math.isfinite(label)):
             return False
         if self.prior.task != "regression" and not 0 <= label <= 1:
@@ -232,19 +208,38 @@ class Head:
         counts = self.labels, self.refused, self.falls
         return Explanation(*counts, self._against, not self.labels, tuple(moved))
 
-    def rebased(self, prior: Prior, embed: Embed) -> Head:
-        """The session on a new release: a head of its `prior` that has learned the own history.
+    @property
+    def columns(self) -> int:
+        """The length of the feature rows that it keeps."""
+        return self._history.columns
 
-        What was kept of no history begins anew; what fell before stays counted.
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """What it was told so far, and how much of that it keeps."""
+        return self.labels, self.refused, self.falls, len(self._history)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has a history that it has not learned yet: see `carried`."""
+        return len(self._history) > self.labels
+
+    def carried(self, prior: Prior) -> Head:
+        """The session on another prior: its history and counts, of which nothing is learned yet."""
+        head = Head(prior)
+        head._history = deepcopy(self._history)
+        head.refused, head.falls = self.refused, self.falls
+        return head
+
+    def catch_up(self, embed: Embed) -> None:
+        """Learn the own history, as the model of `embed` sees it; what it had learned is to be
+        nothing. What `embed` raises changes nothing.
         """
         rows, labels = self._history.ordered()
-        head = Head(prior, self._history.columns)
-        head.refused, head.falls = self.refused, self.falls
         if len(labels):
             embeddings, bases = embed(rows)
+            self._history.clear()
             for embedding, base, label, row in zip(embeddings, bases, labels, rows, strict=True):
-                head.adapt(embedding, float(base), float(label), row)
-        return head
+                self.adapt(embedding, float(base), float(label), row)
 
     def encode(self) -> bytes:
         """The session as bytes, for a restart; `decode` gives it back bit for bit."""
@@ -263,8 +258,8 @@ class Head:
         )
 
     @classmethod
-    def decode(cls, data: bytes, prior: Prior, embed: Embed) -> Head:
-        """The session that was encoded; one of another prior is rebased with `embed`.
+    def decode(cls, data: bytes, prior: Prior) -> Head:
+        """The session that was encoded; one of another prior as `carried` to this one.
 
         Raises: RequestError `bad_session`.
         """
@@ -281,7 +276,7 @@ class Head:
                 f"the state of a session cannot be read: {error}; nothing of it was taken",
                 "the session begins anew; its next labels adapt it",
             ) from None
-        return head if state.prior == prior.digest else head.rebased(prior, embed)
+        return head
 
     def _take(self, state: _State) -> None:
         mean = np.frombuffer(state.mean, "<f4")

@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.api import app, edge_v1, oip, sessions_v1
 from edge_runtime.inference.tensors import DTYPES
-from edge_runtime.personal.head import Moved
+from edge_runtime.personal.explanation import Moved
 from edge_runtime.runtime import Prediction
 from edge_runtime.session import Explanation, Labelled, Ranked, SessionPrediction
 

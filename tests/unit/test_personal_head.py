@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.personal.head import FALLS_MAX, Head
 from edge_runtime.personal.history import ROWS_MAX
 from edge_runtime.personal.prior import Prior
@@ -92,7 +92,7 @@ def test_what_is_forgotten_goes_back_to_the_prior_and_never_beyond():
 
     assert (before > 0.01).any()
     np.testing.assert_allclose(head.mean[1:], prior.mean[1:], atol=0.05)
-    assert Head.decode(head.encode(), prior, embed=None).encode() == head.encode()
+    assert Head.decode(head.encode(), prior).encode() == head.encode()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -268,7 +268,7 @@ def test_a_session_of_64_numbers_is_small():
 @pytest.mark.parametrize("task", TASKS)
 def test_a_restart_changes_no_bit(task):
     head = told(prior_of(task), 30, columns=4)
-    back = Head.decode(head.encode(), prior_of(task), embed=None)
+    back = Head.decode(head.encode(), prior_of(task))
     row = embeddings(1, 9)[0]
     for each in (head, back):
         each.adapt(row, 0.5, 1.0, row[:4])
@@ -290,7 +290,7 @@ def test_a_state_that_cannot_be_read_is_refused(spoil):
     head = told(prior_of(), 3, columns=4)
 
     with pytest.raises(RequestError) as caught:
-        Head.decode(spoil(head.encode()), head.prior, embed=None)
+        Head.decode(spoil(head.encode()), head.prior)
 
     assert caught.value.code == "bad_session"
 
@@ -300,6 +300,12 @@ def turned(width: int = WIDTH) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng(8).normal(0, 1, (width, width)))[0].astype(np.float32)
 
 
+def rebased(head, prior, embed):
+    moved = head.carried(prior)
+    moved.catch_up(embed)
+    return moved
+
+
 def test_a_new_release_in_another_embedding_answers_alike():
     prior, turn = prior_of(), turned()
     head = told(prior, 30, columns=WIDTH)
@@ -307,7 +313,7 @@ def test_a_new_release_in_another_embedding_answers_alike():
     whole[1:, 1:] = turn
     covariance = whole.T @ prior.covariance @ whole
     other = replace(prior, covariance=(covariance + covariance.T) / 2)
-    moved = head.rebased(other, lambda rows: (rows @ turn, np.full(len(rows), 0.5, np.float32)))
+    moved = rebased(head, other, lambda rows: (rows @ turn, np.full(len(rows), 0.5, np.float32)))
 
     probes = embeddings(100, 9)
     before = [head.answer(row, 0.5) for row in probes]
@@ -319,7 +325,7 @@ def test_a_new_release_in_another_embedding_answers_alike():
 def test_a_long_session_does_not_jump_for_what_its_history_has_forgotten():
     prior = prior_of()
     head = told(prior, 300, columns=WIDTH)
-    moved = head.rebased(prior, lambda rows: (rows, np.full(len(rows), 0.5, np.float32)))
+    moved = rebased(head, prior, lambda rows: (rows, np.full(len(rows), 0.5, np.float32)))
 
     probes = embeddings(100, 9)
     jumps = [abs(head.answer(row, 0.5) - moved.answer(row, 0.5)) for row in probes]
@@ -329,19 +335,39 @@ def test_a_long_session_does_not_jump_for_what_its_history_has_forgotten():
 
 def test_what_has_no_history_begins_anew_on_a_new_release():
     head = told(prior_of(), 30)
-    moved = head.rebased(prior_of(region=1.0), embed=None)
+    moved = rebased(head, prior_of(region=1.0), embed=None)
 
     assert (moved.labels, moved.answer(embeddings(1, 9)[0], 0.5)) == (0, 0.5)
 
 
-def test_a_state_of_another_release_is_rebased():
+def test_a_state_of_another_release_keeps_its_history_and_learns_it_later():
     head = told(prior_of(), 10, columns=WIDTH)
     other = prior_of(region=1.0)
 
     def embed(rows):
         return rows, np.full(len(rows), 0.5, np.float32)
 
-    assert Head.decode(head.encode(), other, embed).encode() == head.rebased(other, embed).encode()
+    back = Head.decode(head.encode(), other)
+    assert (back.labels, back.is_behind) == (0, True)
+    again = Head.decode(back.encode(), other)
+    for each in (back, again):
+        each.catch_up(embed)
+
+    assert not back.is_behind
+    assert back.encode() == again.encode() == rebased(head, other, embed).encode()
+
+
+def test_a_model_that_cannot_be_run_leaves_the_history_to_be_learned():
+    behind = told(prior_of(), 10, columns=WIDTH).carried(prior_of())
+    before = behind.encode()
+
+    def fails(rows):
+        raise PackageError("run_failed", f"{len(rows)} rows")
+
+    with pytest.raises(PackageError):
+        behind.catch_up(fails)
+
+    assert behind.encode() == before
 
 
 def test_damaged_states_are_refused_or_stay_in_the_region():
@@ -355,7 +381,7 @@ def test_damaged_states_are_refused_or_stay_in_the_region():
             end = chance.choice((60, len(data)))
             spoiled[chance.integers(end)] = chance.integers(256)
         try:
-            head = Head.decode(bytes(spoiled), prior, embed_as_zeros)
+            head = Head.decode(bytes(spoiled), prior)
         except RequestError:
             continue
         read += 1
@@ -365,7 +391,3 @@ def test_damaged_states_are_refused_or_stay_in_the_region():
         assert len(head.explain().moved) == 5
 
     assert 1000 < read < 4500
-
-
-def embed_as_zeros(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((len(rows), WIDTH), np.float32), np.full(len(rows), 0.5, np.float32)

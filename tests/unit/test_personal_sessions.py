@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
+from dataclasses import replace
+
+import msgspec
 import numpy as np
 import pytest
 
 from edge_runtime.clock import ManualClock
 from edge_runtime.errors import CapacityError, PackageError, RequestError
+from edge_runtime.personal import snapshot
+from edge_runtime.personal.ground import Ground
 from edge_runtime.personal.prior import Prior
-from edge_runtime.personal.sessions import Ground, Sessions
+from edge_runtime.personal.sessions import Sessions
 
 WIDTH = 4
 FAMILY = "shop"
@@ -40,6 +46,14 @@ def taught(sessions: Sessions, key: str, ground: Ground, labels: int = 3) -> Non
     head = sessions.open((FAMILY, key), ground)
     for number in range(labels):
         head.adapt(row(number), 0.5, float(number % 2), row(number))
+
+
+def moved(sessions: Sessions, name: tuple[str, str], ground: Ground, meanwhile=lambda: None):
+    move = sessions.begin(name, ground, replace(ground.prior))
+    if move is not None:
+        move.learn(ground.embed)
+        meanwhile()
+        sessions.arrive(name, ground, move)
 
 
 def test_a_session_opens_by_itself_and_is_found_again():
@@ -201,7 +215,7 @@ def test_sessions_that_are_late_are_moved_one_by_one_and_the_last_used_first():
     late = sessions.late(FAMILY, other)
     assert late == [(FAMILY, key) for key in ("eve", "bob", "ada")]
     for name in [*late, (FAMILY, "gone")]:
-        sessions.rebase(name, other)
+        moved(sessions, name, other)
 
     assert sessions.late(FAMILY, other) == []
     assert sessions.find(("elsewhere", "ada"), ground).prior is ground.prior
@@ -256,3 +270,116 @@ def test_one_session_never_touches_another():
         enemy.adapt(row(number % 50), 0.5, (1.0, 0.0, float("nan"), 1e30)[number % 4])
 
     assert sessions.find((FAMILY, "ada"), ground).encode() == before
+
+
+def heavy(ground: Ground) -> Ground:
+    return replace(ground, quick=False)
+
+
+def test_a_heavy_model_is_not_run_by_who_asks():
+    def fails(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError(f"{len(rows)} rows")
+
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground)
+    other = Ground(prior_of(1.0), "spec", WIDTH, fails, quick=False)
+
+    assert sessions.find((FAMILY, "ada"), other) is None
+    assert sessions.open((FAMILY, "ada"), other) is None
+    told = sessions.statistics()
+    assert (told["open"], told["opened"]) == (1, 1)
+    assert sessions.late(FAMILY, other) == [(FAMILY, "ada")]
+
+
+def test_a_moved_session_is_as_one_that_came_by_itself():
+    sessions, ground, other = store(), ground_of(), ground_of(1.0)
+    for key in ("ada", "bob"):
+        taught(sessions, key, ground)
+
+    moved(sessions, (FAMILY, "ada"), heavy(other))
+
+    ada, bob = (sessions.find((FAMILY, key), other) for key in ("ada", "bob"))
+    assert ada.encode() == bob.encode()
+    assert ada.prior is other.prior
+
+
+def test_a_session_that_is_told_something_on_its_way_is_late_as_before():
+    sessions, ground, other = store(), ground_of(), heavy(ground_of(1.0))
+    name = FAMILY, "ada"
+    taught(sessions, "ada", ground)
+
+    moved(sessions, name, other, meanwhile=lambda: sessions.reset(name))
+    assert sessions.late(FAMILY, other) == [name]
+    moved(sessions, name, other)
+
+    assert sessions.find(name, other).labels == 0
+    moved(sessions, name, heavy(ground_of(1.5)), meanwhile=lambda: sessions.close(name))
+    assert sessions.statistics()["open"] == 0
+
+
+def test_a_restart_runs_no_model():
+    clock, ground = ManualClock(), ground_of()
+    sessions = store(clock)
+    taught(sessions, "ada", ground)
+
+    def fails(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError(f"{len(rows)} rows")
+
+    other, twin = Ground(prior_of(1.0), "spec", WIDTH, fails), replace(ground, release="next")
+    for each in (other, replace(twin, embed=fails)):
+        again = store(clock)
+        again.restore(sessions.snapshot(), {FAMILY: each})
+        assert again.late(FAMILY, each) == [(FAMILY, "ada")]
+    back = store(clock)
+    back.restore(again.snapshot(), {FAMILY: twin})
+    assert back.find((FAMILY, "ada"), twin).labels == 3
+
+
+@pytest.mark.parametrize("unused_s", [float("nan"), float("inf"), -float("inf"), -1e9])
+def test_kept_sessions_of_no_age_are_over(unused_s):
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground)
+    kept = snapshot.decode(sessions.snapshot())
+    entry = msgspec.structs.replace(kept.entries[0], unused_s=unused_s)
+
+    again = store()
+    again.restore(snapshot.encode(kept.saved_s, [entry]), {FAMILY: ground})
+
+    assert again.statistics()["open"] == 0
+
+
+@pytest.mark.parametrize("saved_s", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_sessions_that_were_kept_at_no_time_end_all_the_same(saved_s):
+    clock, ground = ManualClock(1000.0), ground_of()
+    sessions = store(clock)
+    taught(sessions, "ada", ground)
+    kept = snapshot.decode(sessions.snapshot())
+
+    again = store(clock)
+    again.restore(snapshot.encode(saved_s, kept.entries), {FAMILY: ground})
+    clock.advance(60)
+    again.expire()
+
+    assert again.statistics()["open"] == again.statistics()["bytes"] == 0
+
+
+def test_a_kept_session_that_comes_twice_is_one():
+    sessions, ground = store(), ground_of()
+    taught(sessions, "ada", ground)
+    kept = snapshot.decode(sessions.snapshot())
+
+    again = store()
+    again.restore(snapshot.encode(kept.saved_s, kept.entries * 2), {FAMILY: ground})
+
+    assert again.statistics()["bytes"] == sessions.statistics()["bytes"]
+
+
+def test_kept_texts_that_are_none_are_refused():
+    body = msgspec.msgpack.encode([1, 0.0, [["shop", b"ada", "", 0.0, b"", ""]]])
+    body = body.replace(b"\xc4\x03ada", b"\xa3\xff\xfe\xfd")
+    data = b"HWSE" + zlib.crc32(body).to_bytes(4, "little") + body
+
+    with pytest.raises(RequestError) as caught:
+        store().restore(data, {})
+
+    assert caught.value.code == "bad_sessions"
