@@ -32,7 +32,7 @@ from edge_runtime.device.asking import Asking
 from edge_runtime.device.exporting import Exporting
 from edge_runtime.device.family import Family
 from edge_runtime.device.keeper import Keeper
-from edge_runtime.device.visitor import Standing, Visitor
+from edge_runtime.device.visitor import Visitor
 from edge_runtime.device.words import Labelled
 from edge_runtime.errors import HeadwaterError, RequestError
 from edge_runtime.files import write_atomic
@@ -73,10 +73,11 @@ class Adapting:
         )
         self.exporting = Exporting(clock)
         self.counts = {"adapted": 0, "learned": 0}
-        self._standing: dict[str, Standing] = {}
+        self._grounds: dict[str, Ground] = {}
+        self._stable: dict[Runner, Ground] = {}  # the same, as the hot path finds them
         self._warned: set[str] = set()
         self._blank: Head | None = None
-        kept = self.sessions, self.pending, self._standing
+        kept = self.sessions, self.pending, self._grounds
         self.keeper = Keeper(asking.turn, *kept, clock=clock, ttl_s=config.ttl_s)
         self.pending.begun = self.keeper.begin
         for family in families.values():
@@ -87,7 +88,7 @@ class Adapting:
         `bad_session_key`.
         """
         name = family, checked_key(key)
-        return Visitor(name, self._standing, self.sessions, self.pending, self.counts)
+        return Visitor(name, self._stable, self.sessions, self.pending, self.counts)
 
     def blank(self, prior: Prior) -> Head:
         """A head that has learned nothing yet, to be read only."""
@@ -131,10 +132,10 @@ class Adapting:
         return Labelled(seq, learned)
 
     def _learn(self, answer: Answered, label: float) -> bool:
-        name, standing = (answer.family, answer.key), self._standing.get(answer.family)
-        if standing is None or standing.ground.spec != answer.spec:
+        name, ground = (answer.family, answer.key), self._grounds.get(answer.family)
+        if ground is None or ground.spec != answer.spec:
             return False
-        ground, base = standing.ground, answer.base
+        base = answer.base
         row, embedding = np.frombuffer(answer.row, "<f4"), np.frombuffer(answer.embedding, "<f4")
         try:
             if answer.prior is not ground.prior:
@@ -142,8 +143,9 @@ class Adapting:
                     return False
                 embeddings, bases = ground.embed(row[None])
                 embedding, base = embeddings[0], float(bases[0])
-            teaches = self.blank(ground.prior).usable(embedding, base, label)
-            head = (self.sessions.open if teaches else self.sessions.find)(name, ground)
+            head = self.sessions.find(name, ground)
+            if head is None and self.blank(ground.prior).usable(embedding, base, label):
+                head = self.sessions.open(name, ground)
         except HeadwaterError as error:  # the label is logged all the same
             if answer.family not in self._warned:  # once, for it is so with each label
                 log.warning("%s: a session could not learn: %s", answer.family, error)
@@ -154,8 +156,8 @@ class Adapting:
     def explain(self, name: Key) -> Explanation:
         """See `Session.explain`."""
         with self._asking.turn:
-            standing = self._standing.get(name[0])
-            head = None if standing is None else self.sessions.find(name, standing.ground)
+            ground = self._grounds.get(name[0])
+            head = None if ground is None else self.sessions.find(name, ground)
             return NOTHING if head is None else head.explain()
 
     def reset(self, name: Key) -> None:
@@ -181,23 +183,24 @@ class Adapting:
 
     def _over(self, name: str, head: Head) -> None:
         """Sum up a session that has ended; not one that was late to move to what serves now."""
-        standing = self._standing.get(name)
-        if standing is not None and head.prior is standing.ground.prior:
-            self.exporting.ended(name, standing.ground.release, head)
+        ground = self._grounds.get(name)
+        if ground is not None and head.prior is ground.prior:
+            self.exporting.ended(name, ground.release, head)
 
     def _followed(self, family: Family) -> None:
         """Other arms serve, in this turn: from now on sessions stand on the stable one of them."""
         self._warned.discard(family.name)
         arms = family.pipeline.slot.arms
         policy = arms[0].info.policy if arms and arms[0].info is not None else None
-        if policy is None:
-            self._standing.pop(family.name, None)
+        if policy is not None and arms[0].runner in self._stable:
             return
-        before = self._standing.get(family.name)
-        if before is not None and before.runner is arms[0].runner:
-            return
-        self._standing[family.name] = Standing(arms[0].runner, _ground_of(arms[0]))
-        self.keeper.hasten()
+        before = self._grounds.pop(family.name, None)
+        for runner in [runner for runner, ground in self._stable.items() if ground is before]:
+            del self._stable[runner]
+        if policy is not None:
+            ground = self._stable[arms[0].runner] = _ground_of(arms[0])
+            self._grounds[family.name] = ground
+            self.keeper.hasten()
 
     def expire(self) -> None:
         """End what nobody has used for too long."""
@@ -205,13 +208,12 @@ class Adapting:
 
     def restore(self) -> None:
         """Take what the process before kept; it lies on the disk no more."""
-        grounds = {name: each.ground for name, each in self._standing.items()}
         try:
             with self._path.open("rb") as file:
                 self._path.unlink()
                 data = file.read(self._config.bytes_max_mb << 20)
             with self._asking.turn:
-                self.sessions.restore(data, grounds)
+                self.sessions.restore(data, self._grounds)
                 if self.sessions:
                     self.keeper.begin()
                     self.keeper.hasten()

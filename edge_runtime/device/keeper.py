@@ -16,7 +16,6 @@ from dataclasses import replace
 from threading import Event, Lock, Thread
 
 from edge_runtime.clock import Clock
-from edge_runtime.device.visitor import Standing
 from edge_runtime.personal.ground import Ground, Key
 from edge_runtime.personal.pending import Pending
 from edge_runtime.personal.prior import Prior
@@ -27,20 +26,20 @@ _PAUSE_S = 0.0002  # between two sessions that are moved: whoever waits for the 
 
 
 class Keeper:
-    """Ends what is older than `ttl_s`, and moves sessions to what their families stand on."""
+    """Ends what is older than `ttl_s`, and moves sessions to the `grounds` of their families."""
 
     def __init__(
         self,
         turn: Lock,
         sessions: Sessions,
         pending: Pending,
-        standing: Mapping[str, Standing],
+        grounds: Mapping[str, Ground],
         *,
         clock: Clock,
         ttl_s: float,
     ) -> None:
         self._turn, self._sessions, self._pending = turn, sessions, pending
-        self._standing, self._clock, self._ttl_s = standing, clock, ttl_s
+        self._grounds, self._clock, self._ttl_s = grounds, clock, ttl_s
         self._due, self._stop = Event(), Event()
         self._thread, self._lives = Thread(), False
 
@@ -100,22 +99,18 @@ class Keeper:
     def _late(self) -> list[tuple[Key, Ground]]:
         with self._turn:
             return [
-                (name, standing.ground)
-                for family, standing in self._standing.items()
-                for name in self._sessions.late(family, standing.ground)
+                (name, ground)
+                for family, ground in self._grounds.items()
+                for name in self._sessions.late(family, ground)
             ]
 
     def _move_one(self, name: Key, ground: Ground, prior: Prior) -> None:
         with self._turn:
-            stands = self._stands(name[0], ground)
+            stands = self._grounds.get(name[0]) is ground
             move = self._sessions.begin(name, ground, prior) if stands else None
         if move is None:
             return
         move.learn(ground.embed)
         with self._turn:
-            if self._stands(name[0], ground):
+            if self._grounds.get(name[0]) is ground:
                 self._sessions.arrive(name, ground, move)
-
-    def _stands(self, family: str, ground: Ground) -> bool:
-        standing = self._standing.get(family)
-        return standing is not None and standing.ground is ground

@@ -12,7 +12,6 @@ Knows nothing about logs, and nothing of how releases come and go.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from edge_runtime.device.words import SessionPrediction
 from edge_runtime.inference.history import Number
@@ -27,47 +26,35 @@ from edge_runtime.personal.sessions import Sessions
 from edge_runtime.wire.messages import Scored
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What the sessions of a family stand on now, and the stable arm's `runner` behind it."""
-
-    runner: Runner
-    ground: Ground
-
-
 class Visitor:
-    """The session of `key` with a family, whether it is open or not; `standing` is by family."""
+    """The session of `key` with a family, whether it is open or not; `grounds` are by the runner of
+    the stable arm that serves now.
+    """
 
-    __slots__ = ("_counts", "_pending", "_sessions", "_standing", "family", "key", "name")
+    __slots__ = ("_counts", "_grounds", "_pending", "_sessions", "family", "key", "name")
 
     def __init__(
         self,
         name: tuple[str, str],
-        standing: Mapping[str, Standing],
+        grounds: Mapping[Runner, Ground],
         sessions: Sessions,
         pending: Pending,
         counts: dict[str, int],
     ) -> None:
         self.name, (self.family, self.key) = name, name
-        self._standing, self._sessions, self._pending = standing, sessions, pending
+        self._grounds, self._sessions, self._pending = grounds, sessions, pending
         self._counts = counts
 
     def head(self, stable: Arm) -> Head | None:
         """The session's head as it stands on the arm; None where there is none, where the arm's
         release knows no sessions, or where another serves by now.
         """
-        ground = self._ground(stable)
+        ground = self._grounds.get(stable.runner)
         return None if ground is None else self._sessions.find(self.name, ground)
-
-    def _ground(self, stable: Arm) -> Ground | None:
-        standing = self._standing.get(self.family)
-        if standing is None or standing.runner is not stable.runner:
-            return None
-        return standing.ground
 
     def shift(self, scores: Scores) -> float:
         """By how much the session moves the answer to an event."""
-        embedding, ground = scores.answers[2], self._ground(scores.arms[0])
+        embedding, ground = scores.answers[2], self._grounds.get(scores.arms[0].runner)
         if embedding is None or ground is None:
             return 0.0
         head = self._sessions.find(self.name, ground)
@@ -79,7 +66,7 @@ class Visitor:
         """The `answer` that was logged as `name`, moved by `shift`, as the application is told it;
         what a label of it will need is remembered.
         """
-        base, ground = answer.outputs, self._ground(scores.arms[0])
+        base, ground = answer.outputs, self._grounds.get(scores.arms[0].runner)
         if ground is None:
             return SessionPrediction(name, base, answer.release, answer.arm, base, adapted=False)
         answers, _, embedding = scores.answers

@@ -12,7 +12,6 @@ import pytest
 
 from edge_runtime.clock import ManualClock, SystemClock
 from edge_runtime.device.keeper import Keeper
-from edge_runtime.device.visitor import Standing
 from edge_runtime.personal.ground import Ground
 from edge_runtime.personal.pending import Answered, Pending
 from edge_runtime.personal.prior import Prior
@@ -36,9 +35,9 @@ class Shop:
 
     def __init__(self, clock=None, ttl_s=60.0):
         clock = clock or ManualClock()
-        self.turn, self.pending, self.standing = threading.Lock(), Pending(1 << 20), {}
+        self.turn, self.pending, self.grounds = threading.Lock(), Pending(1 << 20), {}
         self.sessions = Sessions(clock, ttl_s=ttl_s, bytes_max=1 << 20, count_max=1000)
-        kept = self.sessions, self.pending, self.standing
+        kept = self.sessions, self.pending, self.grounds
         self.keeper = Keeper(self.turn, *kept, clock=clock, ttl_s=ttl_s)
         self.pending.begun = self.keeper.begin
         self.ground = Ground(prior_of(), "spec", WIDTH, embed)
@@ -46,8 +45,7 @@ class Shop:
 
     def stand_on(self, ground):
         with self.turn:
-            self.ground = ground
-            self.standing["shop"] = Standing(None, ground)
+            self.ground = self.grounds["shop"] = ground
             self.keeper.hasten()
 
     def answer(self, number):
