@@ -93,7 +93,7 @@ def _bootstrapped(
     own.root.mkdir(parents=True, exist_ok=True)
     save_set(own.static, static)
     save_set(own.reference, EvaluationSet(learned.features[:REFERENCE_ROWS], np.zeros(0, "f4")))
-    indices = [at for at, column in enumerate(family.spec.columns) if column.indices]
+    indices = [at for at, column in enumerate(family.spec.columns) if column.is_key]
     known = Keys.of(indices, learned)
     known.save(own.known)
     cycle.save(own.checkpoint)

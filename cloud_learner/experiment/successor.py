@@ -102,7 +102,7 @@ def release(home: Home, family: Family, db: IngestDb, tell: Tell) -> Released:
     cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
     cycle.remember(learned)
     cycle.learn(Batch(db.meta().families[family.name].batch, []))  # the next one comes after it
-    indices = [at for at, column in enumerate(family.spec.columns) if column.indices]
+    indices = [at for at, column in enumerate(family.spec.columns) if column.is_key]
     known = Keys.of(indices, learned)
     own, part = home.of(family.name), Lineage(home.lineage).of(family.name)
     gate = Gate(gate_limits(family), static, _recent(past, family), part, known)

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from edge_runtime.errors import PackageError
 from edge_runtime.features.spec import Spec
+from edge_runtime.inference import buckets
 from edge_runtime.inference.package import Interface, metadata_of
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.signature import EMBEDDING, INPUT
@@ -47,6 +49,9 @@ def sealed(
     Raises: PackageError (batch_dependent, or the model cannot run here).
     """
     flush_denormals(model)
+    del model.metadata_props[:]
+    if spec.padding is not None:  # so that it is run here as a device runs it
+        _note(model, buckets.KEY, msgspec.json.encode(spec.padding).decode())
     golden_outputs = _answers(runner_of(model), np.ascontiguousarray(golden_inputs))
     metadata = metadata_of(
         interface,
@@ -59,9 +64,13 @@ def sealed(
     )
     del model.metadata_props[:]
     for key in sorted(metadata):
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, metadata[key]
+        _note(model, key, metadata[key])
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def _note(model: ModelProto, key: str, value: str) -> None:
+    entry = model.metadata_props.add()
+    entry.key, entry.value = key, value
 
 
 def runner_of(model: ModelProto) -> Runner:

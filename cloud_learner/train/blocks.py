@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.features.spec import Spec
 
 Rows = npt.NDArray[np.float32]
@@ -53,6 +54,12 @@ class Inputs(nn.Module):
         super().__init__()
         words = [i for i, column in enumerate(spec.columns) if column.indices]
         numbers = [i for i, column in enumerate(spec.columns) if not column.indices]
+        if any(column.pad is not None for column in spec.columns):
+            raise ConfigError(
+                "text_columns",
+                "the tokens of a text stand in an order, which words side by side do not have",
+                "give texts a network of their own: a transformer over the columns of their ids",
+            )
         self.width = word_width * len(words) + len(numbers)
         if words:
             self._embed(words, [spec.columns[i].indices for i in words], word_width)

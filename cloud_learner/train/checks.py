@@ -84,27 +84,27 @@ def read_specs(path: Path, problems: Problems) -> list[Spec]:
     """The spec of the file; where it is wrong as a whole, one for each feature that is right."""
     try:
         document = parse_toml(path.read_text("utf-8"))
-        tables = document.get("tables")
     except (OSError, UnicodeDecodeError) as error:
         problems.add(bad(path, f"cannot be read: {error}"))
         return []
     except ConfigError as error:
         problems.add(_within(path, error))
         return []
-    if isinstance(tables, dict):
-        document["tables"] = _with_files(path, tables, problems)
+    for part in ("tables", "tokenizers"):
+        if isinstance(document.get(part), dict):
+            document[part] = _with_files(path, part, document[part], problems)
     try:
         return [Spec.from_document(document)]
     except ConfigError as error:
         return _by_feature(path, document, _within(path, error), problems)
 
 
-def _with_files(path: Path, tables: dict[str, Any], problems: Problems) -> dict[str, Any]:
-    """The tables with the rows of their files, but for those whose file is wrong."""
+def _with_files(path: Path, part: str, named: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """The tables, or tokenizers, with what their files hold, but for those whose file is wrong."""
     whole: dict[str, Any] = {}
-    for name, table in tables.items():
+    for name, each in named.items():
         try:
-            whole |= expanded({"tables": {name: table}}, path.parent)["tables"]
+            whole |= expanded({part: {name: each}}, path.parent)[part]
         except ConfigError as error:
             problems.add(_within(path, error))
     return whole
@@ -129,9 +129,9 @@ def _by_feature(
 
 def check_fields(path: Path, interface: Interface, specs: list[Spec], problems: Problems) -> None:
     """Note each feature that reads a field which its events do not have."""
-    for feature in (feature for spec in specs for feature in spec.features):
+    for spec, feature in ((each, feature) for each in specs for feature in each.features):
         try:
-            check_agreement(interface, Spec([feature], specs[0].tables))
+            check_agreement(interface, Spec([feature], spec.tables, spec.tokenizers))
         except PackageError as error:
             problems.add(bad(path, error.message, error.hint or EXAMPLE))
 

@@ -1,11 +1,14 @@
-"""Tables of a family folder: what a features.toml keeps in a CSV file becomes rows of the spec.
+"""Files of a family folder: what a features.toml keeps in other files becomes part of the spec.
 
-Why: facts of a thousand places belong in a file of their own, and yet every package has to carry
-them, so that the spec's hash covers what a model was given.
+Why: facts of a thousand places, and tokenizers, belong in files of their own, and yet every package
+has to carry them, so that the spec's hash covers what a model was given.
 
 A table with `file` takes its rows from there: the first column names the row, the first line names
 the columns, of which `columns` may choose. A column in which every cell is a number holds numbers;
 an empty cell is unknown.
+
+A tokenizer is a JSON file of the library tokenizers, taken without its layout. With `package` it is a
+file of an installed Python package.
 
 Invariants: every error names file and row. Knows nothing about features.
 """
@@ -13,6 +16,8 @@ Invariants: every error names file and row. Knows nothing about features.
 from __future__ import annotations
 
 import csv
+import json
+from importlib import resources
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -21,18 +26,34 @@ from edge_runtime.errors import ConfigError
 
 
 def expanded(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`document`, a parsed features.toml, with the rows of its files. Raises: ConfigError."""
-    tables = document.get("tables")
-    if not isinstance(tables, dict):
-        return document
-    return document | {
-        "tables": {
-            name: _with_rows(table, folder)
-            if isinstance(table, dict) and "file" in table
-            else table
-            for name, table in tables.items()
-        }
-    }
+    """`document`, a parsed features.toml, with what its files hold. Raises: ConfigError."""
+    whole = dict(document)
+    for part, read in (("tables", _with_rows), ("tokenizers", _tokenizer)):
+        named = document.get(part)
+        if isinstance(named, dict):
+            whole[part] = {
+                name: read(each, folder) if isinstance(each, dict) and "file" in each else each
+                for name, each in named.items()
+            }
+    return whole
+
+
+def _tokenizer(table: dict[str, Any], folder: Path) -> str:
+    """The JSON of a tokenizer without its layout."""
+    package, name = table.get("package"), str(table["file"])
+    if not table.keys() <= {"file", "package"}:
+        raise ConfigError("unknown_key", f"tokenizer {name}: its keys are file and package")
+    try:
+        place = folder if package is None else resources.files(str(package))
+        found = json.loads(place.joinpath(name).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, ImportError, TypeError) as error:
+        where = name if package is None else f"{name} of package {package!r}"
+        raise ConfigError(
+            "bad_tokenizer",
+            f"tokenizer file {where} cannot be read: {error}",
+            "" if package is None else f"is {package} installed?",
+        ) from error
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
 
 
 def _with_rows(table: dict[str, Any], folder: Path) -> dict[str, Any]:

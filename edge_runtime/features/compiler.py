@@ -137,6 +137,8 @@ def _column(index: int, feature: Feature, fields: _Fields) -> tuple[list[str], s
         period_s = PERIODS_S[cycle.of]
         turn = f"fmod(time_s + {cycle.utc_offset_s!r}, {period_s!r}) * {math.tau / period_s!r}"
         return [f"{x} = {turn}"], f"sin({x}), cos({x})"
+    if feature.tokens is not None:
+        return [f"{x} = encode_{index}({fields[feature.tokens.field]})"], f"*{x}"
     column = f"*one_hot_{index}[{x}]" if feature.one_hot else x
     if feature.is_number:
         return [*_source(index, feature, fields), *_transforms(index, feature)], column
@@ -232,6 +234,8 @@ def _constants(spec: Spec) -> dict[str, Any]:
         if feature.vocabulary is not None:
             positions = enumerate(feature.vocabulary, start=1)
             names[f"index_{index}"] = {word: position for position, word in positions}.get
+        if feature.tokens is not None:
+            names[f"encode_{index}"] = spec.encoders[feature.name]
         if feature.bucket is not None:
             names[f"edges_{index}"] = feature.bucket
         if feature.lookup is not None:

@@ -59,6 +59,14 @@ class Cycle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     utc_offset_s: float = 0.0
 
 
+class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The text in the event's field `field`: the first `length` ids that `tokenizer` gives it."""
+
+    field: str
+    tokenizer: str
+    length: int
+
+
 class Standardise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Subtract `mean`, divide by `std`: statistics that were taken when the package was made."""
 
@@ -67,13 +75,14 @@ class Standardise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One source and what is done to it; one column, or two with `cycle`, or many with `one_hot`.
+    """One source and what is done to it; one column, or two with `cycle`, or many with `one_hot`
+    or `tokens`.
 
-    The source is a `field` of the event, a `window`, a `lookup` or a `cycle`. `fill` stands in for
-    an absent field, an unknown row, and what an empty window cannot say. `bounds` clip. `log1p` is
-    odd: -log1p(-x) below 0. `bucket` gives how many of its ascending edges are at or below the
-    value. `vocabulary` maps a word to its index, counted from 1; anything else is 0. `hash` maps
-    words to that many indices: CRC-32 of the UTF-8 text, modulo.
+    The source is a `field` of the event, a `window`, a `lookup`, a `cycle` or `tokens`, to which
+    nothing is done. `fill` stands in for an absent field, an unknown row, and what an empty window
+    cannot say. `bounds` clip. `log1p` is odd: -log1p(-x) below 0. `bucket` gives how many of its
+    ascending edges are at or below the value. `vocabulary` maps a word to its index, counted from
+    1; anything else is 0. `hash` maps words to that many indices: CRC-32 of the UTF-8 text, modulo.
     """
 
     name: str
@@ -84,6 +93,7 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     bounds: tuple[float, float] | None = None
     lookup: Lookup | None = None
     cycle: Cycle | None = None
+    tokens: Tokens | None = None
     log1p: bool = False
     standardise: Standardise | None = None
     bucket: list[float] | None = None
@@ -93,7 +103,7 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     @property
     def is_number(self) -> bool:
         """Whether its source has to give numbers, not words."""
-        return self.vocabulary is None and self.hash is None
+        return self.vocabulary is None and self.hash is None and self.tokens is None
 
     @property
     def indices(self) -> int:
@@ -106,7 +116,9 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     @property
     def columns(self) -> list[Column]:
-        """What a model is given of it, in order."""
+        """What a model is given of it, in order; of `tokens` by name alone."""
+        if self.tokens is not None:
+            return [Column(f"{self.name}_{at}", 0) for at in range(self.tokens.length)]
         if self.cycle is not None:
             return [Column(f"{self.name}.sin", 0), Column(f"{self.name}.cos", 0)]
         if not self.one_hot:
@@ -116,10 +128,26 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Column(msgspec.Struct, frozen=True):
-    """A column of the model's input; `indices` says how many values an index has, 0: a number."""
+    """A column of the model's input; `indices` says how many values an index has, 0: a number.
+
+    With a `pad` it holds the id of a token; that one stands where the text has ended.
+    """
 
     name: str
     indices: int
+    pad: int | None = None
+
+    @property
+    def is_key(self) -> bool:
+        """Whether its index names a thing by itself, which a token does not."""
+        return self.indices > 0 and self.pad is None
+
+
+class Padding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows of `length` columns that hold one text each: `pad` stands behind its last token."""
+
+    length: int
+    pad: int
 
 
 class StaticTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,8 +6,8 @@ on the data.
 
 A number x with |x| >= 2^-10 lies in one of four buckets of its octave: with e = floor(log2 |x|) and
 m = floor(4 (|x| / 2^e - 1)), in bucket 4 (e + 10) + m + 1, negative where x is. Smaller numbers lie
-in bucket 0. An index lies in the bucket of its number; 0 is the word that is unknown. Buckets rise
-with the values.
+in bucket 0. An index lies in the bucket of its number; 0 is the word that is unknown. A token lies
+in bucket 1 and padding in 0: what adds up is how long texts are. Buckets rise with the values.
 
 Invariants: adding up histograms is the histogram of all rows. Pure.
 
@@ -34,6 +34,8 @@ INDEX_MAX = 1 << 24
 
 def buckets_of(values: Matrix, column: Column) -> npt.NDArray[np.int64]:
     """The bucket of each value, of shape (rows,). What is no index lies in the nearest one's."""
+    if column.pad is not None:
+        return np.asarray(values != column.pad, np.int64)
     if column.indices:
         return np.clip(np.nan_to_num(values), 0, INDEX_MAX).astype(np.int64)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

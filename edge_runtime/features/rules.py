@@ -24,17 +24,17 @@ STATISTICS = (
 VALUELESS = ("count", "rate", "time_since_last")
 INDICES_MAX = 1 << 16
 EVENTS_MAX = 1 << 15
+TOKENS_MAX = 512
 
 
 def check_feature(feature: Feature, tables: Mapping[str, StaticTable]) -> None:
     """Raises: ConfigError naming feature and key."""
     if not feature.name:
         raise bad("bad_value", feature.name, "name", "is empty")
-    sources = (feature.field, feature.window, feature.lookup, feature.cycle)
+    sources = (feature.field, feature.window, feature.lookup, feature.cycle, feature.tokens)
     if sum(source is not None for source in sources) != 1:
-        raise bad(
-            "bad_source", feature.name, "field", "or window, lookup, cycle: exactly one is given"
-        )
+        what = "or window, lookup, cycle, tokens: exactly one is given"
+        raise bad("bad_source", feature.name, "field", what)
     if not math.isfinite(feature.fill):
         raise bad("bad_value", feature.name, "fill", "is not finite")
     _check_bounds(feature)
@@ -103,9 +103,7 @@ def _check_scale(feature: Feature) -> None:
         ("bucket", feature.bucket is not None),
     ):
         if given and not feature.is_number:
-            raise bad(
-                "bad_value", feature.name, key, "has no meaning beside a vocabulary or a hash"
-            )
+            raise bad("bad_value", feature.name, key, "has no meaning for words and texts")
         if given and feature.cycle is not None:
             raise bad("bad_value", feature.name, key, "has no meaning beside a cycle")
     scale = feature.standardise
@@ -178,6 +176,22 @@ def _check_lookup(feature: Feature, tables: Mapping[str, StaticTable]) -> None:
     texts = [key for cell, key in cells.items() if isinstance(cell, str)]
     if feature.is_number and texts:
         raise bad("bad_value", name, "lookup.column", f"holds text in row {texts[0]!r}")
+
+
+def check_tokens(feature: Feature, tokenizers: Iterable[str]) -> None:
+    """Raises: ConfigError naming feature and key."""
+    tokens = feature.tokens
+    if tokens is None:
+        return
+    if tokens.tokenizer not in tokenizers:
+        raise _with_hint(
+            bad("unknown_tokenizer", feature.name, "tokens.tokenizer", "is not declared"),
+            nearest(tokens.tokenizer, tokenizers),
+        )
+    if not tokens.field:
+        raise bad("bad_value", feature.name, "tokens.field", "is empty")
+    if not 1 <= tokens.length <= TOKENS_MAX:
+        raise bad("bad_value", feature.name, "tokens.length", f"is not from 1 to {TOKENS_MAX}")
 
 
 def bad(code: str, name: str, key: str, what: str) -> ConfigError:

@@ -1,10 +1,11 @@
-"""The feature spec: the ordered features of a family with the static tables that they look up.
+"""The feature spec: a family's ordered features, with the tables and tokenizers that they use.
 
 Why: it is read from features.toml where a family is made and from the package where it is served,
 and both give the same object with the same hash.
 
 Invariants: two specs with the same `hash` compute the same values in the same order; a spec that
-was constructed is valid. Every error names the feature, or table, and the key that is wrong.
+was constructed is valid, and can be computed here. Every error names the feature, or table, and
+the key that is wrong.
 
 Knows nothing about events, windows in memory, or models. Implements proto/package.md (features).
 """
@@ -26,18 +27,22 @@ from edge_runtime.features.feature import (
     Cycle,
     Feature,
     Lookup,
+    Padding,
     Standardise,
     StaticTable,
+    Tokens,
     Window,
 )
-from edge_runtime.features.rules import bad, check_feature, check_table, nearest
+from edge_runtime.features.rules import bad, check_feature, check_table, check_tokens, nearest
+from edge_runtime.features.tokens import Encoder, encoder
 
 SPEC_VERSION = 1
-_SPEC_KEYS = ("version", "features", "tables")
+_SPEC_KEYS = ("version", "features", "tables", "tokenizers")
 _PARTS: dict[str, type[msgspec.Struct]] = {
     "window": Window,
     "lookup": Lookup,
     "cycle": Cycle,
+    "tokens": Tokens,
     "standardise": Standardise,
 }
 
@@ -45,21 +50,28 @@ _PARTS: dict[str, type[msgspec.Struct]] = {
 class Spec:
     """Features in order; construct with `from_toml`, `from_json` or `from_document`.
 
-    `columns` are what a model is given, `names` and `size` their names and count.
+    `columns` are what a model is given, `names` and `size` their names and count. `encoders` make
+    the ids of those features that are texts, by feature; `tokenizers` are JSON, by name.
     """
 
     def __init__(
-        self, features: Iterable[Feature], tables: Mapping[str, StaticTable] | None = None
+        self,
+        features: Iterable[Feature],
+        tables: Mapping[str, StaticTable] | None = None,
+        tokenizers: Mapping[str, str] | None = None,
     ) -> None:
         self.features = tuple(features)
         self.tables = dict(tables or {})
+        self.tokenizers = dict(tokenizers or {})
         if not self.features:
             raise ConfigError("empty_spec", "the feature spec declares no feature")
         for name, table in self.tables.items():
             check_table(name, table)
         for feature in self.features:
             check_feature(feature, self.tables)
-        self.columns: list[Column] = [c for feature in self.features for c in feature.columns]
+            check_tokens(feature, self.tokenizers)
+        self.encoders = {f.name: self._encoder(f.tokens) for f in self.features if f.tokens}
+        self.columns: list[Column] = [c for f in self.features for c in self._columns(f)]
         self.names = [column.name for column in self.columns]
         for names in ([feature.name for feature in self.features], self.names):
             if len(set(names)) < len(names):
@@ -99,11 +111,13 @@ class Spec:
             )
         tables = _parse_tables(document.get("tables", {}))
         features = enumerate(document["features"])
-        return cls([_parse_feature(table, index) for index, table in features], tables)
+        tokenizers = _parse_tokenizers(document.get("tokenizers", {}))
+        parsed = [_parse_feature(table, index) for index, table in features]
+        return cls(parsed, tables, tokenizers)
 
     def to_json(self) -> str:
         """Canonical JSON: equal specs give equal text."""
-        return _canonical(self.features, self.tables)
+        return _canonical(self.features, self.tables, self.tokenizers)
 
     def windows_json(self) -> str:
         """The canonical JSON of its windows alone, enough to hold them; "" where it has none."""
@@ -120,6 +134,12 @@ class Spec:
         """How many values a vector has."""
         return len(self.columns)
 
+    @cached_property
+    def padding(self) -> Padding | None:
+        """How its rows end, where they hold one text and nothing else."""
+        pad = self.columns[0].pad
+        return Padding(self.size, pad) if len(self.features) == 1 and pad is not None else None
+
     def subset(self, names: Iterable[str]) -> Spec:
         """The named features, in the order of this spec, with the tables that they look up.
 
@@ -134,12 +154,31 @@ class Spec:
             )
         features = [feature for feature in self.features if feature.name in wanted]
         used = {feature.lookup.table for feature in features if feature.lookup}
-        return Spec(features, {name: self.tables[name] for name in self.tables if name in used})
+        used_too = {feature.tokens.tokenizer for feature in features if feature.tokens}
+        return Spec(
+            features,
+            {name: table for name, table in self.tables.items() if name in used},
+            {name: text for name, text in self.tokenizers.items() if name in used_too},
+        )
+
+    def _encoder(self, tokens: Tokens) -> Encoder:
+        try:
+            return encoder(self.tokenizers[tokens.tokenizer], tokens.length)
+        except ConfigError as error:
+            error.message = f"tokenizer {tokens.tokenizer!r}: {error.message}"
+            raise
+
+    def _columns(self, feature: Feature) -> list[Column]:
+        made = self.encoders.get(feature.name)
+        if made is None:
+            return feature.columns
+        return [Column(column.name, made.size, made.pad) for column in feature.columns]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spec):
             return NotImplemented
-        return self.features == other.features and self.tables == other.tables
+        mine, others = ((s.features, s.tables, s.tokenizers) for s in (self, other))
+        return mine == others
 
     def __hash__(self) -> int:
         return hash(self.hash)
@@ -158,10 +197,16 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _canonical(features: Iterable[Feature], tables: Mapping[str, StaticTable]) -> str:
+def _canonical(
+    features: Iterable[Feature],
+    tables: Mapping[str, StaticTable],
+    tokenizers: Mapping[str, str] = {},
+) -> str:
     document = {"version": SPEC_VERSION, "features": msgspec.to_builtins(list(features))}
     if tables:
         document["tables"] = msgspec.to_builtins(dict(tables))
+    if tokenizers:
+        document["tokenizers"] = dict(tokenizers)
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -192,6 +237,13 @@ def _parse_tables(document: Any) -> dict[str, StaticTable]:
         except msgspec.ValidationError as error:
             raise ConfigError("bad_table", f"table {name!r}: {error}") from error
     return tables
+
+
+def _parse_tokenizers(document: Any) -> dict[str, str]:
+    try:
+        return msgspec.convert(document, dict[str, str])
+    except msgspec.ValidationError as error:
+        raise ConfigError("bad_tokenizer", f"the feature spec's tokenizers: {error}") from error
 
 
 def _check_keys(

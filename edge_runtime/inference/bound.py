@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.inference.buckets import Buckets
 from edge_runtime.inference.tensors import Array, Tensor
 
 
@@ -29,13 +30,8 @@ class BoundRow:
         self.lock = threading.Lock()
         self.inputs = {tensor.name: np.zeros(_row(tensor), tensor.dtype) for tensor in inputs}
         self.outputs = {tensor.name: np.zeros(_row(tensor), tensor.dtype) for tensor in outputs}
-        self._session, self._binding, self._options = session, session.io_binding(), options
-        for bind, arrays in (
-            (self._binding.bind_input, self.inputs),
-            (self._binding.bind_output, self.outputs),
-        ):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._session, self._options = session, options
+        self._binding = _bound(session, self.inputs, self.outputs)
 
     def holds(self, arrays: Mapping[str, Array]) -> bool:
         """Whether `arrays`, which fit the model, are one row each."""
@@ -54,6 +50,52 @@ class BoundRow:
             row[...] = arrays[name]
         self.run()
         return {name: self.outputs[name].copy() for name in names}
+
+
+class BucketedRow(BoundRow):
+    """One row of which a run reads as much as its bucket holds; all buckets share the memory."""
+
+    def __init__(
+        self,
+        session: Any,
+        inputs: Collection[Tensor],
+        outputs: Collection[Tensor],
+        options: Any,
+        buckets: Buckets,
+    ) -> None:
+        super().__init__(session, inputs, outputs, options)
+        [self._row] = self.inputs.values()
+        self._buckets = buckets
+        self._bindings = {
+            size: _bound(
+                session, {name: row[:, :size] for name, row in self.inputs.items()}, self.outputs
+            )
+            for size in buckets.sizes
+        }
+
+    def run(self) -> None:
+        [size] = self._buckets.sizes_of(self._row).tolist()
+        self._session.run_with_iobinding(self._bindings[size], self._options)
+
+
+def bound(
+    session: Any, inputs: Collection[Tensor], outputs: Collection[Tensor], options: Any
+) -> BoundRow | None:
+    """A bound row, unless the model's answers are not of the shapes that it declares."""
+    row = BoundRow(session, inputs, outputs, options)
+    try:
+        row.run()
+    except Exception:
+        return None
+    return row
+
+
+def _bound(session: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+    binding = session.io_binding()
+    for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, array in arrays.items():
+            bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return binding
 
 
 def can_be_bound(tensors: Collection[Tensor]) -> bool:

@@ -26,11 +26,12 @@ from edge_runtime.errors import ConfigError, PackageError
 from edge_runtime.features.feature import LABEL, Window
 from edge_runtime.features.rules import nearest
 from edge_runtime.features.spec import Spec
-from edge_runtime.inference import checks
+from edge_runtime.inference import buckets, checks
 from edge_runtime.inference.checks import FieldType
 from edge_runtime.personal.policy import Policy
 
 PACKAGE_VERSION = 1
+_WANTED = {"str": "a number", "float": "text or an int", "int": "text"}
 _PREFIX = "headwater."
 
 Matrix = npt.NDArray[np.float32]
@@ -130,6 +131,8 @@ def metadata_of(
     }
     if policy is not None:
         texts["personal"] = policy.to_json()
+    if spec.padding is not None:
+        texts["padding"] = msgspec.json.encode(spec.padding).decode()
     metadata = {_PREFIX + key: text for key, text in texts.items()}
     read_package(metadata)
     return metadata
@@ -138,7 +141,8 @@ def metadata_of(
 def read_package(metadata: Mapping[str, str]) -> PackageInfo:
     """What `metadata_of` wrote.
 
-    Raises: PackageError (missing_metadata, bad_metadata, spec_mismatch), naming the key.
+    Raises: PackageError (missing_metadata, bad_metadata, spec_mismatch, missing_extra), naming the
+    key.
     """
     interface = _decoded(metadata, "interface", Interface)
     if interface.version != PACKAGE_VERSION:
@@ -148,8 +152,13 @@ def read_package(metadata: Mapping[str, str]) -> PackageInfo:
     try:
         spec = Spec.from_json(_text(metadata, "features"))
     except ConfigError as error:
+        if error.code == "missing_extra":
+            what = f"the package cannot be used on this machine: {error.message}"
+            raise PackageError(error.code, what, error.hint) from error
         raise _bad("features", str(error)) from error
     check_agreement(interface, spec)
+    if buckets.padding_in(metadata) not in (None, spec.padding):
+        raise _bad("padding", "is not how the rows of its feature spec end")
     golden = _decoded(metadata, "golden", _Golden)
     inputs, outputs = _read_golden(golden, spec)
     provenance = _decoded(metadata, "provenance", dict[str, Any])
@@ -221,6 +230,9 @@ def check_agreement(interface: Interface, spec: Spec) -> None:
             _check_declared(feature.name, predicting, feature.field, not_a)
         elif feature.lookup is not None:
             _check_declared(feature.name, predicting, feature.lookup.key, "float")
+        elif feature.tokens is not None:
+            for not_a in ("int", "float"):
+                _check_declared(feature.name, predicting, feature.tokens.field, not_a)
 
 
 def _check_window(
@@ -245,7 +257,7 @@ def _check_declared(feature: str, kinds: dict[str, Kind], field: str, not_a: str
             why = f"needs {name}.{field}, which the interface does not declare"
             raise _mismatch(feature, why, nearest(field, kind.fields))
         if declared == not_a:
-            wanted = "a number" if not_a == "str" else "text or an int"
+            wanted = _WANTED[not_a]
             hint = (
                 "words need a `vocabulary` or a `hash`, or in windows `distinct`"
                 if not_a == "str"

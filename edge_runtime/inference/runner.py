@@ -32,13 +32,13 @@ import onnxruntime as ort
 from edge_runtime import cpus
 from edge_runtime.errors import PackageError
 from edge_runtime.inference import trial
-from edge_runtime.inference.bound import BoundRow, can_be_bound
+from edge_runtime.inference.bound import BoundRow, BucketedRow, bound, can_be_bound
+from edge_runtime.inference.buckets import Buckets, in_buckets
 from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT, width_of, widths_of
 from edge_runtime.inference.tensors import (
     BATCH_ROWS_MAX,
     ONNX_TYPES,
     Array,
-    Tensor,
     fitting,
     padded,
     selected,
@@ -51,7 +51,6 @@ INLINE_US_MAX = 250.0
 50 to 150 µs of its own, and a loop that stalls so briefly is not noticed."""
 
 _THREADED_US_MIN = 2000.0
-_WARM_S, _WARM_BYTES = 0.5, 16 << 20
 _WORTH_IT = 0.8  # all CPUs for less than a fifth of the time saved would be a waste
 
 Matrix = npt.NDArray[np.float32]
@@ -63,7 +62,8 @@ class Runner:
     """A model in memory, warm. `inputs` and `outputs` are what it declares; outputs that are no
     tensors, such as lists of maps, are left out.
 
-    `run_us` is the usual time of one row; None where no sample row would run. `features` and
+    `run_us` is the usual time of one row; None where no sample row would run. Where rows end in
+    padding, each is run in one of `buckets`, and `bucket_us` are their times. `features` and
     `scores` are the widths of a model that maps a row of features to probabilities, else 0, `width`
     that of its embedding, 0 without. `embedding`, (width,), is that of the row that `answer` had
     last: who keeps it, copies it. `running` says since when the rows of a release on trial run, and
@@ -81,11 +81,14 @@ class Runner:
         self._session = _load(str(path), threads=1)
         try:
             self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-            self.inputs = tensors_of(self._session.get_inputs())
+            self.inputs, self.buckets = in_buckets(
+                tensors_of(self._session.get_inputs()), self.metadata
+            )
             self.outputs = tensors_of(self._session.get_outputs())
         except UnicodeDecodeError as error:
             what = f"{path} has a name that is no text: {error}"
             raise PackageError("unreadable_package", what) from error
+        self.bucket_us: dict[int, float | None] = {}
         self._check(str(path))
         self._try_out(str(path))
         self._warm(rows_max)
@@ -152,7 +155,7 @@ class Runner:
 
         Raises: PackageError `run_failed`.
         """
-        answer: Matrix = self._run([OUTPUT], {INPUT: x})[0]
+        answer = self._rows([OUTPUT], x)[0]
         if answer.shape != (len(x), self.scores):
             raise PackageError("run_failed", f"the model's answer has shape {answer.shape}")
         return answer
@@ -175,7 +178,9 @@ class Runner:
         rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(len(packed), self.features)
         if not self.batchable:
             return [self.run(rows[at : at + 1]).tolist()[0] for at in range(len(rows))]
-        answers: list[list[float]] = self.run(padded(rows))[: len(packed)].tolist()
+        answers: list[list[float]] = self.run(rows if self.buckets else padded(rows))[
+            : len(packed)
+        ].tolist()
         return answers
 
     def embed(self, x: Matrix) -> tuple[Matrix, Matrix]:
@@ -183,8 +188,8 @@ class Runner:
 
         Only where there is a `width`. Raises: PackageError `run_failed`.
         """
-        tables = [padded(x)] if self.batchable else [row[None] for row in x]
-        runs = [self._run([EMBEDDING, OUTPUT], {INPUT: each}) for each in tables]
+        tables = [x if self.buckets else padded(x)] if self.batchable else [row[None] for row in x]
+        runs = [self._rows([EMBEDDING, OUTPUT], each) for each in tables]
         embeddings, answers = (np.concatenate(each)[: len(x)] for each in zip(*runs, strict=True))
         if embeddings.shape + answers.shape != (len(x), self.width, len(x), self.scores):
             raise PackageError("run_failed", f"the model's embedding has shape {embeddings.shape}")
@@ -196,6 +201,15 @@ class Runner:
         except Exception as error:
             raise _failed(error) from error
         return answers
+
+    def _run_all(self, feed: Mapping[str, Array]) -> list[Array]:
+        return self._run(self._names, feed)
+
+    def _rows(self, names: list[str], x: Matrix) -> list[Matrix]:
+        """The named outputs for rows of features, each row run in its bucket if there are some."""
+        if self.buckets is None:
+            return self._run(names, {INPUT: x})
+        return self.buckets.run(lambda part: self._run(names, {INPUT: part}), x)
 
     def _check(self, path: str) -> None:
         if not self.inputs or not self.outputs:
@@ -214,53 +228,40 @@ class Runner:
         self._names = [tensor.name for tensor in self.outputs]
 
     def _try_out(self, path: str) -> None:
-        def run(feed: Mapping[str, Array]) -> list[Array]:
-            return self._run(self._names, feed)
-
-        self.run_us = trial.usual_us(run, self.inputs)
+        self.run_us = trial.usual_us(self._run_all, self.inputs)
         self.batchable = self.run_us is not None and trial.is_batchable(
-            run, self.inputs, self.outputs
+            self._run_all, self.inputs, self.outputs
         )
         threads = cpus.usable()
         if threads == 1 or self.run_us is None or self.run_us < _THREADED_US_MIN:
             return
         alone, self._session = self._session, _load(path, threads)
-        together_us = trial.usual_us(run, self.inputs)
+        together_us = trial.usual_us(self._run_all, self.inputs)
         if together_us is not None and together_us < _WORTH_IT * self.run_us:
             self.run_us = together_us
         else:
             self._session = alone
 
     def _warm(self, rows_max: int) -> None:
-        """Run each size of batch that is used, as far as a short time goes."""
-        rows, until_s = 2, time.perf_counter() + _WARM_S
-        row_bytes = sum(array.nbytes for array in trial.sample(self.inputs, 1).values())
-        most = min(rows_max, _WARM_BYTES // max(row_bytes, 1))
-        while self.batchable and rows <= most and time.perf_counter() < until_s:
-            self._run(self._names, trial.sample(self.inputs, rows))
-            rows *= 2
+        """Run each size of batch, and each bucket, that is used."""
+        for size in self.buckets.sizes if self.buckets is not None else ():
+            self.bucket_us[size] = trial.usual_us(self._run_all, [Buckets.input_of(size)])
+        if self.batchable:
+            trial.warm(self._run_all, self.inputs, rows_max)
 
     def _bind(self) -> None:
         """Bind one row, twice: for `infer` whoever calls it, and for `answer`."""
         sized = self.batchable or not any(each.has_rows for each in (*self.inputs, *self.outputs))
         if sized and can_be_bound((*self.inputs, *self.outputs)):
-            self._one_row = self._bound(self.inputs, self.outputs)
+            self._one_row = bound(self._session, self.inputs, self.outputs, self._run_options)
         if self.scores:
             wanted = (OUTPUT, EMBEDDING) if self.width else (OUTPUT,)
             given = [tensor for tensor in self.outputs if tensor.name in wanted]
-            self._scored = BoundRow(self._session, self.inputs, given, self._run_options)
+            wiring = self._session, self.inputs, given, self._run_options
+            self._scored = BucketedRow(*wiring, self.buckets) if self.buckets else BoundRow(*wiring)
             self._row = self._scored.inputs[INPUT].data.cast("B")
             self._answer = self._scored.outputs[OUTPUT]
             self.embedding = self._scored.outputs[EMBEDDING][0] if self.width else None
-
-    def _bound(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> BoundRow | None:
-        """A bound row, unless the model's answers are not of the shapes that it declares."""
-        row = BoundRow(self._session, inputs, outputs, self._run_options)
-        try:
-            row.run()
-        except Exception:
-            return None
-        return row
 
 
 def _load(path: str, threads: int) -> Any:

@@ -22,15 +22,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from edge_runtime import memory
 from edge_runtime.errors import PackageError
+from edge_runtime.inference import proof
 from edge_runtime.inference.onnxfile import check_whole, is_package, metadata_in
-from edge_runtime.inference.package import Matrix, PackageInfo, read_package
+from edge_runtime.inference.package import PackageInfo, read_package
 from edge_runtime.inference.runner import Runner
-from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT
-from edge_runtime.inference.tensors import Tensor, described
 
 MB = 1 << 20
 
@@ -201,15 +198,15 @@ def load_arm(
     `sha256` is the hash that the file must have before it is read and after; None for a file that
     nobody signed.
     Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, external_data,
-    wrong_signature, missing_metadata, bad_metadata, spec_mismatch).
+    wrong_signature, wrong_vocabulary, padding_counts, missing_metadata, missing_extra,
+    bad_metadata, spec_mismatch).
     """
     before = memory.resident_bytes()
     with nullcontext() if sha256 is None else unchanged(Path(path), sha256):
         check_whole(Path(path))
         runner = Runner(path)
     info = read_package(runner.metadata)
-    _check_widths(runner, info, str(path))
-    _check_golden(runner, info, str(path))
+    proof.check(runner, info, str(path))
     added = max(0, memory.resident_bytes() - before) / MB if before else 0.0
     return Arm(name, release, runner, info, weight, variant, sha256 or "", added)
 
@@ -222,30 +219,6 @@ def load_bare_arm(path: Path | str, release: str) -> Arm:
     if is_package(metadata_in(Path(path))):
         return load_arm(path, None, "stable", release, 1.0)
     return Arm("stable", release, Runner(path), None, 1.0)
-
-
-def _check_widths(runner: Runner, info: PackageInfo, path: str) -> None:
-    if not runner.scores:
-        raise PackageError(
-            "wrong_signature",
-            f"{path} takes {_described(runner.inputs)} and gives {_described(runner.outputs)}",
-            f"a package maps {INPUT!r} FP32 [-1, F] to {OUTPUT!r} FP32 [-1, K]",
-        )
-    widths = info.spec.size, info.golden_outputs.shape[1]
-    if (runner.features, runner.scores) != widths:
-        raise PackageError(
-            "wrong_signature",
-            f"{path} takes {runner.features} features and gives {runner.scores} outputs; "
-            f"its metadata says {widths[0]} and {widths[1]}",
-        )
-    width = runner.width if info.policy is None else info.policy.prior.width
-    if runner.width != width or (info.policy is not None and runner.scores > 1):
-        what = f"{path} gives not one number and {EMBEDDING!r} FP32 [-1, {width}] for its sessions"
-        raise PackageError("wrong_signature", what)
-
-
-def _described(tensors: Iterable[Tensor]) -> str:
-    return ", ".join(f"{tensor.name!r} {described(tensor)}" for tensor in tensors)
 
 
 @contextmanager
@@ -279,22 +252,3 @@ def _stamp(path: Path, sha256: str) -> tuple[int, ...]:
             "hash_mismatch", f"{path} has sha256 {found}, not {sha256}; it was not loaded"
         )
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-
-
-def _check_golden(runner: Runner, info: PackageInfo, path: str) -> None:
-    """Row by row, as requests come, which also warms the runner; all at once; with embeddings."""
-    inputs = info.golden_inputs
-    single = np.concatenate([runner.run(row) for row in np.split(inputs, len(inputs))])
-    embedded = [runner.embed(inputs)[1]] if runner.width else []
-    for answers in (single, runner.run(inputs), *embedded):
-        gap = _gap(answers, info.golden_outputs)
-        if not gap <= info.tolerance:  # a NaN is no agreement either
-            raise PackageError(
-                "golden_mismatch",
-                f"{path} is off its golden samples by {gap:.6g}, more than {info.tolerance:.6g}",
-                "this machine computes the model differently from the one that built it",
-            )
-
-
-def _gap(answers: Matrix, golden: Matrix) -> float:
-    return float(np.abs(answers - golden).max())

@@ -20,6 +20,7 @@ from edge_runtime.errors import PackageError
 from edge_runtime.inference.tensors import Array, Tensor
 
 _TRIES, _TRY_S = 9, 0.05
+_WARM_S, _WARM_BYTES = 0.5, 16 << 20
 
 Run = Callable[[Mapping[str, Array]], list[Array]]
 
@@ -44,6 +45,16 @@ def usual_us(run: Run, inputs: Sequence[Tensor]) -> float | None:
     except PackageError:
         return None
     return sorted(times)[len(times) // 4]
+
+
+def warm(run: Run, inputs: Sequence[Tensor], rows_max: int) -> None:
+    """Run each size of batch from 2 on that is used, as far as a short time goes."""
+    rows, until_s = 2, time.perf_counter() + _WARM_S
+    row_bytes = sum(array.nbytes for array in sample(inputs, 1).values())
+    most = min(rows_max, _WARM_BYTES // max(row_bytes, 1))
+    while rows <= most and time.perf_counter() < until_s:
+        run(sample(inputs, rows))
+        rows *= 2
 
 
 def is_batchable(run: Run, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:

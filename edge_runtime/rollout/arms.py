@@ -160,7 +160,8 @@ def _quarantining(shelf: Shelf, package: Variant) -> Iterator[None]:
     try:
         yield
     except PackageError as error:
-        was_read = error.code != "hash_mismatch" and not isinstance(error.__cause__, OSError)
+        blameless = error.code in ("hash_mismatch", "missing_extra")  # disk or machine failed it
+        was_read = not blameless and not isinstance(error.__cause__, OSError)
         if shelf.path_of(package.sha256, anew=True) is not None and was_read:
             shelf.quarantine(package.sha256, error.code)
         raise

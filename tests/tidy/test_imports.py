@@ -78,6 +78,7 @@ HOMES = {
     "onnxruntime": ("edge_runtime/inference/runner.py",),
     "onnxruntime.quantization": ("cloud_learner/package/",),
     "nats": ("edge_runtime/bus/",),
+    "tokenizers": ("edge_runtime/features/tokens.py",),
     "httptools": ("edge_runtime/api/http_connection.py",),
     "tuf": ("edge_runtime/update/", "cloud_learner/release/", "cloud_learner/publisher.py"),
     "duckdb": ("cloud_learner/store/", "cloud_learner/experiment/", "models/"),

@@ -1,0 +1,112 @@
+"""Tokens: a text as a row of numbers, by the tokenizer that travels in the package.
+
+Why: a model reads texts as the ids of one tokenizer, and any other makes nonsense of them. So the
+tokenizer is part of the feature spec, and device and learner run it here.
+
+Invariants: the same text gives the same ids everywhere: as many as a feature has columns, each
+below `size`. What is too long is cut before the ids that mark its end. Any text that UTF-8 can
+carry gives some. Encoders that are equal are in memory once.
+
+The one home of the `tokenizers` library, which is loaded when a spec first asks for it: a device
+that reads no texts needs no extra. Knows nothing about events and models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+from weakref import WeakValueDictionary
+
+from edge_runtime.errors import ConfigError, PackageError
+
+_ODD = "\x00 a\u0301 \u6f22 \U0001f600 \ue000 " + "x" * 300
+"""Something of what people send; a tokenizer that cannot say 'unknown' fails at it."""
+
+
+class Encoder:
+    """Texts as `length` ids, from 0 to `size` - 1; `pad` fills up behind the last of them.
+
+    Raises: ConfigError (missing_extra, bad_tokenizer).
+    """
+
+    def __init__(self, tokenizer: str, length: int) -> None:
+        library = _library()
+        try:
+            made = library.Tokenizer.from_str(tokenizer)
+            self.size: int = made.get_vocab_size()
+            gap = next((i for i in range(self.size) if made.id_to_token(i) is None), None)
+            self.pad = _pad_of(made)
+            made.encode_special_tokens = True  # else who writes [SEP] would end the text
+            made.no_padding()
+            made.no_truncation()
+            shortest = made.num_special_tokens_to_add(is_pair=False) + 1
+            if length >= shortest:
+                made.enable_truncation(length)
+            self._encode = made.encode
+            marks, odd = self._encode("").ids, self._encode(_ODD).ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # what panics in the library is no Exception
+            raise _bad(f"it cannot be used: {error}") from error
+        if self.pad is None:
+            raise _bad("it names no padding", "give it a token [PAD] or <pad>")
+        if gap is not None:
+            raise _bad(f"it has {self.size} tokens, but none with the id {gap}")
+        if not marks or self.pad in (*marks, *odd):
+            raise _bad(
+                "an empty text must have an id, and no text that of the padding",
+                "give it a post-processor that marks where a text begins or ends",
+            )
+        if length < shortest:
+            raise _bad(f"a text takes {shortest} ids at least, and length is {length}")
+        self._padding = [self.pad] * length
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text. Raises: PackageError `run_failed`."""
+        try:
+            ids: list[int] = self._encode(text).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise PackageError("run_failed", f"the tokenizer fails at a text: {error}") from error
+        return ids + self._padding[len(ids) :]
+
+
+_encoders: WeakValueDictionary[tuple[bytes, int], Encoder] = WeakValueDictionary()
+
+
+def encoder(tokenizer: str, length: int) -> Encoder:
+    """The encoder of a tokenizer's JSON; the same one for as long as somebody holds it.
+
+    Raises: ConfigError (missing_extra, bad_tokenizer).
+    """
+    key = hashlib.sha256(tokenizer.encode("utf-8", "surrogatepass")).digest(), length
+    found = _encoders.get(key)
+    if found is None:
+        found = _encoders[key] = Encoder(tokenizer, length)
+    return found
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            "missing_extra",
+            f"texts are read with the library tokenizers, which is not here: {error}",
+            "pip install 'headwater[text]'",
+        ) from error
+    return tokenizers
+
+
+def _pad_of(tokenizer: Any) -> int | None:
+    """The id that its own padding names, or else its usual name."""
+    told = tokenizer.padding
+    if told is not None:
+        return int(told["pad_id"])
+    found = (tokenizer.token_to_id(name) for name in ("[PAD]", "<pad>"))
+    return next((each for each in found if each is not None), None)
+
+
+def _bad(why: str, hint: str = "") -> ConfigError:
+    return ConfigError("bad_tokenizer", why, hint)

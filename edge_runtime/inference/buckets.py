@@ -1,0 +1,110 @@
+"""Buckets: rows that end in padding are run on their first columns alone.
+
+Why: of a text of ten tokens in a row of 64, a transformer would compute five sixths for nothing. A
+row is cut to the smallest bucket that holds it, so that shapes stay few, and rows of one bucket
+are run together.
+
+Invariants: answers stand in the order of the rows. A row of nothing but padding is run whole.
+
+Knows nothing about files and sessions. A package says in its metadata how its rows end:
+proto/package.md (the graph).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import PackageError
+from edge_runtime.features.feature import Padding
+from edge_runtime.features.rules import TOKENS_MAX
+from edge_runtime.inference.signature import INPUT
+from edge_runtime.inference.tensors import Tensor
+
+KEY = "headwater.padding"
+SMALLEST = 8
+ROWS_MAX = 64
+"""So many rows are run together at most: what a transformer holds for one is kilobytes."""
+
+Matrix = npt.NDArray[np.float32]
+Run = Callable[[Matrix], list[Matrix]]
+
+
+def padding_in(metadata: Mapping[str, str]) -> Padding | None:
+    """How the rows of a package end, if it says so. Raises: PackageError `bad_metadata`."""
+    if KEY not in metadata:
+        return None
+    try:
+        told = msgspec.json.decode(metadata[KEY], type=Padding)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise PackageError("bad_metadata", f"{KEY!r} cannot be used: {error}") from error
+    if not 1 <= told.length <= TOKENS_MAX:
+        raise PackageError("bad_metadata", f"{KEY!r}: length {told.length} is no number of tokens")
+    return told
+
+
+def in_buckets(
+    inputs: tuple[Tensor, ...], metadata: Mapping[str, str]
+) -> tuple[tuple[Tensor, ...], Buckets | None]:
+    """The inputs of a model at full length, and the buckets of its rows; None where its columns are
+    not free, or nothing says how its rows end.
+
+    Raises: PackageError `bad_metadata`.
+    """
+    padding = padding_in(metadata)
+    if padding is None or inputs != (Tensor(INPUT, "FP32", (-1, -1)),):
+        return inputs, None
+    return (Buckets.input_of(padding.length),), Buckets(padding)
+
+
+class Buckets:
+    """Of rows as `padding` says: `sizes` are the numbers of columns that are run, ascending."""
+
+    def __init__(self, padding: Padding) -> None:
+        doubled = (SMALLEST << step for step in range(TOKENS_MAX.bit_length()))
+        self.sizes = [*(size for size in doubled if size < padding.length), padding.length]
+        self._length, self._pad = padding.length, np.float32(padding.pad)
+        self._fitting = np.array(self.sizes)
+
+    @staticmethod
+    def input_of(size: int) -> Tensor:
+        """What the model takes in the bucket of that size."""
+        return Tensor(INPUT, "FP32", (-1, size))
+
+    def sizes_of(self, x: Matrix) -> npt.NDArray[np.int64]:
+        """The bucket of each row of `x`, (rows, length); (rows,)."""
+        ends = self._length - (x[:, ::-1] != self._pad).argmax(1)
+        found: npt.NDArray[np.int64] = self._fitting[np.searchsorted(self._fitting, ends)]
+        return found
+
+    def run(self, run: Run, x: Matrix) -> list[Matrix]:
+        """What `run` gives for the rows of `x`, (rows, length), asked once for each bucket."""
+        sizes = self.sizes_of(x)
+        if len(x) == 1:
+            return run(np.ascontiguousarray(x[:, : sizes[0]]))
+        order = np.argsort(sizes, kind="stable")
+        cuts = np.flatnonzero(np.diff(sizes[order])) + 1
+        parts = [
+            same[at : at + ROWS_MAX]
+            for same in np.split(order, cuts)
+            for at in range(0, len(same), ROWS_MAX)
+        ]
+        runs = [run(x[part, : sizes[part[0]]]) for part in parts]
+        if any(len(each) != len(p) for p, given in zip(parts, runs, strict=True) for each in given):
+            raise PackageError("run_failed", "the model gave other rows than it was asked for")
+        back = np.argsort(order, kind="stable")
+        return [np.concatenate(each)[back] for each in zip(*runs, strict=True)]
+
+    def proof(self, indices: int) -> Matrix:
+        """Rows that fill each bucket, and rows that just do not fit the one before: of ids from all
+        of a vocabulary of `indices`.
+        """
+        ends = sorted({1, *self.sizes, *(size + 1 for size in self.sizes[:-1])})
+        x = np.full((len(ends), self._length), self._pad, np.float32)
+        for row, end in zip(x, ends, strict=True):
+            ids = np.linspace(indices - 1, 0, end).round().astype(np.float32)
+            row[:end] = np.where(ids == self._pad, indices - 1, ids)
+        return x
