@@ -1,12 +1,13 @@
 """What tests share: a family so small that its answers can be worked out by hand, its packages as
-real files; a family that can be learned in a second, with its data; and one profile for generated
-tests: the same examples in each run, no deadlines.
+real files; one that reads texts; a family that can be learned in a second, with its data; and one
+profile for generated tests: the same examples in each run, no deadlines.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 import types
@@ -24,6 +25,7 @@ from edge_runtime.events.segment import SUFFIX
 from edge_runtime.features.spec import Spec
 from edge_runtime.files import OsFiles
 from edge_runtime.inference.package import Interface, Kind, metadata_of
+from edge_runtime.inference.runner import Runner
 from edge_runtime.personal.policy import Policy
 
 settings.register_profile("house", derandomize=True, deadline=None, print_blob=True)
@@ -157,6 +159,159 @@ def _model(bias: float, metadata: dict[str, str], ballast: int, embedding: Any) 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     helper.set_model_props(model, metadata)
     return model.SerializeToString()
+
+
+WORDS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    *["my", "card", "is", "lost", "when", "will", "it", "come", "where", "?", "##s"],
+)
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": at, "content": word, "special": True, "single_word": False, "lstrip": False}
+            | {"rstrip": False, "normalized": False}
+            for at, word in enumerate(WORDS[:4])
+        ],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        "decoder": None,
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+        | {"max_input_chars_per_word": 100, "vocab": {word: at for at, word in enumerate(WORDS)}},
+    },
+    separators=(",", ":"),
+)
+TEXT_INTERFACE = Interface(
+    family="intent",
+    kinds={"asked": Kind(predicts=True, fields={"text": "str"})},
+    clock="event",
+    skew_s_max=86400.0,
+    lateness_s_max=0.0,
+    output="intent",
+)
+# One layer of attention over embedded tokens and their places; `pooled` are means over tokens.
+_READS = """<ir_version: 8, opset_import: ["": 17]>
+reads (float[n,{columns}] features) => (float[n,3] probability) {{
+    ids = Cast <to = 7> (features)
+    none = Constant <value = int64 {{{pad}}}> ()
+    empty = Equal (ids, none)
+    said = Not (empty)
+    mask = Cast <to = 1> (said)
+    one = Constant <value = int64[1] {{1}}> ()
+    two = Constant <value = int64[1] {{2}}> ()
+    zero = Constant <value = int64[1] {{0}}> ()
+    shape = Shape (ids)
+    length = Gather (shape, one)
+    places = Slice (place, zero, length, zero)
+    words = Gather (table, ids)
+    x = Add (words, places)
+    q = MatMul (x, wq)
+    k = MatMul (x, wk)
+    kt = Transpose <perm = [0, 2, 1]> (k)
+    raw = MatMul (q, kt)
+    big = Constant <value = float {{1e9}}> ()
+    less = Sub (mask, unit)
+    off = Mul (less, big)
+    row = Unsqueeze (off, one)
+    masked = Add (raw, row)
+    weight = Softmax <axis = -1> (masked)
+    mixed = MatMul (weight, x)
+    column = Unsqueeze ({mask}, two)
+    kept = Mul (mixed, column)
+    total = ReduceSum <keepdims = 0> (kept, one)
+    count = ReduceSum <keepdims = 0> (column, one)
+    pooled = Div (total, count)
+    logits = MatMul (pooled, w)
+    probability = Softmax <axis = -1> (logits)
+}}"""
+
+
+@pytest.fixture
+def text_spec() -> Callable[..., Spec]:
+    """`text_spec(length=32)` is one text as token ids."""
+
+    def made(length: int = 32, tokenizer: str = TOKENIZER) -> Spec:
+        tokens = {"field": "text", "tokenizer": "tiny", "length": length}
+        document = {"version": 1, "features": [{"name": "text", "tokens": tokens}]}
+        return Spec.from_document(document | {"tokenizers": {"tiny": tokenizer}})
+
+    return made
+
+
+@pytest.fixture
+def write_text_package(
+    tmp_path: Path, text_spec: Callable[..., Spec]
+) -> Callable[..., tuple[Path, str]]:
+    """`write_text_package(length=32)` writes a package that reads texts by attention, 3 classes.
+
+    Returns its path and SHA-256. With `leaky`, padding counts in the mean; `words` is how many its
+    table of embeddings has; `fixed` fixes its columns; `off` is added to the golden answers.
+    """
+
+    def write(
+        length: int = 32,
+        *,
+        leaky: bool = False,
+        words: int = len(WORDS),
+        fixed: bool = False,
+        off: float = 0.0,
+        tokenizer: str = TOKENIZER,
+    ) -> tuple[Path, str]:
+        from onnx import helper, numpy_helper, parser
+
+        spec = text_spec(length, tokenizer)
+        said = ["", "my card is lost", "when will it come ?", "cards " * 40, "where"]
+        rows = np.stack([np.float32(spec.encoders["text"](text)) for text in said])
+        columns = length if fixed else "s"
+        text = _READS.format(columns=columns, pad=0, mask="all" if leaky else "mask")
+        if leaky:
+            text = text.replace("    column =", "    all = Expand (unit, shape)\n    column =")
+        model = parser.parse_model(text)
+        chance = np.random.default_rng(3)
+        weights = {
+            "table": chance.normal(size=(words, 8)),
+            "place": chance.normal(size=(512, 8)),
+            "wq": chance.normal(size=(8, 8)),
+            "wk": chance.normal(size=(8, 8)),
+            "w": chance.normal(size=(8, 3)),
+            "unit": np.array(1.0),
+        }
+        model.graph.initializer.extend(
+            numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()
+        )
+        golden = (
+            _golden_of(model, rows, tmp_path) if words == len(WORDS) else np.zeros((5, 3), "f4")
+        )
+        metadata = metadata_of(
+            TEXT_INTERFACE,
+            spec,
+            golden_inputs=rows,
+            golden_outputs=golden + np.float32(off),
+            tolerance=1e-5,
+            provenance={},
+        )
+        helper.set_model_props(model, metadata)
+        data = model.SerializeToString()
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = tmp_path / f"{sha256}.onnx"
+        path.write_bytes(data)
+        return path, sha256
+
+    return write
+
+
+def _golden_of(model: Any, rows: Any, folder: Path) -> Any:
+    path = folder / "bare.onnx"
+    path.write_bytes(model.SerializeToString())
+    answers = Runner(path).infer({"features": rows})
+    path.unlink()
+    return answers["probability"]
 
 
 COIN_FAMILY = """

@@ -7,8 +7,8 @@ A table with `file` takes its rows from there: the first column names the row, t
 the columns, of which `columns` may choose. A column in which every cell is a number holds numbers;
 an empty cell is unknown.
 
-A tokenizer is a JSON file of the library tokenizers, taken without its layout. With `package` it is a
-file of an installed Python package.
+A tokenizer is a JSON file of the library tokenizers, taken without its layout. With `package` it is
+a file of an installed Python package.
 
 Invariants: every error names file and row. Knows nothing about features.
 """

@@ -31,7 +31,8 @@ from edge_runtime.inference.checks import FieldType
 from edge_runtime.personal.policy import Policy
 
 PACKAGE_VERSION = 1
-_WANTED = {"str": "a number", "float": "text or an int", "int": "text"}
+_NUMBER, _NAME, _TEXT = "a number", "text or an int", "text"
+_TYPES = {_NUMBER: ("int", "float"), _NAME: ("str", "int"), _TEXT: ("str",)}
 _PREFIX = "headwater."
 
 Matrix = npt.NDArray[np.float32]
@@ -226,13 +227,12 @@ def check_agreement(interface: Interface, spec: Spec) -> None:
         if feature.window is not None:
             _check_window(interface, predicting, feature.name, feature.window)
         elif feature.field is not None:
-            not_a = "str" if feature.is_number else "float" if feature.hash is not None else ""
-            _check_declared(feature.name, predicting, feature.field, not_a)
+            wanted = _NUMBER if feature.is_number else _NAME if feature.hash is not None else ""
+            _check_declared(feature.name, predicting, feature.field, wanted)
         elif feature.lookup is not None:
-            _check_declared(feature.name, predicting, feature.lookup.key, "float")
+            _check_declared(feature.name, predicting, feature.lookup.key, _NAME)
         elif feature.tokens is not None:
-            for not_a in ("int", "float"):
-                _check_declared(feature.name, predicting, feature.tokens.field, not_a)
+            _check_declared(feature.name, predicting, feature.tokens.field, _TEXT)
 
 
 def _check_window(
@@ -243,24 +243,23 @@ def _check_window(
         hint = nearest(window.over, [*interface.kinds, LABEL])
         raise _mismatch(feature, f"{window.over!r} is not a kind of {interface.family}", hint)
     if window.value is not None:
-        not_a = "" if window.statistic == "distinct" else "str"
-        _check_declared(feature, over, window.value, not_a)
+        wanted = "" if window.statistic == "distinct" else _NUMBER
+        _check_declared(feature, over, window.value, wanted)
     if window.key is not None:
         _check_declared(feature, over | predicting, window.key)
 
 
-def _check_declared(feature: str, kinds: dict[str, Kind], field: str, not_a: str = "") -> None:
-    """Every one of `kinds` has `field`, and in none it is of the type `not_a`."""
+def _check_declared(feature: str, kinds: dict[str, Kind], field: str, wanted: str = "") -> None:
+    """Every one of `kinds` has `field`, and in each it is what is `wanted`, if anything."""
     for name, kind in kinds.items():
         declared = kind.fields.get(field)
         if declared is None:
             why = f"needs {name}.{field}, which the interface does not declare"
             raise _mismatch(feature, why, nearest(field, kind.fields))
-        if declared == not_a:
-            wanted = _WANTED[not_a]
+        if wanted and declared not in _TYPES[wanted]:
             hint = (
                 "words need a `vocabulary` or a `hash`, or in windows `distinct`"
-                if not_a == "str"
+                if wanted == _NUMBER
                 else ""
             )
             raise _mismatch(

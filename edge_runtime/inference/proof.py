@@ -29,8 +29,8 @@ def check(runner: Runner, info: PackageInfo, path: str) -> None:
     """
     _check_widths(runner, info, path)
     _check_vocabulary(runner, info, path)
-    _check_golden(runner, info, path)
     _check_padding(runner, info, path)
+    _check_golden(runner, info, path)
 
 
 def _check_widths(runner: Runner, info: PackageInfo, path: str) -> None:

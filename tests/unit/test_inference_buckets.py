@@ -1,0 +1,167 @@
+"""Rows that end in padding: run on their first columns alone, with the answers of the whole row."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from edge_runtime.errors import PackageError, RequestError
+from edge_runtime.features.feature import Padding
+from edge_runtime.inference.buckets import ROWS_MAX, Buckets, padding_in
+from edge_runtime.inference.prover import Prover
+from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.slot import load_arm
+from edge_runtime.runtime import Event, Runtime
+
+TEXTS = ["", "my card is lost", "when will it come ? where is my card ?", "cards " * 60, "где 😀"]
+
+
+@pytest.fixture
+def runner(write_text_package):
+    return Runner(write_text_package(64)[0])
+
+
+@pytest.fixture
+def rows(text_spec):
+    return np.stack([np.float32(text_spec(64).encoders["text"](text)) for text in TEXTS])
+
+
+def whole(runner, rows):
+    """The answers to rows with all their padding."""
+    return np.concatenate([runner.infer({"features": row[None]})["probability"] for row in rows])
+
+
+def refused(path):
+    with pytest.raises(PackageError) as caught:
+        load_arm(path, None, "stable", "r1", 1.0)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [(3, [3]), (8, [8]), (20, [8, 16, 20]), (64, [8, 16, 32, 64]), (65, [8, 16, 32, 64, 65])],
+)
+def test_buckets_double_up_to_the_length(length, sizes):
+    assert Buckets(Padding(length, 0)).sizes == sizes
+
+
+def test_a_row_is_run_in_the_smallest_bucket_that_holds_it():
+    x = np.full((5, 20), 9, np.float32)
+    for row, end in zip(x, [1, 8, 9, 20], strict=False):
+        row[:end] = 1
+    x[0, 0], x[2, 4] = 9, 9  # nothing but padding; padding inside
+    ran = []
+
+    def run(part):
+        ran.append(part.shape)
+        return [part[:, :1] * 10, part.sum(1)]
+
+    first, total = Buckets(Padding(20, 9)).run(run, x)
+    assert sorted(ran) == [(1, 8), (1, 16), (3, 20)]
+    assert first[:, 0].tolist() == [90, 10, 10, 10, 90]
+    assert total[1:4].tolist() == [8, 8 + 9 + 63, 20]
+
+
+def test_many_rows_are_run_in_parts_and_answers_stand_in_their_order():
+    x = np.zeros((3 * ROWS_MAX + 1, 16), np.float32)
+    x[:, 0] = 1 + np.arange(len(x))
+    x[::2, 12] = 1
+    ran = []
+
+    def run(part):
+        ran.append(len(part))
+        return [part[:, :1]]
+
+    [found] = Buckets(Padding(16, 0)).run(run, x)
+    assert found.tolist() == x[:, :1].tolist()
+    assert max(ran) <= ROWS_MAX
+
+
+def test_a_model_that_loses_rows_is_told():
+    x = np.ones((3, 8), np.float32)
+    with pytest.raises(PackageError, match="other rows"):
+        Buckets(Padding(8, 0)).run(lambda part: [part[:1]], x)
+
+
+def test_every_way_to_ask_gives_the_answers_of_the_whole_row(runner, rows):
+    expected = whole(runner, rows)
+    assert runner.buckets.sizes_of(rows).tolist() == [8, 8, 16, 64, 8]
+    assert list(runner.bucket_us) == [8, 16, 32, 64]
+    packed = [row.tobytes() for row in rows]
+    for found in (
+        runner.run(rows),
+        [runner.answer(each) for each in packed],
+        runner.answer_many(packed),
+    ):
+        assert np.allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_row_is_answered_alike_whatever_was_asked_before(runner, rows):
+    long, short = rows[3].tobytes(), rows[1].tobytes()
+    first = runner.answer(short)
+    runner.answer(long)
+    assert runner.answer(short) == first
+
+
+def test_columns_that_are_fixed_are_run_whole(write_text_package, rows):
+    arm = load_arm(*write_text_package(64, fixed=True), "stable", "r1", 1.0)
+    assert arm.runner.buckets is None
+    assert np.allclose(arm.runner.run(rows), whole(arm.runner, rows), rtol=0, atol=1e-5)
+
+
+def test_a_package_of_texts_passes_the_proof_of_the_child(write_text_package):
+    prover = Prover()
+    try:
+        prover.prove(write_text_package()[0])
+        with pytest.raises(PackageError) as caught:
+            prover.prove(write_text_package(leaky=True)[0])
+    finally:
+        prover.close()
+    assert caught.value.code == "padding_counts"
+
+
+def test_an_answer_that_depends_on_padding_is_refused(write_text_package):
+    assert refused(write_text_package(leaky=True)[0]).code == "padding_counts"
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_vocabulary_larger_than_the_table_is_refused(write_text_package, fixed):
+    error = refused(write_text_package(words=10, fixed=fixed)[0])
+    assert error.code == "wrong_vocabulary"
+
+
+def test_golden_rows_that_come_out_otherwise_are_refused(write_text_package):
+    assert refused(write_text_package(off=0.01)[0]).code == "golden_mismatch"
+
+
+@pytest.mark.parametrize(
+    "told", ["", "[]", '{"length":0,"pad":0}', '{"length":4096,"pad":0}', '{"length":8}']
+)
+def test_padding_that_cannot_be_is_refused(told):
+    with pytest.raises(PackageError) as caught:
+        padding_in({"headwater.padding": told})
+    assert caught.value.code == "bad_metadata"
+
+
+def test_a_runtime_answers_texts_alone_and_together(write_text_package):
+    with Runtime.open(package=write_text_package(64)[0]) as runtime:
+        events = [Event("asked", 10.0, {"text": text}) for text in TEXTS]
+        alone = [runtime.predict(None, event).outputs for event in events]
+        together = [each.outputs for each in runtime.predict_many(None, events)]
+        late = [asyncio.run(runtime.predict_async(None, event)).outputs for event in events]
+    assert np.allclose(alone, together, rtol=0, atol=1e-5)
+    assert alone == late
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("x" * 100_000, "out_of_range"), ("a\ud800", "out_of_range"), (b"card", "wrong_type")],
+)
+def test_a_text_that_is_none_is_refused_and_the_next_is_answered(write_text_package, text, code):
+    with Runtime.open(package=write_text_package()[0]) as runtime:
+        with pytest.raises(RequestError) as caught:
+            runtime.predict(None, Event("asked", 10.0, {"text": text}))
+        assert caught.value.code == code
+        assert runtime.predict(None, Event("asked", 10.0, {"text": "my card"})).outputs
