@@ -263,11 +263,10 @@ class Asking:
         for event in events:
             try:
                 pipeline.admitted(event.kind, event.time_s, event.fields)
-                rows = pipeline.rows(event.time_s, event.fields)
+                asked.append((len(found), event, pipeline.rows(event.time_s, event.fields)))
             except HeadwaterError as error:
                 found.append(error)
                 continue
-            asked.append((len(found), event, rows))
             found.append(_UNANSWERED)
             pipeline.move(event.kind, event.time_s, event.fields)
         scored = score_many(arms, [rows for _, _, rows in asked])

@@ -116,7 +116,11 @@ def _check_number(kind: str, name: str, value: object) -> None:
 
 
 def _is_unicode(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a pair, alone
+        return False
+    return True
 
 
 def _wrong_type(kind: str, name: str, value: object, want: str) -> RequestError:

@@ -81,9 +81,8 @@ class Runner:
         self._session = _load(str(path), threads=1)
         try:
             self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-            self.inputs, self.buckets = in_buckets(
-                tensors_of(self._session.get_inputs()), self.metadata
-            )
+            takes = tensors_of(self._session.get_inputs())
+            self.inputs, self.buckets = in_buckets(takes, self.metadata)
             self.outputs = tensors_of(self._session.get_outputs())
         except UnicodeDecodeError as error:
             what = f"{path} has a name that is no text: {error}"
