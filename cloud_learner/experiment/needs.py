@@ -3,8 +3,8 @@
 Why: old events may lack a field that a new feature reads, and a value that an old spec has logged
 already need not be computed again, only compared.
 
-Invariants: two features are in common when nothing of their definition differs, the static table
-that they look things up in included. Pure; knows nothing about devices or files.
+Invariants: two features are in common when nothing of their definition differs, the static table or
+the tokenizer that they use included. Pure; knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def common(old: Spec, new: Spec) -> Common:
     names, before, after, features = set(), list[int](), list[int](), list[str]()
     for feature, columns in _placed(new):
         other, others = known.get(feature.name, (None, range(0)))
-        if other == feature and _table(old, feature) == _table(new, feature):
+        if other == feature and _used(old, feature) == _used(new, feature):
             names.add(feature.name)
             before += others
             after += columns
@@ -56,8 +56,18 @@ def _placed(spec: Spec) -> list[tuple[Feature, range]]:
     return placed
 
 
-def _table(spec: Spec, feature: Feature) -> object:
-    return spec.tables.get(feature.lookup.table) if feature.lookup is not None else None
+def _used(spec: Spec, feature: Feature) -> object:
+    """The table, or the tokenizer, that a feature uses."""
+    if feature.tokens is not None:
+        return spec.tokenizers[feature.tokens.tokenizer]
+    return spec.tables[feature.lookup.table] if feature.lookup is not None else None
+
+
+def _asked(feature: Feature) -> str | None:
+    """The field of the predicted event that a feature without a window reads."""
+    if feature.lookup is not None:
+        return feature.lookup.key
+    return feature.tokens.field if feature.tokens is not None else feature.field
 
 
 class Needs:
@@ -69,7 +79,7 @@ class Needs:
         for feature in spec.features:
             window = feature.window
             if window is None:
-                name = feature.field or (feature.lookup.key if feature.lookup is not None else None)
+                name = _asked(feature)
                 if name is not None:
                     self._asked[name].add(feature.name)
                 continue

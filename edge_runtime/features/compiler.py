@@ -138,7 +138,7 @@ def _column(index: int, feature: Feature, fields: _Fields) -> tuple[list[str], s
         turn = f"fmod(time_s + {cycle.utc_offset_s!r}, {period_s!r}) * {math.tau / period_s!r}"
         return [f"{x} = {turn}"], f"sin({x}), cos({x})"
     if feature.tokens is not None:
-        return [f"{x} = encode_{index}({fields[feature.tokens.field]})"], f"*{x}"
+        return [f"{x} = encode_{index}({fields[feature.tokens.field]} or '')"], f"*{x}"
     column = f"*one_hot_{index}[{x}]" if feature.one_hot else x
     if feature.is_number:
         return [*_source(index, feature, fields), *_transforms(index, feature)], column

@@ -14,10 +14,12 @@ that reads no texts needs no extra. Knows nothing about events and models.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
-from edge_runtime.errors import ConfigError, PackageError
+from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
 
 _ODD = "\x00 a\u0301 \u6f22 \U0001f600 \ue000 " + "x" * 300
 """Something of what people send; a tokenizer that cannot say 'unknown' fails at it."""
@@ -31,34 +33,19 @@ class Encoder:
 
     def __init__(self, tokenizer: str, length: int) -> None:
         library = _library()
-        try:
+        with _refused():
             made = library.Tokenizer.from_str(tokenizer)
             self.size: int = made.get_vocab_size()
-            gap = next((i for i in range(self.size) if made.id_to_token(i) is None), None)
             self.pad = _pad_of(made)
-            made.encode_special_tokens = True  # else who writes [SEP] would end the text
-            made.no_padding()
-            made.no_truncation()
-            shortest = made.num_special_tokens_to_add(is_pair=False) + 1
-            if length >= shortest:
-                made.enable_truncation(length)
+            _check_ids(made, self.size)
+            _set_up(made, length)
             self._encode = made.encode
             marks, odd = self._encode("").ids, self._encode(_ODD).ids
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # what panics in the library is no Exception
-            raise _bad(f"it cannot be used: {error}") from error
-        if self.pad is None:
-            raise _bad("it names no padding", "give it a token [PAD] or <pad>")
-        if gap is not None:
-            raise _bad(f"it has {self.size} tokens, but none with the id {gap}")
-        if not marks or self.pad in (*marks, *odd):
-            raise _bad(
-                "an empty text must have an id, and no text that of the padding",
-                "give it a post-processor that marks where a text begins or ends",
-            )
-        if length < shortest:
-            raise _bad(f"a text takes {shortest} ids at least, and length is {length}")
+            if not marks or self.pad in (*marks, *odd):
+                raise _bad(
+                    "an empty text must have an id, and no text that of the padding",
+                    "give it a post-processor that marks where a text begins or ends",
+                )
         self._padding = [self.pad] * length
 
     def __call__(self, text: str) -> list[int]:
@@ -99,13 +86,43 @@ def _library() -> Any:
     return tokenizers
 
 
-def _pad_of(tokenizer: Any) -> int | None:
-    """The id that its own padding names, or else its usual name."""
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What the library raises, as an error of ours; what panics there is no Exception."""
+    try:
+        yield
+    except (HeadwaterError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise _bad(f"it cannot be used: {error}") from error
+
+
+def _pad_of(tokenizer: Any) -> int:
+    """The id that its own padding names, or else that of the usual names."""
     told = tokenizer.padding
     if told is not None:
         return int(told["pad_id"])
-    found = (tokenizer.token_to_id(name) for name in ("[PAD]", "<pad>"))
-    return next((each for each in found if each is not None), None)
+    for name in ("[PAD]", "<pad>"):
+        found: int | None = tokenizer.token_to_id(name)
+        if found is not None:
+            return found
+    raise _bad("it names no padding", "give it a token [PAD] or <pad>")
+
+
+def _check_ids(tokenizer: Any, size: int) -> None:
+    gap = next((each for each in range(size) if tokenizer.id_to_token(each) is None), None)
+    if gap is not None:
+        raise _bad(f"it has {size} tokens, but none with the id {gap}")
+
+
+def _set_up(tokenizer: Any, length: int) -> None:
+    """Let it cut texts at `length`, and fill up none."""
+    shortest = tokenizer.num_special_tokens_to_add(is_pair=False) + 1
+    if length < shortest:
+        raise _bad(f"a text takes {shortest} ids at least, and length is {length}")
+    tokenizer.encode_special_tokens = True  # else who writes [SEP] would end the text
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
 
 
 def _bad(why: str, hint: str = "") -> ConfigError:

@@ -8,6 +8,7 @@ import random
 import msgspec
 
 from cloud_learner.experiment.features import featured
+from cloud_learner.experiment.needs import Needs, common
 from cloud_learner.experiment.replay import DataRow
 from edge_runtime.features.feature import LABEL
 from edge_runtime.features.spec import Spec
@@ -110,3 +111,16 @@ def test_history_gives_the_very_bits_that_a_device_would_have_logged(toy_interfa
     found = [vector for _, vector in featured(rows, interface, SPEC) if vector is not None]
     assert [vector.tobytes() for vector in found] == device_vectors(rows, package)
     assert max(vector[0] for vector in found) > 3
+
+
+def test_texts_are_in_common_while_their_tokenizer_is_and_need_their_field(
+    text_spec, toy_interface
+):
+    spec = text_spec(8)
+    other = text_spec(8, spec.tokenizers["tiny"].replace('"lost"', '"gone"'))
+    assert common(spec, spec).names == {"text"}
+    assert len(common(spec, spec).old) == 8
+    assert common(spec, other).names == set()
+    needs = Needs(spec, toy_interface)
+    assert needs.lacking({"carrier": "AA"}) == {"text": {"text"}}
+    assert needs.lacking({"text": ""}) == {}

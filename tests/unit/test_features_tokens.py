@@ -88,6 +88,11 @@ def test_the_tokenizer_travels_in_the_spec_and_moves_its_hash(text_spec):
     assert other != spec
 
 
+def test_an_absent_text_reads_as_an_empty_one(text_spec):
+    engine = Engine(text_spec(8))
+    assert engine.packed(0.0, {}) == engine.packed(0.0, {"text": ""})
+
+
 def test_many_events_at_once_read_as_each_alone(text_spec):
     engine = Engine(text_spec(8))
     texts = [{"text": "my card"}, {"text": ""}]
