@@ -98,7 +98,7 @@ class Buckets:
         back = np.argsort(order, kind="stable")
         return [np.concatenate(each)[back] for each in zip(*runs, strict=True)]
 
-    def proof(self, indices: int) -> Matrix:
+    def rows_of_each(self, indices: int) -> Matrix:
         """Rows that fill each bucket, and rows that just do not fit the one before: of ids from all
         of a vocabulary of `indices`.
         """

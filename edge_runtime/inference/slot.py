@@ -24,7 +24,7 @@ from pathlib import Path
 
 from edge_runtime import memory
 from edge_runtime.errors import PackageError
-from edge_runtime.inference import proof
+from edge_runtime.inference import agreement
 from edge_runtime.inference.onnxfile import check_whole, is_package, metadata_in
 from edge_runtime.inference.package import PackageInfo, read_package
 from edge_runtime.inference.runner import Runner
@@ -206,7 +206,7 @@ def load_arm(
         check_whole(Path(path))
         runner = Runner(path)
     info = read_package(runner.metadata)
-    proof.check(runner, info, str(path))
+    agreement.check(runner, info, str(path))
     added = max(0, memory.resident_bytes() - before) / MB if before else 0.0
     return Arm(name, release, runner, info, weight, variant, sha256 or "", added)
 

@@ -1,4 +1,4 @@
-"""The proof: whether a model that was loaded is what its metadata says, found by running it.
+"""Agreement: whether a model that was loaded is what its package says, found by running it.
 
 Why: an operator that computes something else on this CPU, a vocabulary larger than the model's, or
 an answer that depends on what stands behind a text would show in nobody's log, only in answers.
@@ -93,7 +93,7 @@ def _check_padding(runner: Runner, info: PackageInfo, path: str) -> None:
     """Rows of each bucket get the answers that they get with all their padding."""
     if runner.buckets is None:
         return
-    rows = runner.buckets.proof(info.spec.columns[0].indices)[:, None]
+    rows = runner.buckets.rows_of_each(info.spec.columns[0].indices)[:, None]
     whole = np.concatenate([runner.infer({INPUT: row}, [OUTPUT])[OUTPUT] for row in rows])
     gap = _gap(np.concatenate([runner.run(row) for row in rows]), whole)
     if not gap <= info.tolerance:
