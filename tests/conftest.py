@@ -250,14 +250,16 @@ def write_text_package(
 ) -> Callable[..., tuple[Path, str]]:
     """`write_text_package(length=32)` writes a package that reads texts by attention, 3 classes.
 
-    Returns its path and SHA-256. With `leaky`, padding counts in the mean; `words` is how many its
-    table of embeddings has; `fixed` fixes its columns; `off` is added to the golden answers.
+    Returns its path and SHA-256. With `leaky`, padding counts in the mean; a `heavy` one of many
+    columns takes milliseconds; `words` is how many its table of embeddings has; `fixed` fixes its
+    columns; `off` is added to the golden answers.
     """
 
     def write(
         length: int = 32,
         *,
         leaky: bool = False,
+        heavy: bool = False,
         words: int = len(WORDS),
         fixed: bool = False,
         off: float = 0.0,
@@ -272,6 +274,10 @@ def write_text_package(
         text = _READS.format(columns=columns, pad=0, mask="all" if leaky else "mask")
         if leaky:
             text = text.replace("    column =", "    all = Expand (unit, shape)\n    column =")
+        if heavy:
+            steps = [f"r{n} = Asinh (r{n - 1})" for n in range(1, 9)]
+            text = text.replace("raw = MatMul (q, kt)", "\n".join(["r0 = MatMul (q, kt)", *steps]))
+            text = text.replace("Add (raw, row)", "Add (r8, row)")
         model = parser.parse_model(text)
         chance = np.random.default_rng(3)
         weights = {

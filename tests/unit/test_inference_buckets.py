@@ -7,6 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
+from edge_runtime.clock import ManualClock
+from edge_runtime.config import EdgeConfig, InferenceConfig
 from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.features.feature import Padding
 from edge_runtime.inference.buckets import ROWS_MAX, Buckets, padding_in
@@ -153,6 +155,33 @@ def test_a_runtime_answers_texts_alone_and_together(write_text_package):
         late = [asyncio.run(runtime.predict_async(None, event)).outputs for event in events]
     assert np.allclose(alone, together, rtol=0, atol=1e-5)
     assert alone == late
+
+
+def test_texts_of_all_lengths_that_wait_for_the_worker_are_run_together(
+    tmp_path, write_text_package
+):
+    """Rows of 512 tokens take the worker; those that came together are run by their buckets."""
+    inference = InferenceConfig(batch_rows_max=16, batch_delay_us=200_000)
+    config = EdgeConfig(
+        device="a",
+        families=["intent"],
+        state_dir=tmp_path / "state",
+        socket=tmp_path / "edge.sock",
+        inference=inference,
+    )
+    arm = load_arm(*write_text_package(512, heavy=True), "stable", "r1", 1.0)
+    events = [Event("asked", 10.0, {"text": text}) for text in TEXTS * 3]
+
+    async def all_of(runtime):
+        asks = [runtime.predict_async("intent", event) for event in events]
+        return [each.outputs for each in await asyncio.gather(*asks)]
+
+    with Runtime.open(config, clock=ManualClock(10.0)) as runtime:
+        runtime.swap("intent", [arm], None)
+        expected = [runtime.predict("intent", event).outputs for event in events]
+        assert not arm.runner.inline
+        assert np.allclose(asyncio.run(all_of(runtime)), expected, rtol=0, atol=1e-5)
+        assert runtime.statistics()["worker"]["runs"] < len(events)
 
 
 @pytest.mark.parametrize(
