@@ -17,25 +17,28 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
+from cloud_learner.package.weights import named, renamed, swap
 from cloud_learner.stats.tasks import Task
-from edge_runtime.errors import PackageError
+from edge_runtime.errors import HeadwaterError, PackageError
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT
 
 OPSET = 18
 
+Exporter = Literal["torch", "optimum"]
 Matrix = npt.NDArray[np.float32]
 Look = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
 """A network and features to its logits and its embedding."""
@@ -68,14 +71,23 @@ class Graph:
     """The exported graph of one student architecture."""
 
     def __init__(
-        self, student: nn.Module, rows: Matrix, task: Task = _BINARY, look: Look | None = None
+        self,
+        student: nn.Module,
+        rows: Matrix,
+        task: Task = _BINARY,
+        look: Look | None = None,
+        *,
+        exporter: Exporter = "torch",
+        is_text: bool = False,
     ) -> None:
         """Export with `rows` (at least two) as example input; with the embedding that `look` sees.
 
+        Rows that are a text (`is_text`) may be cut behind it: then the number of columns is free.
         Raises: PackageError.
         """
-        self._model = _export(_Answering(copy.deepcopy(student), task, look).eval(), rows[:2])
-        self._check(student, rows, task, look)
+        made = _Answering(_otherwise(student, 1), task, look).eval()
+        self._model = _exported(made, rows[:2], exporter, is_text=is_text)
+        self._check(_Answering(_otherwise(student, 2), task, look).eval(), _shapes(rows, is_text))
 
     @classmethod
     def load(cls, path: Path) -> Graph:
@@ -104,33 +116,107 @@ class Graph:
         """The float32 package of this student."""
         model = ModelProto()
         model.CopyFrom(self._model)
-        _swap(model, student)
+        swap(model, _weights(student))
         onnx.helper.set_model_props(model, dict(metadata))
         return model
 
-    def _check(self, student: nn.Module, rows: Matrix, task: Task, look: Look | None) -> None:
+    def _check(self, other: _Answering, tables: Sequence[Matrix]) -> None:
         """Swapping must reach every weight: other weights must give what torch gives for them."""
-        other = copy.deepcopy(student).eval()
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(0.9).add_(0.01)
-            expected = _Answering(other, task, look).eval()(torch.from_numpy(rows))
-        found = _reference(self.package(other, {}), rows, self._outputs)
-        for ours, torchs in zip(found, expected, strict=True):
-            if not np.allclose(torchs.numpy(), ours, atol=1e-4):
-                gap = float(np.abs(torchs.numpy() - ours).max())
-                raise PackageError(
-                    "parity",
-                    f"the exported graph and torch differ by {gap:.2g} after a weight swap",
-                )
+        run = ReferenceEvaluator(self.package(other.student, {})).run
+        for rows in tables:
+            with torch.no_grad():
+                expected = other(torch.from_numpy(rows))
+            for ours, torchs in zip(run(self._outputs, {INPUT: rows}), expected, strict=True):
+                if not np.allclose(torchs.numpy(), ours, atol=1e-4):
+                    gap = float(np.abs(torchs.numpy() - ours).max())
+                    raise PackageError(
+                        "parity",
+                        f"the exported graph and torch differ by {gap:.2g} after a weight swap",
+                    )
 
 
-def _export(answering: _Answering, rows: Matrix) -> ModelProto:
+def _weights(student: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    return {f"student.{name}": value.numpy() for name, value in student.state_dict().items()}
+
+
+def _otherwise(student: nn.Module, seed: int) -> nn.Module:
+    """The network with weights of which no two are equal, as those that are new may be."""
+    other, random = copy.deepcopy(student), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1 - seed / 10)
+            weight.add_(torch.rand(weight.shape, generator=random), alpha=0.02)
+    return other
+
+
+def _shapes(rows: Matrix, is_text: bool) -> list[Matrix]:
+    """What an export is tried on: one row, three rows and more, and texts of three lengths."""
+    if not is_text:
+        return [rows[:1], rows[:3], rows]
+    lengths = (rows.shape[1] // 4, rows.shape[1] // 2, rows.shape[1])
+    cut = (rows[:count, : max(length, 1)] for count, length in zip((1, 3, 2), lengths, strict=True))
+    return [np.ascontiguousarray(each) for each in cut]
+
+
+def _exported(
+    answering: _Answering, rows: Matrix, exporter: Exporter, *, is_text: bool
+) -> ModelProto:
+    example, embeds = torch.from_numpy(rows), answering.look is not None
+    outputs = [OUTPUT, _EXPORTED] if embeds else [OUTPUT]
+    free = {0: "batch", 1: "length"} if is_text else {0: "batch"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = _program(answering, rows)
+        try:
+            model = _EXPORTERS[exporter](answering, example, outputs, free)
+        except HeadwaterError:
+            raise
+        except Exception as error:  # the exporters' own have no root in common
+            reason = f"{error.__cause__ or error}".strip().partition("\n")[0]
+            raise PackageError(
+                "no_export",
+                f"the student cannot be exported to ONNX: {reason}",
+                "does network.py branch on a value? torch.where chooses without branching",
+            ) from error
+    _strip(model)
+    if embeds:
+        renamed(model, {EMBEDDING: f"{EMBEDDING}/own", _EXPORTED: EMBEDDING})
+    named(model, _weights(answering.student))
+    return model
+
+
+def _by_torch(
+    answering: _Answering, example: Tensor, outputs: list[str], free: Mapping[int, str]
+) -> ModelProto:
+    program: Any = torch.onnx.export(
+        answering,
+        (example,),
+        input_names=[INPUT],
+        output_names=outputs,
+        dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC),),
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        optimize=True,
+    )
     model: ModelProto = program.model_proto
+    return model
+
+
+def _by_optimum(
+    answering: _Answering, example: Tensor, outputs: list[str], free: Mapping[int, str]
+) -> ModelProto:
+    from cloud_learner.package.optimum_path import export
+
+    return export(answering, example, outputs, free, OPSET)
+
+
+_EXPORTERS = {"torch": _by_torch, "optimum": _by_optimum}
+
+
+def _strip(model: ModelProto) -> None:
+    """Take out what exporters tell of themselves and of the machine."""
     del model.metadata_props[:]
     model.doc_string = ""
     for node in model.graph.node:
@@ -138,55 +224,3 @@ def _export(answering: _Answering, rows: Matrix) -> ModelProto:
         del node.metadata_props[:]
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
-    if len(model.graph.output) > 1:
-        _rename(model, {EMBEDDING: f"{EMBEDDING}/own", _EXPORTED: EMBEDDING})
-    return model
-
-
-def _rename(model: ModelProto, names: Mapping[str, str]) -> None:
-    """Give tensors other names; torch calls what it looks up in a table `embedding`, too."""
-    for node in model.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*model.graph.output, *model.graph.value_info):
-        value.name = names.get(value.name, value.name)
-
-
-def _program(answering: _Answering, rows: Matrix) -> Any:
-    try:
-        return torch.onnx.export(
-            answering,
-            (torch.from_numpy(rows),),
-            input_names=[INPUT],
-            output_names=[OUTPUT] if answering.look is None else [OUTPUT, _EXPORTED],
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            optimize=True,
-        )
-    except Exception as error:  # torch's own have no root in common
-        reason = f"{error.__cause__ or error}".strip().partition("\n")[0]
-        raise PackageError(
-            "no_export",
-            f"the student cannot be exported to ONNX: {reason}",
-            "does network.py branch on a value? torch.where chooses without branching",
-        ) from error
-
-
-def _swap(model: ModelProto, student: nn.Module) -> None:
-    values = {f"student.{name}": value for name, value in student.state_dict().items()}
-    for tensor in model.graph.initializer:
-        value = values.get(tensor.name)
-        if value is not None:
-            name = tensor.name
-            array = value.detach().numpy()
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
-
-
-def _reference(model: ModelProto, rows: Matrix, outputs: list[str]) -> list[Matrix]:
-    from onnx.reference import ReferenceEvaluator
-
-    answers: list[Matrix] = ReferenceEvaluator(model).run(outputs, {INPUT: rows})
-    return answers
