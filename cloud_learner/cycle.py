@@ -98,7 +98,16 @@ class Cycle:
         self.alarms: list[Alarm] = []
         self.personal = PolicyLearner(family.config.personal, task, reference)
         look = looked_into if family.config.personal else None
-        self._forms = Forms(family.interface, family.spec, task, reference, look)
+        how = family.config.package
+        self._forms = Forms(
+            family.interface,
+            family.spec,
+            task,
+            reference,
+            look,
+            exporter=how.exporter,
+            ranges=how.quantize,
+        )
         self.number = self.failed = 0
         self.whole, self.is_taught = True, False
         self.cpu_s = self._arrived_s = 0.0

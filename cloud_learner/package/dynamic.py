@@ -69,7 +69,7 @@ class _Rewriting:
         self._add("last", np.array([-1], np.int64))
 
     def instead_of(self, node: NodeProto) -> Iterator[NodeProto]:
-        if node.op_type == "Gather" and node.input[0] in self._weights and not _options(node):
+        if node.op_type == "Gather" and self._is_lookup(node):
             yield from self._gathered(*node.input, node.output[0])
         elif node.op_type == "MatMul" and node.input[1] in self._weights:
             yield from self._product(*node.input, node.output[0], turned=False)
@@ -83,24 +83,27 @@ class _Rewriting:
         else:
             yield node
 
+    def _is_lookup(self, node: NodeProto) -> bool:
+        return node.input[0] in self._weights and _options(node).get("axis", 0) == 0
+
     def _is_linear(self, node: NodeProto) -> bool:
         asked = {key: value for key, value in _options(node).items() if key != "transB"}
         usual = {"alpha": 1.0, "beta": 1.0, "transA": 0}
         return node.input[1] in self._weights and asked.items() <= usual.items()
 
     def _product(self, x: str, weight: str, out: str, *, turned: bool) -> Iterator[NodeProto]:
-        own = f"{_PRE}{weight}"
+        own = f"{weight}/turned" if turned else weight
         if self._is_new(own):
             array = numpy_helper.to_array(self._weights[weight])
             numbers, scale = _in_steps(array.T if turned else array, axis=0)
-            self._add(f"{weight}/int8", numbers)
-            self._add(f"{weight}/scale", scale.ravel())
+            self._add(f"{own}/int8", numbers)
+            self._add(f"{own}/scale", scale.ravel())
         yield from self._row_by_row(x)
         at = f"{_PRE}{out}"
-        operands = [f"{_PRE}{x}/uint8", f"{own}/int8", f"{_PRE}zero"]
+        operands = [f"{_PRE}{x}/uint8", f"{_PRE}{own}/int8", f"{_PRE}zero"]
         yield helper.make_node("MatMulInteger", operands, [f"{at}/sum"])
         yield helper.make_node("Cast", [f"{at}/sum"], [f"{at}/float"], to=TensorProto.FLOAT)
-        yield helper.make_node("Mul", [f"{at}/float", f"{own}/scale"], [f"{at}/scaled"])
+        yield helper.make_node("Mul", [f"{at}/float", f"{_PRE}{own}/scale"], [f"{at}/scaled"])
         yield helper.make_node("Mul", [f"{at}/scaled", f"{_PRE}{x}/scale"], [out])
 
     def _row_by_row(self, x: str) -> Iterator[NodeProto]:
@@ -116,13 +119,13 @@ class _Rewriting:
         yield helper.make_node("Cast", [f"{own}/shifted"], [f"{own}/uint8"], to=TensorProto.UINT8)
 
     def _gathered(self, table: str, index: str, out: str) -> Iterator[NodeProto]:
-        own, at = f"{_PRE}{table}", f"{_PRE}{out}"
-        if self._is_new(f"{own}/rows"):
+        own, at = f"{table}/rows", f"{_PRE}{out}/found"
+        if self._is_new(own):
             numbers, scale = _in_steps(numpy_helper.to_array(self._weights[table]), axis=1)
-            self._add(f"{table}/rows", numbers)
-            self._add(f"{table}/rows/scale", scale)
-        yield helper.make_node("Gather", [f"{own}/rows", index], [f"{at}/int8"])
-        yield helper.make_node("Gather", [f"{own}/rows/scale", index], [f"{at}/scale"])
+            self._add(f"{own}/int8", numbers)
+            self._add(f"{own}/scale", scale)
+        yield helper.make_node("Gather", [f"{_PRE}{own}/int8", index], [f"{at}/int8"])
+        yield helper.make_node("Gather", [f"{_PRE}{own}/scale", index], [f"{at}/scale"])
         yield helper.make_node("Cast", [f"{at}/int8"], [f"{at}/float"], to=TensorProto.FLOAT)
         yield helper.make_node("Mul", [f"{at}/float", f"{at}/scale"], [out])
 
@@ -132,7 +135,7 @@ class _Rewriting:
         return not known
 
     def _add(self, name: str, array: Array) -> None:
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), f"{_PRE}{name}")
+        tensor = numpy_helper.from_array(array.copy(order="C"), f"{_PRE}{name}")
         self._graph.initializer.append(tensor)
 
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from cloud_learner.package.build import Graph, Look
+from cloud_learner.package.build import Exporter, Graph, Look
+from cloud_learner.package.dynamic import quantized_by_row
 from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import runner_of, sealed
 from cloud_learner.stats.tasks import Task
@@ -32,6 +33,7 @@ from edge_runtime.personal.policy import Policy
 EXAMPLE_ROWS = 64
 GOLDEN_ROWS = 8
 
+Ranges = Literal["static", "dynamic"]
 Matrix = npt.NDArray[np.float32]
 
 
@@ -39,14 +41,23 @@ class Forms:
     """Makes packages of one family's students, which are torch modules of one architecture.
 
     `reference` (rows, features) are usual rows. With `look`, packages give the embedding that it
-    sees.
+    sees. int8 takes its ranges from rows, or (`dynamic`) from each row that it meets.
     """
 
     def __init__(
-        self, interface: Interface, spec: Spec, task: Task, reference: Matrix, look: Look | None
+        self,
+        interface: Interface,
+        spec: Spec,
+        task: Task,
+        reference: Matrix,
+        look: Look | None,
+        *,
+        exporter: Exporter = "torch",
+        ranges: Ranges = "static",
     ) -> None:
         self._interface, self._spec, self._task = interface, spec, task
         self._reference, self._look = reference, look
+        self._exporter, self._ranges = exporter, ranges
         self._graph: Graph | None = None
 
     def keep(self, network: Any, path: Path) -> None:
@@ -65,12 +76,12 @@ class Forms:
         facts: Mapping[str, Any],
         policy: Callable[[Runner], Policy | None],
     ) -> tuple[bytes, bytes]:
-        """The int8 package and the float32 one; int8 takes its ranges from `rows`.
+        """The int8 package and the float32 one; static ranges are those of `rows`.
 
         Raises: PackageError.
         """
         plain = self._exported(network).package(network, {})
-        int8 = quantized(plain, rows)
+        int8 = quantized(plain, rows) if self._ranges == "static" else quantized_by_row(plain)
         learned = policy(runner_of(int8)) if self._look is not None else None
         first, second = (
             self._sealed(model, {**facts, "form": form}, learned)
@@ -85,5 +96,12 @@ class Forms:
     def _exported(self, network: Any) -> Graph:
         if self._graph is None:
             example = self._reference[:EXAMPLE_ROWS]
-            self._graph = Graph(network, example, self._task, self._look)
+            self._graph = Graph(
+                network,
+                example,
+                self._task,
+                self._look,
+                exporter=self._exporter,
+                is_text=self._spec.padding is not None,
+            )
         return self._graph

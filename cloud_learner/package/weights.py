@@ -1,7 +1,7 @@
 """Weights in an exported graph: each found by its value, named, and written anew.
 
 Why: exporters name weights as they like, write some of them turned (transposed), and merge those
-that are equal into one; a graph whose weights are swapped must hold each of them under its own name.
+that are equal into one; where weights are swapped, each of them must have a name of its own.
 
 Invariants: what `named` gives computes what it was given. A number that is no weight, and a weight
 that the exporter computed with, keep their own names and are swapped by nobody.

@@ -12,6 +12,7 @@ Knows nothing about networks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def _broken_rules(config: FamilyConfig) -> Iterator[tuple[str, str]]:
     if config.personal is not None and config.task.outputs > 1:
         what = f"personal: a session shifts one number, {config.task.kind} answers with more"
         yield what, "leave [personal] out; sessions are for binary, regression and ranking"
+    if config.package.exporter == "optimum" and find_spec("optimum") is None:
+        what = "package.exporter: 'optimum' is not installed"
+        yield what, "pip install 'headwater[transformers]'"
     yield from _unknown_fields(config)
 
 

@@ -244,6 +244,17 @@ class Personal(Section, frozen=True):
     optimism: Annotated[float, Meta(ge=0, le=10)] = 0.5
 
 
+class Package(Section, frozen=True):
+    """`[package]`: what exports the student, and where int8 takes its ranges from.
+
+    `optimum` is for networks that hold a transformers model. `static` ranges are those of recent
+    rows; `dynamic` are each row's own, each token's in a text.
+    """
+
+    exporter: Literal["torch", "optimum"] = "torch"
+    quantize: Literal["static", "dynamic"] = "static"
+
+
 class ArchiveConfig(Section, frozen=True):
     """`[archive]`: how long messages are kept as they came."""
 
@@ -266,6 +277,7 @@ class FamilyConfig(Section, frozen=True):
     drift: Drift = Drift()
     gates: Gates = Gates()
     archive: ArchiveConfig = ArchiveConfig()
+    package: Package = Package()
     personal: Personal | None = None
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ CONFIGURED = {
     ),
     "cloud_learner/train/declaration.py": (
         *("EventKind", "Label", "Learning", "Fast", "Stable", "Scratch", "Distilled", "Drift"),
-        *("Gates", "Rollout", "Personal", "ArchiveConfig", "FamilyConfig"),
+        *("Gates", "Rollout", "Personal", "Package", "ArchiveConfig", "FamilyConfig"),
     ),
     "cloud_learner/stats/tasks.py": ("Task",),
 }
