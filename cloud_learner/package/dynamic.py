@@ -70,9 +70,11 @@ class _Rewriting:
 
     def instead_of(self, node: NodeProto) -> Iterator[NodeProto]:
         if node.op_type == "Gather" and self._is_lookup(node):
-            yield from self._gathered(*node.input, node.output[0])
+            table, index = node.input
+            yield from self._gathered(table, index, node.output[0])
         elif node.op_type == "MatMul" and node.input[1] in self._weights:
-            yield from self._product(*node.input, node.output[0], turned=False)
+            x, weight = node.input
+            yield from self._product(x, weight, node.output[0], turned=False)
         elif node.op_type == "Gemm" and self._is_linear(node):
             turned = bool(_options(node).get("transB", 0))
             out, (x, weight, *bias) = node.output[0], node.input
