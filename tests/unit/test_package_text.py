@@ -16,20 +16,32 @@ from torch import nn
 from cloud_learner.package.build import Graph
 from cloud_learner.package.delta import patch_between
 from cloud_learner.package.dynamic import quantized_by_row
+from cloud_learner.package.forms import Forms
 from cloud_learner.package.seal import runner_of
 from cloud_learner.stats.tasks import Task
 from edge_runtime.errors import PackageError
+from edge_runtime.inference.package import Interface, Kind
+from edge_runtime.inference.pipeline import score_batch
 from edge_runtime.inference.signature import INPUT, OUTPUT
+from edge_runtime.inference.slot import load_arm
 
 CLASSES, WORDS, LENGTH = 5, 200, 32
 TASK = Task(kind="multiclass", classes=CLASSES)
 SHAPES = [(1, 8), (3, 16), (5, 31)]
 
 
-def with_extra(name):
-    """The parameter, skipped where the extra is absent."""
-    reason = "needs pip install 'headwater[transformers]'"
-    return pytest.param(name, marks=pytest.mark.skipif(find_spec("optimum") is None, reason=reason))
+INTERFACE = Interface(
+    family="intent",
+    kinds={"asked": Kind(predicts=True, fields={"text": "str"})},
+    clock="event",
+    skew_s_max=86400.0,
+    lateness_s_max=0.0,
+    output="intent",
+)
+
+needs_extra = pytest.mark.skipif(
+    find_spec("optimum") is None, reason="needs pip install 'headwater[transformers]'"
+)
 
 
 class Attentive(nn.Module):
@@ -118,7 +130,12 @@ def graph():
 
 
 @pytest.fixture(
-    scope="module", params=["own by torch", with_extra("by torch"), with_extra("by optimum")]
+    scope="module",
+    params=[
+        "own by torch",
+        pytest.param("by torch", marks=needs_extra),
+        pytest.param("by optimum", marks=needs_extra),
+    ],
 )
 def case(request):
     """How a network is built, and the graph of it."""
@@ -158,10 +175,10 @@ def test_a_kept_graph_of_either_exporter_makes_the_same_packages(case, tmp_path)
     assert graph.package(network, {}) == Graph.load(tmp_path / "graph.onnx").package(network, {})
 
 
-@pytest.mark.parametrize("exporter", [with_extra("optimum")])
-def test_a_network_without_a_transformers_model_is_none_for_optimum(exporter):
+@needs_extra
+def test_a_network_without_a_transformers_model_is_none_for_optimum():
     with pytest.raises(PackageError, match="no transformers model") as caught:
-        text_graph(Attentive(), exporter)
+        text_graph(Attentive(), "optimum")
 
     assert caught.value.code == "no_export"
     assert "torch" in caught.value.hint
@@ -268,6 +285,31 @@ def nudged(network):
         for weight in other.parameters():
             weight.add_(torch.randn(weight.shape) * 1e-3 * weight.abs().max())
     return other
+
+
+@pytest.mark.parametrize(
+    ("build", "exporter", "ranges"),
+    [
+        (Attentive, "torch", "static"),
+        (Attentive, "torch", "dynamic"),
+        pytest.param(bert, "optimum", "dynamic", marks=needs_extra),
+    ],
+)
+def test_a_device_takes_both_forms_of_a_student_of_texts(
+    build, exporter, ranges, text_spec, tmp_path
+):
+    spec, network = text_spec(LENGTH), learned(build(), 8)
+    said = ["", "my card is lost", "when will it come ?", "where", "cards " * 40]
+    rows = np.stack([np.float32(spec.encoders["text"](text)) for text in said])
+    forms = Forms(INTERFACE, spec, TASK, rows, None, exporter=exporter, ranges=ranges)
+
+    packages = forms.of(network, rows, {}, lambda _runner: None)
+
+    for data, atol in zip(packages, (0.2 if ranges == "static" else 0.1, 1e-5), strict=True):
+        (tmp_path / "p.onnx").write_bytes(data)
+        arm = load_arm(tmp_path / "p.onnx", None, "stable", "r1", 1.0)
+        assert np.allclose(answers(network, rows), score_batch(arm.runner, rows), atol=atol)
+        assert arm.runner.buckets is not None
 
 
 def test_a_missing_extra_is_told_with_file_key_and_command(coin, tmp_path):
