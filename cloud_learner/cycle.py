@@ -98,16 +98,8 @@ class Cycle:
         self.alarms: list[Alarm] = []
         self.personal = PolicyLearner(family.config.personal, task, reference)
         look = looked_into if family.config.personal else None
-        how = family.config.package
-        self._forms = Forms(
-            family.interface,
-            family.spec,
-            task,
-            reference,
-            look,
-            exporter=how.exporter,
-            ranges=how.quantize,
-        )
+        how, known = family.config.package, (family.interface, family.spec, task)
+        self._forms = Forms(*known, reference, look, exporter=how.exporter, ranges=how.quantize)
         self.number = self.failed = 0
         self.whole, self.is_taught = True, False
         self.cpu_s = self._arrived_s = 0.0
