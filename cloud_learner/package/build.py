@@ -116,7 +116,7 @@ class Graph:
         """The float32 package of this student."""
         model = ModelProto()
         model.CopyFrom(self._model)
-        swap(model, _weights(student))
+        swap(model, _arrays(student.state_dict()))
         onnx.helper.set_model_props(model, dict(metadata))
         return model
 
@@ -135,8 +135,9 @@ class Graph:
                     )
 
 
-def _weights(student: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    return {f"student.{name}": value.numpy() for name, value in student.state_dict().items()}
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    """By the names that the graph has for them."""
+    return {f"student.{name}": tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
 def _otherwise(student: nn.Module, seed: int) -> nn.Module:
@@ -181,7 +182,7 @@ def _exported(
     _strip(model)
     if embeds:
         renamed(model, {EMBEDDING: f"{EMBEDDING}/own", _EXPORTED: EMBEDDING})
-    named(model, _weights(answering.student))
+    named(model, _arrays(dict(answering.student.named_parameters())))
     return model
 
 

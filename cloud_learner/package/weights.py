@@ -67,5 +67,5 @@ def _forms(weights: Mapping[str, Array]) -> dict[str, Array]:
     return {**turned, **weights}
 
 
-def _print(array: Array) -> tuple[tuple[int, ...], bytes]:
-    return array.shape, hashlib.blake2b(array.tobytes()).digest()
+def _print(array: Array) -> tuple[str, tuple[int, ...], bytes]:
+    return array.dtype.str, array.shape, hashlib.blake2b(array.tobytes()).digest()

@@ -202,6 +202,25 @@ def test_weights_that_are_born_equal_are_swapped_each_by_itself():
     assert np.allclose(answers(network, rows), found, atol=1e-5)
 
 
+def test_a_weight_that_is_used_as_it_is_and_turned_is_swapped_in_both_places():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Parameter(torch.randn(3, 3))
+            self.register_buffer("one", torch.ones(1))  # as is many a constant of an export
+
+        def forward(self, x):
+            return torch.tanh(x.unsqueeze(1) @ self.words).squeeze(1) @ self.words.T * self.one
+
+    rows = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    task = Task(kind="multiclass", classes=3)
+    network = learned(Tied(), 1)
+    plain = Graph(Tied(), rows, task).package(network, {})
+
+    assert np.allclose(answers(network, rows), given(plain, rows), atol=1e-5)
+    assert np.allclose(answers(network, rows), given(quantized_by_row(plain), rows), atol=0.1)
+
+
 @pytest.fixture(scope="module")
 def float_and_int8(case):
     """A package in both forms."""
