@@ -108,11 +108,22 @@ class Scratch(Section, frozen=True):
 
 
 class Distilled(Section, frozen=True):
-    """`[learning.student]`: `passes` over what the replicas learned, and over `replay_rows`."""
+    """`[learning.student]`: `passes` over what the replicas learned, and over `replay_rows`.
+
+    `embedding` is the pull towards the replicas' embeddings, against 1 for their answers.
+    """
 
     passes: Count = 1
     learning_rate: Positive = 2e-3
     replay_rows: Whole = 1000
+    embedding: Weight = 0.0
+
+
+class Steps(Section, frozen=True):
+    """`[learning.steps]`: at most `rows` in a step; the first `warmup` grow to their full rate."""
+
+    rows: Count = 250
+    warmup: Whole = 0
 
 
 class Learning(Section, frozen=True):
@@ -138,6 +149,7 @@ class Learning(Section, frozen=True):
     stable: Stable = Stable()
     scratch: Scratch = Scratch()
     student: Distilled = Distilled()
+    steps: Steps = Steps()
 
     def __post_init__(self) -> None:
         if not (self.fast.on or self.stable.on):

@@ -5,6 +5,10 @@ Vinyals & Dean 2015). On the newest rows the student answers as the weighted rep
 the reservoir as the replica that remembers: where new and old look different, one network can hold
 both (docs/experiments.md). It is kept from cycle to cycle.
 
+Where the family wants it, the student is pulled towards the replicas' embeddings as well (Romero et
+al. 2015): a small network that starts from layers of a large one learns from few rows what these
+layers lead to.
+
 Invariants: same rows, teachers and seed give the same bits. The student never sees a label: what it
 knows it has from the replicas.
 """
@@ -35,6 +39,7 @@ class Student:
             learning.student.learning_rate,
             gradient_norm_max=learning.gradient_norm_max,
             averaged=True,
+            steps=learning.steps,
         )
 
     @property
@@ -61,15 +66,17 @@ class Student:
             replayed, _ = teachers.reservoir.draw(self._distilled.replay_rows)
             features = np.concatenate([recent.rows.features[index], replayed.features])
             remembered = teachers.remembered(replayed.features)
-            self.replica.follow(features, np.concatenate([targets[index], remembered]), random)
+            answers = np.concatenate([targets[index], remembered])
+            self._follow(features, answers, self._embeddings(teachers, features), random)
 
     def pretrain(
         self, teachers: Replicas, rows: Rows, passes: int, random: np.random.Generator
     ) -> None:
         """Several passes before the stream begins."""
+        answers = teachers.answers(rows.features)
+        embeddings = self._embeddings(teachers, rows.features)
         for _ in range(passes):
-            targets = teachers.answers(rows.features)
-            self.replica.follow(rows.features, targets, random)
+            self._follow(rows.features, answers, embeddings, random)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on from here."""
@@ -78,3 +85,16 @@ class Student:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.replica.restore(state)
+
+    def _follow(
+        self,
+        features: Matrix,
+        answers: Matrix,
+        embeddings: Matrix | None,
+        random: np.random.Generator,
+    ) -> None:
+        pull = self._distilled.embedding
+        self.replica.follow(features, answers, random, embeddings, pull)
+
+    def _embeddings(self, teachers: Replicas, features: Matrix) -> Matrix | None:
+        return teachers.embeddings(features) if self._distilled.embedding else None

@@ -24,6 +24,7 @@ from torch import nn
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows, concatenate
 from cloud_learner.train.declaration import Learning
+from cloud_learner.train.hidden import embeddings_of
 from cloud_learner.train.memory import Newest, Reservoir
 from cloud_learner.train.replica import Replica
 
@@ -96,6 +97,17 @@ class Replicas:
         for name, weight in self.weights.items():
             if weight:
                 mixed += np.float32(weight) * self.all[name].answers(features)
+        return mixed
+
+    def embeddings(self, features: Matrix) -> Matrix:
+        """The weighted mean of the replicas' embeddings (rows, width)."""
+        parts = []
+        for name, weight in self.weights.items():
+            if weight:
+                found = embeddings_of(self.all[name].average, features)
+                assert found is not None, "who is followed in the embedding has one"
+                parts.append(np.float32(weight) * found)
+        mixed: Matrix = np.sum(parts, axis=0)
         return mixed
 
     def remembered(self, features: Matrix) -> Matrix:
@@ -222,6 +234,7 @@ class Replicas:
             learning_rate,
             gradient_norm_max=self._learning.gradient_norm_max,
             averaged=averaged,
+            steps=self._learning.steps,
         )
 
     def _merit_of_new(self, replica: Replica, recent: Rows) -> float:

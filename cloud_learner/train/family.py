@@ -25,6 +25,7 @@ from cloud_learner.train.checks import check_fields, check_rules, read_specs
 from cloud_learner.train.declaration import FamilyConfig, Learning
 from cloud_learner.train.hidden import looked_into
 from cloud_learner.train.modules import line_of, load_module
+from cloud_learner.train.parts import looked_at
 from cloud_learner.train.problems import Problems, bad, read_toml
 from edge_runtime.errors import ConfigError
 from edge_runtime.features.spec import Spec
@@ -103,7 +104,7 @@ class Family:
             if not isinstance(network, nn.Module):
                 raise TypeError(f"{network!r:.40} is not a torch module")  # noqa: TRY301
             with torch.no_grad():
-                answers = network.eval()(torch.tensor(rows))
+                answers = looked_at(network.eval(), rows, network)
                 shape, finite = tuple(answers.shape), bool(torch.isfinite(answers).all())
         except Exception as error:
             raise bad(path, f"{name} fails{line_of(path, error)}: {error!r}") from error

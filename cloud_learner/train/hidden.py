@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cloud_learner.train.dataset import Matrix
+from cloud_learner.train.parts import looked_at
 
 
 def looked_into(network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -45,10 +46,15 @@ def embeddings_of(network: nn.Module, features: Matrix) -> Matrix | None:
     network.eval()
     try:
         with torch.inference_mode():
-            _, embedding = looked_into(network, torch.from_numpy(features))
+            found = looked_at(network, features, lambda part: _embedding(network, part))
     finally:
         network.train(trained)
+    return found.numpy().copy() if found.shape[1] else None
+
+
+def _embedding(network: nn.Module, features: Tensor) -> Tensor:
+    """Of shape (batch, width); of width 0 where it has none."""
+    _, embedding = looked_into(network, features)
     if embedding is None or embedding.shape[0] != len(features):
-        return None
-    found: Matrix = embedding.reshape(len(features), -1).numpy().copy()
-    return found
+        return torch.empty(len(features), 0)
+    return embedding.flatten(1)

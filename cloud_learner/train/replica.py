@@ -2,6 +2,9 @@
 
 Why: teacher replicas and student differ in what they are shown, not in how a step is taken.
 
+A network may say which of its parts, by the name of an attribute, learns at another rate than the
+others: `rates`, such as `{"head": 20.0}`, times the learning rate.
+
 Invariants: same rows in the same order and same random numbers give the same bits, with one torch
 thread. A gradient is clipped to its bound before it moves anything (Pascanu et al. 2013), so what
 one micro-batch can do is bounded as well. Every row of every step is counted in `sample_passes`.
@@ -12,18 +15,20 @@ Knows nothing about which rows it is given, or why.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows
+from cloud_learner.train.declaration import Steps
+from cloud_learner.train.hidden import looked_into
 from cloud_learner.train.losses import activated, hard_loss, soft_loss
+from cloud_learner.train.parts import chunks, chunks_of, lengths_of, looked_at
 
-CHUNK_ROWS = 250
 WEIGHT_DECAY = 0.05
 AVERAGE_KEEP = 0.97  # of the moving average, at each step
 
@@ -32,7 +37,8 @@ def answers_of(network: nn.Module, features: Matrix, task: Task) -> Matrix:
     """Answers of shape (rows, outputs); dropout off, no gradient."""
     network.eval()
     with torch.inference_mode():
-        answers: Matrix = activated(task, network(torch.from_numpy(features))).numpy()
+        logits = looked_at(network, features, network)
+        answers: Matrix = activated(task, logits).numpy()
     return answers
 
 
@@ -47,12 +53,13 @@ class Replica:
         *,
         gradient_norm_max: float = 0.0,
         averaged: bool = False,
+        steps: Steps = Steps(),
     ) -> None:
         self.network = network
         self.average = copy.deepcopy(network) if averaged else network
         self.sample_passes = self._steps = 0
         self._task, self._averaged, self._learning_rate = task, averaged, learning_rate
-        self._gradient_norm_max = gradient_norm_max
+        self._gradient_norm_max, self._taking = gradient_norm_max, steps
         self._parameters = list(network.parameters())
         self._optimizer = self._new_optimizer()
 
@@ -64,7 +71,8 @@ class Replica:
         keep: float = 0.0,
     ) -> None:
         """One pass over the rows, in random order."""
-        for index in chunks_of(rows, random):
+        lengths = lengths_of(self.network, rows.features)
+        for index in chunks_of(rows, self._taking.rows, random, lengths):
             self.step(rows.take(index), None if anchors is None else anchors[index], keep)
 
     def step(self, rows: Rows, anchors: Matrix | None = None, keep: float = 0.0) -> None:
@@ -77,13 +85,29 @@ class Replica:
             loss = loss + keep * soft_loss(self._task, logits, torch.from_numpy(anchors))
         self._descend(loss, len(rows))
 
-    def follow(self, features: Matrix, targets: Matrix, random: np.random.Generator) -> None:
-        """One pass towards another network's answers (rows, outputs); no label is seen."""
-        given, wanted = torch.from_numpy(features), torch.from_numpy(targets)
-        for index in chunks(len(features), random):
+    def follow(
+        self,
+        features: Matrix,
+        targets: Matrix,
+        random: np.random.Generator,
+        embeddings: Matrix | None = None,
+        pull: float = 0.0,
+    ) -> None:
+        """One pass towards another network's answers (rows, outputs); no label is seen.
+
+        With `pull`, also towards its `embeddings` (rows, width), by their mean squared distance.
+        """
+        lengths = lengths_of(self.network, features)
+        for index in chunks(len(features), self._taking.rows, random, lengths):
             self.network.train()
-            chosen = torch.from_numpy(index)
-            loss = soft_loss(self._task, self.network(given[chosen]), wanted[chosen])
+            given, wanted = torch.from_numpy(features[index]), torch.from_numpy(targets[index])
+            if embeddings is None:
+                loss = soft_loss(self._task, self.network(given), wanted)
+            else:
+                logits, embedding = looked_into(self.network, given)
+                assert embedding is not None, "a network that follows an embedding has one"
+                apart = nn.functional.mse_loss(embedding, torch.from_numpy(embeddings[index]))
+                loss = soft_loss(self._task, logits, wanted) + pull * apart
             self._descend(loss, len(index))
 
     def answers(self, features: Matrix) -> Matrix:
@@ -97,6 +121,7 @@ class Replica:
             self._task,
             self._learning_rate,
             gradient_norm_max=self._gradient_norm_max,
+            steps=self._taking,
         )
         other._optimizer.load_state_dict(copy.deepcopy(self._optimizer.state_dict()))
         return other
@@ -131,20 +156,36 @@ class Replica:
         self.sample_passes, self._steps = state["sample_passes"], state["steps"]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self._parameters, lr=self._learning_rate, weight_decay=WEIGHT_DECAY
-        )
+        rates, parts = getattr(self.network, "rates", {}), dict[float, list[nn.Parameter]]()
+        for name, parameter in self.network.named_parameters():
+            parts.setdefault(rates.get(name.partition(".")[0], 1.0), []).append(parameter)
+        groups = [{"params": part, "lr": self._learning_rate * rate} for rate, part in parts.items()]
+        return torch.optim.AdamW(groups, lr=self._learning_rate, weight_decay=WEIGHT_DECAY)
 
     def _descend(self, loss: torch.Tensor, count: int) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if self._gradient_norm_max:
             nn.utils.clip_grad_norm_(self._parameters, self._gradient_norm_max)
-        self._optimizer.step()
+        self._warmed(self._optimizer.step)
         self.sample_passes += count
         self._steps += 1
         if self._averaged:
             self._move_average()
+
+    def _warmed(self, step: Callable[[], Any]) -> None:
+        """Take the step, at a share of its learning rates while the first steps are warming up."""
+        share = (self._steps + 1) / (self._taking.warmup + 1)
+        if share >= 1:
+            step()
+            return
+        groups = self._optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = share * rate
+        step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
     def _move_average(self) -> None:
         # At first it follows closely, or it would remember the random weights it began with.
@@ -155,35 +196,3 @@ class Replica:
             )
             for kept, new in zip(self.average.buffers(), self.network.buffers(), strict=True):
                 kept.copy_(new)
-
-
-def chunks(count: int, random: np.random.Generator) -> list[npt.NDArray[np.intp]]:
-    """Positions 0 to count-1 in random order, in even parts of at most `CHUNK_ROWS`.
-
-    Even, because a small remainder would make a step as large as the others, of few rows.
-    """
-    order = random.permutation(count)
-    return np.array_split(order, -(-count // CHUNK_ROWS)) if count else []
-
-
-def chunks_of(rows: Rows, random: np.random.Generator) -> list[npt.NDArray[np.intp]]:
-    """`chunks` of the rows; where they compete in groups, no group is torn apart."""
-    groups = rows.groups
-    if len(groups) and (groups != groups[0]).any():
-        return _whole_groups(groups, random)
-    return chunks(len(rows), random)
-
-
-def _whole_groups(
-    groups: npt.NDArray[np.int64], random: np.random.Generator
-) -> list[npt.NDArray[np.intp]]:
-    _, number = np.unique(groups, return_inverse=True)
-    place = random.permutation(number.max() + 1)[number]
-    order = np.argsort(place, kind="stable")
-    ends = np.flatnonzero(np.diff(place[order])) + 1
-    cuts, start = [], 0
-    for end in ends.tolist():
-        if end - start >= CHUNK_ROWS:
-            cuts.append(end)
-            start = end
-    return [chunk for chunk in np.split(order, cuts) if len(chunk)]

