@@ -126,12 +126,11 @@ class TextNetwork(nn.Module):
         other.head = copy.deepcopy(self.head)
         for target, at in zip(other.layers, layers, strict=True):
             target.load_state_dict(self.layers[at].state_dict())
-        with torch.no_grad():
-            table = self.words.weight
-            values, axes = torch.linalg.eigh(table.T @ table)
-            axes = axes[:, values.argsort(descending=True)[:word_width]]
-            other.words.weight.copy_(table @ axes)
-            other.widened.weight.copy_(axes)
+        table = self.words.weight.detach()
+        values, axes = torch.linalg.eigh(table.T @ table)
+        axes = axes[:, values.argsort(descending=True)[:word_width]]
+        other.words.load_state_dict({"weight": table @ axes})
+        other.widened.load_state_dict({"weight": axes})
         return other
 
     def forward(self, features: Tensor) -> Tensor:
@@ -151,7 +150,8 @@ class TextNetwork(nn.Module):
         for layer in self.layers:
             states = layer(states, mask)
         count = is_word.sum(1, keepdim=True).clamp(min=1)
-        return (states * is_word[:, :, None]).sum(1) / count
+        mean: Tensor = (states * is_word[:, :, None]).sum(1) / count
+        return mean
 
     def lengths(self, features: Tensor) -> Tensor:
         """Of each row, how many of its columns come before the padding, (batch,)."""
@@ -178,7 +178,9 @@ def _shape(folder: Path) -> Shape:
     except (OSError, msgspec.DecodeError) as error:
         raise _bad(folder, f"config.json: {error}") from error
     if (shape.model_type, shape.hidden_act) != ("bert", "gelu"):
-        raise _bad(folder, f"config.json: {shape.model_type!r} with {shape.hidden_act!r} is not read")
+        raise _bad(
+            folder, f"config.json: {shape.model_type!r} with {shape.hidden_act!r} is not read"
+        )
     return shape
 
 

@@ -30,6 +30,7 @@ from cloud_learner.train.losses import activated, hard_loss, soft_loss
 from cloud_learner.train.parts import chunks, chunks_of, lengths_of, looked_at
 
 WEIGHT_DECAY = 0.05
+_STEPS = Steps()
 AVERAGE_KEEP = 0.97  # of the moving average, at each step
 
 
@@ -53,7 +54,7 @@ class Replica:
         *,
         gradient_norm_max: float = 0.0,
         averaged: bool = False,
-        steps: Steps = Steps(),
+        steps: Steps = _STEPS,
     ) -> None:
         self.network = network
         self.average = copy.deepcopy(network) if averaged else network
@@ -159,7 +160,9 @@ class Replica:
         rates, parts = getattr(self.network, "rates", {}), dict[float, list[nn.Parameter]]()
         for name, parameter in self.network.named_parameters():
             parts.setdefault(rates.get(name.partition(".")[0], 1.0), []).append(parameter)
-        groups = [{"params": part, "lr": self._learning_rate * rate} for rate, part in parts.items()]
+        groups = [
+            {"params": part, "lr": self._learning_rate * rate} for rate, part in parts.items()
+        ]
         return torch.optim.AdamW(groups, lr=self._learning_rate, weight_decay=WEIGHT_DECAY)
 
     def _descend(self, loss: torch.Tensor, count: int) -> None:

