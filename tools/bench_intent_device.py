@@ -43,7 +43,7 @@ Answer = Callable[[str], Any]
 
 def models(course: Course) -> list[Row]:
     """The rows of the part `models`."""
-    cycle, minutes = course.whole()
+    cycle = course.whole()
     teacher, student, int8 = _files(course, cycle)
     folder = _for_optimum(course, teacher)
     right = {
@@ -68,7 +68,12 @@ def models(course: Course) -> list[Row]:
             90,
             True,
         ),
-        Row("teacher fine-tuned and student distilled, with one thread", minutes, "minutes", 20),
+        Row(
+            "teacher and student: processor time of learning, one thread",
+            cycle.cpu_s / 60,
+            "min",
+            20,
+        ),
         Row(
             "student int8 accuracy, below the teacher's", best - right["student int8"], "points", 3
         ),
@@ -88,7 +93,7 @@ def models(course: Course) -> list[Row]:
 
 def memory(course: Course) -> list[Row]:
     """The row of the part `memory`."""
-    cycle, _ = course.whole()
+    cycle = course.whole()
     *_, int8 = _files(course, cycle)
     with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
         found = asyncio.run(_resident(int8, Path(folder), course.new_texts[:ASKED]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,14 @@ class Course:
         self.texts, self.known = self._read("known", sources[0])
         self.new_texts, self.test = self._read("test", sources[1])
 
-    def whole(self) -> tuple[Cycle, float]:
-        """A cycle that has learned all at once, and the minutes that it took."""
-        cycle, minutes = self._cycle(), self.var / "whole.json"
-        if not minutes.exists():
-            started_s = time.perf_counter()
+    def whole(self) -> Cycle:
+        """A cycle that has learned all at once."""
+        cycle, kept = self._cycle(), self.var / "whole.ckpt"
+        if not kept.exists():
             cycle.pretrain(self.known)
-            took = (time.perf_counter() - started_s) / 60
-            cycle.save(self.var / "whole.ckpt")
-            minutes.write_text(json.dumps(took))
-        cycle.restore(self.var / "whole.ckpt")
-        return cycle, float(json.loads(minutes.read_text()))
+            cycle.save(kept)
+        cycle.restore(kept)
+        return cycle
 
     def grown(self) -> list[dict[str, float]]:
         """Of the start and each step: accuracy on the intents of the start, and on those since."""

@@ -26,8 +26,8 @@ from edge_runtime.inference.tensors import Tensor
 
 KEY = "headwater.padding"
 SMALLEST = 8
-ROWS_MAX = 64
-"""So many rows are run together at most: what a transformer holds for one is kilobytes."""
+TOKENS_AT_ONCE = 512
+"""So many columns of all rows together are run at most: for each, a transformer holds kilobytes."""
 
 Matrix = npt.NDArray[np.float32]
 Run = Callable[[Matrix], list[Matrix]]
@@ -74,6 +74,11 @@ class Buckets:
         """What the model takes in the bucket of that size."""
         return Tensor(INPUT, "FP32", (-1, size))
 
+    @staticmethod
+    def rows_max(size: int) -> int:
+        """How many rows of the bucket of that size are run together."""
+        return max(1, TOKENS_AT_ONCE // size)
+
     def sizes_of(self, x: Matrix) -> npt.NDArray[np.int64]:
         """The bucket of each row of `x`, (rows, length); (rows,)."""
         ends = self._length - (x[:, ::-1] != self._pad).argmax(1)
@@ -88,9 +93,10 @@ class Buckets:
         order = np.argsort(sizes, kind="stable")
         cuts = np.flatnonzero(np.diff(sizes[order])) + 1
         parts = [
-            same[at : at + ROWS_MAX]
+            same[at : at + most]
             for same in np.split(order, cuts)
-            for at in range(0, len(same), ROWS_MAX)
+            for most in [self.rows_max(int(sizes[same[0]]))]
+            for at in range(0, len(same), most)
         ]
         runs = [run(x[part, : sizes[part[0]]]) for part in parts]
         if any(len(each) != len(p) for p, given in zip(parts, runs, strict=True) for each in given):

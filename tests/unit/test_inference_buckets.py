@@ -11,7 +11,7 @@ from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, InferenceConfig
 from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.features.feature import Padding
-from edge_runtime.inference.buckets import ROWS_MAX, Buckets, padding_in
+from edge_runtime.inference.buckets import TOKENS_AT_ONCE, Buckets, padding_in
 from edge_runtime.inference.prover import Prover
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.slot import load_arm
@@ -67,18 +67,19 @@ def test_a_row_is_run_in_the_smallest_bucket_that_holds_it():
 
 
 def test_many_rows_are_run_in_parts_and_answers_stand_in_their_order():
-    x = np.zeros((3 * ROWS_MAX + 1, 16), np.float32)
+    x = np.zeros((TOKENS_AT_ONCE // 5, 16), np.float32)
     x[:, 0] = 1 + np.arange(len(x))
     x[::2, 12] = 1
     ran = []
 
     def run(part):
-        ran.append(len(part))
+        ran.append(part.size)
         return [part[:, :1]]
 
     [found] = Buckets(Padding(16, 0)).run(run, x)
     assert found.tolist() == x[:, :1].tolist()
-    assert max(ran) <= ROWS_MAX
+    assert sum(ran) == len(x) // 2 * (8 + 16)
+    assert max(ran) <= TOKENS_AT_ONCE
 
 
 def test_a_model_that_loses_rows_is_told():
