@@ -109,9 +109,7 @@ class Scratch(Section, frozen=True):
 
 class Distilled(Section, frozen=True):
     """`[learning.student]`: `passes` over what the replicas learned, and over `replay_rows`.
-
-    `embedding` is the pull towards the replicas' embeddings, against 1 for their answers.
-    """
+    `embedding` is the pull towards the replicas' embeddings, against 1 for their answers."""
 
     passes: Count = 1
     learning_rate: Positive = 2e-3
