@@ -2,8 +2,8 @@
 
 Why: a student's size and speed are only worth something beside its teacher's, in the same minutes.
 
-How: teacher and student are asked the same texts, twenty in turns, text in and intent out, each by what an
-application would call. The peer's threads are its own choice, the device's one.
+How: teacher and student are asked the same texts, twenty in turns, text in and intent out, each by
+what an application would call. The peer's threads are its own choice; the device has one.
 """
 
 from __future__ import annotations

@@ -108,8 +108,7 @@ class Scratch(Section, frozen=True):
 
 
 class Distilled(Section, frozen=True):
-    """`[learning.student]`: `passes` over what the replicas learned, and over `replay_rows`.
-    `embedding` is the pull towards the replicas' embeddings, against 1 for their answers."""
+    """`[learning.student]`: `passes` and `replay_rows`; the pull to the replicas' `embedding`."""
 
     passes: Count = 1
     learning_rate: Positive = 2e-3

@@ -74,10 +74,10 @@ class Buckets:
         """What the model takes in the bucket of that size."""
         return Tensor(INPUT, "FP32", (-1, size))
 
-    @staticmethod
-    def rows_max(size: int) -> int:
-        """How many rows of the bucket of that size are run together."""
-        return max(1, TOKENS_AT_ONCE // size)
+    @property
+    def least(self) -> int:
+        """How many of the longest rows are run together."""
+        return _rows_of(self._length)
 
     def sizes_of(self, x: Matrix) -> npt.NDArray[np.int64]:
         """The bucket of each row of `x`, (rows, length); (rows,)."""
@@ -95,7 +95,7 @@ class Buckets:
         parts = [
             same[at : at + most]
             for same in np.split(order, cuts)
-            for most in [self.rows_max(int(sizes[same[0]]))]
+            for most in [_rows_of(int(sizes[same[0]]))]
             for at in range(0, len(same), most)
         ]
         runs = [run(x[part, : sizes[part[0]]]) for part in parts]
@@ -114,3 +114,8 @@ class Buckets:
             ids = np.linspace(indices - 1, 0, end).round().astype(np.float32)
             row[:end] = np.where(ids == self._pad, indices - 1, ids)
         return x
+
+
+def _rows_of(size: int) -> int:
+    """How many rows of so many columns are run together."""
+    return max(1, TOKENS_AT_ONCE // size)

@@ -246,8 +246,7 @@ class Runner:
         for size in self.buckets.sizes if self.buckets is not None else ():
             self.bucket_us[size] = trial.usual_us(self._run_all, [Buckets.input_of(size)])
         if self.batchable:
-            most = self.buckets.rows_max(self.buckets.sizes[-1]) if self.buckets else rows_max
-            trial.warm(self._run_all, self.inputs, min(most, rows_max))
+            trial.warm(self._run_all, self.inputs, self.buckets.least if self.buckets else rows_max)
 
     def _bind(self) -> None:
         """Bind one row, twice: for `infer` whoever calls it, and for `answer`."""

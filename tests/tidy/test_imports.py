@@ -66,7 +66,8 @@ LEARNER_MAY_IMPORT = (
     *("update.trust", "update.patch", "update.approval", "rollout.plan"),
 )
 MODELS_MAY_IMPORT = (
-    *("cloud_learner.train.blocks", "cloud_learner.experiment.outside"),
+    *("cloud_learner.train.blocks", "cloud_learner.train.blocks_text"),
+    "cloud_learner.experiment.outside",
     "cloud_learner.train.modules",  # which loads one file of a folder for another
 )
 # library -> the path prefixes that may import it

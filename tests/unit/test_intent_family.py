@@ -73,8 +73,8 @@ def shapes():
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """The family as it stands in the repository, beside a package of the name that it asks for."""
+def site(tmp_path_factory):
+    """A folder of packages with one of the name that the family asks for."""
     site = tmp_path_factory.mktemp("site")
     model = site / PACKAGE / "model"
     model.mkdir(parents=True)
@@ -89,6 +89,12 @@ def family(tmp_path_factory):
         content += values.tobytes()
     header = json.dumps(about).encode()
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
+    return site
+
+
+@pytest.fixture(scope="module")
+def family(site):
+    """The family as it stands in the repository."""
     installed = {name: sys.modules.pop(name) for name in [PACKAGE] if name in sys.modules}
     sys.path.insert(0, str(site))
     yield quickly(Family.load(FOLDER))
@@ -203,3 +209,23 @@ def test_banking77_is_read_where_it_is_there(family, tmp_path):
     labels = [row.label for row in read_rows(path, family.interface, task=family.config.task)]
     assert set(labels) == set(range(77))
     assert (np.diff(np.searchsorted(data.STEPS, labels, side="right")) >= 0).all()
+
+
+def test_the_bench_tells_of_each_step(measured, site):
+    rows = measured("bench-intent", "growth", PYTHONPATH=str(site))
+
+    told = [what for what in rows if what.startswith("growth: after")]
+    assert [sum(f"after {steps} steps" in what for what in told) for steps in range(4)] == [
+        1,
+        2,
+        2,
+        2,
+    ]
+    assert all(0 <= rows[what] <= 100 for what in told)
+    assert any(what.startswith("after adding 27 intents in 3 steps") for what in rows)
+
+
+def test_the_bench_leaves_out_what_cannot_be_measured_here(measured, tmp_path):
+    (tmp_path / f"{PACKAGE}.py").write_text("raise ImportError('none')")
+
+    assert measured("bench-intent", "models", PYTHONPATH=str(tmp_path)) == {}
