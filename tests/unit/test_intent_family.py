@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -209,6 +210,26 @@ def test_banking77_is_read_where_it_is_there(family, tmp_path):
     labels = [row.label for row in read_rows(path, family.interface, task=family.config.task)]
     assert set(labels) == set(range(77))
     assert (np.diff(np.searchsorted(data.STEPS, labels, side="right")) >= 0).all()
+
+
+def test_any_checkpoint_folder_is_a_network_in_ten_lines(family, site, tmp_path):
+    """The example of the family's page, as it stands there."""
+    pytest.importorskip("transformers")
+    page = (FOLDER / "README.md").read_text("utf-8")
+    for name in ("family.toml", "features.toml"):
+        shutil.copy(FOLDER / name, tmp_path)
+    (tmp_path / "network.py").write_text(page.split("```python\n")[1].split("```")[0])
+    shutil.copytree(site / PACKAGE / "model", tmp_path / "checkpoint")
+    other = Family.load(tmp_path)
+    rows = np.zeros((2, 64), np.float32)
+    rows[:, :3] = rows[1, 3] = 5
+    network = other.build_student(rows).eval()
+
+    with torch.no_grad():
+        answers = network(torch.from_numpy(rows))
+        alone = network(torch.from_numpy(rows[:1, :3].copy()))
+    assert answers.shape == (2, family.config.task.outputs)
+    assert torch.allclose(answers[:1], alone, atol=1e-5)
 
 
 def test_the_bench_tells_of_each_step(measured, site):
