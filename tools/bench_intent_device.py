@@ -55,7 +55,8 @@ def models(course: Course) -> list[Row]:
     mb = {name: path.stat().st_size / 1e6 for name, path in sizes.items()}
     with Runtime.open(package=student) as plain, Runtime.open(package=int8) as small:
         p50 = _in_turns(
-            {PEER: _peer(folder), "student fp32 on the device runtime": _asked(plain)}
+            {PEER: _peer(folder), f"{PEER}, one thread": _peer(folder, 1)}
+            | {"student fp32 on the device runtime": _asked(plain)}
             | {OURS: _asked(small)},
             course.new_texts,
         )
@@ -177,11 +178,17 @@ def _for_optimum(course: Course, teacher: Path) -> Path:
     return folder
 
 
-def _peer(folder: Path) -> Answer:
+def _peer(folder: Path, threads: int = 0) -> Answer:
+    """The teacher through Optimum; 0 threads: as many as it takes by itself."""
+    import onnxruntime as ort
     from optimum.onnxruntime import ORTModelForSequenceClassification
     from transformers import AutoTokenizer
 
-    model = ORTModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = ORTModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True, session_options=options
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     how = {"return_tensors": "np", "return_token_type_ids": False}
