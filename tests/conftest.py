@@ -5,6 +5,7 @@ profile for generated tests: the same examples in each run, no deadlines.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -30,6 +31,11 @@ from edge_runtime.personal.policy import Policy
 
 settings.register_profile("house", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("house")
+
+with contextlib.suppress(ImportError):  # Optimum and transformers leave a thread behind otherwise
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0
 
 TOY_FEATURES = """
 version = 1

@@ -39,7 +39,7 @@ def predictions(count: int, seed: int) -> list[PredictionRecord]:
             "dest": chance.choice(("ATL", "BOS", "LAX", "MIA", "ORD", "SFO")),
             "distance": float(chance.randrange(90, 5000)),
         }
-        scored = [Scored("2026-11-26.17", "stable", [chance.random()])]
+        scored = [Scored("r00017-1a", "stable", [chance.random()])]
         row = features[at].tobytes()
         found.append(PredictionRecord(FAMILY, KIND, time_s, fields, SPEC, row, 1.0, scored))
     return found

@@ -70,7 +70,8 @@ def _learn(data: Path, home: Home, tell: Say) -> None:
 
 
 def _serve(server: PageServer, tell: Say, say: Say) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where who started it ignores them
+        signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         say(server.url)
         tell("open it in a browser; Ctrl-C ends it")

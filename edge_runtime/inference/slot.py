@@ -201,6 +201,7 @@ def load_arm(
     wrong_signature, wrong_vocabulary, padding_counts, missing_metadata, missing_extra,
     bad_metadata, spec_mismatch).
     """
+    memory.trim()  # what was freed and is still held would hide what loading adds
     before = memory.resident_bytes()
     with nullcontext() if sha256 is None else unchanged(Path(path), sha256):
         check_whole(Path(path))
