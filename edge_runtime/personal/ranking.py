@@ -3,11 +3,11 @@
 Why: who is always shown what seems best never learns what else there is; a head knows how unsure
 it is of each candidate, and exploring spends that knowledge.
 
-`optimistic` is LinUCB (Li et al. 2010), `drawn` is Thompson sampling (Chapelle and Li 2011). Both
-begin with the first candidate list: before any label they explore by the prior.
+`optimistic` is LinUCB (Li et al. 2010). It begins with the first candidate list: before any label
+it explores by the prior.
 
 Invariants: no shift is outside of the trust region, and none is NaN; a session that has fallen for
-good explores nothing. The same generator gives the same draw.
+good explores nothing.
 
 Knows nothing about candidates, events or propensities.
 """
@@ -18,8 +18,6 @@ import numpy as np
 
 from edge_runtime.personal.head import FALLS_MAX, Head
 from edge_runtime.personal.prior import Matrix, Prior, Vector
-
-_JITTER = 1e-5  # of the mean variance; what rounding may have taken from the smallest eigenvalue
 
 
 def shifts(head: Head, embeddings: Matrix) -> Vector:
@@ -44,23 +42,6 @@ def optimistic(head: Head, embeddings: Matrix, deviations: float) -> tuple[Vecto
     bonus *= deviations
     bonus += expected
     return expected, _within(head.prior, bonus)
-
-
-def drawn(head: Head, embeddings: Matrix, generator: np.random.Generator) -> Vector:
-    """Each shift by weights that are drawn from what the session believes."""
-    if head.falls >= FALLS_MAX:
-        return shifts(head, embeddings)
-    chance = generator.standard_normal(len(head.mean), dtype=np.float32)
-    return _expected(head, embeddings, head.mean + _root(head.covariance) @ chance)
-
-
-def _root(covariance: Matrix) -> Matrix:
-    """A matrix whose square is `covariance`; the diagonal's where rounding leaves none."""
-    variances = np.maximum(np.diagonal(covariance), 0)
-    try:
-        return np.linalg.cholesky(covariance + np.diag(variances * _JITTER))
-    except np.linalg.LinAlgError:
-        return np.diag(np.sqrt(variances))
 
 
 def _expected(head: Head, embeddings: Matrix, weights: Vector) -> Vector:

@@ -49,30 +49,12 @@ def test_optimism_is_shift_and_deviation():
     )
 
 
-def test_draws_are_as_spread_as_the_head_is_unsure():
-    head, rows = head_of(20, region=100.0), candidates(10)
-    generator = np.random.default_rng(3)
-    draws = np.array([ranking.drawn(head, rows, generator) for _ in range(4000)])
-
-    np.testing.assert_allclose(draws.mean(axis=0), ranking.shifts(head, rows), atol=0.06)
-    np.testing.assert_allclose(draws.std(axis=0), [head.deviation(r) for r in rows], rtol=0.06)
-
-
-def test_the_same_generator_draws_the_same():
-    head, rows = head_of(5), candidates()
-    first, again = (ranking.drawn(head, rows, np.random.default_rng(3)) for _ in range(2))
-
-    assert first.tobytes() == again.tobytes()
-
-
 def test_exploring_stays_in_the_region():
     head, rows = head_of(5, region=0.1), candidates()
     rows[3] = np.nan
-    generator = np.random.default_rng(3)
 
     for shifts in (
         ranking.optimistic(head, rows, 50.0)[1],
-        ranking.drawn(head, rows, generator),
         ranking.shifts(head, rows),
     ):
         assert np.abs(shifts).max() <= np.float32(0.1)
@@ -82,7 +64,5 @@ def test_a_new_session_explores_and_a_fallen_one_does_not():
     new, fallen, rows = head_of(0), head_of(0), candidates()
     fallen.falls = FALLS_MAX
 
-    assert ranking.drawn(new, rows, np.random.default_rng(3)).any()
     assert ranking.optimistic(new, rows, 1.0)[1].any()
-    assert not ranking.drawn(fallen, rows, np.random.default_rng(3)).any()
     assert not ranking.optimistic(fallen, rows, 1.0)[1].any()
