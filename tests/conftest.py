@@ -201,6 +201,13 @@ TEXT_INTERFACE = Interface(
     lateness_s_max=0.0,
     output="intent",
 )
+
+
+@pytest.fixture
+def text_interface() -> Interface:
+    return TEXT_INTERFACE
+
+
 # One layer of attention over embedded tokens and their places; `pooled` are means over tokens.
 _READS = """<ir_version: 8, opset_import: ["": 17]>
 reads (float[n,{columns}] features) => (float[n,3] probability) {{

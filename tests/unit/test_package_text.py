@@ -20,7 +20,6 @@ from cloud_learner.package.forms import Forms
 from cloud_learner.package.seal import runner_of
 from cloud_learner.stats.tasks import Task
 from edge_runtime.errors import PackageError
-from edge_runtime.inference.package import Interface, Kind
 from edge_runtime.inference.pipeline import score_batch
 from edge_runtime.inference.signature import INPUT, OUTPUT
 from edge_runtime.inference.slot import load_arm
@@ -28,16 +27,6 @@ from edge_runtime.inference.slot import load_arm
 CLASSES, WORDS, LENGTH = 5, 200, 32
 TASK = Task(kind="multiclass", classes=CLASSES)
 SHAPES = [(1, 8), (3, 16), (5, 31)]
-
-
-INTERFACE = Interface(
-    family="intent",
-    kinds={"asked": Kind(predicts=True, fields={"text": "str"})},
-    clock="event",
-    skew_s_max=86400.0,
-    lateness_s_max=0.0,
-    output="intent",
-)
 
 needs_extra = pytest.mark.skipif(
     find_spec("optimum") is None, reason="needs pip install 'headwater[transformers]'"
@@ -307,20 +296,19 @@ def nudged(network):
 
 
 @pytest.mark.parametrize(
-    ("build", "exporter", "ranges"),
+    "made",
     [
         (Attentive, "torch", "static"),
         (Attentive, "torch", "dynamic"),
-        pytest.param(bert, "optimum", "dynamic", marks=needs_extra),
+        pytest.param((bert, "optimum", "dynamic"), marks=needs_extra),
     ],
 )
-def test_a_device_takes_both_forms_of_a_student_of_texts(
-    build, exporter, ranges, text_spec, tmp_path
-):
+def test_a_device_takes_both_forms_of_a_student_of_texts(made, text_spec, text_interface, tmp_path):
+    build, exporter, ranges = made
     spec, network = text_spec(LENGTH), learned(build(), 8)
     said = ["", "my card is lost", "when will it come ?", "where", "cards " * 40]
     rows = np.stack([np.float32(spec.encoders["text"](text)) for text in said])
-    forms = Forms(INTERFACE, spec, TASK, rows, None, exporter=exporter, ranges=ranges)
+    forms = Forms(text_interface, spec, TASK, rows, None, exporter=exporter, ranges=ranges)
 
     packages = forms.of(network, rows, {}, lambda _runner: None)
 
