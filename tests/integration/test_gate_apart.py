@@ -256,6 +256,26 @@ def inverted(home):
     return sealed(model, family.interface, family.spec, rows, claims)
 
 
+async def installed(home, device, bus):
+    return await asyncio.to_thread(install, home, device, bus, asyncio.get_running_loop())
+
+
+@contextlib.asynccontextmanager
+async def published(home, url, device):
+    """A publisher whose gate is apart, and `device`, which has what it published: with how to ask
+    that gate, and the plan that the device follows.
+    """
+    async with cloud_of(home, url) as cloud:
+        await make_streams(cloud.bus)
+        asker = Asker(cloud.bus)
+        signers = release_signers(home, {}.get, ApartSigner(asker))
+        publisher = Publisher(home.root, cloud.bus, signers, SystemClock())
+        await publisher.publish()
+        before, _ = await installed(home, device, cloud.bus)
+        yield cloud.bus, asker, publisher, before
+        await asker.close()
+
+
 def test_a_lying_learner_installs_nothing(homes, broker, tmp_path):
     home, gate = homes
     serving = Registry(home.registry).path(home.of("coin").origin().sha256)
@@ -263,15 +283,8 @@ def test_a_lying_learner_installs_nothing(homes, broker, tmp_path):
     release = ReleaseFile("coin", "r00099-bad", 99, bad, PERFECT)
 
     async def scenario():
-        async with cloud_of(home, broker.url) as cloud:
-            bus, clock, loop = cloud.bus, SystemClock(), asyncio.get_running_loop()
-            await make_streams(bus)
-            asker = Asker(bus)
-            signer = ApartSigner(asker)
-            publisher = Publisher(home.root, bus, release_signers(home, {}.get, signer), clock)
-            await publisher.publish()
-            device = tmp_path / "kiosk"
-            before, _ = await asyncio.to_thread(install, home, device, bus, loop)
+        device = tmp_path / "kiosk"
+        async with published(home, broker.url, device) as (bus, asker, publisher, before):
             with running("gate", "--home", gate.root, "--nats", broker.url):
                 door = ApartGate("coin", bus, asker, Lineage(home.lineage).of("coin"))
                 with ThreadPoolExecutor(1) as thread:
@@ -289,11 +302,10 @@ def test_a_lying_learner_installs_nothing(homes, broker, tmp_path):
                 with pytest.raises(TransportError, match="not_passed") as refused:
                     await publisher.publish(release, plan)
                 assert refused.value.code == "no_gate_signature"
-            await forge_alone(home, bus, release, clock.now_s())
+            await forge_alone(home, bus, release, SystemClock().now_s())
             with pytest.raises(TrustError) as caught:
-                await asyncio.to_thread(install, home, device, bus, loop)
+                await installed(home, device, bus)
             assert caught.value.code == "below_threshold"
-            await asker.close()
             return device
 
     device = asyncio.run(scenario())
@@ -307,15 +319,8 @@ def test_c9_a_gate_apart_approves_for_an_operator_it_knows(homes, broker, tmp_pa
     orders.create(tmp_path / "op.pem", gate.operators / "op.pub")
 
     async def scenario():
-        async with cloud_of(home, broker.url) as cloud:
-            bus, clock, loop = cloud.bus, SystemClock(), asyncio.get_running_loop()
-            await make_streams(bus)
-            asker = Asker(bus)
-            signer = ApartSigner(asker)
-            publisher = Publisher(home.root, bus, release_signers(home, {}.get, signer), clock)
-            await publisher.publish()
-            device = tmp_path / "kiosk"
-            before, _ = await asyncio.to_thread(install, home, device, bus, loop)
+        device = tmp_path / "kiosk"
+        async with published(home, broker.url, device) as (bus, asker, publisher, before):
             jump = msgspec.structs.replace(before, seq=before.seq + 1)
             consent = Consent(family="coin", packages=[jump.stable.sha256], percent=100)
             order = orders.signed(consent, "op", tmp_path / "op.pem")
@@ -330,12 +335,11 @@ def test_c9_a_gate_apart_approves_for_an_operator_it_knows(homes, broker, tmp_pa
                         await door.approve(encode_plan(jump), wrong)
                     assert refused.value.code == code
                 with pytest.raises(TransportError, match="not_releases"):
-                    await signer.sign(payload(encode_plan(jump)))
+                    await ApartSigner(asker).sign(payload(encode_plan(jump)))
             await publisher.publish(plan=jump, approval=approval)
             other = msgspec.structs.replace(jump, seq=jump.seq + 1)
             with pytest.raises(TrustError, match="bad_approval"):
                 await publisher.publish(plan=other, approval=approval)
-            await asker.close()
 
     asyncio.run(scenario())
     (entry,) = Lineage(gate.lineage).of("coin").read("approval")
