@@ -22,6 +22,7 @@ from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.offline import EvaluationSet, Words, save_set
 from cloud_learner.evaluate.slices import Keys
 from cloud_learner.experiment.features import featured
+from cloud_learner.experiment.pretraining import pretrain
 from cloud_learner.experiment.replay import DataRow, read_rows
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.judging import passed_before
@@ -86,7 +87,7 @@ def _bootstrapped(
 ) -> Judgement:
     learned, static = rows.set_aside(STATIC_SHARE, family.config.learning.seed)
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
-    cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
+    pretrain(cycle, Rows(learned.features, learned.labels, groups=learned.groups), tell)
     cycle.remember(learned)
     candidate = cycle.candidate()
     own = home.of(family.name)

@@ -28,6 +28,7 @@ from cloud_learner.cycle import Candidate, Cycle
 from cloud_learner.evaluate.holdout import HoldOut
 from cloud_learner.evaluate.offline import EvaluationSet, Words, is_held_out, save_set
 from cloud_learner.evaluate.slices import Keys
+from cloud_learner.experiment.pretraining import pretrain
 from cloud_learner.experiment.twins import examples_of, files_of
 from cloud_learner.gate import Gate, Judgement
 from cloud_learner.judging import passed_before
@@ -99,7 +100,7 @@ def release(home: Home, family: Family, db: IngestDb, tell: Tell) -> Released:
     learned, static = past.rows.set_aside(STATIC_SHARE, family.config.learning.seed)
     tell(f"{len(learned):,} examples to learn, {past.held_out:,} held out, {len(static):,} static")
     cycle = Cycle(family, learned.features[:REFERENCE_ROWS])
-    cycle.pretrain(Rows(learned.features, learned.labels, groups=learned.groups))
+    pretrain(cycle, Rows(learned.features, learned.labels, groups=learned.groups), tell)
     cycle.remember(learned)
     cycle.learn(Batch(db.meta().families[family.name].batch, []))  # the next one comes after it
     indices = [at for at, column in enumerate(family.spec.columns) if column.is_key]

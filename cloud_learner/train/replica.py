@@ -14,13 +14,15 @@ Knows nothing about which rows it is given, or why.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows
@@ -41,6 +43,16 @@ def answers_of(network: nn.Module, features: Matrix, task: Task) -> Matrix:
         logits = looked_at(network, features, network)
         answers: Matrix = activated(task, logits).numpy()
     return answers
+
+
+@contextlib.contextmanager
+def each_step(told: Callable[[], None]) -> Iterator[None]:
+    """Call `told` after every gradient step, of whichever replica, as long as this is entered."""
+    hook = register_optimizer_step_post_hook(lambda *_: told())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Replica:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from cloud_learner.cycle import Cycle
+from cloud_learner.experiment.pretraining import pretrain
 from cloud_learner.experiment.progress import TELL_S, Progress
+from cloud_learner.train.dataset import Rows
+from cloud_learner.train.family import Family
 from edge_runtime.clock import ManualClock
 
 
@@ -27,3 +33,25 @@ def test_of_nothing_it_tells_nothing() -> None:
     progress.step()
 
     assert told == []
+
+
+class Hasty(ManualClock):
+    """A clock that is a second further each time that somebody looks."""
+
+    def monotonic_s(self) -> float:
+        self.advance(1.0)
+        return super().monotonic_s()
+
+
+def test_who_waits_for_the_first_learning_hears_of_it(coin, tmp_path) -> None:
+    features = np.random.default_rng(1).normal(size=(2000, 3)).astype(np.float32)
+    told, rows = [], Rows(features, (features[:, 1] > 0).astype(np.float32))
+    family = Family.load(coin.write_family(tmp_path))
+    watched, alone = Cycle(family, features), Cycle(family, features)
+    pretrain(watched, rows, told.append, Hasty())
+    alone.pretrain(rows)
+
+    shares = [int(line.partition("%")[0].removeprefix("learning: ")) for line in told]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 50 < shares[-1] <= 100
+    assert watched.answers(rows.features).tobytes() == alone.answers(rows.features).tobytes()
