@@ -85,7 +85,7 @@ class Cycle:
         self._torch_random = checkpoint.settle(learning.seed)
         self._random = np.random.default_rng(learning.seed)
         with self._torch_random.used():
-            teacher, student = family.build_teacher(reference), family.build_student(reference)
+            teacher, student = family.networks(reference)
         self.ledger = Ledger(self._logged.hash, partial(is_held_out, group=task.group))
         self.teaching = Teaching(
             Replicas(teacher, task, learning, family.spec.size),

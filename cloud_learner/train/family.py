@@ -23,7 +23,7 @@ from torch import nn
 
 from cloud_learner.train.checks import check_fields, check_rules, read_specs
 from cloud_learner.train.declaration import FamilyConfig, Learning
-from cloud_learner.train.hidden import looked_into
+from cloud_learner.train.hidden import embeddings_of, looked_into
 from cloud_learner.train.modules import line_of, load_module
 from cloud_learner.train.parts import looked_at
 from cloud_learner.train.problems import Problems, bad, read_toml
@@ -85,6 +85,23 @@ class Family:
         if self.config.personal is not None:
             self._check_embedding(network, rows)
         return network
+
+    def networks(self, rows: Rows) -> tuple[nn.Module, nn.Module]:
+        """Teacher and student, of embeddings as wide where one is to follow the other's.
+
+        Raises: ConfigError.
+        """
+        teacher, student = self.build_teacher(rows), self.build_student(rows)
+        if self.config.learning.student.embedding:
+            seen = [embeddings_of(each, rows[:2]) for each in (teacher, student)]
+            widths = [0 if each is None else each.shape[1] for each in seen]
+            if 0 in widths or widths[0] != widths[1]:
+                raise bad(
+                    self.folder / "network.py",
+                    "embeddings of teacher and student are {} and {} numbers wide".format(*widths),
+                    "learning.student.embedding pulls one to the other: make them alike, or it 0",
+                )
+        return teacher, student
 
     def constants(self, rows: Rows) -> list[str]:
         """The columns that are the same in all rows: nothing can be learned from them."""

@@ -320,6 +320,21 @@ def test_an_embedding_on_which_no_session_can_stand_is_refused(coin, tmp_path, m
     assert family.build_teacher(ROWS) is not None
 
 
+@pytest.mark.parametrize(("widths", "words"), [((3, 2), "3 and 2"), ((0, 3), "0 and 3")])
+def test_a_student_that_cannot_follow_an_embedding_is_refused(coin, tmp_path, widths, words):
+    """The teacher has dropout, the student none: by it the method tells them apart."""
+    method = "return features[:, : {} if self.drop.p else {}]".format(*widths)
+    changes = {
+        "family.toml": ("[learning.student]", "[learning.student]\nembedding = 1.0"),
+        "network.py": ("def build_teacher", EMBED.replace("METHOD", method)),
+    }
+    family = Family.load(coin.write_family(tmp_path, changes))
+
+    with pytest.raises(ConfigError, match=words) as caught:
+        family.networks(ROWS)
+    assert "learning.student.embedding" in caught.value.hint
+
+
 def test_a_network_file_may_define_dataclasses_with_late_annotations(tmp_path):
     path = tmp_path / "network.py"
     path.write_text(
