@@ -35,6 +35,8 @@ from edge_runtime.personal.prior import WIDTH_MAX
 Rows = npt.NDArray[np.float32]
 
 BUILDERS = ("build_teacher", "build_student")
+TRIED_ROWS = 500
+"""So many rows, from all over the data, are answered by a network that was just built."""
 
 
 class Family:
@@ -104,9 +106,13 @@ class Family:
         return teacher, student
 
     def constants(self, rows: Rows) -> list[str]:
-        """The columns that are the same in all rows: nothing can be learned from them."""
-        same = (rows == rows[:1]).all(0)
-        return [name for name, constant in zip(self.spec.names, same, strict=True) if constant]
+        """The columns that are the same in all rows: nothing can be learned from them.
+
+        A text's marks and padding are none.
+        """
+        same, columns = (rows == rows[:1]).all(0), self.spec.columns
+        named = zip(columns, same.tolist(), strict=True)
+        return [column.name for column, constant in named if constant and column.pad is None]
 
     def _built(self, name: str, rows: Rows) -> nn.Module:
         path, outputs = self.folder / "network.py", self.config.task.outputs
@@ -116,20 +122,21 @@ class Family:
                 f"{path}: {name}: there are no rows to take scales from",
                 "label.window_s may be longer than the data that it has to wait for",
             )
+        tried = rows[:: -(-len(rows) // TRIED_ROWS)]
         try:
             network: nn.Module = getattr(self._network, name)(self.spec, rows)
             if not isinstance(network, nn.Module):
                 raise TypeError(f"{network!r:.40} is not a torch module")  # noqa: TRY301
             with torch.no_grad():
-                answers = looked_at(network.eval(), rows, network)
+                answers = looked_at(network.eval(), tried, network)
                 shape, finite = tuple(answers.shape), bool(torch.isfinite(answers).all())
         except Exception as error:
             raise bad(path, f"{name} fails{line_of(path, error)}: {error!r}") from error
-        if shape != (len(rows), outputs):
-            wanted = f"({len(rows)}, {outputs})"
+        if shape != (len(tried), outputs):
+            wanted = f"({len(tried)}, {outputs})"
             raise bad(
                 path,
-                f"{name}: answers to {len(rows)} rows have shape {shape}, not {wanted}",
+                f"{name}: answers to {len(tried)} rows have shape {shape}, not {wanted}",
                 f"a network returns logits (batch, {outputs}): {self.config.task.kind}",
             )
         if not any(weight.requires_grad for weight in network.parameters()):

@@ -185,6 +185,7 @@ def test_rows_have_the_lengths_of_their_texts(family, sample):
     network = family.build_student(sample.features)
     lengths = network.lengths(torch.from_numpy(sample.features))
 
+    assert family.constants(sample.features) == []  # not even the mark that all of them begin with
     assert family.spec.size == 64
     assert lengths.tolist() == (sample.features != 0).sum(1).tolist()
     assert 3 < lengths.float().mean() < 15
