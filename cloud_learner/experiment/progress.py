@@ -29,7 +29,7 @@ class Progress:
         """So much more is done."""
         self.done += amount
         now_s = self._clock.monotonic_s()
-        if now_s - self._told_s < TELL_S or not self._total:
+        if now_s - self._told_s < TELL_S or not self._total or not self.done:
             return
         self._told_s = now_s
         share = min(1.0, self.done / self._total)

@@ -35,6 +35,17 @@ def test_of_nothing_it_tells_nothing() -> None:
     assert told == []
 
 
+def test_as_long_as_nothing_is_done_it_tells_nothing() -> None:
+    told, clock = [], ManualClock(0.0)
+    progress = Progress("learning", 100, told.append, clock)
+
+    clock.advance(100.0)
+    progress.step(0)
+    assert told == []
+    progress.step(50)
+    assert told == ["learning: 50%, about 100 s left"]
+
+
 class Hasty(ManualClock):
     """A clock that is a second further each time that somebody looks."""
 
