@@ -43,7 +43,7 @@ def test_as_long_as_nothing_is_done_it_tells_nothing() -> None:
     progress.step(0)
     assert told == []
     progress.step(50)
-    assert told == ["learning: 50%, about 100 s left"]
+    assert told == ["learning: 50%, about 2 min left"]
 
 
 class Hasty(ManualClock):
