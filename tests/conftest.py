@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -621,3 +621,41 @@ class BadDisk(OsFiles):
 def bad_disk() -> BadDisk:
     """A disk that can be told to refuse, or to hang."""
     return BadDisk()
+
+
+@pytest.fixture(scope="session")
+def write_bert() -> Callable[[Path, dict[str, Any], float], dict[str, tuple[int, ...]]]:
+    """`write_bert(folder, config, spread)` writes a checkpoint of BERT's with random weights, as
+    transformers does; the shapes of its tensors by name.
+    """
+
+    def write(folder: Path, config: dict[str, Any], spread: float) -> dict[str, tuple[int, ...]]:
+        numpy_files = pytest.importorskip("safetensors.numpy")
+        random, shapes = np.random.default_rng(1), dict(_bert_shapes(config))
+        tensors = {
+            name: (random.normal(0, spread, shape) + ("LayerNorm.weight" in name)).astype("<f4")
+            for name, shape in shapes.items()
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        numpy_files.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        return shapes
+
+    return write
+
+
+def _bert_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    rows = (config["vocab_size"], config["max_position_embeddings"], 2)
+    for name, count in zip(("word", "position", "token_type"), rows, strict=True):
+        yield f"embeddings.{name}_embeddings.weight", (count, width)
+    linear = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
+    linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
+    linear |= {"output.dense": (width, inner)}
+    layers = [f"encoder.layer.{at}" for at in range(config["num_hidden_layers"])]
+    ends = ("attention.output.LayerNorm", "output.LayerNorm")
+    norms = ("embeddings.LayerNorm", *(f"{layer}.{end}" for layer in layers for end in ends))
+    weights = {f"{layer}.{name}": shape for layer in layers for name, shape in linear.items()}
+    for name, shape in {**weights, **dict.fromkeys(norms, (width,))}.items():
+        yield f"{name}.weight", shape
+        yield f"{name}.bias", shape[:1]

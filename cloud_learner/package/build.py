@@ -27,9 +27,9 @@ import onnx
 import torch
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
+from cloud_learner.package.seal import runner_of
 from cloud_learner.package.weights import named, renamed, swap
 from cloud_learner.stats.tasks import Task
 from edge_runtime.errors import HeadwaterError, PackageError
@@ -122,11 +122,12 @@ class Graph:
 
     def _check(self, other: _Answering, tables: Sequence[Matrix]) -> None:
         """Swapping must reach every weight: other weights must give what torch gives for them."""
-        run = ReferenceEvaluator(self.package(other.student, {})).run
+        runner, names = runner_of(self.package(other.student, {})), self._outputs
         for rows in tables:
             with torch.no_grad():
                 expected = other(torch.from_numpy(rows))
-            for ours, torchs in zip(run(self._outputs, {INPUT: rows}), expected, strict=True):
+            found = runner.infer({INPUT: rows}, names)
+            for ours, torchs in zip((found[name] for name in names), expected, strict=True):
                 if not np.allclose(torchs.numpy(), ours, atol=1e-4):
                     gap = float(np.abs(torchs.numpy() - ours).max())
                     raise PackageError(

@@ -22,7 +22,7 @@ Knows nothing about transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def quantized_by_row(model: ModelProto) -> ModelProto:
     nodes = [made for node in model.graph.node for made in graph.instead_of(node)]
     del int8.graph.node[:], int8.graph.value_info[:]
     int8.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
+    used = {*_named_by(nodes), *(output.name for output in int8.graph.output)}
     kept = [each for each in int8.graph.initializer if each.name in used]
     del int8.graph.initializer[:]
     int8.graph.initializer.extend(kept)
@@ -139,6 +139,14 @@ class _Rewriting:
     def _add(self, name: str, array: Array) -> None:
         tensor = numpy_helper.from_array(array.copy(order="C"), f"{_PRE}{name}")
         self._graph.initializer.append(tensor)
+
+
+def _named_by(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """What nodes take in, and those of the graphs within them."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _named_by(attribute.g.node)
 
 
 def _options(node: NodeProto) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _answers(runner: Runner, rows: Matrix) -> Matrix:
                 "batch_dependent",
                 f"a row's answer changes by {gap:.2g} with the rows beside it; the model is not"
                 " sealed",
-                "quantize with static ranges: dynamic ones are those of the whole batch",
+                "quantize with static ranges, or a range for each row: a tensor's is the batch's",
             )
     return together[0]
 

@@ -24,7 +24,6 @@ from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows
 from cloud_learner.train.declaration import Learning
 from cloud_learner.train.ensemble import Replicas
-from cloud_learner.train.hidden import embeddings_of
 from cloud_learner.train.replica import Replica
 
 
@@ -53,28 +52,29 @@ class Student:
 
     def look(self, features: Matrix) -> tuple[Matrix, Matrix]:
         """Embeddings (rows, width) and answers, as a device's `Runner.embed` gives them."""
-        embeddings = embeddings_of(self.network, features)
-        assert embeddings is not None
-        return embeddings, self.answers(features)
+        answers, embeddings = self.replica.look(features)
+        return embeddings, answers
 
     def follow(self, teachers: Replicas, rows: Rows, random: np.random.Generator) -> None:
         """Passes over the rows, each with as many of the window, and a replay."""
         recent = teachers.recent(rows)
-        targets = teachers.answers(recent.rows.features)
+        shown = self._shown(teachers, recent.rows.features)
         for _ in range(self._distilled.passes):
             index = recent.drawn(random)
             replayed, _ = teachers.reservoir.draw(self._distilled.replay_rows)
             features = np.concatenate([recent.rows.features[index], replayed.features])
-            remembered = teachers.remembered(replayed.features)
-            answers = np.concatenate([targets[index], remembered])
-            self._follow(features, answers, self._embeddings(teachers, features), random)
+            remembered = self._shown(teachers, replayed.features, remembered=True)
+            answers, embeddings = (
+                np.concatenate([new[index], old])
+                for new, old in zip(shown, remembered, strict=True)
+            )
+            self._follow(features, answers, embeddings, random)
 
     def pretrain(
         self, teachers: Replicas, rows: Rows, passes: int, random: np.random.Generator
     ) -> None:
         """Several passes before the stream begins."""
-        answers = teachers.answers(rows.features)
-        embeddings = self._embeddings(teachers, rows.features)
+        answers, embeddings = self._shown(teachers, rows.features)
         for _ in range(passes):
             self._follow(rows.features, answers, embeddings, random)
 
@@ -87,14 +87,16 @@ class Student:
         self.replica.restore(state)
 
     def _follow(
-        self,
-        features: Matrix,
-        answers: Matrix,
-        embeddings: Matrix | None,
-        random: np.random.Generator,
+        self, features: Matrix, answers: Matrix, embeddings: Matrix, random: np.random.Generator
     ) -> None:
         pull = self._distilled.embedding
         self.replica.follow(features, answers, random, embeddings, pull)
 
-    def _embeddings(self, teachers: Replicas, features: Matrix) -> Matrix | None:
-        return teachers.embeddings(features) if self._distilled.embedding else None
+    def _shown(
+        self, teachers: Replicas, features: Matrix, *, remembered: bool = False
+    ) -> tuple[Matrix, Matrix]:
+        """What is followed: answers, and embeddings of width 0 where none are."""
+        if self._distilled.embedding:
+            return teachers.look(features, remembered=remembered)
+        answers = teachers.remembered(features) if remembered else teachers.answers(features)
+        return answers, np.empty((len(features), 0), np.float32)

@@ -24,7 +24,6 @@ from torch import nn
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows, concatenate
 from cloud_learner.train.declaration import Learning
-from cloud_learner.train.hidden import embeddings_of
 from cloud_learner.train.memory import Newest, Reservoir
 from cloud_learner.train.replica import Replica
 
@@ -99,16 +98,18 @@ class Replicas:
                 mixed += np.float32(weight) * self.all[name].answers(features)
         return mixed
 
-    def embeddings(self, features: Matrix) -> Matrix:
-        """The weighted mean of the replicas' embeddings (rows, width)."""
-        parts = []
-        for name, weight in self.weights.items():
-            if weight:
-                found = embeddings_of(self.all[name].average, features)
-                assert found is not None, "who is followed in the embedding has one"
-                parts.append(np.float32(weight) * found)
-        mixed: Matrix = np.sum(parts, axis=0)
-        return mixed
+    def look(self, features: Matrix, *, remembered: bool = False) -> tuple[Matrix, Matrix]:
+        """The weighted means of the replicas' answers (rows, outputs) and embeddings (rows, width);
+        those of the replica that remembers, if asked and where there is one.
+        """
+        if remembered and self.stable is not None:
+            return self.stable.look(features)
+        looks = [(weight, self.all[name].look(features)) for name, weight in self.weights.items()]
+        answers, embeddings = (
+            np.sum([np.float32(weight) * look[at] for weight, look in looks if weight], axis=0)
+            for at in (0, 1)
+        )
+        return answers, embeddings
 
     def remembered(self, features: Matrix) -> Matrix:
         """The answers (rows, outputs) of the replica that remembers, or of all where it is off."""

@@ -12,6 +12,8 @@ Invariants: looking changes no weight and draws no random number; the network is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -42,19 +44,28 @@ def looked_into(network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor | 
 
 def embeddings_of(network: nn.Module, features: Matrix) -> Matrix | None:
     """The embedding of each row, float32 (rows, width); None where the network has none."""
+    found = _undisturbed(network, features, lambda part: _embedding(network, part)[1])
+    return found if found.shape[1] else None
+
+
+def side_by_side(network: nn.Module, features: Matrix) -> Matrix:
+    """Logits and embedding of each row, float32 (rows, outputs + width), from one run."""
+    return _undisturbed(network, features, lambda part: torch.cat(_embedding(network, part), 1))
+
+
+def _undisturbed(network: nn.Module, features: Matrix, look: Callable[[Tensor], Tensor]) -> Matrix:
     trained = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            found = looked_at(network, features, lambda part: _embedding(network, part))
+            return looked_at(network, features, look).numpy().copy()
     finally:
         network.train(trained)
-    return found.numpy().copy() if found.shape[1] else None
 
 
-def _embedding(network: nn.Module, features: Tensor) -> Tensor:
-    """Of shape (batch, width); of width 0 where it has none."""
-    _, embedding = looked_into(network, features)
+def _embedding(network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the embedding of shape (batch, width), of width 0 where there is none."""
+    logits, embedding = looked_into(network, features)
     if embedding is None or embedding.shape[0] != len(features):
-        return torch.empty(len(features), 0)
-    return embedding.flatten(1)
+        return logits, torch.empty(len(features), 0)
+    return logits, embedding.flatten(1)

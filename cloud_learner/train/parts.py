@@ -30,10 +30,10 @@ Index = npt.NDArray[np.intp]
 
 def lengths_of(network: nn.Module, features: Matrix) -> Index | None:
     """How long each row is, (rows,); None where the network does not say."""
-    lengths = getattr(network, "lengths", None)
-    if lengths is None or not len(features):
+    if not hasattr(type(network), "lengths") or not len(features):  # a layer may be called so
         return None
-    found: Index = lengths(torch.from_numpy(features)).numpy().astype(np.intp)
+    lengths: Tensor = network.lengths(torch.from_numpy(features))  # type: ignore[operator]
+    found: Index = lengths.numpy().astype(np.intp)
     return found
 
 

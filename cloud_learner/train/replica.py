@@ -2,8 +2,8 @@
 
 Why: teacher replicas and student differ in what they are shown, not in how a step is taken.
 
-A network may say which of its parts, by the name of an attribute, learns at another rate than the
-others: `rates`, such as `{"head": 20.0}`, times the learning rate.
+A network's class may say which of its parts, by the name of an attribute, learns at another rate
+than the others: `rates`, such as `{"head": 20.0}`, times the learning rate.
 
 Invariants: same rows in the same order and same random numbers give the same bits, with one torch
 thread. A gradient is clipped to its bound before it moves anything (Pascanu et al. 2013), so what
@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cloud_learner.stats.tasks import Task
 from cloud_learner.train.dataset import Matrix, Rows
 from cloud_learner.train.declaration import Steps
-from cloud_learner.train.hidden import looked_into
+from cloud_learner.train.hidden import looked_into, side_by_side
 from cloud_learner.train.losses import activated, hard_loss, soft_loss
 from cloud_learner.train.parts import chunks, chunks_of, lengths_of, looked_at
 
@@ -114,7 +114,7 @@ class Replica:
         for index in chunks(len(features), self._taking.rows, random, lengths):
             self.network.train()
             given, wanted = torch.from_numpy(features[index]), torch.from_numpy(targets[index])
-            if embeddings is None:
+            if embeddings is None or not pull:
                 loss = soft_loss(self._task, self.network(given), wanted)
             else:
                 logits, embedding = looked_into(self.network, given)
@@ -127,6 +127,15 @@ class Replica:
         """Answers of shape (rows, outputs)."""
         return answers_of(self.average, features, self._task)
 
+    def look(self, features: Matrix) -> tuple[Matrix, Matrix]:
+        """Answers (rows, outputs) and embeddings (rows, width), width 0 where there are none."""
+        both, outputs = side_by_side(self.average, features), self._task.outputs
+        logits, embeddings = (
+            np.ascontiguousarray(part) for part in np.split(both, [outputs], axis=1)
+        )
+        answers: Matrix = activated(self._task, torch.from_numpy(logits)).numpy()
+        return answers, embeddings
+
     def fork(self) -> Replica:
         """An independent replica that stands where this one does, without a moving average."""
         other = Replica(
@@ -137,6 +146,7 @@ class Replica:
             steps=self._taking,
         )
         other._optimizer.load_state_dict(copy.deepcopy(self._optimizer.state_dict()))
+        other._steps = self._steps
         return other
 
     def start_from(self, weights: dict[str, Any]) -> None:
@@ -169,7 +179,8 @@ class Replica:
         self.sample_passes, self._steps = state["sample_passes"], state["steps"]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        rates, parts = getattr(self.network, "rates", {}), dict[float, list[nn.Parameter]]()
+        parts = dict[float, list[nn.Parameter]]()
+        rates = getattr(type(self.network), "rates", {})  # a layer may be called so
         for name, parameter in self.network.named_parameters():
             parts.setdefault(rates.get(name.partition(".")[0], 1.0), []).append(parameter)
         groups = [

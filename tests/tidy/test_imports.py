@@ -77,6 +77,7 @@ HOMES = {
     "onnxscript": ("cloud_learner/package/",),
     "optimum": ("cloud_learner/package/optimum_path.py",),
     "transformers": ("cloud_learner/package/optimum_path.py", "models/"),
+    "safetensors": ("cloud_learner/train/blocks_text.py",),
     "onnxruntime": ("edge_runtime/inference/runner.py",),
     "onnxruntime.quantization": ("cloud_learner/package/",),
     "nats": ("edge_runtime/bus/",),

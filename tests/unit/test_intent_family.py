@@ -54,42 +54,14 @@ TOKENIZER = {
 }
 
 
-def shapes():
-    """Of the checkpoint's tensors, with the spread of their random values and what is added."""
-    width, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    for name, rows in (("word", len(WORDS)), ("position", 64), ("token_type", 2)):
-        yield f"embeddings.{name}_embeddings.weight", (rows, width), 0.05 * (name == "word"), 0.0
-    linear = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
-    linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
-    linear |= {"output.dense": (width, inner)}
-    layers = [f"encoder.layer.{at}." for at in range(CONFIG["num_hidden_layers"])]
-    for layer in layers:
-        for name, shape in linear.items():
-            yield f"{layer}{name}.weight", shape, 0.05, 0.0
-            yield f"{layer}{name}.bias", shape[:1], 0.0, 0.0
-    ends = ("attention.output.LayerNorm", "output.LayerNorm")
-    for norm in ("embeddings.LayerNorm", *(layer + end for layer in layers for end in ends)):
-        yield f"{norm}.weight", (width,), 0.0, 1.0
-        yield f"{norm}.bias", (width,), 0.0, 0.0
-
-
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory, write_bert):
     """A folder of packages with one of the name that the family asks for."""
     site = tmp_path_factory.mktemp("site")
     model = site / PACKAGE / "model"
-    model.mkdir(parents=True)
+    write_bert(model, CONFIG, 0.05)
     (site / PACKAGE / "__init__.py").touch()
     (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    (model / "config.json").write_text(json.dumps(CONFIG))
-    random, about, content = np.random.default_rng(1), {}, b""
-    for name, shape, spread, more in shapes():
-        values = (random.normal(0, 1, shape) * spread + more).astype("<f4")
-        places = [len(content), len(content) + values.nbytes]
-        about[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": places}
-        content += values.tobytes()
-    header = json.dumps(about).encode()
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content)
     return site
 
 

@@ -279,6 +279,26 @@ def test_same_weights_give_the_same_int8_bytes_and_near_ones_a_small_patch(graph
     assert len(patch) < len(moved) / 4
 
 
+def test_what_only_a_branch_or_an_output_names_stays_in_int8():
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n,4] features) => (float[n,2] probability, float[4,2] w)
+        <float[4,2] w = {1,2,3,4,5,6,7,8}, float zero = {0}, float two = {2}> {
+          product = MatMul(features, w)
+          largest = ReduceMax<keepdims=0>(product)
+          positive = Greater(largest, zero)
+          probability = If(positive) <
+            then_branch = yes () => (float[n,2] doubled) { doubled = Mul(product, two) },
+            else_branch = no () => (float[n,2] same) { same = Identity(product) }>
+        }""")
+    rows = np.abs(texts(3, 4))
+    expected, found = (
+        runner_of(form).infer({INPUT: rows}) for form in (model, quantized_by_row(model))
+    )
+
+    assert np.allclose(expected[OUTPUT], found[OUTPUT], rtol=0.02)
+    assert np.array_equal(expected["w"], found["w"])
+
+
 def layers(model):
     """Each multiplies activations with one another twice."""
     return sum(node.op_type == "Softmax" for node in model.graph.node) - 1

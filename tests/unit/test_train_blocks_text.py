@@ -10,9 +10,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cloud_learner.train.blocks_text import TextNetwork, tensors
+from cloud_learner.train.blocks_text import TextNetwork
 from edge_runtime.errors import ConfigError
+from edge_runtime.features.feature import Padding
 
 CONFIG = {
     "model_type": "bert",
@@ -29,37 +31,10 @@ CONFIG = {
 }
 
 
-def shapes():
-    """The tensors of a BERT checkpoint of that size."""
-    width, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    yield "embeddings.word_embeddings.weight", (CONFIG["vocab_size"], width)
-    yield "embeddings.position_embeddings.weight", (CONFIG["max_position_embeddings"], width)
-    yield "embeddings.token_type_embeddings.weight", (2, width)
-    linear = {f"attention.self.{name}": (width, width) for name in ("query", "key", "value")}
-    linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
-    linear |= {"output.dense": (width, inner)}
-    norms = ("attention.output.LayerNorm", "output.LayerNorm")
-    for at in range(CONFIG["num_hidden_layers"]):
-        for name, shape in {**linear, **dict.fromkeys(norms, (width,))}.items():
-            yield f"encoder.layer.{at}.{name}.weight", shape
-            yield f"encoder.layer.{at}.{name}.bias", shape[:1]
-    yield "embeddings.LayerNorm.weight", (width,)
-    yield "embeddings.LayerNorm.bias", (width,)
-
-
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, write_bert):
     """A checkpoint folder whose weights are random."""
-    random, about, parts, at = np.random.default_rng(3), {}, [], 0
-    for name, shape in shapes():
-        values = random.normal(0, 0.2, shape).astype("<f4")
-        about[name] = {"dtype": "F32", "shape": list(shape)}
-        about[name]["data_offsets"] = [at, at := at + values.nbytes]
-        parts.append(values.tobytes())
-    header = json.dumps({"__metadata__": {"format": "pt"}, **about}).encode()
-    content = len(header).to_bytes(8, "little") + header + b"".join(parts)
-    (tmp_path / "model.safetensors").write_bytes(content)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_bert(tmp_path, CONFIG, 0.2)
     return tmp_path
 
 
@@ -70,9 +45,9 @@ def texts(*lengths, columns=12):
     return torch.from_numpy(rows)
 
 
-def loaded(folder, outputs=5, length=12):
+def loaded(folder, length=12, pad=0):
     torch.manual_seed(1)
-    return TextNetwork.from_folder(folder, outputs, length).eval()
+    return TextNetwork.from_folder(folder, 5, Padding(length, pad)).eval()
 
 
 def test_an_encoder_is_what_transformers_makes_of_the_folder(folder):
@@ -124,26 +99,26 @@ def test_a_narrow_table_is_the_best_of_its_width(folder):
     network = loaded(folder)
     small = network.shortened([0], 10, 6)
     with torch.no_grad():
-        found = small.widened(small.words.weight)
-        values = torch.linalg.svdvals(network.words.weight)
+        found = small.projection(small.token_embedding.weight)
+        values = torch.linalg.svdvals(network.token_embedding.weight)
 
-    assert small.words.weight.shape == (50, 10)
-    gap = float(torch.linalg.norm(network.words.weight.detach() - found))
+    assert small.token_embedding.weight.shape == (50, 10)
+    gap = float(torch.linalg.norm(network.token_embedding.weight.detach() - found))
     assert gap == pytest.approx(float(values[10:].norm()), rel=1e-3)
 
 
-def test_a_narrow_perceptron_keeps_the_units_that_do_most(folder):
+def test_a_narrow_feed_forward_network_keeps_the_units_that_do_most(folder):
     network = loaded(folder)
     layer = network.layers[0]
     with torch.no_grad():
-        layer.inner.weight[::2] = 0  # they see nothing, and what they say is in the bias
-        layer.inner.bias[::2] = 0
+        layer.intermediate.weight[::2] = 0  # they see nothing, and what they say is in the bias
+        layer.intermediate.bias[::2] = 0
     half = CONFIG["intermediate_size"] // 2
     small = network.shortened([0], 24, half).eval()
     network.layers = torch.nn.ModuleList([layer])
     with torch.no_grad():
         assert torch.allclose(network(texts(5, 9)), small(texts(5, 9)), atol=1e-4)
-    assert small.layers[0].inner.weight.tolist() == layer.inner.weight[1::2].tolist()
+    assert small.layers[0].intermediate.weight.tolist() == layer.intermediate.weight[1::2].tolist()
 
 
 def test_lengths_are_those_before_the_padding(folder):
@@ -151,7 +126,7 @@ def test_lengths_are_those_before_the_padding(folder):
 
 
 def test_every_weight_learns(folder):
-    network = TextNetwork.from_folder(folder, 5, 12).shortened([0, 1], 8, 6)
+    network = loaded(folder).shortened([0, 1], 8, 6)
     network(texts(6, 6, 6)).square().sum().backward()
 
     assert [name for name, weight in network.named_parameters() if weight.grad is None] == []
@@ -164,6 +139,15 @@ def test_every_weight_learns(folder):
         ("config.json", json.dumps({**CONFIG, "model_type": "gpt2"}).encode(), "'gpt2'"),
         ("config.json", json.dumps({**CONFIG, "hidden_size": 32}).encode(), "does not fit"),
         ("config.json", json.dumps({**CONFIG, "num_hidden_layers": 4}).encode(), "does not fit"),
+        ("config.json", json.dumps({**CONFIG, "hidden_size": -1}).encode(), "hidden_size"),
+        ("config.json", json.dumps({**CONFIG, "vocab_size": 10**12}).encode(), "vocab_size"),
+        ("config.json", json.dumps({**CONFIG, "num_attention_heads": 5}).encode(), "5 heads"),
+        (
+            "config.json",
+            json.dumps({**CONFIG, "position_embedding_type": "relative_key"}).encode(),
+            "'relative_key'",
+        ),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "does not fit"),
         ("model.safetensors", b"", "does not fit"),
         ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}", "does not fit"),
         ("model.safetensors", b"\xff" * 40, "does not fit"),
@@ -181,9 +165,18 @@ def test_a_longer_text_than_the_checkpoint_has_places_for_is_refused(folder):
     with pytest.raises(ConfigError) as caught:
         loaded(folder, length=21)
     assert caught.value.code == "bad_checkpoint"
+    assert "20 positions, for texts of 21" in caught.value.message
 
 
-def test_tensors_are_read_by_name(folder):
-    found = tensors(folder / "model.safetensors")
+def test_a_tokenizer_with_another_padding_is_refused(folder):
+    with pytest.raises(ConfigError, match="padding has the id 0, and 1 by the tokenizer"):
+        loaded(folder, pad=1)
 
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == dict(shapes())
+
+def test_weights_of_half_precision_are_read(folder):
+    whole = loaded(folder).state_dict()
+    path = folder / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+
+    for name, tensor in loaded(folder).state_dict().items():
+        assert torch.allclose(tensor, whole[name], atol=2e-3)

@@ -225,6 +225,46 @@ def test_first_steps_grow_to_the_full_rate():
     assert moves[3] < 1.2e-3
 
 
+def test_a_fork_is_as_warm_as_what_it_was_forked_from():
+    replica = Replica(network(), TASKS["binary"], 1e-3, steps=Steps(warmup=3))
+    for number in range(5):
+        replica.step(rows(200, seed=number))
+    fork = replica.fork()
+    for each in (replica, fork):
+        each.step(rows(200, seed=9))
+
+    same = zip(replica.network.parameters(), fork.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+
+
+class Misnamed(nn.Module):
+    """A network whose layers are called as what a class may say of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates, self.lengths = nn.Linear(2, 8), nn.Linear(8, 1)
+
+    def forward(self, features):
+        return self.lengths(torch.relu(self.rates(features)))
+
+
+def test_layers_may_have_any_names():
+    replica = Replica(Misnamed(), TASKS["binary"], 1e-3)
+    replica.train(rows(100), np.random.default_rng(0))
+
+    assert replica.answers(rows(5).features).shape == (5, 1)
+
+
+def test_one_look_gives_answers_and_embeddings():
+    replica = Replica(network(), TASKS["binary"], 1e-3, averaged=True)
+    replica.step(rows(100))
+    features = rows(150, seed=2).features
+    answers, embeddings = replica.look(features)
+
+    assert np.array_equal(answers, replica.answers(features))
+    assert np.array_equal(embeddings, embeddings_of(replica.average, features))
+
+
 def test_a_replica_follows_an_embedding_as_well():
     task, random = TASKS["binary"], np.random.default_rng(0)
     features = rows(400).features
