@@ -104,9 +104,8 @@ def check_spec(home: Home, family: Family) -> None:
             "other_classes",
             f"{family.folder / 'family.toml'} asks for answers of {family.config.task.outputs} "
             f"numbers, and {home.root} learns {family.name} with {outputs}; nothing was changed",
-            f"go back to {outputs} in family.toml and network.py; for more classes, give the family"
-            " another name and bootstrap it into the same home: devices list both and keep their"
-            " root, as docs/configuration.md says under task.classes",
+            f"go back to {outputs} in family.toml and network.py; for more classes, bootstrap a"
+            " family of another name into the same home, as models/README.md says",
         )
 
 

@@ -338,5 +338,5 @@ def test_a_family_that_asks_for_another_number_of_classes_is_told_what_to_do(
         asyncio.run(opened())
     assert caught.value.code == "other_classes"
     assert f"asks for answers of {classes} numbers" in caught.value.message
-    assert f"go back to {CLASSES}" in caught.value.hint
+    assert f"go back to {CLASSES} in family.toml" in caught.value.hint
     assert set(home.root.rglob("*")) == before
