@@ -21,4 +21,5 @@ def spec_of(path: Path) -> Spec:
 
 def outputs_of(path: Path) -> int:
     """How many numbers an answer of a package has. Raises: PackageError."""
-    return read_package(metadata_in(path)).golden_outputs.shape[1]
+    outputs: int = read_package(metadata_in(path)).golden_outputs.shape[1]
+    return outputs
