@@ -4,7 +4,7 @@ Why: the bootstrap, the host and whoever judges elsewhere must read the same dec
 way; the gate and the campaign themselves know no families.
 
 Invariants: what a declaration says is read here and nowhere else; a home that learns under another
-feature spec is refused.
+feature spec, or for another number of classes, is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cloud_learner.evaluate.gates import Limits
 from cloud_learner.evaluate.holdout import SHARE_MAX, HoldOut
 from cloud_learner.ingest.guard import Batcher
 from cloud_learner.ingest.rules import Rules as LabelRules
-from cloud_learner.package.inspect import spec_of
+from cloud_learner.package.inspect import outputs_of, spec_of
 from cloud_learner.rollout.state import Rules
 from cloud_learner.store.registry import Registry
 from cloud_learner.train.declaration import FamilyConfig
@@ -88,14 +88,24 @@ def gate_limits(family: Family) -> Limits:
 
 
 def check_spec(home: Home, family: Family) -> None:
-    """Raises: ConfigError `other_spec` when the home learns under other features than these."""
-    spec = spec_of(Registry(home.registry).path(home.of(family.name).origin().sha256))
-    if spec.hash != family.spec.hash:
+    """Raises: ConfigError (other_spec, other_classes) when the home learns under other features
+    than these, or for answers of another width.
+    """
+    known = Registry(home.registry).path(home.of(family.name).origin().sha256)
+    if spec_of(known).hash != family.spec.hash:
         raise ConfigError(
             "other_spec",
             f"{family.folder / 'features.toml'} is not what {home.root} learns {family.name} "
             "under: it changed, or a backfill did not end; nothing was changed",
             f"cloud-learner backfill {family.folder} --home {home.root}",
+        )
+    if (outputs := outputs_of(known)) != family.config.task.outputs:
+        raise ConfigError(
+            "other_classes",
+            f"{family.folder / 'family.toml'} asks for answers of {family.config.task.outputs} "
+            f"numbers, and {home.root} learns {family.name} with {outputs}; nothing was changed",
+            f"go back to {outputs} in family.toml and network.py; for more classes, bootstrap a"
+            " family of another name into the same home, as models/README.md says",
         )
 
 

@@ -168,7 +168,7 @@ class Runtime(Tensorial):
         `family` may be left out where the device has only one. Returns the label's own sequence
         number in the log, class label. Windows over labels see the first final one.
         Raises: RequestError (unknown_prediction, prediction_lost, wrong_type, not_finite,
-        unknown_family).
+        bad_label, unknown_family).
         """
         return self._asking.label(family, prediction_id, value, time_s, final=final)
 

@@ -191,11 +191,14 @@ class _Form:
         return Verdict(rule, "pass" if drop <= reach else "fail", drop, reach, reason)
 
     def _calibration(self, recent: ScoredSet) -> list[Verdict]:
+        """Where there are many classes, it takes long until one has rows enough to be judged."""
         ratio, what, limits = recent.calibration, "mean answer over mean label", self._limits
-        return [
+        verdicts = [
             _at_least("calibration_low", ratio, limits.calibration_min, what),
             _at_most("calibration_high", ratio, limits.calibration_max, what),
         ]
+        decides = limits.task.kind != "multiclass" or not math.isnan(ratio)
+        return [msgspec.structs.replace(each, decides=decides) for each in verdicts]
 
     def _calibration_by_age(self) -> Verdict:
         """The group whose ratio is farthest out; what serves being farther out there excuses it."""

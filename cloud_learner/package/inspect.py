@@ -17,3 +17,9 @@ from edge_runtime.inference.package import read_package
 def spec_of(path: Path) -> Spec:
     """The feature spec of a package. Raises: PackageError."""
     return read_package(metadata_in(path)).spec
+
+
+def outputs_of(path: Path) -> int:
+    """How many numbers an answer of a package has. Raises: PackageError."""
+    outputs: int = read_package(metadata_in(path)).golden_outputs.shape[1]
+    return outputs

@@ -166,9 +166,9 @@ class Asking:
         final: bool,
     ) -> LabelRecord:
         """A label that can be logged. Raises: as `Runtime.label`."""
-        time_s = self._clock.now_s() if time_s is None else time_s
-        log = self._journal.log
-        return label_record(log, family.name, prediction_id, value, time_s, final=final)
+        said = prediction_id, value, self._clock.now_s() if time_s is None else time_s
+        outputs = max((arm.runner.scores for arm in family.pipeline.slot.arms), default=0)
+        return label_record(self._journal.log, family.name, *said, final=final, outputs=outputs)
 
     def log_label(self, family: Family, record: LabelRecord) -> int:
         """Log a label, and let windows see a final one; its own number."""

@@ -20,14 +20,30 @@ from edge_runtime.wire.messages import LabelRecord
 
 
 def label_record(
-    log: EventLog, family: str, prediction_id: str, value: float, time_s: float, *, final: bool
+    log: EventLog,
+    family: str,
+    prediction_id: str,
+    value: float,
+    time_s: float,
+    *,
+    final: bool,
+    outputs: int = 0,
 ) -> LabelRecord:
     """The record of a label for a prediction in `log`.
 
-    Raises: RequestError (unknown_prediction, prediction_lost, wrong_type, not_finite).
+    An answer of several `outputs` has one for each class that the family may ever know, so those
+    are the labels, also of classes that this release has not seen.
+
+    Raises: RequestError (unknown_prediction, prediction_lost, wrong_type, not_finite, bad_label).
     """
     epoch, seq = position(log, prediction_id)
     value, time_s = _number(value, "value"), _number(time_s, "time_s")
+    if outputs > 1 and not (0 <= value < outputs and value.is_integer()):
+        raise RequestError(
+            "bad_label",
+            f"value: {value:g} is not one of the classes 0 to {outputs - 1} of {family}",
+            "a label is the number of a class; how many there may be is decided with the family",
+        )
     return LabelRecord(family, epoch, seq, value, time_s, bool(final))
 
 
