@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from edge_runtime.api.telling import told
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, InferenceConfig
 from edge_runtime.errors import PackageError, RequestError
@@ -196,8 +197,12 @@ def test_a_runtime_answers_texts_alone_and_together(write_text_package):
         alone = [runtime.predict(None, event).outputs for event in events]
         together = [each.outputs for each in runtime.predict_many(None, events)]
         late = [asyncio.run(runtime.predict_async(None, event)).outputs for event in events]
+        [arm] = runtime.statistics()["families"]["intent"]["arms"]
+        told_of = told(runtime.statistics())
     assert np.allclose(alone, together, rtol=0, atol=1e-5)
     assert alone == late
+    assert list(arm["bucket_us"]) == [str(size) for size in SIZES]
+    assert f"({min(arm['bucket_us'].values()):.0f} to {arm['run_us']:.0f} µs a run)" in told_of
 
 
 def test_texts_of_all_lengths_that_wait_for_the_worker_are_run_together(
