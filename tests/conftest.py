@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -282,6 +283,7 @@ def write_text_package(
         tokenizer: str = TOKENIZER,
         also: Mapping[str, str] = {},
         policy: Policy | None = None,
+        family: str = "intent",
     ) -> tuple[Path, str]:
         from onnx import helper, numpy_helper, parser
 
@@ -324,7 +326,7 @@ def write_text_package(
             else np.zeros((5, scores), "f4")
         )
         metadata = metadata_of(
-            TEXT_INTERFACE,
+            msgspec.structs.replace(TEXT_INTERFACE, family=family),
             spec,
             golden_inputs=rows,
             golden_outputs=golden + np.float32(off),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
@@ -135,6 +136,16 @@ def test_a_package_of_texts_passes_the_proof_of_the_child(write_text_package):
 def test_an_answer_that_depends_on_padding_is_refused(write_text_package):
     error = refused(write_text_package(leaky=True)[0])
     assert (error.code, "'probability'" in error.message) == ("padding_counts", True)
+
+
+def test_a_tokenizer_that_pads_with_another_id_than_the_model_masks_is_refused(
+    write_text_package, text_spec
+):
+    tokenizer = json.loads(text_spec(8).tokenizers["tiny"])
+    named = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
+    tokenizer["padding"] = named | {"pad_id": 14, "pad_type_id": 0, "pad_token": "##s"}
+    package, _ = write_text_package(tokenizer=json.dumps(tokenizer))
+    assert refused(package).code == "padding_counts"
 
 
 def test_an_embedding_that_depends_on_padding_is_refused(write_text_package):
