@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -210,7 +211,7 @@ def text_interface() -> Interface:
 
 # One layer of attention over embedded tokens and their places; `pooled` are means over tokens.
 _READS = """<ir_version: 8, opset_import: ["": 17]>
-reads (float[n,{columns}] features) => (float[n,3] probability) {{
+reads (float[n,{columns}] features) => (float[n,{scores}] probability{more}) {{
     ids = Cast <to = 7> (features)
     none = Constant <value = int64 {{{pad}}}> ()
     empty = Equal (ids, none)
@@ -240,8 +241,10 @@ reads (float[n,{columns}] features) => (float[n,3] probability) {{
     total = ReduceSum <keepdims = 0> (kept, one)
     count = ReduceSum <keepdims = 0> (column, one)
     pooled = Div (total, count)
+    every = ReduceMean <axes = [1], keepdims = 0> (mixed)
     logits = MatMul (pooled, w)
-    probability = Softmax <axis = -1> (logits)
+    probability = {answer} (logits)
+    {given}
 }}"""
 
 
@@ -265,7 +268,8 @@ def write_text_package(
 
     Returns its path and SHA-256. With `leaky`, padding counts in the mean; a `heavy` one of many
     columns takes milliseconds; `words` is how many its table of embeddings has; `fixed` fixes its
-    columns; `off` is added to the golden answers.
+    columns; `off` is added to the golden answers. `also` are outputs of width 8: the `pooled` mean
+    over tokens, or that over `every` column. With a `policy` it answers with one number.
     """
 
     def write(
@@ -277,6 +281,9 @@ def write_text_package(
         fixed: bool = False,
         off: float = 0.0,
         tokenizer: str = TOKENIZER,
+        also: Mapping[str, str] = {},
+        policy: Policy | None = None,
+        family: str = "intent",
     ) -> tuple[Path, str]:
         from onnx import helper, numpy_helper, parser
 
@@ -284,7 +291,16 @@ def write_text_package(
         said = ["", "my card is lost", "when will it come ?", "cards " * 40, "where"]
         rows = np.stack([np.float32(spec.encoders["text"](text)) for text in said])
         columns = length if fixed else "s"
-        text = _READS.format(columns=columns, pad=0, mask="all" if leaky else "mask")
+        scores, answer = (3, "Softmax <axis = -1>") if policy is None else (1, "Sigmoid")
+        text = _READS.format(
+            columns=columns,
+            pad=0,
+            mask="all" if leaky else "mask",
+            scores=scores,
+            answer=answer,
+            more="".join(f", float[n,8] {name}" for name in also),
+            given="\n".join(f"{name} = Identity ({what})" for name, what in also.items()),
+        )
         if leaky:
             text = text.replace("    column =", "    all = Expand (unit, shape)\n    column =")
         if heavy:
@@ -298,22 +314,25 @@ def write_text_package(
             "place": chance.normal(size=(512, 8)),
             "wq": chance.normal(size=(8, 8)),
             "wk": chance.normal(size=(8, 8)),
-            "w": chance.normal(size=(8, 3)),
+            "w": chance.normal(size=(8, scores)),
             "unit": np.array(1.0),
         }
         model.graph.initializer.extend(
             numpy_helper.from_array(each.astype(np.float32), name) for name, each in weights.items()
         )
         golden = (
-            _golden_of(model, rows, tmp_path) if words == len(WORDS) else np.zeros((5, 3), "f4")
+            _golden_of(model, rows, tmp_path)
+            if words == len(WORDS)
+            else np.zeros((5, scores), "f4")
         )
         metadata = metadata_of(
-            TEXT_INTERFACE,
+            msgspec.structs.replace(TEXT_INTERFACE, family=family),
             spec,
             golden_inputs=rows,
             golden_outputs=golden + np.float32(off),
             tolerance=1e-5,
             provenance={},
+            policy=policy,
         )
         helper.set_model_props(model, metadata)
         data = model.SerializeToString()

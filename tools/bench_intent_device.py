@@ -1,21 +1,24 @@
-"""The models of tools/bench-intent side by side: bytes, milliseconds, accuracy, memory of a daemon.
+"""The models of tools/bench-intent side by side: bytes, milliseconds, accuracy, memory of a daemon,
+and what a device gains by answering texts that wait together.
 
 Why: a student's size and speed are only worth something beside its teacher's, in the same minutes.
 
 How: teacher and student are asked the same texts, twenty in turns, text in and intent out, each by
-what an application would call. The peer's threads are its own choice; the device has one.
+what an application would call. The peer's threads are its own choice; the device has one. What
+waits together comes from 16 askers of one process, who ask again when they were answered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,13 @@ from cloud_learner.train.dataset import Matrix, Rows
 from cloud_learner.train.replica import answers_of
 from edge_runtime import factory
 from edge_runtime.api.client import Client
+from edge_runtime.config import EdgeConfig, InferenceConfig
 from edge_runtime.inference.runner import Runner
+from edge_runtime.inference.slot import load_bare_arm
 from edge_runtime.runtime import Event, Runtime
 
 ASKED, IN_A_ROW = 600, 20
+ASKERS, TURNS = 16, 9
 OURS = "student int8 on the device runtime"
 PEER = "teacher fp32 through ORTModelForSequenceClassification"
 
@@ -99,6 +105,60 @@ def memory(course: Course) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
         found = asyncio.run(_resident(int8, Path(folder), course.new_texts[:ASKED]))
     return [Row("daemon RSS with the student", found, "MB", 180)]
+
+
+def batches(course: Course) -> list[Row]:
+    """The rows of the part `batches`."""
+    *_, int8 = _files(course, course.whole())
+    rates: dict[int, list[float]] = {1: [], ASKERS: []}
+    waits: dict[int, list[float]] = {1: [], ASKERS: []}
+    with contextlib.ExitStack() as ends:
+        runtimes = {most: ends.enter_context(_batching(int8, most)) for most in rates}
+        for turn in range(TURNS):
+            asking = (course.new_texts[turn:] * ASKED)[:ASKED]
+            for most, runtime in runtimes.items():
+                rate, took = asyncio.run(_asked_together(runtime, asking))
+                rates[most].append(rate)
+                waits[most] += took
+    hz = {most: float(np.median(each)) for most, each in rates.items()}
+    ms = {most: 1000 * float(np.quantile(each, 0.99)) for most, each in waits.items()}
+    what = f"{ASKERS} askers, micro-batches of {ASKERS}"
+    return [
+        Row(f"{what}: texts a second against one at a time", hz[ASKERS] / hz[1], "times"),
+        Row(f"{what}: p99 against one at a time", ms[ASKERS] / ms[1], "times"),
+        Row(f"{what}: texts a second", hz[ASKERS], "1/s"),
+        Row(f"{what}: p99", ms[ASKERS], "ms"),
+    ]
+
+
+@contextlib.contextmanager
+def _batching(package: Path, most: int) -> Iterator[Runtime]:
+    """A runtime that answers up to so many texts that wait in one run."""
+    with tempfile.TemporaryDirectory(prefix="headwater-") as folder:
+        config = EdgeConfig(
+            device="bench",
+            families=["intent"],
+            state_dir=Path(folder) / "state",
+            socket=Path(folder) / "edge.sock",
+            inference=InferenceConfig(batch_rows_max=most),
+        )
+        with Runtime.open(config) as runtime:
+            runtime.swap("intent", [load_bare_arm(package, "bench")], None)
+            yield runtime
+
+
+async def _asked_together(runtime: Runtime, texts: list[str]) -> tuple[float, list[float]]:
+    """Texts a second, and the seconds that each of them waited."""
+    left, took, started_s = iter(texts), list[float](), time.perf_counter()
+
+    async def ask() -> None:
+        for text in left:
+            asked_s = time.perf_counter()
+            await runtime.predict_async("intent", Event("asked", 1e9, {"text": text}))
+            took.append(time.perf_counter() - asked_s)
+
+    await asyncio.gather(*(ask() for _ in range(ASKERS)))
+    return len(texts) / (time.perf_counter() - started_s), took
 
 
 async def _resident(package: Path, home: Path, texts: list[str]) -> float:

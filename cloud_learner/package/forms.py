@@ -26,6 +26,7 @@ from cloud_learner.package.quantize import quantized
 from cloud_learner.package.seal import runner_of, sealed
 from cloud_learner.stats.tasks import Task
 from edge_runtime.features.spec import Spec
+from edge_runtime.inference.buckets import noted
 from edge_runtime.inference.package import Interface
 from edge_runtime.inference.runner import Runner
 from edge_runtime.personal.policy import Policy
@@ -80,7 +81,7 @@ class Forms:
 
         Raises: PackageError.
         """
-        plain = self._exported(network).package(network, {})
+        plain = self._exported(network).package(network, noted(self._spec.padding))
         int8 = quantized(plain, rows) if self._ranges == "static" else quantized_by_row(plain)
         learned = policy(runner_of(int8)) if self._look is not None else None
         first, second = (

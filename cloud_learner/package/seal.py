@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from edge_runtime.errors import PackageError
 from edge_runtime.features.spec import Spec
-from edge_runtime.inference import buckets
+from edge_runtime.inference.buckets import noted
 from edge_runtime.inference.package import Interface, metadata_of
 from edge_runtime.inference.runner import Runner
 from edge_runtime.inference.signature import EMBEDDING, INPUT
@@ -49,9 +48,7 @@ def sealed(
     Raises: PackageError (batch_dependent, or the model cannot run here).
     """
     flush_denormals(model)
-    del model.metadata_props[:]
-    if spec.padding is not None:  # so that it is run here as a device runs it
-        _note(model, buckets.KEY, msgspec.json.encode(spec.padding).decode())
+    _note(model, noted(spec.padding))  # so that it is run here as a device runs it
     golden_outputs = _answers(runner_of(model), np.ascontiguousarray(golden_inputs))
     metadata = metadata_of(
         interface,
@@ -62,15 +59,15 @@ def sealed(
         provenance=provenance,
         policy=policy,
     )
-    del model.metadata_props[:]
-    for key in sorted(metadata):
-        _note(model, key, metadata[key])
+    _note(model, metadata)
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _note(model: ModelProto, key: str, value: str) -> None:
-    entry = model.metadata_props.add()
-    entry.key, entry.value = key, value
+def _note(model: ModelProto, metadata: Mapping[str, str]) -> None:
+    """Let this be all of its metadata, in the order of the keys."""
+    del model.metadata_props[:]
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
 
 
 def runner_of(model: ModelProto) -> Runner:

@@ -62,4 +62,5 @@ def _evidence(arm: dict[str, Any], verdict: dict[str, Any]) -> str:
 
 def _arm(arm: dict[str, Any]) -> str:
     variant = f" {arm['variant']}" if arm["variant"] else ""
-    return f"{arm['arm']} {arm['release']}{variant} ({arm['run_us']:.0f} µs a run)"
+    short = f"{min(times):.0f} to " if (times := arm.get("bucket_us", {}).values()) else ""
+    return f"{arm['arm']} {arm['release']}{variant} ({short}{arm['run_us']:.0f} µs a run)"

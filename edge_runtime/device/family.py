@@ -251,7 +251,8 @@ class Family:
     def statistics(self) -> dict[str, Any]:
         """Plan, arms, and what the pipeline counts."""
         counters = {arm.release: arm.counter for arm in self.plan.arms} if self.plan else {}
-        infos = {arm.release: arm.info for arm in self.pipeline.slot.resident}
+        facts = {arm.release: arm.facts for arm in self.pipeline.slot.resident}
+        unknown: dict[str, Any] = {"provenance": {}, "bucket_us": {}}
         arms = [
             {
                 "arm": arm.arm,
@@ -262,7 +263,7 @@ class Family:
                 "answered": arm.answered,
                 "failed": arm.failed,
                 "counter": counters.get(arm.release, 0),
-                "provenance": info.provenance if (info := infos.get(arm.release)) else {},
+                **facts.get(arm.release, unknown),
             }
             for arm in self.reports()
         ]

@@ -5,7 +5,8 @@ tokenizer is part of the feature spec, and device and learner run it here.
 
 Invariants: the same text gives the same ids everywhere: as many as a feature has columns, each
 below `size`. What is too long is cut before the ids that mark its end. Any text that UTF-8 can
-carry gives some. Encoders that are equal are in memory once.
+carry gives some, and in bounded time: what of it is read is bounded. Encoders that are equal are in
+memory once.
 
 The one home of the `tokenizers` library, which is loaded when a spec first asks for it: a device
 that reads no texts needs no extra. Knows nothing about events and models.
@@ -23,6 +24,13 @@ from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
 
 _ODD = "\x00 a\u0301 \u6f22 \U0001f600 \ue000 " + "x" * 300
 """Something of what people send; a tokenizer that cannot say 'unknown' fails at it."""
+
+
+CHARACTERS_PER_ID = 8
+"""What is read of a text, for each id that it may have; an id of English has four or five."""
+
+WORD_MAX = 32
+"""A longer word is unknown to WordPiece, whose work grows with the square of a word's length."""
 
 
 class Encoder:
@@ -47,11 +55,12 @@ class Encoder:
                     "give it a post-processor that marks where a text begins or ends",
                 )
         self._padding = [self.pad] * length
+        self._characters = CHARACTERS_PER_ID * length
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text. Raises: PackageError `run_failed`."""
         try:
-            ids: list[int] = self._encode(text).ids
+            ids: list[int] = self._encode(text[: self._characters]).ids
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -116,10 +125,13 @@ def _check_ids(tokenizer: Any, size: int) -> None:
 
 
 def _set_up(tokenizer: Any, length: int) -> None:
-    """Let it cut texts at `length`, and fill up none."""
+    """Let it cut texts at `length`, fill up none, and give up long words."""
     shortest = tokenizer.num_special_tokens_to_add(is_pair=False) + 1
     if length < shortest:
         raise _bad(f"a text takes {shortest} ids at least, and length is {length}")
+    model = tokenizer.model
+    if hasattr(model, "max_input_chars_per_word"):
+        model.max_input_chars_per_word = min(WORD_MAX, model.max_input_chars_per_word)
     tokenizer.encode_special_tokens = True  # else who writes [SEP] would end the text
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)

@@ -90,19 +90,23 @@ def _check_vocabulary(runner: Runner, info: PackageInfo, path: str) -> None:
 
 
 def _check_padding(runner: Runner, info: PackageInfo, path: str) -> None:
-    """Rows of each bucket get the answers that they get with all their padding."""
+    """Rows of each bucket get the answers and embeddings that they get with all their padding; an
+    embedding to the tolerance's share of its largest number.
+    """
     if runner.buckets is None:
         return
-    rows = runner.buckets.rows_of_each(info.spec.columns[0].indices)[:, None]
-    whole = np.concatenate([runner.infer({INPUT: row}, [OUTPUT])[OUTPUT] for row in rows])
-    gap = _gap(np.concatenate([runner.run(row) for row in rows]), whole)
-    if not gap <= info.tolerance:
-        raise PackageError(
-            "padding_counts",
-            f"{path} changes a text's answer by {gap:.6g} with the padding behind it, more than"
-            f" {info.tolerance:.6g}",
-            "leave out of attention and pooling what is padding: the mask is id != pad",
-        )
+    rows = runner.buckets.rows_of_each(info.spec.columns[0].indices)
+    for row in np.split(rows, len(rows)):
+        feed = {INPUT: row}
+        for (name, cut), whole in zip(runner.infer(feed).items(), runner.whole(feed), strict=True):
+            gap, scale = _gap(cut, whole), float(np.abs(whole).max()) if name == EMBEDDING else 1.0
+            if not gap <= info.tolerance * scale:
+                raise PackageError(
+                    "padding_counts",
+                    f"{path} changes a text's {name!r} by {gap:.6g} with the padding behind it,"
+                    f" more than {info.tolerance * scale:.6g}",
+                    "leave out of attention and pooling what is padding: the mask is id != pad",
+                )
 
 
 def _gap(answers: Matrix, golden: Matrix) -> float:

@@ -78,16 +78,26 @@ class BucketedRow(BoundRow):
         self._session.run_with_iobinding(self._bindings[size], self._options)
 
 
-def bound(
-    session: Any, inputs: Collection[Tensor], outputs: Collection[Tensor], options: Any
-) -> BoundRow | None:
-    """A bound row, unless the model's answers are not of the shapes that it declares."""
-    row = BoundRow(session, inputs, outputs, options)
+def row_of(
+    session: Any,
+    inputs: Collection[Tensor],
+    outputs: Collection[Tensor],
+    options: Any,
+    buckets: Buckets | None,
+) -> BoundRow:
+    """One row, in its bucket where there are some."""
+    if buckets is None:
+        return BoundRow(session, inputs, outputs, options)
+    return BucketedRow(session, inputs, outputs, options, buckets)
+
+
+def runs(row: BoundRow) -> bool:
+    """Whether the model's answers are of the shapes that it declares."""
     try:
         row.run()
     except Exception:
-        return None
-    return row
+        return False
+    return True
 
 
 def _bound(session: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edge_runtime.errors import PackageError
 from edge_runtime.features.feature import Padding
 from edge_runtime.features.rules import TOKENS_MAX
-from edge_runtime.inference.signature import INPUT
+from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT
 from edge_runtime.inference.tensors import Tensor
 
 KEY = "headwater.padding"
@@ -31,6 +31,11 @@ TOKENS_AT_ONCE = 512
 
 Matrix = npt.NDArray[np.float32]
 Run = Callable[[Matrix], list[Matrix]]
+
+
+def noted(padding: Padding | None) -> dict[str, str]:
+    """What `padding_in` reads, to be put into a file's metadata."""
+    return {} if padding is None else {KEY: msgspec.json.encode(padding).decode()}
 
 
 def padding_in(metadata: Mapping[str, str]) -> Padding | None:
@@ -47,17 +52,22 @@ def padding_in(metadata: Mapping[str, str]) -> Padding | None:
 
 
 def in_buckets(
-    inputs: tuple[Tensor, ...], metadata: Mapping[str, str]
+    inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], metadata: Mapping[str, str]
 ) -> tuple[tuple[Tensor, ...], Buckets | None]:
     """The inputs of a model at full length, and the buckets of its rows; None where its columns are
-    not free, or nothing says how its rows end.
+    not free, nothing says how its rows end, or it gives more than answers and embeddings, whose
+    independence of padding nobody proves.
 
     Raises: PackageError `bad_metadata`.
     """
     padding = padding_in(metadata)
     if padding is None or inputs != (Tensor(INPUT, "FP32", (-1, -1)),):
         return inputs, None
-    return (Buckets.input_of(padding.length),), Buckets(padding)
+    proven = all(
+        each.name in (OUTPUT, EMBEDDING) and each.has_rows and min(each.shape[1:], default=0) > 0
+        for each in outputs
+    )
+    return (Buckets.input_of(padding.length),), Buckets(padding) if proven else None
 
 
 class Buckets:

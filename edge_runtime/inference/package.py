@@ -132,9 +132,7 @@ def metadata_of(
     }
     if policy is not None:
         texts["personal"] = policy.to_json()
-    if spec.padding is not None:
-        texts["padding"] = msgspec.json.encode(spec.padding).decode()
-    metadata = {_PREFIX + key: text for key, text in texts.items()}
+    metadata = {_PREFIX + key: text for key, text in texts.items()} | buckets.noted(spec.padding)
     read_package(metadata)
     return metadata
 

@@ -32,7 +32,7 @@ import onnxruntime as ort
 from edge_runtime import cpus
 from edge_runtime.errors import PackageError
 from edge_runtime.inference import trial
-from edge_runtime.inference.bound import BoundRow, BucketedRow, bound, can_be_bound
+from edge_runtime.inference.bound import BoundRow, can_be_bound, row_of, runs
 from edge_runtime.inference.buckets import Buckets, in_buckets
 from edge_runtime.inference.signature import EMBEDDING, INPUT, OUTPUT, width_of, widths_of
 from edge_runtime.inference.tensors import (
@@ -42,7 +42,6 @@ from edge_runtime.inference.tensors import (
     fitting,
     padded,
     selected,
-    stacked,
     tensors_of,
 )
 
@@ -82,8 +81,8 @@ class Runner:
         try:
             self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
             takes = tensors_of(self._session.get_inputs())
-            self.inputs, self.buckets = in_buckets(takes, self.metadata)
             self.outputs = tensors_of(self._session.get_outputs())
+            self.inputs, self.buckets = in_buckets(takes, self.outputs, self.metadata)
         except UnicodeDecodeError as error:
             what = f"{path} has a name that is no text: {error}"
             raise PackageError("unreadable_package", what) from error
@@ -137,7 +136,7 @@ class Runner:
         first = self.inputs[0].name
         ends = np.cumsum([len(fitting(self.inputs, each)[first]) for each in requests]).tolist()
         feed = {
-            tensor.name: stacked([each[tensor.name] for each in requests], ends[-1])
+            tensor.name: self._padded(np.concatenate([each[tensor.name] for each in requests]))
             for tensor in self.inputs
         }
         answers = self._run(names, feed)
@@ -154,7 +153,7 @@ class Runner:
 
         Raises: PackageError `run_failed`.
         """
-        answer = self._rows([OUTPUT], x)[0]
+        answer = self._run([OUTPUT], {INPUT: x})[0]
         if answer.shape != (len(x), self.scores):
             raise PackageError("run_failed", f"the model's answer has shape {answer.shape}")
         return answer
@@ -177,9 +176,7 @@ class Runner:
         rows = np.frombuffer(b"".join(packed), dtype="<f4").reshape(len(packed), self.features)
         if not self.batchable:
             return [self.run(rows[at : at + 1]).tolist()[0] for at in range(len(rows))]
-        answers: list[list[float]] = self.run(rows if self.buckets else padded(rows))[
-            : len(packed)
-        ].tolist()
+        answers: list[list[float]] = self.run(self._padded(rows))[: len(packed)].tolist()
         return answers
 
     def embed(self, x: Matrix) -> tuple[Matrix, Matrix]:
@@ -187,28 +184,30 @@ class Runner:
 
         Only where there is a `width`. Raises: PackageError `run_failed`.
         """
-        tables = [x if self.buckets else padded(x)] if self.batchable else [row[None] for row in x]
-        runs = [self._rows([EMBEDDING, OUTPUT], each) for each in tables]
-        embeddings, answers = (np.concatenate(each)[: len(x)] for each in zip(*runs, strict=True))
+        tables = [self._padded(x)] if self.batchable else [row[None] for row in x]
+        found = [self._run([EMBEDDING, OUTPUT], {INPUT: each}) for each in tables]
+        embeddings, answers = (np.concatenate(each)[: len(x)] for each in zip(*found, strict=True))
         if embeddings.shape + answers.shape != (len(x), self.width, len(x), self.scores):
             raise PackageError("run_failed", f"the model's embedding has shape {embeddings.shape}")
         return embeddings, answers
 
-    def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
+    def whole(self, feed: Mapping[str, Array], names: Sequence[str] = ()) -> list[Array]:
+        """All outputs, or those named, for arrays that fit, padding included. Raises: as `run`."""
         try:
-            answers: list[Array] = self._session.run(names, feed, self._run_options)
+            answers: list[Array] = self._session.run(names or self._names, feed, self._run_options)
         except Exception as error:
             raise _failed(error) from error
         return answers
 
-    def _run_all(self, feed: Mapping[str, Array]) -> list[Array]:
-        return self._run(self._names, feed)
-
-    def _rows(self, names: list[str], x: Matrix) -> list[Matrix]:
-        """The named outputs for rows of features, each row run in its bucket if there are some."""
+    def _run(self, names: list[str], feed: Mapping[str, Array]) -> list[Array]:
+        """The named outputs; rows are run in their buckets where there are some."""
         if self.buckets is None:
-            return self._run(names, {INPUT: x})
-        return self.buckets.run(lambda part: self._run(names, {INPUT: part}), x)
+            return self.whole(feed, names)
+        return self.buckets.run(lambda part: self.whole({INPUT: part}, names), feed[INPUT])
+
+    def _padded(self, rows: Array) -> Array:
+        """`rows` in a size of batch that was warmed; buckets make sizes of their own."""
+        return rows if self.buckets else padded(rows)
 
     def _check(self, path: str) -> None:
         if not self.inputs or not self.outputs:
@@ -227,15 +226,15 @@ class Runner:
         self._names = [tensor.name for tensor in self.outputs]
 
     def _try_out(self, path: str) -> None:
-        self.run_us = trial.usual_us(self._run_all, self.inputs)
+        self.run_us = trial.usual_us(self.whole, self.inputs)
         self.batchable = self.run_us is not None and trial.is_batchable(
-            self._run_all, self.inputs, self.outputs
+            self.whole, self.inputs, self.outputs
         )
         threads = cpus.usable()
         if threads == 1 or self.run_us is None or self.run_us < _THREADED_US_MIN:
             return
         alone, self._session = self._session, _load(path, threads)
-        together_us = trial.usual_us(self._run_all, self.inputs)
+        together_us = trial.usual_us(self.whole, self.inputs)
         if together_us is not None and together_us < _WORTH_IT * self.run_us:
             self.run_us = together_us
         else:
@@ -244,20 +243,21 @@ class Runner:
     def _warm(self, rows_max: int) -> None:
         """Run each size of batch, and each bucket, that is used."""
         for size in self.buckets.sizes if self.buckets is not None else ():
-            self.bucket_us[size] = trial.usual_us(self._run_all, [Buckets.input_of(size)])
+            self.bucket_us[size] = trial.usual_us(self.whole, [Buckets.input_of(size)])
         if self.batchable:
-            trial.warm(self._run_all, self.inputs, self.buckets.least if self.buckets else rows_max)
+            trial.warm(self.whole, self.inputs, self.buckets.least if self.buckets else rows_max)
 
     def _bind(self) -> None:
         """Bind one row, twice: for `infer` whoever calls it, and for `answer`."""
+        wiring, how = (self._session, self.inputs), (self._run_options, self.buckets)
         sized = self.batchable or not any(each.has_rows for each in (*self.inputs, *self.outputs))
         if sized and can_be_bound((*self.inputs, *self.outputs)):
-            self._one_row = bound(self._session, self.inputs, self.outputs, self._run_options)
+            row = row_of(*wiring, self.outputs, *how)
+            self._one_row = row if runs(row) else None
         if self.scores:
             wanted = (OUTPUT, EMBEDDING) if self.width else (OUTPUT,)
             given = [tensor for tensor in self.outputs if tensor.name in wanted]
-            wiring = self._session, self.inputs, given, self._run_options
-            self._scored = BucketedRow(*wiring, self.buckets) if self.buckets else BoundRow(*wiring)
+            self._scored = row_of(*wiring, given, *how)
             self._row = self._scored.inputs[INPUT].data.cast("B")
             self._answer = self._scored.outputs[OUTPUT]
             self.embedding = self._scored.outputs[EMBEDDING][0] if self.width else None

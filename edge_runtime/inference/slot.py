@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edge_runtime import memory
 from edge_runtime.errors import PackageError
@@ -50,6 +51,12 @@ class Arm:
     sha256: str = ""
     added_mb: float = 0.0
     shadow: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its file says that it came from, and what a row took in each bucket, in µs."""
+        times = {str(size): took or 0.0 for size, took in self.runner.bucket_us.items()}
+        return {"provenance": self.info.provenance if self.info else {}, "bucket_us": times}
 
 
 class Lease:

@@ -151,14 +151,9 @@ def selected(declared: Collection[Tensor], wanted: Collection[str]) -> list[str]
     return list(wanted) or known
 
 
-def stacked(arrays: list[Array], rows: int) -> Array:
-    """`arrays` below each other, `rows` in all, and `padded`."""
-    return padded(np.concatenate(arrays), rows)
-
-
-def padded(rows: Array, count: int | None = None) -> Array:
+def padded(rows: Array) -> Array:
     """`rows` and below them zeros up to a size of batch that was warmed, so shapes stay few."""
-    count = len(rows) if count is None else count
+    count = len(rows)
     missing = (1 << (count - 1).bit_length()) - count
     if not missing or count > BATCH_ROWS_MAX:
         return rows

@@ -545,8 +545,58 @@ def test_r5_a_heavy_release_that_hangs_on_what_really_comes_is_left(
 HEAVY = HANGS.replace("Where (much, many, few)", "Where (much, few, few)")
 
 
+WITHOUT_TOKENIZERS = """
+import sys
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tokenizers":
+            raise ImportError("No module named 'tokenizers'")
+
+sys.meta_path.insert(0, Gone())
+"""
+
+
+def test_a_daemon_without_tokenizers_keeps_what_serves_and_says_what_to_install(
+    tmp_path: Path, write_package: WritePackage, write_text_package: WritePackage
+) -> None:
+    """No package is at fault: nothing is in quarantine, and the next release serves."""
+    package, _ = write_package()
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TOKENIZERS)
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    home = tmp_path / "cloud"
+    keys.create(home, ["toy"])
+
+    async def scene(url: str) -> None:
+        async with Cloud.open(home, url) as cloud:
+            await cloud.until(lambda report: bool(report.arms))
+            first = asked(tmp_path)
+            texts, _ = write_text_package(family="toy")
+            await cloud.publish("r1", 1, texts.read_bytes())
+            await cloud.until(lambda report: "missing_extra" in report.refused)
+            assert asked(tmp_path) == first
+            await cloud.publish("r2", 2, spoiled(package.read_bytes(), saying("provenance", "{}")))
+            report = await cloud.until(lambda report: report.arms[0].release == "r2")
+            assert report.refused.keys() == {"missing_extra"}
+            assert asked(tmp_path) == ("r2", first[1])
+
+    said = tmp_path / "daemon.log"
+    with daemon_at(tmp_path, home, "--package", str(package), path=path, said=said) as url:
+        asyncio.run(scene(url))
+    assert "pip install 'headwater[text]'" in said.read_text()
+    shelf = tmp_path / "state" / "shelf"
+    assert shelf.is_dir()
+    assert not (shelf / "quarantine.json").exists()
+
+
 @contextlib.contextmanager
-def daemon_at(folder: Path, home: Path, *more: str) -> Iterator[str]:
+def daemon_at(
+    folder: Path,
+    home: Path,
+    *more: str,
+    path: str = ENVIRONMENT["PYTHONPATH"],
+    said: Path = Path(os.devnull),
+) -> Iterator[str]:
     """A daemon that gives models a fifth of a second, with a broker; it must end in order."""
     with Broker.start(folder / "broker") as broker:
         root = str(home / "trust" / "root.json")
@@ -560,9 +610,15 @@ def daemon_at(folder: Path, home: Path, *more: str) -> Iterator[str]:
         )
         with (folder / "edge.toml").open("a") as file:
             file.write("\n[inference]\ndeadline_ms = 200\n")
-        with subprocess.Popen(
-            [*COMMAND, "run"], cwd=folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        ) as daemon:
+        with (
+            said.open("w") as log,
+            subprocess.Popen(
+                [*COMMAND, "run"],
+                cwd=folder,
+                env=ENVIRONMENT | {"PYTHONPATH": path},
+                stderr=log,
+            ) as daemon,
+        ):
             try:
                 yield broker.url
             finally:

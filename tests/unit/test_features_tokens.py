@@ -50,6 +50,22 @@ def test_what_is_too_long_is_cut_before_the_end_mark(text_spec):
     assert ids(text_spec(5), "my card is lost when") == [CLS, MY, CARD, 6, SEP]
 
 
+def test_of_a_text_so_many_characters_are_read_for_each_id(text_spec):
+    assert ids(text_spec(5), " " * 38 + "my") == [CLS, MY, SEP, PAD, PAD]
+    assert ids(text_spec(5), " " * 40 + "my") == [CLS, SEP, PAD, PAD, PAD]
+
+
+def test_a_word_that_is_too_long_is_unknown_whatever_its_tokenizer_allows(text_spec):
+    spec = text_spec(40)
+    model = json.loads(spec.tokenizers["tiny"])["model"]
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "q": 4, "##q": 5}
+    for allowed, most in ((100, 32), (10, 10)):
+        changed = model | {"vocab": vocab, "max_input_chars_per_word": allowed}
+        words = text_spec(40, edited(spec, model=changed))
+        assert ids(words, "q" * most).count(5) == most - 1
+        assert ids(words, "q" * (most + 1) + " q")[:4] == [CLS, UNK, 4, SEP]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
 
+from edge_runtime.api.telling import told
 from edge_runtime.clock import ManualClock
 from edge_runtime.config import EdgeConfig, InferenceConfig
 from edge_runtime.errors import PackageError, RequestError
@@ -19,6 +21,7 @@ from edge_runtime.runtime import Event, Runtime
 
 SIZES = [8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
 TEXTS = ["", "my card is lost", "when will it come ? where is my card ?", "cards " * 60, "где 😀"]
+PLACE = None, "stable", "r1", 1.0
 
 
 @pytest.fixture
@@ -33,12 +36,12 @@ def rows(text_spec):
 
 def whole(runner, rows):
     """The answers to rows with all their padding."""
-    return np.concatenate([runner.infer({"features": row[None]})["probability"] for row in rows])
+    return np.concatenate([runner.whole({"features": row[None]})[0] for row in rows])
 
 
 def refused(path):
     with pytest.raises(PackageError) as caught:
-        load_arm(path, None, "stable", "r1", 1.0)
+        load_arm(path, *PLACE)
     return caught.value
 
 
@@ -94,10 +97,14 @@ def test_every_way_to_ask_gives_the_answers_of_the_whole_row(runner, rows):
     assert runner.buckets.sizes_of(rows).tolist() == [8, 8, 12, 64, 8]
     assert list(runner.bucket_us) == SIZES
     packed = [row.tobytes() for row in rows]
+    feeds = [{"features": row[None]} for row in rows]
     for found in (
         runner.run(rows),
         [runner.answer(each) for each in packed],
         runner.answer_many(packed),
+        runner.infer({"features": rows})["probability"],
+        np.concatenate([runner.infer(each)["probability"] for each in feeds]),
+        np.concatenate([each["probability"] for each in runner.infer_many(feeds)]),
     ):
         assert np.allclose(found, expected, rtol=0, atol=1e-5)
 
@@ -127,7 +134,53 @@ def test_a_package_of_texts_passes_the_proof_of_the_child(write_text_package):
 
 
 def test_an_answer_that_depends_on_padding_is_refused(write_text_package):
-    assert refused(write_text_package(leaky=True)[0]).code == "padding_counts"
+    error = refused(write_text_package(leaky=True)[0])
+    assert (error.code, "'probability'" in error.message) == ("padding_counts", True)
+
+
+def test_a_tokenizer_that_pads_with_another_id_than_the_model_masks_is_refused(
+    write_text_package, text_spec
+):
+    tokenizer = json.loads(text_spec(8).tokenizers["tiny"])
+    named = {"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None}
+    tokenizer["padding"] = named | {"pad_id": 14, "pad_type_id": 0, "pad_token": "##s"}
+    package, _ = write_text_package(tokenizer=json.dumps(tokenizer))
+    assert refused(package).code == "padding_counts"
+
+
+def test_an_embedding_that_depends_on_padding_is_refused(write_text_package):
+    error = refused(write_text_package(also={"embedding": "every"})[0])
+    assert (error.code, "'embedding'" in error.message) == ("padding_counts", True)
+
+
+def test_an_embedding_that_does_not_is_given_alike_however_it_is_asked_for(
+    write_text_package, rows
+):
+    runner = load_arm(write_text_package(64, also={"embedding": "pooled"})[0], *PLACE).runner
+    expected = [runner.whole({"features": row[None]}, ["embedding"])[0][0] for row in rows]
+    for found in (
+        runner.embed(rows)[0],
+        runner.infer({"features": rows}, ["embedding"])["embedding"],
+        [runner.infer({"features": row[None]}, ["embedding"])["embedding"][0] for row in rows],
+    ):
+        assert np.allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_tensors_are_asked_in_buckets_too(write_text_package, rows, texts):
+    """Seen by a model whose answers change with padding, which no device would load."""
+    runner, short = Runner(write_text_package(64, leaky=True)[0]), rows[[1, 4][:texts]]
+    found = runner.infer({"features": short})["probability"]
+    cut = runner.whole({"features": short[:, :8].copy()})[0]
+    assert np.allclose(found, cut, rtol=0, atol=1e-5)
+    assert not np.allclose(found, whole(runner, short), rtol=0, atol=1e-3)
+
+
+def test_a_model_that_gives_more_than_is_proven_is_run_whole(write_text_package, rows):
+    runner = load_arm(write_text_package(64, also={"other": "every"})[0], *PLACE).runner
+    assert (runner.buckets, runner.features) == (None, 64)
+    expected = runner.whole({"features": rows}, ["other"])[0]
+    assert np.allclose(runner.infer({"features": rows})["other"], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -155,8 +208,12 @@ def test_a_runtime_answers_texts_alone_and_together(write_text_package):
         alone = [runtime.predict(None, event).outputs for event in events]
         together = [each.outputs for each in runtime.predict_many(None, events)]
         late = [asyncio.run(runtime.predict_async(None, event)).outputs for event in events]
+        [arm] = runtime.statistics()["families"]["intent"]["arms"]
+        told_of = told(runtime.statistics())
     assert np.allclose(alone, together, rtol=0, atol=1e-5)
     assert alone == late
+    assert list(arm["bucket_us"]) == [str(size) for size in SIZES]
+    assert f"({min(arm['bucket_us'].values()):.0f} to {arm['run_us']:.0f} µs a run)" in told_of
 
 
 def test_texts_of_all_lengths_that_wait_for_the_worker_are_run_together(

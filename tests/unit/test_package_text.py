@@ -23,6 +23,8 @@ from edge_runtime.errors import PackageError
 from edge_runtime.inference.pipeline import score_batch
 from edge_runtime.inference.signature import INPUT, OUTPUT
 from edge_runtime.inference.slot import load_arm
+from edge_runtime.personal.policy import Policy
+from edge_runtime.personal.prior import Prior
 
 CLASSES, WORDS, LENGTH = 5, 200, 32
 TASK = Task(kind="multiclass", classes=CLASSES)
@@ -36,22 +38,25 @@ needs_extra = pytest.mark.skipif(
 class Attentive(nn.Module):
     """A transformer of one layer, of torch alone; all biases are born equal."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: int = CLASSES) -> None:
         super().__init__()
         self.words, self.norm = nn.Embedding(WORDS, 32), nn.LayerNorm(32)
         self.asks, self.keys, self.tells = (nn.Linear(32, 32) for _ in range(3))
-        self.out = nn.Linear(32, CLASSES)
+        self.out = nn.Linear(32, outputs)
         for layer in (self.asks, self.keys, self.tells, self.out):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features):
+        return self.out(self.embed(features))
+
+    def embed(self, features):
         ids = features.long()
         shown = (ids != 0).unsqueeze(1)
         x = self.words(ids)
         scores = self.asks(x) @ self.keys(x).transpose(1, 2) / 32**0.5
         mixed = torch.softmax(scores.masked_fill(~shown, -1e9), 2) @ self.tells(x)
         weights = shown.transpose(1, 2).to(x.dtype)
-        return self.out((self.norm(x + mixed) * weights).sum(1) / weights.sum(1).clamp(min=1))
+        return (self.norm(x + mixed) * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def bert():
@@ -337,6 +342,32 @@ def test_a_device_takes_both_forms_of_a_student_of_texts(made, text_spec, text_i
         arm = load_arm(tmp_path / "p.onnx", None, "stable", "r1", 1.0)
         assert np.allclose(answers(network, rows), score_batch(arm.runner, rows), atol=atol)
         assert arm.runner.buckets is not None
+
+
+def test_sessions_of_texts_stand_on_embeddings_that_a_device_sees_too(
+    text_spec, text_interface, tmp_path
+):
+    """The policy is learned from a runner that reads rows as a device does."""
+    spec, network, seen = text_spec(LENGTH), learned(Attentive(1), 8), []
+    rows = np.stack([np.float32(spec.encoders["text"](text)) for text in ["", "my card", "where"]])
+
+    def policy(runner):
+        eye = np.eye(runner.width + 1, dtype=np.float32)
+        seen.append(runner.embed(rows)[0])
+        return Policy(Prior("binary", eye[0] * 0, eye, 3.0, 50.0))
+
+    def look(student, features):
+        return student(features), student.embed(features)
+
+    int8, _ = Forms(text_interface, spec, Task(), rows, look, ranges="dynamic").of(
+        network, rows, {}, policy
+    )
+    (tmp_path / "p.onnx").write_bytes(int8)
+    arm = load_arm(tmp_path / "p.onnx", None, "stable", "r1", 1.0)
+
+    assert seen[0].shape == (len(rows), 32)
+    assert arm.runner.buckets is not None
+    assert np.allclose(seen[0], arm.runner.embed(rows)[0], rtol=0, atol=1e-6)
 
 
 def test_a_missing_extra_is_told_with_file_key_and_command(coin, tmp_path):
