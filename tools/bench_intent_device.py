@@ -68,19 +68,8 @@ def models(course: Course) -> list[Row]:
         )
     best = right["teacher fp32"]
     return [
-        Row(
-            "teacher accuracy after fine-tuning on 2 cores in at most 20 minutes",
-            best,
-            "%",
-            90,
-            True,
-        ),
-        Row(
-            "teacher and student: processor time of learning, one thread",
-            cycle.cpu_s / 60,
-            "min",
-            20,
-        ),
+        Row("teacher accuracy after fine-tuning", best, "%", 90, True),
+        Row("fine-tuning it and distilling the student, one core", cycle.cpu_s / 60, "min", 20),
         Row(
             "student int8 accuracy, below the teacher's", best - right["student int8"], "points", 3
         ),
