@@ -1,16 +1,22 @@
 """What the tests of the TUF client share: a repository that can be spoiled at will, served over
-HTTP on loopback, and a device that is `tuf-client` in a process of its own.
+HTTP on loopback, and a device that is `tuf-client`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import io
 import json
 import subprocess
 import threading
+import types
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -149,6 +155,15 @@ class Repository:
         return MetaFile(self.documents[role].version, len(data), {"sha256": sha256})
 
 
+@functools.cache
+def tuf_client() -> types.ModuleType:
+    """The client's program as a module: processes for all its runs would take minutes."""
+    loader = SourceFileLoader("tuf_client", str(CLIENT))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
 class Device:
     """A device that was set up with the repository's first root, or with `root`."""
 
@@ -159,18 +174,27 @@ class Device:
         (folder / "given.json").write_bytes(root)
         assert self.run("init", str(folder / "given.json")) == 0
 
-    def run(self, *words: str, before: tuple[str, ...] = ()) -> int:
+    def run(self, *words: str) -> int:
         """Run the client; a crash, which is no refusal, fails the test."""
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            code = tuf_client().main(["--metadata-dir", str(self.metadata), *words])
+        self.said = said.getvalue()
+        return code
+
+    def run_apart(self, *words: str, before: tuple[str, ...] = ()) -> int:
+        """The same in a process of its own, as the public suite does, started by `before`."""
         command = [*before, str(CLIENT), "--metadata-dir", str(self.metadata), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr, done.stderr
         self.said = done.stderr
         return done.returncode
 
-    def refresh(self, *options: str, before: tuple[str, ...] = ()) -> int:
-        return self.run(
-            "--metadata-url", f"{self._url}/metadata", *options, "refresh", before=before
-        )
+    def refresh(self, *options: str) -> int:
+        return self.run(*self.asking(*options))
+
+    def asking(self, *options: str) -> tuple[str, ...]:
+        """The words of a refresh."""
+        return ("--metadata-url", f"{self._url}/metadata", *options, "refresh")
 
     def download(self, *paths: str, options: tuple[str, ...] = ()) -> int:
         names = [word for path in paths for word in ("--target-name", path)]

@@ -89,5 +89,5 @@ def test_the_clock_is_that_of_the_process(repository, device, day):
     repository.root.expires = day(7)
     repository.publish("root")
     assert device.refresh() == 0
-    assert device.refresh(before=(faketime, str(day(8)))) == 1
+    assert device.run_apart(*device.asking(), before=(faketime, str(day(8)))) == 1
     assert "expired" in device.said

@@ -177,6 +177,14 @@ def test_a_snapshot_is_no_timestamp_though_its_key_signed_it(repository, device)
     assert device.trusted() == {"root": 2}
 
 
+def test_the_client_is_a_program_that_the_public_suite_can_start(repository, device):
+    assert device.run_apart(*device.asking()) == 0
+    assert device.trusted() == FIRST
+    del repository.files["/metadata/timestamp.json"]
+    assert device.run_apart(*device.asking()) == 1
+    assert "absent" in device.said
+
+
 def test_a_server_that_is_away_is_no_success(repository, device):
     assert device.refresh() == 0
     assert device.run("--metadata-url", "http://127.0.0.1:9/metadata", "refresh") == 1
