@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,29 @@ def interpreter(checkout: Path, *, refuses: str) -> str:
     )
     path.chmod(0o755)
     return str(path)
+
+
+@pytest.fixture
+def installs(checkout):
+    """What `tools/setup` asks its pip for, in order; a request that names `refused` fails."""
+    path = checkout / ".venv/bin/python"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        """#!/bin/sh
+        case "$*" in *--dry-run*) exit;; *" install "*) echo "$*" >> asked;; esac
+        case "$*" in *"$REFUSED"*) exit 1;; esac
+        """
+    )
+    path.chmod(0o755)
+
+    def asked(refused: str = "nothing") -> tuple[int, list[str]]:
+        python = interpreter(checkout, refuses="nothing")
+        done = run_setup(checkout, PYTHON=python, REFUSED=refused)
+        lines = (checkout / "asked").read_text().splitlines()
+        (checkout / "asked").unlink()
+        return done.returncode, [line.partition(" install ")[2] for line in lines]
+
+    return asked
 
 
 def test_an_interpreter_that_is_too_old_is_named(checkout):
@@ -80,3 +104,21 @@ def test_a_changed_pyproject_means_work_to_do(checkout):
     (checkout / ".venv/headwater-stamp").write_text("of an older pyproject.toml\n")
 
     assert run_setup(checkout, PYTHON="/nonexistent").returncode == 1
+
+
+def test_weights_come_last_and_alone_in_the_version_of_the_pyproject(installs):
+    [weights] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["weights"]
+
+    code, asked = installs()
+
+    assert code == 0
+    assert asked == ["--editable .[learner,demo,dev]", f"--no-deps {weights}"]
+
+
+def test_a_set_up_that_was_interrupted_is_taken_up_again(checkout, installs):
+    code, asked = installs(refused="--no-deps")
+
+    assert (code, len(asked)) == (1, 2)
+    assert not (checkout / ".venv/headwater-stamp").exists()
+    assert installs()[0] == 0
+    assert run_setup(checkout, PYTHON="/nonexistent").returncode == 0
