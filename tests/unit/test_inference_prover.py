@@ -152,7 +152,7 @@ def test_any_signal_that_a_model_provokes_is_named(prover, write_package, write_
 
 
 def test_a_model_that_never_ends_is_refused_at_the_deadline(write_package, write_model):
-    prover = Prover(timeout_s=0.5)
+    prover = Prover(timeout_s=2.0)
     path = write_model(LOOPS)
     error = refused(prover, path)
     assert (type(error), error.code) == (PackageError, "package_hung")
@@ -285,7 +285,8 @@ def test_the_child_stands_back_and_closing_leaves_nothing_open(write_package):
     prover = Prover()
     prover.prove(write_package()[0])
     pid = pid_of(prover)
-    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, ours + 10)
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
     prover.close()
     with pytest.raises(ProcessLookupError):
