@@ -46,8 +46,11 @@ def test_each_family_of_this_repository_builds_networks_for_its_task(folder):
     rows = np.stack(columns, 1).astype(np.float32)
 
     assert family.name == folder.name
-    for build in (family.build_teacher, family.build_student):
-        assert build(rows)(torch.tensor(rows)).shape == (50, family.config.task.outputs)
+    teacher, student = family.networks(rows)
+    for network in (teacher, student):
+        assert network(torch.tensor(rows)).shape == (50, family.config.task.outputs)
+    in_float = 4 * sum(weights.numel() for weights in student.state_dict().values())
+    assert in_float < 0.95 * family.config.gates.size_bytes_max
 
 
 def test_a_family_declares_what_its_files_say(coin, tmp_path):
