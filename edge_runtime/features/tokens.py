@@ -4,9 +4,10 @@ Why: a model reads texts as the ids of one tokenizer, and any other makes nonsen
 tokenizer is part of the feature spec, and device and learner run it here.
 
 Invariants: the same text gives the same ids everywhere: as many as a feature has columns, each
-below `size`. What is too long is cut before the ids that mark its end. Any text that UTF-8 can
-carry gives some, and in bounded time: what of it is read is bounded. Encoders that are equal are in
-memory once.
+below `size`. The marks of a text, and what fills up behind them, come out of no text itself. What
+is too long is cut before the ids that mark its end. Any text that UTF-8 can carry gives some, and
+in bounded time: what of it is read is bounded, and what a tokenizer may make of it. Encoders that
+are equal are in memory once.
 
 The one home of the `tokenizers` library, which is loaded when a spec first asks for it: a device
 that reads no texts needs no extra. Knows nothing about events and models.
@@ -15,12 +16,15 @@ that reads no texts needs no extra. Knows nothing about events and models.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
 from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
+from edge_runtime.features.growth import GROWTH_MAX, growth
 
 _ODD = "\x00 a\u0301 \u6f22 \U0001f600 \ue000 " + "x" * 300
 """Something of what people send; a tokenizer that cannot say 'unknown' fails at it."""
@@ -45,15 +49,14 @@ class Encoder:
             made = library.Tokenizer.from_str(tokenizer)
             self.size: int = made.get_vocab_size()
             self.pad = _pad_of(made)
-            _check_ids(made, self.size)
-            _set_up(made, length)
-            self._encode = made.encode
-            marks, odd = self._encode("").ids, self._encode(_ODD).ids
-            if not marks or self.pad in (*marks, *odd):
-                raise _bad(
-                    "an empty text must have an id, and no text that of the padding",
-                    "give it a post-processor that marks where a text begins or ends",
-                )
+            _check_steps(made)
+            _set_up(made)
+            self._begin, self._end = _marks_of(made, length)
+        marks = {*self._begin, *self._end}
+        _check_ids(made, self.size, self.pad, marks)
+        self._encode = made.encode
+        self._reserved = marks | {self.pad}
+        self._room = length - len(self._begin) - len(self._end)
         self._padding = [self.pad] * length
         self._characters = CHARACTERS_PER_ID * length
 
@@ -65,7 +68,10 @@ class Encoder:
             raise
         except BaseException as error:
             raise PackageError("run_failed", f"the tokenizer fails at a text: {error}") from error
-        return ids + self._padding[len(ids) :]
+        if not self._reserved.isdisjoint(ids):
+            ids = [each for each in ids if each not in self._reserved]
+        row = self._begin + ids[: self._room] + self._end
+        return row + self._padding[len(row) :]
 
 
 _encoders: WeakValueDictionary[tuple[bytes, int], Encoder] = WeakValueDictionary()
@@ -118,23 +124,55 @@ def _pad_of(tokenizer: Any) -> int:
     raise _bad("it names no padding", "give it a token [PAD] or <pad>")
 
 
-def _check_ids(tokenizer: Any, size: int) -> None:
-    gap = next((each for each in range(size) if tokenizer.id_to_token(each) is None), None)
-    if gap is not None:
-        raise _bad(f"it has {size} tokens, but none with the id {gap}")
+def _check_steps(tokenizer: Any) -> None:
+    steps = tokenizer.normalizer, tokenizer.pre_tokenizer
+    grown = math.prod(growth(json.loads(each.__getstate__())) for each in steps if each is not None)
+    if grown > GROWTH_MAX:
+        raise _bad(
+            f"it may make {grown:.6g} characters of one, more than {GROWTH_MAX:,.0f}",
+            "leave out steps that write more than they read",
+        )
+    model = tokenizer.model
+    drawn = getattr(model, "alpha", None), getattr(model, "nbest_size", None)
+    if getattr(model, "dropout", None) or drawn != (None, None):
+        raise _bad("it draws ids by chance", "give it a model without dropout and sampling")
 
 
-def _set_up(tokenizer: Any, length: int) -> None:
-    """Let it cut texts at `length`, fill up none, and give up long words."""
-    shortest = tokenizer.num_special_tokens_to_add(is_pair=False) + 1
-    if length < shortest:
-        raise _bad(f"a text takes {shortest} ids at least, and length is {length}")
+def _set_up(tokenizer: Any) -> None:
+    """Let it give all ids of a text, fill up none, and give up long words."""
     model = tokenizer.model
     if hasattr(model, "max_input_chars_per_word"):
         model.max_input_chars_per_word = min(WORD_MAX, model.max_input_chars_per_word)
     tokenizer.encode_special_tokens = True  # else who writes [SEP] would end the text
     tokenizer.no_padding()
-    tokenizer.enable_truncation(length)
+    tokenizer.no_truncation()
+
+
+def _marks_of(tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
+    """The ids that stand before a text and behind it; it gives a text's own alone from now on."""
+    whole, marks = tokenizer.encode(_ODD).ids, tokenizer.encode("").ids
+    if not marks:
+        hint = "give it a post-processor that marks where a text begins or ends"
+        raise _bad("an empty text must have an id", hint)
+    if length <= len(marks):
+        raise _bad(f"a text takes {len(marks) + 1} ids at least, and length is {length}")
+    tokenizer.post_processor = None
+    inner = tokenizer.encode(_ODD).ids
+    for at in range(len(marks) + 1):
+        if whole == marks[:at] + inner + marks[at:]:
+            return marks[:at], marks[at:]
+    raise _bad("its post-processor gives a text otherwise than once, between the same marks")
+
+
+def _check_ids(tokenizer: Any, size: int, pad: int, marks: set[int]) -> None:
+    gap = next((each for each in range(size) if tokenizer.id_to_token(each) is None), None)
+    if gap is not None:
+        raise _bad(f"it has {size} tokens, but none with the id {gap}")
+    beyond = max(pad, *marks)
+    if beyond >= size:
+        raise _bad(f"it has {size} tokens, and pads or marks with the id {beyond}")
+    if pad in marks:
+        raise _bad(f"it pads with the id {pad}, which is a mark, too", "give it a token [PAD]")
 
 
 def _bad(why: str, hint: str = "") -> ConfigError:
