@@ -194,6 +194,7 @@ TOKENIZER = json.dumps(
     },
     separators=(",", ":"),
 )
+SAID = "", "my card is lost", "when will it come ?", "cards " * 40, "where"
 TEXT_INTERFACE = Interface(
     family="intent",
     kinds={"asked": Kind(predicts=True, fields={"text": "str"})},
@@ -268,7 +269,7 @@ def write_text_package(
 
     Returns its path and SHA-256. With `leaky`, padding counts in the mean; a `heavy` one of many
     columns takes milliseconds; `words` is how many its table of embeddings has; `fixed` fixes its
-    columns; `off` is added to the golden answers. `also` are outputs of width 8: the `pooled` mean
+    columns; `off` is added to the golden answers, which are to what is `said`. `also` are outputs of width 8: the `pooled` mean
     over tokens, or that over `every` column. With a `policy` it answers with one number.
     """
 
@@ -281,6 +282,7 @@ def write_text_package(
         fixed: bool = False,
         off: float = 0.0,
         tokenizer: str = TOKENIZER,
+        said: Sequence[str] = SAID,
         also: Mapping[str, str] = {},
         policy: Policy | None = None,
         family: str = "intent",
@@ -288,7 +290,6 @@ def write_text_package(
         from onnx import helper, numpy_helper, parser
 
         spec = text_spec(length, tokenizer)
-        said = ["", "my card is lost", "when will it come ?", "cards " * 40, "where"]
         rows = np.stack([np.float32(spec.encoders["text"](text)) for text in said])
         columns = length if fixed else "s"
         scores, answer = (3, "Softmax <axis = -1>") if policy is None else (1, "Sigmoid")
@@ -323,7 +324,7 @@ def write_text_package(
         golden = (
             _golden_of(model, rows, tmp_path)
             if words == len(WORDS)
-            else np.zeros((5, scores), "f4")
+            else np.zeros((len(said), scores), "f4")
         )
         metadata = metadata_of(
             msgspec.structs.replace(TEXT_INTERFACE, family=family),

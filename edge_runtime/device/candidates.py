@@ -19,7 +19,7 @@ from edge_runtime.device.family import Family
 from edge_runtime.device.words import Event
 from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.inference.package import Matrix
-from edge_runtime.inference.scoring import Answer, Rows, Scores, Table
+from edge_runtime.inference.scoring import Answer, Rows, Scores, Table, read
 from edge_runtime.inference.slot import Arm
 from edge_runtime.wire.messages import Fields
 
@@ -28,7 +28,7 @@ Said = tuple[str, float, Fields]
 
 class Candidates:
     """`fields` that complete `event`, each to one of `family`; `tables` holds a row of features for
-    each, (candidates, F), by arm.
+    each, (candidates, F), by arm, or why an arm has none.
 
     With `features`, of the stable arm's spec, the windows are asked only for arms of another spec.
     Raises: RequestError, as `Pipeline.admitted`, and (wrong_shape, not_finite).
@@ -46,7 +46,7 @@ class Candidates:
             features = _fitting(features, len(fields), arms[0])
         if features is not None and not self._are_admitted:
             self._rows: Sequence[Rows] | _Given = _Given(features, len(pipeline.slot.resident))
-            self.tables: Sequence[Matrix] = [features] * len(arms)
+            self.tables: Sequence[Matrix | PackageError] = [features] * len(arms)
             return
         many = [{**event.fields, **each} for each in fields]
         for each in many:
@@ -122,10 +122,13 @@ def _replace(many: Sequence[Rows], features: Matrix, resident: Sequence[Arm]) ->
         ]
 
 
-def _tables(many: Sequence[Rows], arms: Sequence[Arm], *, one: bool) -> list[Matrix]:
-    count = 1 if one else len(arms)
-    tables = [
-        np.frombuffer(b"".join([rows[at] for rows in many]), "<f4").reshape(len(many), -1)
-        for at in range(count)
-    ]
+def _tables(many: Sequence[Rows], arms: Sequence[Arm], *, one: bool) -> list[Matrix | PackageError]:
+    tables = [_table([rows[at] for rows in many]) for at in range(1 if one else len(arms))]
     return tables * len(arms) if one else tables
+
+
+def _table(rows: Rows) -> Matrix | PackageError:
+    try:
+        return np.frombuffer(b"".join(read(rows)), "<f4").reshape(len(rows), -1)
+    except PackageError as error:
+        return error

@@ -165,10 +165,11 @@ class Family:
             scored += _others(arms, answers, usable, index)
         if self._comparisons and usable[0]:
             self._offer(scores)
-        arm = arms[index]
+        arm, row = arms[index], scores.rows[index]
         assert arm.info is not None
+        assert type(row) is bytes
         return PredictionRecord(
-            self.name, *said, arm.info.spec.hash, scores.rows[index], chance, scored, adapted, shown
+            self.name, *said, arm.info.spec.hash, row, chance, scored, adapted, shown
         )
 
     def _drawn(

@@ -70,8 +70,8 @@ class Visitor:
         if ground is None:
             return SessionPrediction(name, base, answer.release, answer.arm, base, adapted=False)
         answers, _, embedding = scores.answers
-        stable = answers[0]
-        if embedding is not None and type(stable) is list:
+        stable, row = answers[0], scores.rows[0]
+        if embedding is not None and type(stable) is list and isinstance(row, bytes):
             kept = Answered(
                 self.family,
                 self.key,
@@ -79,7 +79,7 @@ class Visitor:
                 ground.spec,
                 embedding.tobytes(),
                 stable[0],
-                scores.rows[0],
+                row,
             )
             self._pending.remember(number[1], kept)
         if not shift:

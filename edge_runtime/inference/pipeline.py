@@ -26,14 +26,14 @@ import msgspec
 import numpy as np
 
 from edge_runtime.clock import Clock, SystemClock
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import PackageError, RequestError
 from edge_runtime.features.engine import Engine
 from edge_runtime.features.feature import LABEL
 from edge_runtime.inference import history
 from edge_runtime.inference.history import Number
 from edge_runtime.inference.package import Interface, Matrix, PackageInfo
 from edge_runtime.inference.runner import Runner
-from edge_runtime.inference.scoring import Rows
+from edge_runtime.inference.scoring import Row, Rows
 from edge_runtime.inference.slot import Arm, Slot
 from edge_runtime.wire.messages import Fields
 
@@ -87,19 +87,25 @@ class Pipeline:
 
     def rows(self, time_s: float, fields: Fields) -> Rows:
         """The feature values of an admitted event, float32 little-endian: one row for each arm that
-        answers, then one for each shadow.
+        answers, then one for each shadow. Where a tokenizer fails, its error stands in their place.
         """
         engines = self._of_arms
-        if len(self.engines) == 1:
-            return [engines[0].packed(time_s, fields)] * len(engines)
-        packed = {id(engine): engine.packed(time_s, fields) for engine in self.engines.values()}
-        return [packed[id(engine)] for engine in engines]
+        try:
+            if len(self.engines) == 1:
+                row: Row = engines[0].packed(time_s, fields)
+                return [row] * len(engines)
+            packed = {id(each): each.packed(time_s, fields) for each in self.engines.values()}
+            return [packed[id(engine)] for engine in engines]
+        except PackageError:
+            return [_tried(engine, time_s, fields) for engine in engines]
 
     def rows_of_many(self, time_s: float, many: Sequence[Fields]) -> list[Rows]:
         """The rows of each of many admitted events at one time, as `rows` gives them."""
-        packed = {id(each): each.packed_many(time_s, many) for each in self.engines.values()}
-        columns = [packed[id(engine)] for engine in self._of_arms]
-        return [list(rows) for rows in zip(*columns, strict=True)]
+        try:
+            packed = {id(each): each.packed_many(time_s, many) for each in self.engines.values()}
+        except PackageError:
+            return [self.rows(time_s, fields) for fields in many]
+        return [[*each] for each in zip(*(packed[id(e)] for e in self._of_arms), strict=True)]
 
     def admit(self, kind: str, time_s: float, fields: Fields) -> Interface:
         """Say whether the windows may see an event. Raises: RequestError, as `admitted`."""
@@ -243,6 +249,13 @@ class Pipeline:
                 f"{interface.clock} clock; at most {interface.skew_s_max:g} s are allowed",
                 "send seconds since the epoch, UTC",
             )
+
+
+def _tried(engine: Engine, time_s: float, fields: Fields) -> Row:
+    try:
+        return engine.packed(time_s, fields)
+    except PackageError as error:
+        return error
 
 
 def score_batch(runner: Runner, x: Matrix) -> Matrix:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
 from time import perf_counter_ns
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -24,7 +25,10 @@ from edge_runtime.errors import PackageError
 from edge_runtime.inference.slot import Arm
 from edge_runtime.personal.prior import Matrix, Vector
 
-Rows = list[bytes]
+Row = bytes | PackageError
+"""Features, float32 little-endian, or why there are none."""
+
+Rows = list[Row]
 """The features of one event: a row for each arm, those that answer first."""
 
 Answer = list[float] | PackageError
@@ -65,9 +69,11 @@ def score(arms: Sequence[Arm], rows: Rows) -> Answers:
     """
     if len(arms) > 1:
         return _each(arms, rows)
-    runner = arms[0].runner
+    runner, row = arms[0].runner, rows[0]
+    if isinstance(row, PackageError):
+        return [row], (), None
     try:
-        return [runner.answer(rows[0])], (), runner.embedding
+        return [runner.answer(row)], (), runner.embedding
     except PackageError as error:
         return [error], (), None
 
@@ -95,12 +101,18 @@ def score_many(arms: Sequence[Arm], many: Sequence[Rows]) -> list[Answers]:
     ]
 
 
-def score_table(arms: Sequence[Arm], tables: Sequence[Matrix]) -> Table:
-    """What each of `arms` answers to its table, (rows, features), in one run; on any thread."""
+def score_table(arms: Sequence[Arm], tables: Sequence[Matrix | PackageError]) -> Table:
+    """What each of `arms` answers to its table, (rows, features), in one run, or why it has none;
+    on any thread.
+    """
     answers: list[Vector | PackageError] = []
     took_ns: list[int] = []
     embeddings = None
     for index, (arm, x) in enumerate(zip(arms, tables, strict=False)):
+        if isinstance(x, PackageError):
+            answers.append(x)
+            took_ns.append(0)
+            continue
         started_ns = _begun(arm, len(x))
         try:
             if arm.runner.given_up:
@@ -115,6 +127,14 @@ def score_table(arms: Sequence[Arm], tables: Sequence[Matrix]) -> Table:
         finally:
             took_ns.append(_ended(arm, started_ns) // len(x))
     return Table(answers, took_ns, embeddings)
+
+
+def read(rows: Sequence[Row]) -> list[bytes]:
+    """Rows of features. Raises: PackageError, the first that stands in the place of one."""
+    for row in rows:
+        if isinstance(row, PackageError):
+            raise row
+    return cast("list[bytes]", rows)
 
 
 def _every(run: Callable[[Matrix], tuple[Matrix, ...]], x: Matrix) -> tuple[Matrix, ...]:
@@ -149,7 +169,8 @@ def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
     for arm, row in zip(arms, rows, strict=False):
         started_ns = _begun(arm, 1)
         try:
-            answers.append(GIVEN_UP if arm.runner.given_up else arm.runner.answer(row))
+            given_up = arm.runner.given_up
+            answers.append(GIVEN_UP if given_up else arm.runner.answer(*read([row])))
         except PackageError as error:
             answers.append(error)
         finally:  # also of a run that Ctrl-C ended: it does not hang
@@ -157,20 +178,20 @@ def _each(arms: Sequence[Arm], rows: Rows) -> Answers:
     return answers, took_ns, arms[0].runner.embedding if type(answers[0]) is list else None
 
 
-def _embedded(arm: Arm, rows: list[bytes]) -> tuple[Sequence[Vector | None], list[Answer]]:
-    x = np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), arm.runner.features)
+def _embedded(arm: Arm, rows: Rows) -> tuple[Sequence[Vector | None], list[Answer]]:
     try:
+        x = np.frombuffer(b"".join(read(rows)), "<f4").reshape(len(rows), arm.runner.features)
         embeddings, answers = arm.runner.embed(x)
     except PackageError:
         return [None] * len(rows), _column(arm, rows)
     return list(embeddings), [*answers.tolist()]
 
 
-def _column(arm: Arm, rows: list[bytes]) -> list[Answer]:
+def _column(arm: Arm, rows: Rows) -> list[Answer]:
     if arm.runner.given_up:
         return [GIVEN_UP for _ in rows]
     try:
-        return [*arm.runner.answer_many(rows)]
+        return [*arm.runner.answer_many(read(rows))]
     except PackageError as error:
         if len(rows) == 1:
             return [error]
