@@ -2,7 +2,8 @@
 
 Why: of a text of ten tokens in a row of 64, a transformer would compute five sixths for nothing. A
 row is cut to the smallest bucket that holds it, so that shapes stay few, and rows of one bucket
-are run together. There are four for each doubling, of which at most a fifth is padding.
+are run together. There are four for each doubling: of a row of 8 tokens or more, less than a fifth
+of what is run is padding.
 
 Invariants: answers stand in the order of the rows. A row of nothing but padding is run whole.
 
@@ -26,6 +27,9 @@ from edge_runtime.inference.tensors import Tensor
 
 KEY = "headwater.padding"
 SMALLEST = 8
+PAD_MAX = 1 << 24
+"""Up to here, float32 holds every integer."""
+
 TOKENS_AT_ONCE = 512
 """So many columns of all rows together are run at most: for each, a transformer holds kilobytes."""
 
@@ -48,6 +52,8 @@ def padding_in(metadata: Mapping[str, str]) -> Padding | None:
         raise PackageError("bad_metadata", f"{KEY!r} cannot be used: {error}") from error
     if not 1 <= told.length <= TOKENS_MAX:
         raise PackageError("bad_metadata", f"{KEY!r}: length {told.length} is no number of tokens")
+    if not 0 <= told.pad <= PAD_MAX:
+        raise PackageError("bad_metadata", f"{KEY!r}: pad is not from 0 to {PAD_MAX}")
     return told
 
 
@@ -99,6 +105,9 @@ class Buckets:
 
     def run(self, run: Run, x: Matrix) -> list[Matrix]:
         """What `run` gives for the rows of `x`, (rows, length), asked once for each bucket."""
+        if not len(x):
+            nobody = run(np.full((1, self.sizes[0]), self._pad))
+            return [each[:0] for each in nobody]
         sizes = self.sizes_of(x)
         if len(x) == 1:
             return run(np.ascontiguousarray(x[:, : sizes[0]]))
@@ -116,15 +125,22 @@ class Buckets:
         back = np.argsort(order, kind="stable")
         return [np.concatenate(each)[back] for each in zip(*runs, strict=True)]
 
-    def rows_of_each(self, indices: int) -> Matrix:
-        """Rows that fill each bucket, and rows that just do not fit the one before: of ids from all
-        of a vocabulary of `indices`.
+    def proofs(self, indices: int) -> list[tuple[Matrix, list[int]]]:
+        """Rows, (1, length), of ids from all of a vocabulary of `indices`, each with the buckets in
+        which it must come out as it does whole: one token, and in each doubling a row that fills
+        its first bucket and one that just does not, in all those up to the next.
         """
-        ends = sorted({1, *self.sizes, *(size + 1 for size in self.sizes[:-1])})
-        x = np.full((len(ends), self._length), self._pad, np.float32)
-        for row, end in zip(x, ends, strict=True):
-            ids = np.linspace(indices - 1, 0, end).round().astype(np.float32)
-            row[:end] = np.where(ids == self._pad, indices - 1, ids)
+        cut = self.sizes[:-1]
+        wanted = [(1, cut[:1])]
+        for at in range(0, len(cut), 4):
+            wanted += [(cut[at], cut[at : at + 1]), (cut[at] + 1, cut[at + 1 : at + 5])]
+        return [(self._row(end, indices), sizes) for end, sizes in wanted if sizes]
+
+    def _row(self, end: int, indices: int) -> Matrix:
+        """A row of `end` tokens."""
+        ids = np.linspace(indices - 1, 0, end).round().astype(np.float32)
+        x = np.full((1, self._length), self._pad, np.float32)
+        x[0, :end] = np.where(ids == self._pad, 0 if self._pad else indices - 1, ids)
         return x
 
 

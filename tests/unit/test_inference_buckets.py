@@ -127,15 +127,37 @@ def test_a_package_of_texts_passes_the_proof_of_the_child(write_text_package):
     try:
         prover.prove(write_text_package()[0])
         with pytest.raises(PackageError) as caught:
-            prover.prove(write_text_package(leaky=True)[0])
+            prover.prove(write_text_package(leaky=1.0)[0])
     finally:
         prover.close()
     assert caught.value.code == "padding_counts"
 
 
-def test_an_answer_that_depends_on_padding_is_refused(write_text_package):
-    error = refused(write_text_package(leaky=True)[0])
+@pytest.mark.parametrize("leaky", [1.0, 1e-3])
+def test_an_answer_that_depends_on_padding_is_refused_however_little(write_text_package, leaky):
+    error = refused(write_text_package(leaky=leaky)[0])
     assert (error.code, "'probability'" in error.message) == ("padding_counts", True)
+
+
+@pytest.mark.parametrize("length", [3, 8, 20, 64, 65, 512])
+@pytest.mark.parametrize("pad", [0, 5, 14])
+def test_each_bucket_is_proven_by_rows_that_do_not_begin_with_padding(length, pad):
+    buckets = Buckets(Padding(length, pad))
+    proofs, proven = buckets.proofs(15), set()
+    for row, sizes in proofs:
+        end = length - int((row[0, ::-1] != pad).argmax())
+        assert row.shape == (1, length)
+        assert 0 <= row.min() <= row.max() <= 14
+        assert pad not in row[0, :end]
+        assert min(sizes) == buckets.sizes_of(row)[0]
+        proven |= set(sizes)
+    assert sorted(proven) == buckets.sizes[:-1]
+    assert len(proofs) <= 14
+
+
+def test_no_rows_give_no_rows(runner, rows):
+    assert runner.run(rows[:0]).shape == (0, 3)
+    assert Buckets(Padding(8, 0)).run(lambda part: [part[:, :2]], rows[:0])[0].shape == (0, 2)
 
 
 def test_a_tokenizer_that_pads_with_another_id_than_the_model_masks_is_refused(
@@ -169,7 +191,7 @@ def test_an_embedding_that_does_not_is_given_alike_however_it_is_asked_for(
 @pytest.mark.parametrize("texts", [1, 2])
 def test_tensors_are_asked_in_buckets_too(write_text_package, rows, texts):
     """Seen by a model whose answers change with padding, which no device would load."""
-    runner, short = Runner(write_text_package(64, leaky=True)[0]), rows[[1, 4][:texts]]
+    runner, short = Runner(write_text_package(64, leaky=1.0)[0]), rows[[1, 4][:texts]]
     found = runner.infer({"features": short})["probability"]
     cut = runner.whole({"features": short[:, :8].copy()})[0]
     assert np.allclose(found, cut, rtol=0, atol=1e-5)
@@ -194,7 +216,9 @@ def test_golden_rows_that_come_out_otherwise_are_refused(write_text_package):
 
 
 @pytest.mark.parametrize(
-    "told", ["", "[]", '{"length":0,"pad":0}', '{"length":4096,"pad":0}', '{"length":8}']
+    "told",
+    ["", "[]", '{"length":0,"pad":0}', '{"length":4096,"pad":0}', '{"length":8}']
+    + [f'{{"length":8,"pad":{pad}}}' for pad in (-1, 2**24 + 1, 10**400)],
 )
 def test_padding_that_cannot_be_is_refused(told):
     with pytest.raises(PackageError) as caught:
