@@ -26,9 +26,11 @@ from weakref import WeakValueDictionary
 from edge_runtime.errors import ConfigError, HeadwaterError, PackageError
 from edge_runtime.features.growth import GROWTH_MAX, growth
 
-_ODD = "\x00 a\u0301 \u6f22 \U0001f600 \ue000 " + "x" * 300
-"""Something of what people send; a tokenizer that cannot say 'unknown' fails at it."""
-
+ODD = "\0 a\u0301 \u6f22 \U0001f600 \ue000 " + "x" * 300
+ODD += " \u0130\xdf\xbd\ufdfa\u01c5 I'LL-don't,4.2%[SEP]</s> \ud55c\u1112\u1161\u11ab\u200d\ufe0f"
+"""Something of what people send; a tokenizer that cannot say 'unknown' fails at it, and libraries
+that differ show it.
+"""
 
 CHARACTERS_PER_ID = 8
 """What is read of a text, for each id that it may have; an id of English has four or five."""
@@ -38,7 +40,8 @@ WORD_MAX = 32
 
 
 class Encoder:
-    """Texts as `length` ids, from 0 to `size` - 1; `pad` fills up behind the last of them.
+    """Texts as `length` ids, from 0 to `size` - 1; `pad` fills up behind the last of them. `digest`
+    is that of the ids of an odd text: the same wherever the library reads texts alike.
 
     Raises: ConfigError (missing_extra, bad_tokenizer).
     """
@@ -55,6 +58,7 @@ class Encoder:
         marks = {*self._begin, *self._end}
         _check_ids(made, self.size, self.pad, marks)
         self._encode = made.encode
+        self.digest = hashlib.sha256(repr(made.encode(ODD).ids).encode()).hexdigest()[:16]
         self._reserved = marks | {self.pad}
         self._room = length - len(self._begin) - len(self._end)
         self._padding = [self.pad] * length
@@ -150,14 +154,14 @@ def _set_up(tokenizer: Any) -> None:
 
 def _marks_of(tokenizer: Any, length: int) -> tuple[list[int], list[int]]:
     """The ids that stand before a text and behind it; it gives a text's own alone from now on."""
-    whole, marks = tokenizer.encode(_ODD).ids, tokenizer.encode("").ids
+    whole, marks = tokenizer.encode(ODD).ids, tokenizer.encode("").ids
     if not marks:
         hint = "give it a post-processor that marks where a text begins or ends"
         raise _bad("an empty text must have an id", hint)
     if length <= len(marks):
         raise _bad(f"a text takes {len(marks) + 1} ids at least, and length is {length}")
     tokenizer.post_processor = None
-    inner = tokenizer.encode(_ODD).ids
+    inner = tokenizer.encode(ODD).ids
     for at in range(len(marks) + 1):
         if whole == marks[:at] + inner + marks[at:]:
             return marks[:at], marks[at:]

@@ -98,11 +98,12 @@ class PackageInfo(msgspec.Struct, frozen=True):
     policy: Policy | None = None
 
 
-class _Golden(msgspec.Struct, frozen=True):
+class _Golden(msgspec.Struct, frozen=True, omit_defaults=True):
     shape: tuple[int, int]
     inputs_b64: str
     outputs_b64: str
     tolerance: float
+    tokens: str = ""
 
 
 def metadata_of(
@@ -120,9 +121,8 @@ def metadata_of(
     `provenance` is any JSON object.
     """
     rows, features = golden_inputs.shape
-    golden = _Golden(
-        (rows, features), _to_base64(golden_inputs), _to_base64(golden_outputs), tolerance
-    )
+    said = _to_base64(golden_inputs), _to_base64(golden_outputs)
+    golden = _Golden((rows, features), *said, tolerance, _tokens_of(spec))
     texts = {
         "family": interface.family,
         "interface": msgspec.json.encode(interface, order="sorted").decode(),
@@ -140,8 +140,8 @@ def metadata_of(
 def read_package(metadata: Mapping[str, str]) -> PackageInfo:
     """What `metadata_of` wrote.
 
-    Raises: PackageError (missing_metadata, bad_metadata, spec_mismatch, missing_extra), naming the
-    key.
+    Raises: PackageError (missing_metadata, bad_metadata, spec_mismatch, missing_extra,
+    other_tokens), naming the key.
     """
     interface = _decoded(metadata, "interface", Interface)
     if interface.version != PACKAGE_VERSION:
@@ -159,6 +159,9 @@ def read_package(metadata: Mapping[str, str]) -> PackageInfo:
     if buckets.padding_in(metadata) not in (None, spec.padding):
         raise _bad("padding", "is not how the rows of its feature spec end")
     golden = _decoded(metadata, "golden", _Golden)
+    if golden.tokens not in ("", _tokens_of(spec)):
+        what = "the package's tokenizer gives other ids on this machine than where it was built"
+        raise PackageError("other_tokens", what, "install the tokenizers library that built it")
     inputs, outputs = _read_golden(golden, spec)
     provenance = _decoded(metadata, "provenance", dict[str, Any])
     told = metadata.get(_PREFIX + "personal")
@@ -166,6 +169,10 @@ def read_package(metadata: Mapping[str, str]) -> PackageInfo:
     return PackageInfo(
         interface.family, interface, spec, inputs, outputs, golden.tolerance, provenance, policy
     )
+
+
+def _tokens_of(spec: Spec) -> str:
+    return "".join(encoder.digest for encoder in spec.encoders.values())
 
 
 def _text(metadata: Mapping[str, str], key: str) -> str:

@@ -206,7 +206,7 @@ def load_arm(
     nobody signed.
     Raises: PackageError (hash_mismatch, golden_mismatch, unreadable_package, external_data,
     wrong_signature, wrong_vocabulary, padding_counts, missing_metadata, missing_extra,
-    bad_metadata, spec_mismatch).
+    other_tokens, bad_metadata, spec_mismatch).
     """
     memory.trim()  # what was freed and is still held would hide what loading adds
     before = memory.resident_bytes()

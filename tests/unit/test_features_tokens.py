@@ -46,6 +46,10 @@ def test_a_text_is_a_row_of_ids_filled_with_padding(text_spec):
     assert spec.padding == Padding(8, PAD)
 
 
+def test_an_odd_text_has_the_same_ids_with_each_version_of_the_library(text_spec):
+    assert text_spec(8).encoders["text"].digest == "8288cb6f10cc6e7c"
+
+
 def test_what_is_too_long_is_cut_before_the_end_mark(text_spec):
     assert ids(text_spec(5), "my card is lost when") == [CLS, MY, CARD, 6, SEP]
 

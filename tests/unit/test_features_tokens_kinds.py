@@ -161,12 +161,12 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "u
         sequence(*[sequence(DOUBLED, DOUBLED)] * 20),
         sequence(*[replace({"Regex": "q"}, "qq")] * 40),
         sequence(*[replace({"String": ""}, "q")] * 40),
-        replace({"String": "q"}, "q" * 3000),
+        replace({"String": "q"}, "q" * 5000),
         sequence(*[{"type": "Prepend", "prepend": "q"}, DOUBLED] * 20),
         sequence(*[{"type": "ByteLevel"}] * 20),
         sequence(*[replace({"String": " "}, "\ufdfa"), {"type": "NFKD"}] * 20),
         sequence(*[table("q" * 18)] * 10),
-        table("q" * 3000),
+        table("q" * 5000),
     ],
 )
 def test_a_normalizer_that_can_grow_a_text_without_bound_is_refused(normalizer):

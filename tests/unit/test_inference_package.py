@@ -50,6 +50,27 @@ def test_a_missing_key_is_named(metadata, key):
     assert f"headwater.{key}" in caught.value.message
 
 
+def test_a_package_whose_texts_this_library_reads_otherwise_is_refused(text_interface, text_spec):
+    spec = text_spec(8)
+    rows = np.float32([spec.encoders["text"](text) for text in ("my card", "")])
+    answers = np.full((2, 3), 1 / 3, np.float32)
+    golden = {"golden_inputs": rows, "golden_outputs": answers, "tolerance": 1e-4}
+    metadata = metadata_of(text_interface, spec, **golden, provenance={})
+    told = metadata["headwater.golden"]
+    here = spec.encoders["text"].digest
+    assert told.count(here) == 1
+    metadata["headwater.golden"] = told.replace(here, "0" * 16)
+    with pytest.raises(PackageError, match="other ids on this machine") as caught:
+        read_package(metadata)
+    assert caught.value.code == "other_tokens"
+    metadata["headwater.golden"] = told.replace(f',"tokens":"{here}"', "")
+    assert read_package(metadata).spec == spec
+
+
+def test_a_package_without_texts_says_nothing_of_them(metadata):
+    assert "tokens" not in metadata["headwater.golden"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"', "[" * 100_000])
 @pytest.mark.parametrize("key", ["interface", "features", "golden", "provenance"])
 def test_garbage_under_a_key_is_named(metadata, key, text):
