@@ -86,7 +86,6 @@ class Runner:
         except UnicodeDecodeError as error:
             what = f"{path} has a name that is no text: {error}"
             raise PackageError("unreadable_package", what) from error
-        self.bucket_us: dict[int, float | None] = {}
         self._check(str(path))
         self._try_out(str(path))
         self._warm(rows_max)
@@ -242,8 +241,9 @@ class Runner:
 
     def _warm(self, rows_max: int) -> None:
         """Run each size of batch, and each bucket, that is used."""
-        for size in self.buckets.sizes if self.buckets is not None else ():
-            self.bucket_us[size] = trial.usual_us(self.whole, [Buckets.input_of(size)])
+        sizes = self.buckets.sizes if self.buckets is not None else []
+        self.bucket_us = {s: trial.usual_us(self.whole, [Buckets.input_of(s)]) for s in sizes[:-1]}
+        self.bucket_us |= dict.fromkeys(sizes[-1:], self.run_us)
         if self.batchable:
             trial.warm(self.whole, self.inputs, self.buckets.least if self.buckets else rows_max)
 
