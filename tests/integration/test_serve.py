@@ -16,7 +16,7 @@ import pytest
 from cloud_learner.bootstrap import bootstrap
 from cloud_learner.config import Home
 
-WAIT_S = 60.0
+WAIT_S = 30.0
 LEARNER = [sys.executable, "-m", "cloud_learner.cli"]
 DEVICE = [sys.executable, "-m", "edge_runtime.cli"]
 
