@@ -175,25 +175,47 @@ WORDS = (
     "[SEP]",
     *["my", "card", "is", "lost", "when", "will", "it", "come", "where", "?", "##s"],
 )
-TOKENIZER = json.dumps(
-    {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": at, "content": word, "special": True, "single_word": False, "lstrip": False}
-            | {"rstrip": False, "normalized": False}
-            for at, word in enumerate(WORDS[:4])
-        ],
-        "normalizer": {"type": "Lowercase"},
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
-        "decoder": None,
-        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
-        | {"max_input_chars_per_word": 100, "vocab": {word: at for at, word in enumerate(WORDS)}},
-    },
-    separators=(",", ":"),
+
+
+def _tokenizer(words: Sequence[str], model: dict[str, Any], added: list[dict[str, Any]]) -> str:
+    """The JSON of a tokenizer of BERT's kind; the first words are [PAD], [UNK], [CLS], [SEP]."""
+    vocabulary = {word: at for at, word in enumerate(words)}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": {"type": "Lowercase"},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+            "decoder": None,
+            "model": {**model, "vocab": vocabulary},
+        },
+        separators=(",", ":"),
+    )
+
+
+TOKENIZER = _tokenizer(
+    WORDS,
+    {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    | {"max_input_chars_per_word": 100},
+    [
+        {"id": at, "content": word, "special": True, "single_word": False, "lstrip": False}
+        | {"rstrip": False, "normalized": False}
+        for at, word in enumerate(WORDS[:4])
+    ],
 )
+WITHOUT_TOKENIZERS = """
+import sys
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tokenizers":
+            raise ImportError("No module named 'tokenizers'")
+
+sys.meta_path.insert(0, Gone())
+"""
 SAID = "", "my card is lost", "when will it come ?", "cards " * 40, "where"
 TEXT_INTERFACE = Interface(
     family="intent",
@@ -646,6 +668,21 @@ class BadDisk(OsFiles):
 def bad_disk() -> BadDisk:
     """A disk that can be told to refuse, or to hang."""
     return BadDisk()
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Callable[[Sequence[str]], str]:
+    """`word_tokenizer(words)`: the JSON of a tokenizer to which each of these words is a token."""
+    return lambda words: _tokenizer(words, {"type": "WordLevel", "unk_token": "[UNK]"}, [])
+
+
+@pytest.fixture
+def without_tokenizers(tmp_path: Path) -> Path:
+    """A folder: a process with it first in PYTHONPATH cannot import the library tokenizers."""
+    folder = tmp_path / "without-tokenizers"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(WITHOUT_TOKENIZERS)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -545,25 +545,15 @@ def test_r5_a_heavy_release_that_hangs_on_what_really_comes_is_left(
 HEAVY = HANGS.replace("Where (much, many, few)", "Where (much, few, few)")
 
 
-WITHOUT_TOKENIZERS = """
-import sys
-
-class Gone:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "tokenizers":
-            raise ImportError("No module named 'tokenizers'")
-
-sys.meta_path.insert(0, Gone())
-"""
-
-
 def test_a_daemon_without_tokenizers_keeps_what_serves_and_says_what_to_install(
-    tmp_path: Path, write_package: WritePackage, write_text_package: WritePackage
+    tmp_path: Path,
+    write_package: WritePackage,
+    write_text_package: WritePackage,
+    without_tokenizers: Path,
 ) -> None:
     """No package is at fault: nothing is in quarantine, and the next release serves."""
     package, _ = write_package()
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TOKENIZERS)
-    path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    path = os.pathsep.join([str(without_tokenizers), ENVIRONMENT["PYTHONPATH"]])
     home = tmp_path / "cloud"
     keys.create(home, ["toy"])
 

@@ -8,7 +8,6 @@ a small transformer.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import shutil
 import subprocess
@@ -56,18 +55,6 @@ SAID = [
 ONLY_A, ONLY_B = "phone device mobile", "screen tablet laptop"  # of the new intent
 FILLERS = ["my", "the", "a", "please", "hello", "help", "i", "need", "with", "about", "is", "it"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLERS, *" ".join([*SAID, ONLY_A, ONLY_B]).split()]
-TOKENIZER = {
-    "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [],
-    "normalizer": {"type": "Lowercase"},
-    "pre_tokenizer": {"type": "BertPreTokenizer"},
-    "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
-    "decoder": None,
-    "model": {"type": "WordLevel", "unk_token": "[UNK]"}
-    | {"vocab": {word: at for at, word in enumerate(WORDS)}},
-}
 FAMILY = f"""
 name = "wish"
 output = "intent"
@@ -139,7 +126,9 @@ class Customers:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def home(
+    tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Callable[[Sequence[str]], str]
+) -> Home:
     """The home of a family that knows four intents of six."""
     var = tmp_path_factory.mktemp("growing")
     folder = var / "wish"
@@ -147,7 +136,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     (folder / "family.toml").write_text(FAMILY)
     (folder / "features.toml").write_text(FEATURES)
     (folder / "network.py").write_text(NETWORK)
-    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "tokenizer.json").write_text(word_tokenizer(WORDS))
     lines = ["event_time,text,label,label_time"]
     for at, (text, intent) in enumerate(Customers(1).old(320)):
         asked, told = (

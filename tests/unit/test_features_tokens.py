@@ -186,17 +186,6 @@ def test_a_sketch_of_texts_says_how_long_they_are_and_no_word(text_spec):
     assert counts == [{1: 3}, {1: 3}, {0: 1, 1: 2}, {0: 2, 1: 1}, *[{0: 3}] * 4]
 
 
-BLOCK = """
-import sys
-
-class Gone:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "tokenizers":
-            raise ImportError("No module named 'tokenizers'")
-
-sys.meta_path.insert(0, Gone())
-"""
-
 CHILD = """
 import json, sys
 from pathlib import Path
@@ -227,14 +216,13 @@ print(json.dumps([said, shelf.quarantined(), answered]))
 
 
 def test_a_device_without_the_extra_says_so_keeps_what_serves_and_will_try_again(
-    tmp_path, write_text_package, write_package
+    tmp_path, write_text_package, write_package, without_tokenizers
 ):
     """In a process where the library cannot be imported, and in the child that proves there."""
-    (tmp_path / "sitecustomize.py").write_text(BLOCK)
     package, sha256 = write_text_package()
     toy, _ = write_package()
     folder = tmp_path / "shelf"
-    search = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    search = os.pathsep.join([str(without_tokenizers), *filter(None, sys.path)])
     result = subprocess.run(
         [sys.executable, "-c", CHILD, str(package), sha256, str(toy), str(folder)],
         capture_output=True,

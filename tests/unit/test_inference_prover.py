@@ -152,7 +152,7 @@ def test_any_signal_that_a_model_provokes_is_named(prover, write_package, write_
 
 
 def test_a_model_that_never_ends_is_refused_at_the_deadline(write_package, write_model):
-    prover = Prover(timeout_s=2.0)
+    prover = Prover(timeout_s=0.5)
     path = write_model(LOOPS)
     error = refused(prover, path)
     assert (type(error), error.code) == (PackageError, "package_hung")

@@ -4,7 +4,6 @@ learned by the real cycle, packaged, asked in text; new intents come, old ones s
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -40,28 +39,16 @@ CONFIG = {
     "intermediate_size": 96,
     "max_position_embeddings": 64,
 }
-TOKENIZER = {
-    "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [],
-    "normalizer": {"type": "Lowercase"},
-    "pre_tokenizer": {"type": "BertPreTokenizer"},
-    "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
-    "decoder": None,
-    "model": {"type": "WordLevel", "unk_token": "[UNK]"}
-    | {"vocab": {word: at for at, word in enumerate(WORDS)}},
-}
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, write_bert):
+def site(tmp_path_factory, write_bert, word_tokenizer):
     """A folder of packages with one of the name that the family asks for."""
     site = tmp_path_factory.mktemp("site")
     model = site / PACKAGE / "model"
     write_bert(model, CONFIG, 0.05)
     (site / PACKAGE / "__init__.py").touch()
-    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (model / "tokenizer.json").write_text(word_tokenizer(WORDS))
     return site
 
 
