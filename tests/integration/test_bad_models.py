@@ -466,9 +466,7 @@ def test_a_daemon_survives_what_is_published_to_it(
     keys.create(home, ["toy"])
 
     async def scene(url: str) -> None:
-        async with Cloud.open(home, url) as cloud:
-            await cloud.until(lambda report: bool(report.arms))
-            first = asked(tmp_path)
+        async with answering(home, url, tmp_path) as (cloud, first):
             await cloud.publish("r1", 1, spoiled(good, CRASHES))
             await cloud.until(lambda report: "package_crashed" in report.refused)
             assert asked(tmp_path) == first
@@ -523,9 +521,7 @@ def test_r5_a_heavy_release_that_hangs_on_what_really_comes_is_left(
     keys.create(home, ["toy"])
 
     async def scene(url: str) -> None:
-        async with Cloud.open(home, url) as cloud:
-            await cloud.until(lambda report: bool(report.arms))
-            first = asked(tmp_path)
+        async with answering(home, url, tmp_path) as (cloud, first):
             await cloud.publish("r1", 1, spoiled(package.read_bytes(), computing(HANGS)))
             await cloud.until(lambda report: report.arms[0].release == "r1")
             with pytest.raises(CapacityError, match="deadline_exceeded"):
@@ -558,9 +554,7 @@ def test_a_daemon_without_tokenizers_keeps_what_serves_and_says_what_to_install(
     keys.create(home, ["toy"])
 
     async def scene(url: str) -> None:
-        async with Cloud.open(home, url) as cloud:
-            await cloud.until(lambda report: bool(report.arms))
-            first = asked(tmp_path)
+        async with answering(home, url, tmp_path) as (cloud, first):
             texts, _ = write_text_package(family="toy")
             await cloud.publish("r1", 1, texts.read_bytes())
             await cloud.until(lambda report: "missing_extra" in report.refused)
@@ -614,6 +608,16 @@ def daemon_at(
             finally:
                 daemon.terminate()
         assert daemon.returncode == 0
+
+
+@contextlib.asynccontextmanager
+async def answering(
+    home: Path, url: str, folder: Path
+) -> AsyncIterator[tuple[Cloud, tuple[str, list[float]]]]:
+    """The cloud of a daemon that serves, and what that one answers."""
+    async with Cloud.open(home, url) as cloud:
+        await cloud.until(lambda report: bool(report.arms))
+        yield cloud, asked(folder)
 
 
 def asked(folder: Path) -> tuple[str, list[float]]:
